@@ -1,0 +1,101 @@
+"""A bundle: a folder with all that sampling needs, held together by a manifest that names every artifact by SHA-256."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddm.artifacts import read_artifact, read_json, sha256, write_json
+from ddm.errors import ArtifactError
+from ddm.partition import Partition
+
+FORMAT = "ddm-bundle-1"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One artifact as read: where it came from, its tensors and its facts."""
+
+    stem: Path
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle as read and checked: K experts in the order of their clusters, and the router if there is one."""
+
+    shape: list[int]
+    schedule: dict[str, Any]
+    partition_hash: str
+    names: list[str]
+    sizes: list[int]
+    experts: list[Artifact]
+    router: Artifact | None
+    version: str  # the SHA-256 of the manifest: it changes with any weight
+
+
+def write_bundle(folder: Path, partition: Partition, experts: list[Path], router: Path | None) -> None:
+    """Copy artifacts (stems, the experts in the order of their clusters) into `folder` and write its manifest last.
+
+    The old bundle stays in place until the new one is whole. Raises `ArtifactError` where they do not belong together.
+    """
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    names = [f"expert-{k:02d}" for k in range(len(experts))] + (["router"] if router else [])
+    for name, stem in zip(names, experts + ([router] if router else []), strict=True):
+        for suffix in (".json", ".safetensors"):
+            shutil.copyfile(stem.with_suffix(suffix), scratch / f"{name}{suffix}")
+    facts = read_json(scratch / "expert-00.json")
+    manifest = {
+        "format": FORMAT,
+        "shape": partition.shape,
+        "schedule": facts["schedule"],
+        "partition": partition.hash,
+        "names": partition.names,
+        "sizes": partition.sizes,
+        "artifacts": {name: sha256(scratch / f"{name}.json") for name in names},
+    }
+    write_json(scratch / MANIFEST, manifest)
+    read_bundle(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read a bundle and check every hash, and that schedules, shapes and partitions agree.
+
+    Raises `ArtifactError` naming the file that is wrong, and why.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is not the manifest of a bundle: its format must be {FORMAT!r}")
+    try:
+        listed = dict(manifest["artifacts"])
+        names, sizes, shape, schedule = (manifest[key] for key in ("names", "sizes", "shape", "schedule"))
+        partition_hash = manifest["partition"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error!r}") from error
+    wanted = [f"expert-{k:02d}" for k in range(len(names))]
+    if missing := [name for name in wanted if name not in listed]:
+        raise ArtifactError(f"{path} lists no {missing[0]}, but has {len(names)} clusters")
+    if unknown := [name for name in listed if name not in [*wanted, "router"]]:
+        raise ArtifactError(f"{path} lists an artifact that no cluster has: {unknown[0]}")
+    found = {}
+    for name, expected in listed.items():
+        stem = folder / name
+        tensors, facts = read_artifact(stem, expected)
+        for key, value in (("shape", shape), ("schedule", schedule), ("partition", partition_hash)):
+            if facts.get(key) != value:
+                raise ArtifactError(f"{stem}.json does not belong to this bundle: its {key} is {facts.get(key)!r}, the manifest's {value!r}")
+        found[name] = Artifact(stem, tensors, facts)
+    experts = [found[name] for name in wanted]
+    for k, expert in enumerate(experts):
+        if expert.facts.get("index") != k:
+            raise ArtifactError(f"{expert.stem}.json does not belong here: it is expert {expert.facts.get('index')!r}, not {k}")
+    return Bundle(shape, schedule, partition_hash, names, sizes, experts, found.get("router"), sha256(path))

@@ -1,0 +1,36 @@
+"""What can go wrong that a user can mend.
+
+DdmError
+ ├── ConfigError     a key, an argument or a combination of them that makes no sense
+ ├── DataError       pictures or labels that are missing, unreadable or too few
+ └── ArtifactError   a file of a run or bundle that is missing, damaged, or belongs to something else
+"""
+
+from typing import Any
+
+
+class DdmError(Exception):
+    """The root of all errors that the user of this project can cause and mend; `python -m train` exits with status 2."""
+
+
+class ConfigError(DdmError, ValueError):
+    """A key, an argument or a combination of them that makes no sense."""
+
+
+class DataError(DdmError):
+    """Pictures or labels that are missing, unreadable or too few."""
+
+
+class ArtifactError(DdmError):
+    """A file of a run or bundle that is missing, damaged, or belongs to something else."""
+
+
+def require(condition: bool, key: str, rule: str, value: Any) -> None:
+    """Raise `ConfigError("KEY must RULE, got VALUE")` unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{key} must {rule}, got {value!r}")
+
+
+def one_of(key: str, name: Any, names: tuple[str, ...]) -> ConfigError:
+    """The error for a name that is not among those there are."""
+    return ConfigError(f"{key} must be one of {' '.join(names)}, got {name!r}")

@@ -1,0 +1,36 @@
+"""An expert: a network made into a denoiser `(x, t) -> E[x0 | x_t = x]`."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ddm.schedules import Schedule
+
+Parameterization = Literal["raw", "preconditioned"]
+
+
+class Denoiser(nn.Module):
+    """x0-prediction by a network, `x [B, C, H, W], t [] or [B] -> [B, C, H, W]`.
+
+    `raw`: the network's output is x0, as in the paper. `preconditioned`: `D = c_skip x + c_out F(c_in x, t)` with EDM's
+    coefficients (arXiv 2206.00364, table 1) for x = a x0 + s eps, so that F sees and gives numbers of size 1 at every t and
+    its errors cannot reach x0 where the noise is small:
+
+        c_in = 1 / sqrt(a^2 v + s^2)    c_skip = a v / (a^2 v + s^2)    c_out = s sqrt(v) / sqrt(a^2 v + s^2),   v = sigma_data^2
+    """
+
+    def __init__(self, network: nn.Module, schedule: Schedule, parameterization: Parameterization, sigma_data: float) -> None:
+        super().__init__()
+        self.network, self.schedule = network, schedule
+        self.parameterization, self.sigma_data = parameterization, sigma_data
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t.to(x)
+        if self.parameterization == "raw":
+            return self.network(x, t).to(x.dtype)
+        a, s, _, _ = self.schedule(t).beside(x)
+        variance = self.sigma_data**2
+        total = a**2 * variance + s**2
+        c_in, c_skip, c_out = torch.rsqrt(total), a * variance / total, s * self.sigma_data * torch.rsqrt(total)
+        return c_skip * x + c_out * self.network(c_in * x, t).to(x.dtype)

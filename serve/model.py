@@ -1,0 +1,246 @@
+"""A trained bundle in this process: load it, check every hash, sample."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, overload
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from ddm.bundle import Artifact, Bundle, read_bundle
+from ddm.errors import ArtifactError, ConfigError, one_of, require
+from ddm.grids import GRIDS
+from ddm.partition import Partition
+from ddm.randomness import Use, normal
+from ddm.samplers import SAMPLERS, drive, sampler, start
+from ddm.schedules import Schedule, schedule
+from experts.denoiser import Denoiser
+from experts.learning import ExpertConfig
+from router.networks import DerivativeNet, PosteriorNet
+from router.learning import RouterConfig
+from router.policies import POLICIES, policy
+from router.routing import RoutedDenoiser
+from router.sources import SOURCES, Alpha, Integrated, prior
+from router.targets import exact_posterior
+
+C = TypeVar("C")
+
+
+@dataclass
+class SampleConfig:
+    """How pictures are drawn; the names are those of configs, code and HTTP."""
+
+    steps: int = 25
+    sampler: str = "ddim"
+    grid: str = "uniform_t"
+    source: str = "combined"
+    policy: str = "balanced"
+    top_k: int = 1  # for policy=top_k
+    nucleus_p: float = 0.9  # for policy=nucleus
+    pull: float = 10.0  # for source=combined, towards the posterior net, a unit of t
+    t_min: float = 0.0  # where the grid ends
+    clip: bool = True  # bound the denoised pictures to [-1, 1], after mixing
+
+    def check(self) -> None:
+        """Raise `ConfigError` naming the key `sample.…` of a value that is unknown or out of range."""
+        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
+        require(whole and 1 <= self.steps <= 1000, "sample.steps", "be in [1, 1000]", self.steps)
+        for key, names in (("sampler", SAMPLERS), ("grid", GRIDS), ("source", SOURCES), ("policy", POLICIES)):
+            if getattr(self, key) not in names:
+                raise one_of(f"sample.{key}", getattr(self, key), names)
+        policy(self.policy, self.top_k, self.nucleus_p)
+        require(self.pull >= 0, "sample.pull", "be at least 0", self.pull)
+        require(0 <= self.t_min < 1, "sample.t_min", "be in [0, 1)", self.t_min)
+
+
+class Trace(NamedTuple):
+    """What happened on the way of B pictures in N steps, over K experts."""
+
+    t: Tensor  # [N], the times of the calls
+    alpha: Tensor  # [N, B, K]
+    chosen: Tensor  # bool [N, B, K]: which experts moved which picture when
+    calls: int  # expert evaluations, a picture each
+
+
+class Model:
+    """K experts and their router, ready to sample. Made by `load`.
+
+    Attributes: `shape` of a picture `[C, H, W]`, `names` and `pi` of the clusters, `version` (the SHA-256 of the manifest), and the
+    parts: `schedule`, `experts`, `posterior`, `derivative` (None where the bundle has no router).
+    """
+
+    def __init__(self, bundle: Bundle, device: str | torch.device, pictures: Callable[[], dict[str, Tensor]] | None) -> None:
+        self.device = torch.device(device)
+        self.shape, self.names, self.version = bundle.shape, bundle.names, bundle.version
+        self.pi = torch.tensor(bundle.sizes, device=self.device) / sum(bundle.sizes)
+        self.schedule: Schedule = schedule(**bundle.schedule)
+        self.experts = [self._expert(artifact) for artifact in bundle.experts]
+        self.posterior: PosteriorNet | None = None
+        self.derivative: DerivativeNet | None = None
+        if bundle.router:
+            self.posterior, self.derivative = self._router(bundle.router)
+        self._pictures = pictures
+        self._analytic: Alpha | None = None
+
+    @overload
+    def sample(self, n: int, *, trace: Literal[False] = False, **settings: Any) -> Tensor: ...
+
+    @overload
+    def sample(self, n: int, *, trace: Literal[True], **settings: Any) -> tuple[Tensor, Trace]: ...
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first_index: int = 0,
+        batch: int = 256,
+        trace: bool = False,
+        progress: Callable[[int], object] | None = None,
+        **settings: Any,
+    ) -> Tensor | tuple[Tensor, Trace]:
+        """Draw pictures `first_index ... first_index + n - 1` of a seed: `[n, C, H, W]` in [-1, 1], float32, on the CPU.
+
+        Picture i is a function of (seed, i) and the settings: the same alone or among others. `settings` are the fields of
+        `SampleConfig`. `batch` pictures go through the networks together; `progress` is told how many steps of a picture are done.
+        With `trace=True` returns `(images, Trace)`.
+
+        Raises `ConfigError` naming the setting, the rule and the value.
+        """
+        config = self.settings(**settings)
+        for key, value, least in (("n", n, 1), ("first_index", first_index, 0), ("batch", batch, 1)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(whole and value >= least, f"sample.{key}", f"be a whole number, at least {least}", value)
+        require(isinstance(seed, int) and 0 <= seed < 2**63, "sample.seed", "be a whole number in [0, 2^63)", seed)
+        images, traces = [], []
+        for low in range(first_index, first_index + n, batch):
+            index = torch.arange(low, min(low + batch, first_index + n), device=self.device)
+            pictures, routed = self._walk(index, seed, config, trace, progress)
+            images.append(pictures.float().cpu())
+            traces.append(routed)
+        whole_batch = torch.cat(images)
+        return (whole_batch, _joined(traces)) if trace else whole_batch
+
+    def settings(self, **settings: Any) -> SampleConfig:
+        """The checked settings of a call to `sample`. Raises `ConfigError` naming what is unknown or out of range."""
+        known = [field.name for field in fields(SampleConfig)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"sample has no setting {key!r}; it takes {', '.join(known)}")
+        config = SampleConfig(**settings)
+        config.check()
+        needs_router = config.source in ("posterior", "derivative", "combined") and len(self.experts) > 1
+        if needs_router and self.posterior is None:
+            raise ConfigError(f"sample.source must be prior or analytic for a bundle without a router, got {config.source!r}")
+        if config.source == "analytic" and self._pictures is None:
+            raise ConfigError("sample.source=analytic needs the training pictures: load the run's folder, a bundle carries none")
+        return config
+
+    def source(self, config: SampleConfig) -> Alpha:
+        """A fresh source of alpha for one batch of trajectories."""
+        if len(self.experts) == 1 or config.source == "prior":
+            return prior(self.pi)
+        if config.source == "analytic":
+            return self._exact()
+        assert self.posterior is not None and self.derivative is not None
+        match config.source:
+            case "posterior":
+                return self.posterior
+            case "derivative":
+                return Integrated(self.derivative, self.pi)
+            case _:
+                return Integrated(self.derivative, self.pi, self.posterior, config.pull)
+
+    @torch.inference_mode()
+    def _walk(
+        self, index: Tensor, seed: int, config: SampleConfig, trace: bool, progress: Callable[[int], object] | None
+    ) -> tuple[Tensor, RoutedDenoiser]:
+        method = sampler(config.sampler)
+        routed = RoutedDenoiser(
+            self.experts,
+            self.source(config),
+            policy(config.policy, config.top_k, config.nucleus_p),
+            seed,
+            index=index,
+            pi=self.pi,
+            calls_per_step=method.calls_per_step,
+            clip=config.clip,
+            trace=trace,
+        )
+        noise = normal(seed, Use.START, index, 0, self.shape)
+        x = noise * self.schedule(torch.ones((), dtype=torch.float64)).s
+        walk = start(x, self.schedule, config.sampler, config.steps, config.grid, seed=seed, index=index, t_min=config.t_min)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            if progress is not None:
+                progress(len(x))
+            return routed(x, t)
+
+        pictures, _calls = drive(walk, denoise)
+        return (pictures.clamp(-1, 1) if config.clip else pictures), routed
+
+    def _exact(self) -> Alpha:
+        if self._analytic is None:
+            assert self._pictures is not None
+            whole = self._pictures()
+            images, cluster = whole["images"].to(self.device), whole["cluster"].to(self.device)
+            self._analytic = lambda x, t: exact_posterior(x, t, images, cluster, self.schedule, len(self.pi))
+        return self._analytic
+
+    def _expert(self, artifact: Artifact) -> Denoiser:
+        denoiser = _config(ExpertConfig, artifact).build(self.shape, self.schedule)
+        _fill(denoiser, artifact)
+        return denoiser.eval().requires_grad_(False).to(self.device)
+
+    def _router(self, artifact: Artifact) -> tuple[PosteriorNet, DerivativeNet]:
+        posterior, derivative = _config(RouterConfig, artifact).build(self.shape, self.pi.cpu(), self.schedule)
+        _fill(torch.nn.ModuleDict({"posterior": posterior, "derivative": derivative}), artifact)
+        return (
+            posterior.eval().requires_grad_(False).to(self.device),
+            derivative.eval().requires_grad_(False).to(self.device),
+        )
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
+    """Load a run's folder or a bundle's, checking every hash.
+
+    Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
+    """
+    folder = Path(folder)
+    if (folder / "bundle").is_dir():
+        clusters = folder / "partition"
+
+        def pictures() -> dict[str, Tensor]:
+            return Partition.read(clusters).all(clusters)
+
+        return Model(read_bundle(folder / "bundle"), device, pictures)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is no folder: load takes a run or a bundle, such as runs/digits")
+    return Model(read_bundle(folder), device, None)
+
+
+def _joined(batches: list[RoutedDenoiser]) -> Trace:
+    steps = list(zip(*(routed.steps for routed in batches), strict=True))
+    return Trace(
+        torch.tensor([parts[0].t for parts in steps], dtype=torch.float64),
+        torch.stack([torch.cat([part.alpha for part in parts]) for parts in steps]),
+        torch.stack([torch.cat([part.chosen for part in parts]) for parts in steps]),
+        sum(routed.calls for routed in batches),
+    )
+
+
+def _config(schema: type[C], artifact: Artifact) -> C:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), artifact.facts["config"]))  # type: ignore[return-value]
+    except (OmegaConfBaseException, KeyError) as error:
+        raise ArtifactError(f"{artifact.stem}.json is not of this version: its config does not fit ({error})") from error
+
+
+def _fill(module: torch.nn.Module, artifact: Artifact) -> None:
+    try:
+        module.load_state_dict(artifact.tensors)
+    except RuntimeError as error:
+        raise ArtifactError(f"{artifact.stem}.safetensors does not fit the network that its JSON describes: {error}") from error

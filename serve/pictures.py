@@ -1,0 +1,33 @@
+"""Pictures as people and files have them: uint8, sheets, PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] (clipped to it) as uint8, any shape."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def contact_sheet(rows: Sequence[Tensor], least_side: int = 32) -> Tensor:
+    """uint8 `[C, H, W]`: pictures in rows (uint8 `[n, C, h, w]` each, n may differ), whole-number enlarged to `least_side` pixels."""
+    scale = max(1, -(-least_side // rows[0].shape[-1]))
+    channels, side, gap = rows[0].shape[1], rows[0].shape[-1] * scale, 2
+    columns = max(len(row) for row in rows)
+    sheet = torch.full((channels, len(rows) * (side + gap) - gap, columns * (side + gap) - gap), 255, dtype=torch.uint8)
+    for i, row in enumerate(rows):
+        large = row.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+        for j, picture in enumerate(large):
+            top, left = i * (side + gap), j * (side + gap)
+            sheet[:, top : top + side, left : left + side] = picture
+    return sheet
+
+
+def write_png(path: Path, picture: Tensor) -> None:
+    """Write a uint8 picture `[C, H, W]`, grey or RGB."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(path, format="PNG")

@@ -1,0 +1,1 @@
+"""`python -m train`: partition, experts, router, bundle, samples, evaluation."""

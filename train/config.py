@@ -1,0 +1,196 @@
+"""The configuration of a run: one YAML file, and `key=value` words over it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import configs
+from ddm.errors import ArtifactError, ConfigError, require
+from ddm.schedules import schedule
+from experts.learning import ExpertConfig
+from router.learning import RouterConfig
+from serve import SampleConfig
+from train.data import DataConfig
+from train.partitioning import PartitionConfig
+
+
+@dataclass
+class ExpertStageConfig(ExpertConfig):
+    """The stage `expert`: which of the experts, and how many at a time on this machine."""
+
+    index: int | None = None  # train only this one
+    workers: int | None = None  # processes; null is one a core on a CPU, one on a GPU
+
+    def check(self, section: str) -> None:
+        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
+        super().check(section)
+        require(self.index is None or self.index >= 0, f"{section}.index", "be at least 0, or null for all", self.index)
+        require(self.workers is None or self.workers >= 1, f"{section}.workers", "be at least 1, or null", self.workers)
+
+
+@dataclass
+class SampleStageConfig(SampleConfig):
+    """The stage `sample`: how many pictures, from which seed."""
+
+    n: int = 64
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `ConfigError` naming the key `sample.…` of a value out of its range."""
+        super().check()
+        require(self.n >= 1, "sample.n", "be at least 1", self.n)
+        require(self.seed >= 0, "sample.seed", "be at least 0", self.seed)
+
+
+@dataclass
+class EvaluateConfig:
+    """The stage `evaluate`: what is measured, on how many pictures, and with whose features."""
+
+    n: int = 1000  # pictures a method and step count
+    steps: list[int] = field(default_factory=lambda: [10, 25, 50, 100])
+    features: str = "classifier"  # a small classifier trained on the spot, `inception`, or a TorchScript file
+    inception_weights: str | None = None  # for features=inception: pt_inception-2015-12-05-6726825d.pth
+    trajectories: int = 64  # paths for the trajectory error
+    reference_steps: int = 1000
+    monolith_steps: int | None = None  # training steps of the one model for the row DDIM; null is as many as all experts; 0 for no row
+    batch: int = 256
+
+    def check(self) -> None:
+        """Raise `ConfigError` naming the key `evaluate.…` of a value out of its range."""
+        require(self.n >= 20, "evaluate.n", "be at least 20", self.n)
+        steps = self.steps
+        require(len(set(steps)) >= 2 and all(1 <= n <= 1000 for n in steps), "evaluate.steps", "be two or more step counts in [1, 1000]", steps)
+        require(1 <= self.trajectories <= self.n, "evaluate.trajectories", f"be in [1, evaluate.n = {self.n}]", self.trajectories)
+        reference = self.reference_steps
+        require(max(steps) < reference <= 1000, "evaluate.reference_steps", f"be in ({max(steps)}, 1000], above every evaluate.steps", reference)
+        require(self.monolith_steps is None or self.monolith_steps >= 0, "evaluate.monolith_steps", "be at least 0, or null", self.monolith_steps)
+        require(self.batch >= 1, "evaluate.batch", "be at least 1", self.batch)
+        if self.features == "inception":
+            weights = self.inception_weights
+            require(weights is not None and Path(weights).is_file(), "evaluate.inception_weights", "be a file for evaluate.features=inception", weights)
+        elif self.features != "classifier":
+            require(Path(self.features).is_file(), "evaluate.features", "be classifier, inception, or a TorchScript file", self.features)
+
+
+@dataclass
+class Config:
+    """A whole run. `run` is its folder, `seed` that of its training."""
+
+    run: str = "runs/digits"
+    seed: int = 0
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp_linear"})
+    expert: ExpertStageConfig = field(default_factory=ExpertStageConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    sample: SampleStageConfig = field(default_factory=SampleStageConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def check(self) -> None:
+        """Raise `ConfigError` naming the first key whose value makes no sense."""
+        require(bool(self.run), "run", "be a folder", self.run)
+        require(0 <= self.seed < 2**63, "seed", "be in [0, 2^63)", self.seed)
+        require("name" in self.schedule, "schedule.name", "be given", None)
+        schedule(**self.schedule)
+        self.data.check()
+        self.partition.check()
+        self.expert.check("expert")
+        self.router.check("router")
+        self.sample.check()
+        self.evaluate.check()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run)
+
+    @property
+    def device(self) -> str:
+        """Where the networks run when they sample."""
+        return "cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def plain(config: Any) -> Any:
+    """A config as plain data, for JSON, YAML and hashes."""
+    return OmegaConf.to_container(OmegaConf.structured(config)) if is_dataclass(config) else config
+
+
+def default_config() -> Path:
+    """The file that is meant where none is named: the built-in digits."""
+    return Path(configs.__path__[0]) / "digits.yaml"
+
+
+def load_config(path: Path, overrides: Sequence[str]) -> Config:
+    """Read a YAML file and `key=value` words over it; unknown keys, wrong types and bad values are refused by name.
+
+    Raises `ConfigError`.
+    """
+    try:
+        text = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config {path}; those at hand are {', '.join(sorted(c.name for c in default_config().parent.glob('*.yaml')))}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML file that can be read: {error}") from error
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), text, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(_one_line(error)) from error
+    assert isinstance(config, Config)
+    config.check()
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    """OmegaConf's message, with the key's full name in front and without its trailing lines."""
+    key = getattr(error, "full_key", None)
+    said = str(error).splitlines()[0]
+    return f"{key}: {said}" if key else said
+
+
+# Where things lie, which part of the work to do and how it is shown may change between two calls; what was learned may not.
+_FREE = {"run", "accelerator", "data.root", "data.download", "expert.index", "expert.workers", "expert.checkpoint_every", "router.checkpoint_every"}
+
+
+def claim(config: Config) -> None:
+    """Make the run's folder this config's, or refuse where what lies there was learned with another one.
+
+    Raises `ArtifactError` listing every key that differs.
+    """
+    path = config.folder / "config.yaml"
+    if path.exists():
+        there, here = (_flat({k: v for k, v in c.items() if k not in ("sample", "evaluate")}) for c in (_saved(path), plain(config)))
+        keys = [key for key in sorted(there.keys() | here.keys()) if key not in _FREE and there.get(key) != here.get(key)]
+        if keys:
+            changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys)
+            raise ArtifactError(f"{config.folder} was made by another config: {changes}. Give run=FOLDER for a new run, or repeat the old values")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    scratch.replace(path)
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    if not isinstance(saved, dict):
+        raise ArtifactError(f"{path} is damaged: it holds no configuration")
+    return {str(key): value for key, value in saved.items()}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+

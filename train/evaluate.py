@@ -1,0 +1,1 @@
+def evaluate(config, monolith): pass
