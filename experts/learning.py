@@ -1,42 +1,14 @@
 """How one expert learns: from its cluster's pictures and nothing else."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from ddm.errors import require
-from ddm.learning import Batches, FitConfig
-from ddm.schedules import Coeffs, Schedule
-from experts.denoiser import Denoiser, Parameterization
-from experts.unet import UNetConfig
-
-LossWeight = Literal["constant", "snr", "min_snr"]
-
-
-@dataclass
-class ExpertConfig(FitConfig):
-    """One expert: its network, what the network predicts, and how it is fitted."""
-
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    parameterization: Parameterization = "raw"
-    sigma_data: float = 0.5  # the root mean square of a pixel in [-1, 1], for `preconditioned`
-    loss_weight: LossWeight = "constant"
-    min_snr_gamma: float = 5.0
-
-    def check(self, section: str) -> None:
-        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
-        super().check(section)
-        require(self.sigma_data > 0, f"{section}.sigma_data", "be above 0", self.sigma_data)
-        require(self.min_snr_gamma > 0, f"{section}.min_snr_gamma", "be above 0", self.min_snr_gamma)
-
-    def build(self, shape: Sequence[int], schedule: Schedule) -> Denoiser:
-        """A fresh expert for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
-        return Denoiser(self.unet.build(shape), schedule, self.parameterization, self.sigma_data)
-
+from ddm.learning import Batches
+from ddm.schedules import Coeffs
+from experts.denoiser import Denoiser, ExpertConfig, LossWeight
 
 def loss_weight(kind: LossWeight, c: Coeffs, gamma: float) -> Tensor:
     """The weight of `|D - x0|^2` at each time: 1, `a^2/s^2`, or `min(a^2/s^2, gamma)` (Min-SNR, arXiv 2303.09556, section 3.4)."""

@@ -23,7 +23,7 @@ class UNetConfig:
     def build(self, shape: Sequence[int], section: str = "expert.unet") -> "UNet":
         """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
         check_encoder(section, self.channels, self.multipliers, self.blocks, self.dropout, shape)
-        return UNet(shape, self)
+        return UNet(shape, self).to(memory_format=torch.channels_last)  # what convolutions like, on CPUs as on tensor cores
 
 
 class Upsample(nn.Module):
@@ -49,10 +49,10 @@ class UNet(nn.Module):
         self.encoder = Encoder(shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout)
         skips = list(self.encoder.widths)
         width, embedding = skips[-1], 2 * c.channels
-        has_attention = shape[-1] // 2 ** (len(c.multipliers) - 1) in c.attention or len(c.attention) > 0
+        attends = len(c.attention) > 0  # as in DDPM, also in the middle of a network that attends anywhere
         self.middle = nn.ModuleList(
             [
-                ResidualBlock(width, width, embedding, c.dropout, attention=has_attention),
+                ResidualBlock(width, width, embedding, c.dropout, attention=attends),
                 ResidualBlock(width, width, embedding, c.dropout, attention=False),
             ]
         )

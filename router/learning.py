@@ -5,8 +5,6 @@ posterior net by squared error alone, and three derivative nets, each on its own
 derivative along the path. A squared error's minimum is the target's mean given x_t, which is what sampling needs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,39 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddm.errors import require
-from ddm.learning import Batches, FitConfig
-from ddm.schedules import Schedule
-from router.networks import DerivativeNet, PosteriorNet, RouterNetConfig
+from ddm.learning import Batches
+from router.networks import DerivativeNet, PosteriorNet, RouterConfig
 from router.targets import exact_posterior, exact_posterior_rate
-
-
-@dataclass
-class RouterConfig(FitConfig):
-    """The router: its networks, their two training stages and the bands of t. `steps` counts both stages."""
-
-    net: RouterNetConfig = field(default_factory=RouterNetConfig)
-    switch_step: int = 500  # stage 1 ends here
-    label_weight: float = 1.0  # stage 1: of the cross-entropy
-    posterior_weight: float = 1.0  # stage 1: of the squared error to the exact posterior
-    rate_weight: float = 1.0  # stage 2: of the derivative nets' squared error
-    bands: list[float] = field(default_factory=lambda: [0.3, 0.7])  # the two times between the three bands
-
-    def check(self, section: str) -> None:
-        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
-        super().check(section)
-        require(1 <= self.switch_step < self.steps, f"{section}.switch_step", f"be in [1, {section}.steps = {self.steps})", self.switch_step)
-        for key in ("label_weight", "posterior_weight", "rate_weight"):
-            require(getattr(self, key) >= 0, f"{section}.{key}", "be at least 0", getattr(self, key))
-        require(self.label_weight + self.posterior_weight > 0, f"{section}.label_weight", f"be above 0 where {section}.posterior_weight is 0", 0)
-        rising = len(self.bands) == 2 and self.t_min < self.bands[0] < self.bands[1] < 1
-        require(rising, f"{section}.bands", f"be two rising times in ({section}.t_min, 1)", self.bands)
-        require(self.batch % 3 == 0, f"{section}.batch", "be a multiple of 3, a third for each band", self.batch)
-
-    def build(self, shape: Sequence[int], pi: Tensor, schedule: Schedule) -> tuple[PosteriorNet, DerivativeNet]:
-        """A fresh router for pictures `[C, H, W]` in clusters of shares `pi` `[K]`. Raises `ConfigError` naming a bad size."""
-        scorer = self.net.build(shape, len(pi), schedule)
-        return PosteriorNet(scorer, pi), DerivativeNet.from_trunk(scorer, self.bands)
 
 
 def posterior_loss(logits: Tensor, alpha: Tensor, label: Tensor, label_weight: float, posterior_weight: float) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddm.blocks import Encoder, check_encoder, group_norm
+from ddm.errors import require
+from ddm.learning import FitConfig
 from ddm.schedules import Schedule
 
 
@@ -26,6 +28,34 @@ class RouterNetConfig:
         """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
         check_encoder(section, self.channels, self.multipliers, self.blocks, self.dropout, shape)
         return Scorer(shape, clusters, schedule, self)
+
+
+@dataclass
+class RouterConfig(FitConfig):
+    """The router: its networks, their two training stages and the bands of t. `steps` counts both stages."""
+
+    net: RouterNetConfig = field(default_factory=RouterNetConfig)
+    switch_step: int = 500  # stage 1 ends here
+    label_weight: float = 1.0  # stage 1: of the cross-entropy
+    posterior_weight: float = 1.0  # stage 1: of the squared error to the exact posterior
+    rate_weight: float = 1.0  # stage 2: of the derivative nets' squared error
+    bands: list[float] = field(default_factory=lambda: [0.3, 0.7])  # the two times between the three bands
+
+    def check(self, section: str) -> None:
+        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
+        super().check(section)
+        require(1 <= self.switch_step < self.steps, f"{section}.switch_step", f"be in [1, {section}.steps = {self.steps})", self.switch_step)
+        for key in ("label_weight", "posterior_weight", "rate_weight"):
+            require(getattr(self, key) >= 0, f"{section}.{key}", "be at least 0", getattr(self, key))
+        require(self.label_weight + self.posterior_weight > 0, f"{section}.label_weight", f"be above 0 where {section}.posterior_weight is 0", 0)
+        rising = len(self.bands) == 2 and self.t_min < self.bands[0] < self.bands[1] < 1
+        require(rising, f"{section}.bands", f"be two rising times in ({section}.t_min, 1)", self.bands)
+        require(self.batch % 3 == 0, f"{section}.batch", "be a multiple of 3, a third for each band", self.batch)
+
+    def build(self, shape: Sequence[int], pi: Tensor, schedule: Schedule) -> "tuple[PosteriorNet, DerivativeNet]":
+        """A fresh router for pictures `[C, H, W]` in clusters of shares `pi` `[K]`. Raises `ConfigError` naming a bad size."""
+        scorer = self.net.build(shape, len(pi), schedule)
+        return PosteriorNet(scorer, pi), DerivativeNet.from_trunk(scorer, self.bands)
 
 
 class Scorer(nn.Module):

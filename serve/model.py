@@ -17,10 +17,8 @@ from ddm.partition import Partition
 from ddm.randomness import Use, normal
 from ddm.samplers import SAMPLERS, drive, sampler, start
 from ddm.schedules import Schedule, schedule
-from experts.denoiser import Denoiser
-from experts.learning import ExpertConfig
-from router.networks import DerivativeNet, PosteriorNet
-from router.learning import RouterConfig
+from experts.denoiser import Denoiser, ExpertConfig
+from router.networks import DerivativeNet, PosteriorNet, RouterConfig
 from router.policies import POLICIES, policy
 from router.routing import RoutedDenoiser
 from router.sources import SOURCES, Alpha, Integrated, prior

@@ -11,8 +11,7 @@ from pathlib import Path
 
 
 from ddm.errors import ConfigError, DdmError
-from train.config import default_config, load_config
-from train.stages import STAGES, run
+from train.config import STAGES, default_config, load_config
 
 
 def main(words: list[str]) -> int:
@@ -28,6 +27,8 @@ def main(words: list[str]) -> int:
         if len(paths) > 1 or any(not path.endswith((".yaml", ".yml")) for path in paths):
             raise ConfigError(f"a word must be a config (*.yaml), a stage ({' '.join(STAGES)}) or key=value, got {paths[-1]!r}")
         config = load_config(Path(paths[0]) if paths else default_config(), overrides)
+        from train.stages import run  # here, so that a typo need not wait for Lightning
+
         run(config, stages or STAGES)
     except DdmError as error:
         print(f"error: {error}", file=sys.stderr)

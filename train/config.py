@@ -13,11 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 import configs
 from ddm.errors import ArtifactError, ConfigError, require
 from ddm.schedules import schedule
-from experts.learning import ExpertConfig
-from router.learning import RouterConfig
+from experts.denoiser import ExpertConfig
+from router.networks import RouterConfig
 from serve import SampleConfig
 from train.data import DataConfig
 from train.partitioning import PartitionConfig
+
+STAGES = ("partition", "expert", "router", "bundle", "sample", "evaluate")
 
 
 @dataclass

@@ -1,15 +1,10 @@
 """The stage `expert`: K experts, each alone on its cluster's file, in this process or in several side by side."""
 
 import logging
-import multiprocessing
-import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,9 +14,11 @@ from ddm.learning import Batches
 from ddm.partition import Partition
 from ddm.randomness import Use, seed_of
 from ddm.schedules import schedule
-from experts.learning import ExpertConfig, ExpertLearning
+from experts.denoiser import ExpertConfig
+from experts.learning import ExpertLearning
 from train.config import Config, plain
-from train.fit import Report, fit
+from train.fit import fit
+from train.pool import Tell, run_jobs, workers_for
 from train.progress import bars
 
 log = logging.getLogger(__name__)
@@ -57,14 +54,16 @@ def train_experts(config: Config) -> None:
     if not todo:
         return
     began = time.monotonic()
-    workers = min(len(todo), config.expert.workers or (os.cpu_count() or 1 if config.device == "cpu" else 1))
     with bars() as progress:
-        tasks = {k: progress.add_task(f"expert {k:02d} {partition.names[k]}"[:24], total=config.expert.steps, note="") for k in todo}
+        tasks = {k: progress.add_task(f"expert {k:02d}: {partition.names[k]}"[:24], total=config.expert.steps, note="") for k in todo}
 
-        def show(k: int, step: int, loss: float) -> None:
+        def hear(news: tuple[int, int, float]) -> None:
+            k, step, loss = news
             progress.update(tasks[k], completed=step, note=f"loss {loss:.4f}")
 
-        failed = _here(config, todo, show) if workers == 1 else _side_by_side(config, todo, workers, show)
+        workers = workers_for(len(todo), config.device, config.expert.workers)
+        results = run_jobs(partial(train_expert, config), todo, workers, hear)
+    failed = [(k, result) for k, result in zip(todo, results, strict=True) if isinstance(result, Exception)]
     if failed:
         k, error = failed[0]
         raise DdmError(f"expert {k:02d} of {config.folder} failed: {error}. Run the same command again to resume") from error
@@ -81,8 +80,8 @@ def _up_to_date(config: Config, partition: Partition, k: int) -> bool:
     return True
 
 
-def train_expert(config: Config, k: int, report: Report) -> None:
-    """Train expert k from its cluster's file, and nothing else, and write its artifact."""
+def train_expert(config: Config, k: int, tell: Tell) -> None:
+    """Train expert k from its cluster's file, and nothing else, and write its artifact; tells `(k, step, loss)`."""
     partition = Partition.read(config.folder / "partition")
     images = partition.cluster(config.folder / "partition", k)["images"]
     own, stem = _own(config), expert_stem(config, k)
@@ -90,7 +89,7 @@ def train_expert(config: Config, k: int, report: Report) -> None:
     torch.manual_seed(seed)
     denoiser = own.build(partition.shape, schedule(**config.schedule))
     learning = ExpertLearning(denoiser, Batches(images, own.batch, seed, config.data.flip), own)
-    fit(learning, own.steps, own, stem.parent, config.accelerator, report)
+    fit(learning, own.steps, own, stem.parent, config.accelerator, lambda step, loss: tell((k, step, loss)))
     facts = {
         "kind": "expert",
         "index": k,
@@ -106,53 +105,3 @@ def train_expert(config: Config, k: int, report: Report) -> None:
     }
     write_artifact(stem, denoiser.state_dict(), facts)
     (stem.parent / "resume.ckpt").unlink(missing_ok=True)
-
-
-Show = Callable[[int, int, float], None]
-Failures = list[tuple[int, BaseException]]
-
-
-def _here(config: Config, todo: Sequence[int], show: Show) -> Failures:
-    failed: Failures = []
-    for k in todo:
-        try:
-            train_expert(config, k, lambda step, loss, k=k: show(k, step, loss))
-        except (DdmError, RuntimeError) as error:
-            failed.append((k, error))
-    return failed
-
-
-def _side_by_side(config: Config, todo: Sequence[int], workers: int, show: Show) -> Failures:
-    """Train in processes of their own, which share nothing but the machine and a queue for progress."""
-    context = multiprocessing.get_context("spawn")
-    news = context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, context, _start_worker, (news, threads)) as pool:
-        futures = {pool.submit(_work, config, k): k for k in todo}
-        pending: set[Future[None]] = set(futures)
-        while pending:
-            _, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-            while not news.empty():
-                show(*news.get())
-        return [(k, error) for future, k in futures.items() if (error := future.exception())]
-
-
-_news: Any = None  # in a worker, where progress is told
-
-
-def _start_worker(news: Any, threads: int) -> None:
-    global _news
-    _news = news
-    torch.set_num_threads(threads)
-    parent = os.getppid()
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _work(config: Config, k: int) -> None:
-    train_expert(config, k, lambda step, loss: _news.put((k, step, loss)))

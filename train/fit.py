@@ -57,6 +57,7 @@ def fit(module: pl.LightningModule, steps: int, config: FitConfig, folder: Path,
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         trainer = pl.Trainer(
             accelerator=accelerator,

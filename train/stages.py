@@ -18,7 +18,7 @@ from router.learning import PosteriorLearning, RouterLearning
 from router.networks import DerivativeNet
 from serve import load
 from serve.pictures import contact_sheet, to_uint8, write_png
-from train.config import Config, claim, plain
+from train.config import STAGES, Config, claim, plain
 from train.evaluate import evaluate
 from train.experts import expert_stem, train_experts
 from train.fit import fit
@@ -26,9 +26,6 @@ from train.partitioning import assign
 from train.progress import bar
 
 log = logging.getLogger(__name__)
-
-STAGES = ("partition", "expert", "router", "bundle", "sample", "evaluate")
-
 
 def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     """Run the stages in their order. Raises a `DdmError` that says what to mend."""

@@ -1,0 +1,120 @@
+"""What pictures are judged by: features, and where there is a classifier, its logits. Every figure is named after them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddm.errors import ConfigError
+from ddm.learning import Batches, scaled
+from ddm.randomness import Use, seed_of
+from train.config import EvaluateConfig
+from train.progress import bar
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A set of pictures as a feature network sees it: `features` `[N, d]`, `logits` `[N, classes]` or None."""
+
+    features: Tensor
+    logits: Tensor | None
+
+
+class FeatureNetwork:
+    """uint8 pictures `[N, C, H, W]` -> `Judged`. `name` says which features a figure was made with."""
+
+    def __init__(self, name: str, network: nn.Module, rgb: bool, device: str) -> None:
+        self.name, self.network, self.rgb, self.device = name, network.eval().to(device), rgb, device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, advance: Callable[[int], object], batch: int = 250) -> Judged:
+        features, logits = [], []
+        for part in images.split(batch):
+            answer = self.network((part.expand(-1, 3, -1, -1) if self.rgb else part).to(self.device))
+            parts = answer if isinstance(answer, tuple) else (answer,)
+            features.append(parts[0].float().cpu())
+            logits += [parts[1].float().cpu()] if len(parts) > 1 else []
+            advance(len(part))
+        return Judged(torch.cat(features), torch.cat(logits) if logits else None)
+
+
+def feature_network(config: EvaluateConfig, pictures: dict[str, Tensor], seed: int, device: str) -> FeatureNetwork:
+    """The network that `evaluate.features` names; `pictures` are the partition's, on which a classifier may be trained.
+
+    A TorchScript file is given uint8 `[B, 3, H, W]` and answers with features `[B, d]`, or with (features, logits).
+    Raises `ConfigError` where it cannot be had.
+    """
+    if config.features == "classifier":
+        labels = pictures.get("labels", pictures["cluster"])
+        if int(labels.max()) == 0:
+            raise ConfigError("evaluate.features must be inception or a TorchScript file for pictures of one class, got 'classifier'")
+        name = f"a small classifier trained on half of the pictures ({int(labels.max()) + 1} classes)"
+        return FeatureNetwork(name, _classifier(pictures["images"], labels, seed, device), rgb=False, device=device)
+    if config.features == "inception":
+        return FeatureNetwork("Inception v3 (2015)", _inception(config.inception_weights), rgb=True, device=device)
+    try:
+        network = torch.jit.load(config.features, map_location=device)
+    except RuntimeError as error:
+        raise ConfigError(f"evaluate.features must be a TorchScript file that loads here, got {config.features!r} ({error})") from error
+    return FeatureNetwork(Path(config.features).stem, network, rgb=True, device=device)
+
+
+def _inception(weights: str | None) -> nn.Module:
+    """The network of the literature's FID, from the user's copy of its weights; torchmetrics builds it with torch-fidelity."""
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        network: Any = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
+    except (ImportError, ModuleNotFoundError) as error:
+        raise ConfigError(f"evaluate.features=inception needs torch-fidelity (pip install 'ddm[bench]'): {error}") from error
+    network.forward = network._torch_forward  # gives all features asked for, where forward keeps the first alone
+    return network
+
+
+class _Classifier(nn.Module):
+    """A small convolutional network: uint8 pictures -> (64 features, logits)."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *block(channels, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 64), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU()
+        )
+        self.dropout, self.head = nn.Dropout(0.3), nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(scaled(images))
+        return features, self.head(self.dropout(features))
+
+
+def held_out(count: int, seed: int) -> Tensor:
+    """Which of `count` pictures the classifier never sees, bool `[count]`: a random half."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(count, dtype=torch.bool).scatter_(0, order[: count // 2], True)
+
+
+def _classifier(images: Tensor, labels: Tensor, seed: int, device: str, steps: int = 400) -> nn.Module:
+    """Train on the half that is not held out. Fit for telling easy classes apart, as the digits are."""
+    seen = ~held_out(len(images), seed)
+    batches = Batches(images[seen].to(device), 128, seed)
+    targets = labels[seen].to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(seed, Use.DROPOUT, 0))
+        network = _Classifier(images.shape[1], int(labels.max()) + 1).to(device)
+        optimizer = torch.optim.Adam(network.parameters(), 2e-3, fused=True)
+        with bar("classifier", steps) as advance:
+            for step in range(steps):
+                x, place = batches.pictures(step)
+                loss = F.cross_entropy(network(x)[1], targets[place])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                advance()
+    return network

@@ -1,0 +1,69 @@
+"""Jobs that share nothing, run one after another here or side by side in processes of their own."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from typing import Any, TypeVar
+
+import torch
+
+J = TypeVar("J")
+R = TypeVar("R")
+Tell = Callable[[Any], None]
+
+
+def workers_for(jobs: int, device: str, asked: int | None = None) -> int:
+    """How many processes: as many as asked for, else one a core on a CPU and one on a GPU; never more than jobs."""
+    return min(jobs, asked or ((os.cpu_count() or 1) if device == "cpu" else 1))
+
+
+def run_jobs(work: Callable[[J, Tell], R], jobs: Sequence[J], workers: int, hear: Tell) -> list[R | Exception]:
+    """`work(job, tell)` for every job: its result, or the exception it died of. What a job tells, `hear` hears, here.
+
+    `work` and jobs are pickled where `workers` is above 1; each process then has its share of the cores, and leaves when
+    this one is gone.
+    """
+    if workers == 1:
+        return [_tried(work, job, hear) for job in jobs]
+    context = multiprocessing.get_context("spawn")
+    news = context.Queue()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, context, _start_worker, (news, threads)) as pool:
+        futures: list[Future[R]] = [pool.submit(_work, work, job) for job in jobs]
+        pending = set(futures)
+        while pending:
+            pending = wait(pending, timeout=0.2).not_done
+            while not news.empty():
+                hear(news.get())
+        return [_tried(lambda future, _: future.result(), future, hear) for future in futures]
+
+
+def _tried(work: Callable[[Any, Tell], R], job: Any, tell: Tell) -> R | Exception:
+    try:
+        return work(job, tell)
+    except Exception as error:
+        return error
+
+
+_tell: Tell  # in a worker process, the way to its parent
+
+
+def _start_worker(news: Any, threads: int) -> None:
+    global _tell
+    _tell = news.put
+    torch.set_num_threads(threads)
+    parent = os.getppid()
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _work(work: Callable[[J, Tell], R], job: J) -> R:
+    return work(job, _tell)
