@@ -6,13 +6,12 @@ its weights as well. Files appear whole or not at all. Nothing is ever unpickled
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ddm.errors import ArtifactError
@@ -37,7 +36,7 @@ def write_json(path: Path, facts: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
     scratch.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def read_json(path: Path) -> Any:
@@ -54,8 +53,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch)
-    os.replace(scratch, path)
+    scratch.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    scratch.replace(path)
 
 
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:

@@ -129,9 +129,19 @@ def check_encoder(
 ) -> None:
     """Refuse sizes that make no network, naming the key `section.…`; `shape` is the pictures' `[C, H, W]`."""
     require(channels >= 4 and channels % 4 == 0, f"{section}.channels", "be a positive multiple of 4", channels)
-    require(all(m >= 1 for m in multipliers) and len(multipliers) > 0, f"{section}.multipliers", "be whole numbers >= 1", multipliers)
+    require(
+        all(m >= 1 for m in multipliers) and len(multipliers) > 0,
+        f"{section}.multipliers",
+        "be whole numbers >= 1",
+        multipliers,
+    )
     widest = [channels * m for m in multipliers if channels * m > 128 and channels * m % 32]
-    require(not widest, f"{section}.multipliers", f"make every width above 128 a multiple of 32 (channels {channels})", multipliers)
+    require(
+        not widest,
+        f"{section}.multipliers",
+        f"make every width above 128 a multiple of 32 (channels {channels})",
+        multipliers,
+    )
     require(blocks >= 1, f"{section}.blocks", "be at least 1", blocks)
     require(0 <= dropout < 1, f"{section}.dropout", "be in [0, 1)", dropout)
     halvings = 2 ** (len(multipliers) - 1)

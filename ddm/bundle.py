@@ -92,10 +92,14 @@ def read_bundle(folder: Path) -> Bundle:
         tensors, facts = read_artifact(stem, expected)
         for key, value in (("shape", shape), ("schedule", schedule), ("partition", partition_hash)):
             if facts.get(key) != value:
-                raise ArtifactError(f"{stem}.json does not belong to this bundle: its {key} is {facts.get(key)!r}, the manifest's {value!r}")
+                raise ArtifactError(
+                    f"{stem}.json does not belong to this bundle: its {key} is {facts.get(key)!r}, the manifest's {value!r}"
+                )
         found[name] = Artifact(stem, tensors, facts)
     experts = [found[name] for name in wanted]
     for k, expert in enumerate(experts):
         if expert.facts.get("index") != k:
-            raise ArtifactError(f"{expert.stem}.json does not belong here: it is expert {expert.facts.get('index')!r}, not {k}")
+            raise ArtifactError(
+                f"{expert.stem}.json does not belong here: it is expert {expert.facts.get('index')!r}, not {k}"
+            )
     return Bundle(shape, schedule, partition_hash, names, sizes, experts, found.get("router"), sha256(path))

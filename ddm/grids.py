@@ -12,14 +12,14 @@ GRIDS = ("uniform_t", "uniform_log_snr", "quadratic")
 
 
 def time_grid(name: str, steps: int, schedule: Schedule, t_min: float = 0.0, t_max: float = 1.0) -> Tensor:
-    """The times `[steps + 1]`, float64, from `t_max` down to `t_min`; `uniform_log_snr` ends its even spacing at 1e-3 where t_min is 0.
+    """The times `[steps + 1]`, float64 on the CPU, from `t_max` down to `t_min`.
 
-    `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2, found by bisection. `quadratic`: even in sqrt(t), dense
-    near the data (DDIM's choice for CIFAR-10, arXiv 2010.02502, appendix D.2).
+    `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2, as far as t = 1e-3 where `t_min` is 0. `quadratic`: even in
+    sqrt(t), dense near the data (DDIM's choice for CIFAR-10, arXiv 2010.02502, appendix D.2).
 
     Raises `ConfigError` for an unknown name, steps below 1, or times not in 0 <= t_min < t_max <= 1.
     """
-    require(isinstance(steps, int) and 1 <= steps, "sample.steps", "be at least 1", steps)
+    require(isinstance(steps, int) and steps >= 1, "sample.steps", "be at least 1", steps)
     require(0 <= t_min < t_max, "sample.t_min", f"be in [0, {t_max})", t_min)
     require(t_max <= 1, "sample.t_max", "be at most 1", t_max)
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -42,7 +42,9 @@ def _uniform_log_snr(even: Tensor, schedule: Schedule, t_min: float, t_max: floa
         return 2 * (a.clamp_min(1e-12).log() - s.log())  # rectified flow has a(1) = 0
 
     ends = torch.tensor([max(t_min, 1e-3), min(t_max, 1 - 1e-3)], dtype=torch.float64)
-    inner = even if t_min > 0 else torch.linspace(1, 0, len(even) - 1, dtype=torch.float64) if len(even) > 2 else even[:1]
+    inner = (
+        even if t_min > 0 else torch.linspace(1, 0, len(even) - 1, dtype=torch.float64) if len(even) > 2 else even[:1]
+    )
     high, low = log_snr(ends)
     wanted = high + (low - high) * inner
     left, right = ends[:1].expand_as(wanted), ends[1:].expand_as(wanted)

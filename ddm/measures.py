@@ -19,9 +19,13 @@ def sliced_w2(x: Tensor, y: Tensor, projections: int = 256, seed: int = 0) -> fl
 
     `sqrt(E_u W2^2(u.x, u.y))`; in one dimension W2 pairs the sorted values. Raises `ConfigError` for unequal sizes.
     """
-    require(x.shape == y.shape, "sliced_w2: the second set", f"have the shape {tuple(x.shape)} of the first", tuple(y.shape))
+    require(
+        x.shape == y.shape, "sliced_w2: the second set", f"have the shape {tuple(x.shape)} of the first", tuple(y.shape)
+    )
     generator = torch.Generator().manual_seed(seed)
-    u = torch.nn.functional.normalize(torch.randn(x[0].numel(), projections, generator=generator, dtype=torch.float64), dim=0)
+    u = torch.nn.functional.normalize(
+        torch.randn(x[0].numel(), projections, generator=generator, dtype=torch.float64), dim=0
+    )
     on_x, on_y = (points.double().flatten(1).cpu() @ u for points in (x, y))
     return float((on_x.sort(dim=0).values - on_y.sort(dim=0).values).square().mean().sqrt())
 
@@ -36,7 +40,12 @@ class PowerLaw(NamedTuple):
 
 def power_law_fit(steps: Sequence[int], errors: Sequence[float]) -> PowerLaw:
     """Least squares in log E over log N. Raises `ConfigError` for fewer than two points or an error that is not positive."""
-    require(len(steps) == len(errors) >= 2, "power_law_fit: steps and errors", "be of equal length, at least 2", (len(steps), len(errors)))
+    require(
+        len(steps) == len(errors) >= 2,
+        "power_law_fit: steps and errors",
+        "be of equal length, at least 2",
+        (len(steps), len(errors)),
+    )
     require(min(errors) > 0, "power_law_fit: errors", "be positive", min(errors))
     x, y = torch.tensor(steps, dtype=torch.float64).log(), torch.tensor(errors, dtype=torch.float64).log()
     x_c, y_c = x - x.mean(), y - y.mean()

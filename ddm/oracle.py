@@ -35,7 +35,9 @@ class GaussianMixture:
         v = velocity(x, self.denoise(x, t), self.schedule(t.to(x)))[:, None]
         d_variance = 2 * c.a * c.da * self.stds.to(x) ** 2 + 2 * c.s * c.ds
         d_residual = v - c.da * self.means.to(x)
-        d_log_p = residual**2 * d_variance / 2 / variance**2 - residual * d_residual / variance - d_variance / 2 / variance
+        d_log_p = (
+            residual**2 * d_variance / 2 / variance**2 - residual * d_residual / variance - d_variance / 2 / variance
+        )
         alpha, rate = self.posterior(x, t), d_log_p.sum(dim=2)
         return alpha * (rate - (alpha * rate).sum(dim=1, keepdim=True))
 

@@ -40,7 +40,9 @@ class Partition:
         return digest(asdict(self))
 
     @staticmethod
-    def write(folder: Path, images: Tensor, cluster: Tensor, names: Sequence[str], labels: Tensor | None) -> "Partition":
+    def write(
+        folder: Path, images: Tensor, cluster: Tensor, names: Sequence[str], labels: Tensor | None
+    ) -> "Partition":
         """Cut `images` (uint8 `[N, C, H, W]`) by `cluster` (int64 `[N]`, values below `len(names)`) and write the folder.
 
         Raises `DataError` naming a cluster without pictures.
@@ -48,7 +50,9 @@ class Partition:
         sizes = torch.bincount(cluster, minlength=len(names)).tolist()
         for k, size in enumerate(sizes):
             if size == 0:
-                raise DataError(f"cluster {k} ({names[k]}) of {len(names)} has no pictures: every cluster needs at least one")
+                raise DataError(
+                    f"cluster {k} ({names[k]}) of {len(names)} has no pictures: every cluster needs at least one"
+                )
         hashes = []
         for k in range(len(names)):
             index = (cluster == k).nonzero()[:, 0]

@@ -46,9 +46,14 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def _words(seed: int, use: Use, index: Tensor, step: int, count: int) -> Tensor:
-    """`[B, count]` random 32-bit words (int64) for the indices `[B]`: the first `count` of the stream (seed, use, index, step)."""
+    """`[B, count]` random 32-bit words (int64): for each index `[B]` the first of the stream (seed, use, index, step)."""
     block = torch.arange(-(-count // 4), device=index.device)[None]
-    counter = (block, index[:, None] & _MASK, torch.full_like(block, step), (index[:, None] >> 32 & 0xFFFFFF) << 8 | int(use))
+    counter = (
+        block,
+        index[:, None] & _MASK,
+        torch.full_like(block, step),
+        (index[:, None] >> 32 & 0xFFFFFF) << 8 | int(use),
+    )
     words = philox(counter, (seed & _MASK, seed >> 32 & _MASK))
     return torch.stack([w.expand(len(index), -1) for w in words], dim=2).flatten(1)[:, :count]
 

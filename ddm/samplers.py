@@ -6,6 +6,7 @@ about: `drive` calls a denoiser in a loop, `drive_async` awaits one that may be 
 
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,21 +18,25 @@ from ddm.schedules import Schedule, velocity
 
 SAMPLERS = ("euler", "ddim")
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], t [] or [B]) -> E[x0 | x_t = x] [B, ...]; t of any device and dtype
+Denoiser = Callable[
+    [Tensor, Tensor], Tensor
+]  # (x [B, ...], t [] or [B]) -> E[x0 | x_t = x] [B, ...]; t of any device and dtype
 Noise = Callable[[int], Tensor]  # the standard normal noise of step n, shaped like x
-Walk = Generator[tuple[Tensor, Tensor], Tensor, Tensor]  # yields (x, t), is sent the denoised x, returns x at the grid's end
+Walk = Generator[
+    tuple[Tensor, Tensor], Tensor, Tensor
+]  # yields (x, t), is sent the denoised x, returns x at the grid's end
 
 
 def euler(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
     """Euler's method on the probability-flow ODE, `x' = x + (t' - t) v(x, t)`: the sampler of the paper's routed ODE."""
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, (yield x, t), schedule(t))
     return x
 
 
 def ddim(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
     """`x' = a' D + (s'/s) (x - a D)` (arXiv 2010.02502, eq. 12 with sigma = 0): exact where D is constant over the step."""
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         c, c_next = schedule(t), schedule(t_next)
         denoised = yield x, t
         x = c_next.a * denoised + c_next.s / c.s * (x - c.a * denoised)
@@ -93,7 +98,10 @@ def start(
     index: Tensor | None = None,
     t_min: float = 0.0,
 ) -> Walk:
-    """A sampler ready to be driven from `x` `[B, ...]` at t = 1; the noise of step n is that of pictures `index` (default 0 ... B-1)."""
+    """A sampler ready to be driven from `x` `[B, ...]` at t = 1.
+
+    The noise of step n is that of the pictures `index` (default 0 ... B-1) of the seed.
+    """
     index = torch.arange(len(x), device=x.device) if index is None else index
     times = time_grid(grid, steps, schedule, t_min)  # on the CPU: no step waits for a device to learn its time
 

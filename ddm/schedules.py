@@ -102,7 +102,9 @@ def schedule(name: str, **parameters: Any) -> Schedule:
     known = kind.__dataclass_fields__
     for key, value in parameters.items():
         if key not in known:
-            raise ConfigError(f"schedule.{key} must be a parameter of {name} ({', '.join(known) or 'it has none'}), got {value!r}")
+            raise ConfigError(
+                f"schedule.{key} must be a parameter of {name} ({', '.join(known) or 'it has none'}), got {value!r}"
+            )
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         require(is_number and math.isfinite(value), f"schedule.{key}", "be a finite number", value)
     return kind(**parameters)

@@ -1,0 +1,1 @@
+"""The UNet x0-denoiser, and how one expert learns."""

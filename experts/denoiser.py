@@ -47,7 +47,9 @@ class Denoiser(nn.Module):
         c_in = 1 / sqrt(a^2 v + s^2)    c_skip = a v / (a^2 v + s^2)    c_out = s sqrt(v) / sqrt(a^2 v + s^2),   v = sigma_data^2
     """
 
-    def __init__(self, network: nn.Module, schedule: Schedule, parameterization: Parameterization, sigma_data: float) -> None:
+    def __init__(
+        self, network: nn.Module, schedule: Schedule, parameterization: Parameterization, sigma_data: float
+    ) -> None:
         super().__init__()
         self.network, self.schedule = network, schedule
         self.parameterization, self.sigma_data = parameterization, sigma_data

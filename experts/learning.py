@@ -10,8 +10,9 @@ from ddm.learning import Batches
 from ddm.schedules import Coeffs
 from experts.denoiser import Denoiser, ExpertConfig, LossWeight
 
+
 def loss_weight(kind: LossWeight, c: Coeffs, gamma: float) -> Tensor:
-    """The weight of `|D - x0|^2` at each time: 1, `a^2/s^2`, or `min(a^2/s^2, gamma)` (Min-SNR, arXiv 2303.09556, section 3.4)."""
+    """The weight of `|D - x0|^2` at each time: 1, `a^2/s^2`, or `min(a^2/s^2, gamma)` (arXiv 2303.09556, section 3.4)."""
     snr = (c.a / c.s).square()
     match kind:
         case "constant":

@@ -20,10 +20,16 @@ class UNetConfig:
     attention: list[int] = field(default_factory=lambda: [16])  # sides of the feature maps that get self-attention
     dropout: float = 0.1
 
-    def build(self, shape: Sequence[int], section: str = "expert.unet") -> "UNet":
-        """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+    def check(self, shape: Sequence[int], section: str = "expert.unet") -> None:
+        """Raise `ConfigError` naming the key of a size that cannot be for pictures `[C, H, W]`."""
         check_encoder(section, self.channels, self.multipliers, self.blocks, self.dropout, shape)
-        return UNet(shape, self).to(memory_format=torch.channels_last)  # what convolutions like, on CPUs as on tensor cores
+
+    def build(self, shape: Sequence[int]) -> "UNet":
+        """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+        self.check(shape)
+        return UNet(shape, self).to(
+            memory_format=torch.channels_last
+        )  # what convolutions like, on CPUs as on tensor cores
 
 
 class Upsample(nn.Module):

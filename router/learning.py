@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddm.learning import Batches
@@ -17,8 +17,10 @@ from router.networks import DerivativeNet, PosteriorNet, RouterConfig
 from router.targets import exact_posterior, exact_posterior_rate
 
 
-def posterior_loss(logits: Tensor, alpha: Tensor, label: Tensor, label_weight: float, posterior_weight: float) -> Tensor:
-    """`label_weight CE(logits, label) + posterior_weight mean_b |softmax(logits) - alpha|^2`: a scalar, for `[B, K]` and `[B]`."""
+def posterior_loss(
+    logits: Tensor, alpha: Tensor, label: Tensor, label_weight: float, posterior_weight: float
+) -> Tensor:
+    """`label_weight CE(logits, label) + posterior_weight mean_b |softmax(logits) - alpha|^2`, for `[B, K]` and `[B]`."""
     error = (logits.softmax(dim=1) - alpha).square().sum(dim=1).mean()
     return label_weight * F.cross_entropy(logits, label) + posterior_weight * error
 
@@ -34,7 +36,7 @@ class _RouterLearning(pl.LightningModule):
     def __init__(self, posterior: PosteriorNet, batches: Batches, cluster: Tensor, config: RouterConfig) -> None:
         super().__init__()
         self.posterior, self.batches, self.config = posterior, batches, config
-        self.register_buffer("cluster", cluster, persistent=False)
+        self.cluster = nn.Buffer(cluster, persistent=False)
 
     def on_fit_start(self) -> None:
         self.batches.images = self.batches.images.to(self.device)
@@ -57,15 +59,24 @@ class PosteriorLearning(_RouterLearning):
     def training_step(self, _: Any, __: int) -> Tensor:
         t = self.config.t_min + (1 - self.config.t_min) * self.batches.times(self.global_step)
         _x0, label, _eps, x = self.noisy(self.global_step, t)
-        alpha = exact_posterior(x, t, self.batches.images, self.cluster, self.posterior.scorer.schedule, len(self.posterior.log_pi))
-        return posterior_loss(self.posterior.logits(x, t), alpha, label, self.config.label_weight, self.config.posterior_weight)
+        alpha = exact_posterior(
+            x, t, self.batches.images, self.cluster, self.posterior.scorer.schedule, len(self.posterior.log_pi)
+        )
+        return posterior_loss(
+            self.posterior.logits(x, t), alpha, label, self.config.label_weight, self.config.posterior_weight
+        )
 
 
 class RouterLearning(_RouterLearning):
     """Stage 2: the posterior net and the derivative nets, a third of the times in each band."""
 
     def __init__(
-        self, posterior: PosteriorNet, derivative: DerivativeNet, batches: Batches, cluster: Tensor, config: RouterConfig
+        self,
+        posterior: PosteriorNet,
+        derivative: DerivativeNet,
+        batches: Batches,
+        cluster: Tensor,
+        config: RouterConfig,
     ) -> None:
         super().__init__(posterior, batches, cluster, config)
         self.derivative = derivative

@@ -24,9 +24,13 @@ class RouterNetConfig:
     attention: list[int] = field(default_factory=lambda: [8])  # sides of the feature maps that get self-attention
     dropout: float = 0.0
 
-    def build(self, shape: Sequence[int], clusters: int, schedule: Schedule, section: str = "router.net") -> "Scorer":
-        """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+    def check(self, shape: Sequence[int], section: str = "router.net") -> None:
+        """Raise `ConfigError` naming the key of a size that cannot be for pictures `[C, H, W]`."""
         check_encoder(section, self.channels, self.multipliers, self.blocks, self.dropout, shape)
+
+    def build(self, shape: Sequence[int], clusters: int, schedule: Schedule) -> "Scorer":
+        """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+        self.check(shape)
         return Scorer(shape, clusters, schedule, self)
 
 
@@ -44,10 +48,20 @@ class RouterConfig(FitConfig):
     def check(self, section: str) -> None:
         """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
         super().check(section)
-        require(1 <= self.switch_step < self.steps, f"{section}.switch_step", f"be in [1, {section}.steps = {self.steps})", self.switch_step)
+        require(
+            1 <= self.switch_step < self.steps,
+            f"{section}.switch_step",
+            f"be in [1, {section}.steps = {self.steps})",
+            self.switch_step,
+        )
         for key in ("label_weight", "posterior_weight", "rate_weight"):
             require(getattr(self, key) >= 0, f"{section}.{key}", "be at least 0", getattr(self, key))
-        require(self.label_weight + self.posterior_weight > 0, f"{section}.label_weight", f"be above 0 where {section}.posterior_weight is 0", 0)
+        require(
+            self.label_weight + self.posterior_weight > 0,
+            f"{section}.label_weight",
+            f"be above 0 where {section}.posterior_weight is 0",
+            0,
+        )
         rising = len(self.bands) == 2 and self.t_min < self.bands[0] < self.bands[1] < 1
         require(rising, f"{section}.bands", f"be two rising times in ({section}.t_min, 1)", self.bands)
         require(self.batch % 3 == 0, f"{section}.batch", "be a multiple of 3, a third for each band", self.batch)
@@ -87,7 +101,7 @@ class PosteriorNet(nn.Module):
     def __init__(self, scorer: Scorer, pi: Tensor) -> None:
         super().__init__()
         self.scorer = scorer
-        self.register_buffer("log_pi", pi.log())
+        self.log_pi = nn.Buffer(pi.log())
 
     def logits(self, x: Tensor, t: Tensor) -> Tensor:
         """The softmax's argument, `[B, K]`."""
@@ -127,9 +141,6 @@ class DerivativeNet(nn.Module):
         if t.ndim == 0:
             return self.band(sum(float(t) >= edge for edge in self.edges), x, t)
         band = torch.bucketize(t, torch.tensor(self.edges, device=t.device, dtype=t.dtype), right=True)
-        rate = x.new_zeros(len(x), self.scorers[0].head.out_features)
-        for b in range(len(self.scorers)):
-            rows = (band == b).nonzero()[:, 0]
-            if len(rows):
-                rate[rows] = self.band(b, x[rows], t[rows])
-        return rate
+        rows = [(band == b).nonzero()[:, 0] for b in range(len(self.scorers))]
+        rates = [self.band(b, x[r], t[r]) for b, r in enumerate(rows) if len(r)]
+        return torch.empty_like(torch.cat(rates)).index_copy_(0, torch.cat(rows), torch.cat(rates))

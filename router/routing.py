@@ -90,4 +90,3 @@ class RoutedDenoiser:
         self.calls += len(row)
         share = weight[row, expert].reshape(-1, *(1,) * (x.ndim - 1))
         return torch.zeros_like(x).index_add_(0, row, share * answers)
-

@@ -29,7 +29,9 @@ class _Chunk(NamedTuple):
     dots: list[Tensor]
 
 
-def exact_posterior(x: Tensor, t: Tensor, images: Tensor, labels: Tensor, schedule: Schedule, k: int | None = None) -> Tensor:
+def exact_posterior(
+    x: Tensor, t: Tensor, images: Tensor, labels: Tensor, schedule: Schedule, k: int | None = None
+) -> Tensor:
     """The exact `alpha_k(x, t)` over a training set, float32 `[B, K]`.
 
     x `[B, ...]`; t `[]` or `[B]` in (0, 1]; images `[N, ...]` uint8 or float in [-1, 1]; labels int64 `[N]` in 0 ... K-1;
@@ -99,4 +101,3 @@ def _online(
     alpha = mass / total
     rate = moment / total - alpha * (moment.sum(dim=1, keepdim=True) / total)
     return alpha.float(), rate.float()
-

@@ -38,7 +38,7 @@ class SampleConfig:
     policy: str = "balanced"
     top_k: int = 1  # for policy=top_k
     nucleus_p: float = 0.9  # for policy=nucleus
-    pull: float = 10.0  # for source=combined, towards the posterior net, a unit of t
+    pull: float = 40.0  # for source=combined, towards the posterior net, a unit of t
     t_min: float = 0.0  # where the grid ends
     clip: bool = True  # bound the denoised pictures to [-1, 1], after mixing
 
@@ -66,11 +66,13 @@ class Trace(NamedTuple):
 class Model:
     """K experts and their router, ready to sample. Made by `load`.
 
-    Attributes: `shape` of a picture `[C, H, W]`, `names` and `pi` of the clusters, `version` (the SHA-256 of the manifest), and the
-    parts: `schedule`, `experts`, `posterior`, `derivative` (None where the bundle has no router).
+    Attributes: `shape` of a picture `[C, H, W]`, `names` and `pi` of the clusters, `version` (the SHA-256 of the manifest), and
+    the parts: `schedule`, `experts`, `posterior`, `derivative` (None where the bundle has no router).
     """
 
-    def __init__(self, bundle: Bundle, device: str | torch.device, pictures: Callable[[], dict[str, Tensor]] | None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: str | torch.device, pictures: Callable[[], dict[str, Tensor]] | None
+    ) -> None:
         self.device = torch.device(device)
         self.shape, self.names, self.version = bundle.shape, bundle.names, bundle.version
         self.pi = torch.tensor(bundle.sizes, device=self.device) / sum(bundle.sizes)
@@ -103,7 +105,7 @@ class Model:
         """Draw pictures `first_index ... first_index + n - 1` of a seed: `[n, C, H, W]` in [-1, 1], float32, on the CPU.
 
         Picture i is a function of (seed, i) and the settings: the same alone or among others. `settings` are the fields of
-        `SampleConfig`. `batch` pictures go through the networks together; `progress` is told how many steps of a picture are done.
+        `SampleConfig`. `batch` pictures go through the networks together; `progress` hears of every step how many they are.
         With `trace=True` returns `(images, Trace)`.
 
         Raises `ConfigError` naming the setting, the rule and the value.
@@ -132,9 +134,13 @@ class Model:
         config.check()
         needs_router = config.source in ("posterior", "derivative", "combined") and len(self.experts) > 1
         if needs_router and self.posterior is None:
-            raise ConfigError(f"sample.source must be prior or analytic for a bundle without a router, got {config.source!r}")
+            raise ConfigError(
+                f"sample.source must be prior or analytic for a bundle without a router, got {config.source!r}"
+            )
         if config.source == "analytic" and self._pictures is None:
-            raise ConfigError("sample.source=analytic needs the training pictures: load the run's folder, a bundle carries none")
+            raise ConfigError(
+                "sample.source=analytic needs the training pictures: load the run's folder, a bundle carries none"
+            )
         return config
 
     def source(self, config: SampleConfig) -> Alpha:
@@ -143,7 +149,8 @@ class Model:
             return prior(self.pi)
         if config.source == "analytic":
             return self._exact()
-        assert self.posterior is not None and self.derivative is not None
+        assert self.posterior is not None
+        assert self.derivative is not None
         match config.source:
             case "posterior":
                 return self.posterior
@@ -170,7 +177,9 @@ class Model:
         )
         noise = normal(seed, Use.START, index, 0, self.shape)
         x = noise * self.schedule(torch.ones((), dtype=torch.float64)).s
-        walk = start(x, self.schedule, config.sampler, config.steps, config.grid, seed=seed, index=index, t_min=config.t_min)
+        walk = start(
+            x, self.schedule, config.sampler, config.steps, config.grid, seed=seed, index=index, t_min=config.t_min
+        )
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             if progress is not None:
@@ -234,11 +243,15 @@ def _config(schema: type[C], artifact: Artifact) -> C:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), artifact.facts["config"]))  # type: ignore[return-value]
     except (OmegaConfBaseException, KeyError) as error:
-        raise ArtifactError(f"{artifact.stem}.json is not of this version: its config does not fit ({error})") from error
+        raise ArtifactError(
+            f"{artifact.stem}.json is not of this version: its config does not fit ({error})"
+        ) from error
 
 
 def _fill(module: torch.nn.Module, artifact: Artifact) -> None:
     try:
         module.load_state_dict(artifact.tensors)
     except RuntimeError as error:
-        raise ArtifactError(f"{artifact.stem}.safetensors does not fit the network that its JSON describes: {error}") from error
+        raise ArtifactError(
+            f"{artifact.stem}.safetensors does not fit the network that its JSON describes: {error}"
+        ) from error

@@ -14,7 +14,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def contact_sheet(rows: Sequence[Tensor], least_side: int = 32) -> Tensor:
-    """uint8 `[C, H, W]`: pictures in rows (uint8 `[n, C, h, w]` each, n may differ), whole-number enlarged to `least_side` pixels."""
+    """uint8 `[C, H, W]`: pictures in rows (uint8 `[n, C, h, w]` each), enlarged by a whole number to `least_side` pixels."""
     scale = max(1, -(-least_side // rows[0].shape[-1]))
     channels, side, gap = rows[0].shape[1], rows[0].shape[-1] * scale, 2
     columns = max(len(row) for row in rows)

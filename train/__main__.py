@@ -9,7 +9,6 @@ import logging
 import sys
 from pathlib import Path
 
-
 from ddm.errors import ConfigError, DdmError
 from train.config import STAGES, default_config, load_config
 
@@ -25,7 +24,9 @@ def main(words: list[str]) -> int:
         stages = [word for word in words if word in STAGES]
         paths = [word for word in words if "=" not in word and word not in STAGES]
         if len(paths) > 1 or any(not path.endswith((".yaml", ".yml")) for path in paths):
-            raise ConfigError(f"a word must be a config (*.yaml), a stage ({' '.join(STAGES)}) or key=value, got {paths[-1]!r}")
+            raise ConfigError(
+                f"a word must be a config (*.yaml), a stage ({' '.join(STAGES)}) or key=value, got {paths[-1]!r}"
+            )
         config = load_config(Path(paths[0]) if paths else default_config(), overrides)
         from train.stages import run  # here, so that a typo need not wait for Lightning
 

@@ -60,24 +60,59 @@ class EvaluateConfig:
     inception_weights: str | None = None  # for features=inception: pt_inception-2015-12-05-6726825d.pth
     trajectories: int = 64  # paths for the trajectory error
     reference_steps: int = 1000
-    monolith_steps: int | None = None  # training steps of the one model for the row DDIM; null is as many as all experts; 0 for no row
+    monolith_steps: int | None = (
+        None  # training steps of the one model for the row DDIM; null is as many as all experts; 0 for no row
+    )
     batch: int = 256
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `evaluate.…` of a value out of its range."""
         require(self.n >= 20, "evaluate.n", "be at least 20", self.n)
         steps = self.steps
-        require(len(set(steps)) >= 2 and all(1 <= n <= 1000 for n in steps), "evaluate.steps", "be two or more step counts in [1, 1000]", steps)
-        require(1 <= self.trajectories <= self.n, "evaluate.trajectories", f"be in [1, evaluate.n = {self.n}]", self.trajectories)
+        require(
+            len(set(steps)) >= 2 and all(1 <= n <= 1000 for n in steps),
+            "evaluate.steps",
+            "be two or more step counts in [1, 1000]",
+            steps,
+        )
+        require(
+            1 <= self.trajectories <= self.n,
+            "evaluate.trajectories",
+            f"be in [1, evaluate.n = {self.n}]",
+            self.trajectories,
+        )
         reference = self.reference_steps
-        require(max(steps) < reference <= 1000, "evaluate.reference_steps", f"be in ({max(steps)}, 1000], above every evaluate.steps", reference)
-        require(self.monolith_steps is None or self.monolith_steps >= 0, "evaluate.monolith_steps", "be at least 0, or null", self.monolith_steps)
+        require(
+            max(steps) < reference <= 1000,
+            "evaluate.reference_steps",
+            f"be in ({max(steps)}, 1000], above every evaluate.steps",
+            reference,
+        )
+        require(
+            self.monolith_steps is None or self.monolith_steps >= 0,
+            "evaluate.monolith_steps",
+            "be at least 0, or null",
+            self.monolith_steps,
+        )
         require(self.batch >= 1, "evaluate.batch", "be at least 1", self.batch)
+
+    def check_files(self) -> None:
+        """Raise `ConfigError` naming the key of a file that is not there: asked only where the stage is to run."""
         if self.features == "inception":
             weights = self.inception_weights
-            require(weights is not None and Path(weights).is_file(), "evaluate.inception_weights", "be a file for evaluate.features=inception", weights)
+            require(
+                weights is not None and Path(weights).is_file(),
+                "evaluate.inception_weights",
+                "be a file for evaluate.features=inception",
+                weights,
+            )
         elif self.features != "classifier":
-            require(Path(self.features).is_file(), "evaluate.features", "be classifier, inception, or a TorchScript file", self.features)
+            require(
+                Path(self.features).is_file(),
+                "evaluate.features",
+                "be classifier, inception, or a TorchScript file",
+                self.features,
+            )
 
 
 @dataclass
@@ -137,7 +172,8 @@ def load_config(path: Path, overrides: Sequence[str]) -> Config:
     try:
         text = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"there is no config {path}; those at hand are {', '.join(sorted(c.name for c in default_config().parent.glob('*.yaml')))}") from None
+        at_hand = " ".join(sorted(f"configs/{file.name}" for file in default_config().parent.glob("*.yaml")))
+        raise ConfigError(f"there is no config {path}; those that come with the program are {at_hand}") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML file that can be read: {error}") from error
     try:
@@ -158,7 +194,16 @@ def _one_line(error: Exception) -> str:
 
 
 # Where things lie, which part of the work to do and how it is shown may change between two calls; what was learned may not.
-_FREE = {"run", "accelerator", "data.root", "data.download", "expert.index", "expert.workers", "expert.checkpoint_every", "router.checkpoint_every"}
+_FREE = {
+    "run",
+    "accelerator",
+    "data.root",
+    "data.download",
+    "expert.index",
+    "expert.workers",
+    "expert.checkpoint_every",
+    "router.checkpoint_every",
+}
 
 
 def claim(config: Config) -> None:
@@ -168,11 +213,18 @@ def claim(config: Config) -> None:
     """
     path = config.folder / "config.yaml"
     if path.exists():
-        there, here = (_flat({k: v for k, v in c.items() if k not in ("sample", "evaluate")}) for c in (_saved(path), plain(config)))
-        keys = [key for key in sorted(there.keys() | here.keys()) if key not in _FREE and there.get(key) != here.get(key)]
+        there, here = (
+            _flat({k: v for k, v in c.items() if k not in ("sample", "evaluate")})
+            for c in (_saved(path), plain(config))
+        )
+        keys = [
+            key for key in sorted(there.keys() | here.keys()) if key not in _FREE and there.get(key) != here.get(key)
+        ]
         if keys:
             changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys)
-            raise ArtifactError(f"{config.folder} was made by another config: {changes}. Give run=FOLDER for a new run, or repeat the old values")
+            raise ArtifactError(
+                f"{config.folder} was made by another config: {changes}. Give run=FOLDER for a new run, or repeat the old values"
+            )
     config.folder.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
     scratch.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -194,5 +246,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
-
-

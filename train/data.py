@@ -1,6 +1,6 @@
 """The data sets: real pictures as one uint8 tensor, with whatever labels or attributes they come with."""
 
-import json
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +54,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Pictures:
-    """`images` uint8 `[N, C, H, W]`; `labels` int64 `[N]` with `label_names`; `attributes` bool `[N, A]` with `attribute_names`."""
+    """`images` uint8 `[N, C, H, W]`; `labels` int64 `[N]` and their names; `attributes` bool `[N, A]` and their names."""
 
     images: Tensor
     labels: Tensor | None = None
@@ -70,9 +70,7 @@ class Pictures:
 
 
 def _digest_bytes(tensor: Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(memoryview(tensor.contiguous().numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _digits(config: DataConfig) -> Pictures:
@@ -80,7 +78,9 @@ def _digits(config: DataConfig) -> Pictures:
 
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
-    return Pictures(images[: config.limit], torch.from_numpy(digits.target)[: config.limit].long(), [str(d) for d in range(10)])
+    return Pictures(
+        images[: config.limit], torch.from_numpy(digits.target)[: config.limit].long(), [str(d) for d in range(10)]
+    )
 
 
 def _cifar10(config: DataConfig) -> Pictures:
@@ -110,7 +110,9 @@ def _celeba_hq(config: DataConfig) -> Pictures:
     _count, header, *rows = listing.read_text().splitlines()
     names = header.split()
     facts = dict(row.split(maxsplit=1) for row in rows if row.strip())
-    files = [path for path in _picture_files(folder) if path.name in facts or path.with_suffix(".jpg").name in facts][: config.limit]
+    files = [path for path in _picture_files(folder) if path.name in facts or path.with_suffix(".jpg").name in facts][
+        : config.limit
+    ]
     if not files:
         raise DataError(f"{folder} holds no picture that {listing} lists")
     values = [facts.get(path.name) or facts[path.with_suffix(".jpg").name] for path in files]
@@ -120,10 +122,14 @@ def _celeba_hq(config: DataConfig) -> Pictures:
 
 def _folder(config: DataConfig) -> Pictures:
     root = Path(config.root)
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "cache") if root.is_dir() else []
+    classes = (
+        sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "cache") if root.is_dir() else []
+    )
     files = [path for name in classes for path in _picture_files(root / name)]
     if not files:
-        raise DataError(f"{root} holds no pictures: data.name=folder takes one sub-folder a class, with PNG, JPEG or WebP files in it")
+        raise DataError(
+            f"{root} holds no pictures: data.name=folder takes one sub-folder a class, with PNG, JPEG or WebP files in it"
+        )
     if config.limit is not None:  # evenly over the classes
         files = files[:: max(1, len(files) // config.limit)][: config.limit]
     labels = torch.tensor([classes.index(path.parent.name) for path in files])
@@ -158,7 +164,9 @@ def _reader(size: int, advance: Callable[[], None]) -> Callable[[Path], Tensor]:
                 side = min(image.size)
                 left, top = (image.width - side) // 2, (image.height - side) // 2
                 square = image.convert("RGB").resize(
-                    (size, size), Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC, (left, top, left + side, top + side)
+                    (size, size),
+                    Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC,
+                    (left, top, left + side, top + side),
                 )
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{path} is no picture that can be read: {error}") from error

@@ -19,7 +19,7 @@ from train.progress import bar
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: its name, the run it samples and that run's version, where alpha comes from, who moves the picture."""
+    """A row of the table: its name, the run it samples and its version, where alpha comes from, who moves the picture."""
 
     name: str
     run: str
@@ -30,7 +30,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Draw:
-    """A cell of the table: a method at a number of steps, n pictures from the noise of seed 0; the first `paths` are kept as float."""
+    """A cell of the table: a method at a number of steps, n pictures of seed 0; the first `paths` are kept as float."""
 
     method: Method
     steps: int
@@ -61,7 +61,9 @@ class Draws:
 
     def make(self, draws: Sequence[Draw], calls_per_step: Sequence[int], workers: int) -> None:
         """Draw what is not there yet, the longest first. Raises `DdmError` naming the draw that failed."""
-        todo = [(d.n * d.steps * calls, d) for d, calls in zip(draws, calls_per_step, strict=True) if not self._is_made(d)]
+        todo = [
+            (d.n * d.steps * calls, d) for d, calls in zip(draws, calls_per_step, strict=True) if not self._is_made(d)
+        ]
         todo.sort(key=lambda job: -job[0])
         if not todo:
             return
@@ -81,7 +83,9 @@ class Draws:
         model = _model(draw.method.run, self.device)
         per_step = cost // (draw.n * draw.steps)
         settings = {**self.settings, "source": draw.method.source, "policy": draw.method.policy, "steps": draw.steps}
-        images, trace = model.sample(draw.n, batch=self.batch, trace=True, progress=lambda n: tell(n * per_step), **settings)
+        images, trace = model.sample(
+            draw.n, batch=self.batch, trace=True, progress=lambda n: tell(n * per_step), **settings
+        )
         tensors = {
             "images": to_uint8(images),
             "ends": images[: draw.paths],
@@ -102,7 +106,9 @@ class Draws:
 
     def _is_made(self, draw: Draw) -> bool:
         path = self._stem(draw).with_suffix(".json")
-        return path.exists() and {key: value for key, value in read_json(path).items() if key != "calls"} == self._facts(draw)
+        return path.exists() and {
+            key: value for key, value in read_json(path).items() if key != "calls"
+        } == self._facts(draw)
 
 
 def _work(draws: Draws, job: tuple[int, Draw], tell: Tell) -> None:

@@ -20,7 +20,7 @@ from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
 from train.config import Config, plain
 from train.draws import Draw, Draws, Method
-from train.features import FeatureNetwork, Judged, feature_network, held_out
+from train.features import Judged, feature_network, held_out
 from train.pool import workers_for
 from train.progress import bar
 from train.record import Cell, Evaluation
@@ -34,7 +34,7 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
     began = time.monotonic()
     own, folder, report = config.evaluate, config.folder / "evaluate", config.folder / "report.html"
     cut = Partition.read(config.folder / "partition")
-    rows = methods(config, monolith)
+    rows = methods(config, monolith, cut.k)
     key = digest([[asdict(row) for row in rows], plain(own), plain(config.sample), config.seed])
     if report.exists() and (folder / "record.json").exists() and read_json(folder / "record.json").get("key") == key:
         evaluation = Evaluation.read(folder / "record.json")
@@ -46,7 +46,7 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
     mixture = Method("reference", config.run, rows[-1].version, "posterior", "full")
     reference = Draw(mixture, own.reference_steps, own.trajectories, own.trajectories)
     draws = Draws(folder / "draws", config.sample, config.device, own.batch)
-    calls = [cut.k if d.method.policy == "full" and d.method.name != "DDIM" else 1 for d in [reference, *cells]]
+    calls = [cut.k if d.method.policy == "full" and d.method.run == config.run else 1 for d in [reference, *cells]]
     draws.make([reference, *cells], calls, workers_for(len(calls), config.device, config.expert.workers))
 
     whole = cut.all(config.folder / "partition")
@@ -58,7 +58,7 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
         scores = _Scores(real)
         for draw in cells:
             drawn = draws.read(draw)
-            error = None if draw.method.name == "DDIM" else trajectory_error(drawn.ends, ends)
+            error = trajectory_error(drawn.ends, ends) if draw.method.run == config.run else None
             measured.append(scores.cell(draw, drawn.calls, network(drawn.images, advance), error))
     evaluation = Evaluation(
         config=plain(config),
@@ -77,13 +77,15 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
     return evaluation
 
 
-def methods(config: Config, monolith: Config | None) -> list[Method]:
+def methods(config: Config, monolith: Config | None, k: int) -> list[Method]:
     """The rows: the paper's four, then one-expert, best-expert and all-experts rules with the config's own source of alpha."""
 
     def row(name: str, of: Config, source: str, policy: str) -> Method:
         return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), source, policy)
 
     source = config.sample.source
+    if k == 1:
+        return [row("DDIM", config, "prior", "full")]
     return [
         *([row("DDIM", monolith, "prior", "full")] if monolith else []),
         row("Naive", config, "prior", "fixed"),
@@ -115,7 +117,9 @@ class _Scores:
             warnings.filterwarnings("ignore", "Metric `.*` will save all extracted features")
             self.frechet = FrechetInceptionDistance(given, reset_real_features=False)
             self.inception = InceptionScore(given, splits=2)
-            self.kid = KernelInceptionDistance(given, subsets=50, subset_size=min(1000, len(real.features) // 2), reset_real_features=False)
+            self.kid = KernelInceptionDistance(
+                given, subsets=50, subset_size=min(1000, len(real.features) // 2), reset_real_features=False
+            )
         self.frechet.update(real.features.double(), real=True)
         self.kid.update(real.features, real=True)
 
@@ -135,7 +139,9 @@ class _Scores:
                 probability = judged.logits.softmax(dim=1)
                 confidence = float(probability.amax(dim=1).mean())
                 shares = _shares(probability.argmax(dim=1), probability.shape[1])
-        return Cell(draw.method.name, draw.steps, calls, float(self.frechet.compute()), kid, score, confidence, shares, error)
+        return Cell(
+            draw.method.name, draw.steps, calls, float(self.frechet.compute()), kid, score, confidence, shares, error
+        )
 
 
 def _shares(labels: Tensor, classes: int) -> list[float]:

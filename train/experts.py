@@ -31,7 +31,9 @@ def expert_stem(config: Config, k: int) -> Path:
 
 def _key(config: Config, partition: Partition, k: int) -> str:
     """The content hash of all that makes expert k what it is."""
-    return digest([plain(_own(config)), config.schedule, config.seed, config.data.flip, partition.hash, partition.hashes[k]])
+    return digest(
+        [plain(_own(config)), config.schedule, config.seed, config.data.flip, partition.hash, partition.hashes[k]]
+    )
 
 
 def _own(config: Config) -> ExpertConfig:
@@ -44,9 +46,13 @@ def train_experts(config: Config) -> None:
     An expert that fails costs only itself: the others are trained first, then `DdmError` names it.
     """
     partition = Partition.read(config.folder / "partition")
+    config.expert.unet.check(partition.shape)
+    config.router.net.check(partition.shape)  # here, so that a router that cannot be is known before days of training
     index = config.expert.index
     if index is not None and index >= partition.k:
-        raise ConfigError(f"expert.index must be in [0, {partition.k - 1}], the clusters of {config.folder}, got {index}")
+        raise ConfigError(
+            f"expert.index must be in [0, {partition.k - 1}], the clusters of {config.folder}, got {index}"
+        )
     wanted = range(partition.k) if index is None else [index]
     todo = [k for k in wanted if not _up_to_date(config, partition, k)]
     if len(todo) < len(wanted):
@@ -55,7 +61,10 @@ def train_experts(config: Config) -> None:
         return
     began = time.monotonic()
     with bars() as progress:
-        tasks = {k: progress.add_task(f"expert {k:02d}: {partition.names[k]}"[:24], total=config.expert.steps, note="") for k in todo}
+        tasks = {
+            k: progress.add_task(f"expert {k:02d}: {partition.names[k]}"[:24], total=config.expert.steps, note="")
+            for k in todo
+        }
 
         def hear(news: tuple[int, int, float]) -> None:
             k, step, loss = news
@@ -66,7 +75,9 @@ def train_experts(config: Config) -> None:
     failed = [(k, result) for k, result in zip(todo, results, strict=True) if isinstance(result, Exception)]
     if failed:
         k, error = failed[0]
-        raise DdmError(f"expert {k:02d} of {config.folder} failed: {error}. Run the same command again to resume") from error
+        raise DdmError(
+            f"expert {k:02d} of {config.folder} failed: {error}. Run the same command again to resume"
+        ) from error
     log.info("expert     trained %d of %d in %.0f s", len(todo), partition.k, time.monotonic() - began)
 
 
@@ -76,7 +87,9 @@ def _up_to_date(config: Config, partition: Partition, k: int) -> bool:
     if not path.exists():
         return False
     if read_json(path).get("key") != _key(config, partition, k):
-        raise ArtifactError(f"{path} was made by another config or from other pictures: move {path.parent} away to train it anew")
+        raise ArtifactError(
+            f"{path} was made by another config or from other pictures: move {path.parent} away to train it anew"
+        )
     return True
 
 

@@ -1,19 +1,24 @@
 """What pictures are judged by: features, and where there is a classifier, its logits. Every figure is named after them."""
 
+import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.image.fid import NoTrainInceptionV3
 
 from ddm.errors import ConfigError
 from ddm.learning import Batches, scaled
 from ddm.randomness import Use, seed_of
-from train.config import EvaluateConfig
 from train.progress import bar
+
+if TYPE_CHECKING:
+    from train.config import EvaluateConfig
 
 
 @dataclass(frozen=True)
@@ -42,37 +47,57 @@ class FeatureNetwork:
         return Judged(torch.cat(features), torch.cat(logits) if logits else None)
 
 
-def feature_network(config: EvaluateConfig, pictures: dict[str, Tensor], seed: int, device: str) -> FeatureNetwork:
+def feature_network(config: "EvaluateConfig", pictures: dict[str, Tensor], seed: int, device: str) -> FeatureNetwork:
     """The network that `evaluate.features` names; `pictures` are the partition's, on which a classifier may be trained.
 
-    A TorchScript file is given uint8 `[B, 3, H, W]` and answers with features `[B, d]`, or with (features, logits).
     Raises `ConfigError` where it cannot be had.
     """
     if config.features == "classifier":
         labels = pictures.get("labels", pictures["cluster"])
         if int(labels.max()) == 0:
-            raise ConfigError("evaluate.features must be inception or a TorchScript file for pictures of one class, got 'classifier'")
+            raise ConfigError(
+                "evaluate.features must be inception or a TorchScript file for pictures of one class, got 'classifier'"
+            )
         name = f"a small classifier trained on half of the pictures ({int(labels.max()) + 1} classes)"
         return FeatureNetwork(name, _classifier(pictures["images"], labels, seed, device), rgb=False, device=device)
     if config.features == "inception":
-        return FeatureNetwork("Inception v3 (2015)", _inception(config.inception_weights), rgb=True, device=device)
+        return FeatureNetwork("Inception v3 (2015)", _Inception(config.inception_weights), rgb=True, device=device)
+    return script_network("evaluate.features", config.features, device)
+
+
+def script_network(key: str, path: str, device: str) -> FeatureNetwork:
+    """The TorchScript network in a file: uint8 `[B, 3, H, W]` -> features `[B, d]`, or (features, logits).
+
+    Raises `ConfigError` naming the config's `key` where it does not load.
+    """
     try:
-        network = torch.jit.load(config.features, map_location=device)
-    except RuntimeError as error:
-        raise ConfigError(f"evaluate.features must be a TorchScript file that loads here, got {config.features!r} ({error})") from error
-    return FeatureNetwork(Path(config.features).stem, network, rgb=True, device=device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.load` is", FutureWarning)  # the form feature networks come in
+            network = torch.jit.load(path, map_location=device)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key} must be a TorchScript file that loads here, got {path!r} ({reason})") from error
+    return FeatureNetwork(Path(path).stem, network, rgb=True, device=device)
 
 
-def _inception(weights: str | None) -> nn.Module:
+class _Inception(nn.Module):
     """The network of the literature's FID, from the user's copy of its weights; torchmetrics builds it with torch-fidelity."""
-    try:
-        from torchmetrics.image.fid import NoTrainInceptionV3
 
-        network: Any = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
-    except (ImportError, ModuleNotFoundError) as error:
-        raise ConfigError(f"evaluate.features=inception needs torch-fidelity (pip install 'ddm[bench]'): {error}") from error
-    network.forward = network._torch_forward  # gives all features asked for, where forward keeps the first alone
-    return network
+    def __init__(self, weights: str | None) -> None:
+        super().__init__()
+        try:
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
+        except ModuleNotFoundError as error:
+            raise ConfigError("evaluate.features=inception needs torch-fidelity: pip install torch-fidelity") from error
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"evaluate.inception_weights must be those of Inception v3 (2015), got {weights!r} ({reason})"
+            ) from error
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self.network._torch_fidelity_forward(images)  # its own forward keeps the first alone
+        return features, logits
 
 
 class _Classifier(nn.Module):
@@ -85,7 +110,15 @@ class _Classifier(nn.Module):
             return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU()]
 
         self.body = nn.Sequential(
-            *block(channels, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 64), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 64), nn.ReLU()
+            *block(channels, 32),
+            *block(32, 64),
+            nn.MaxPool2d(2),
+            *block(64, 64),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(1024, 64),
+            nn.ReLU(),
+            nn.LayerNorm(64, elementwise_affine=False),  # features of size 1, for which KID's cubic kernel is made
         )
         self.dropout, self.head = nn.Dropout(0.3), nn.Linear(64, classes)
 

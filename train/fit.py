@@ -25,7 +25,9 @@ class _Losses(Callback):
         self.sum: torch.Tensor | float = 0.0
         self.count = 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.sum, self.count = self.sum + outputs["loss"].detach(), self.count + 1
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             mean = float(self.sum) / self.count
@@ -35,7 +37,9 @@ class _Losses(Callback):
             self.sum, self.count = 0.0, 0
 
 
-def fit(module: pl.LightningModule, steps: int, config: FitConfig, folder: Path, accelerator: str, report: Report) -> None:
+def fit(
+    module: pl.LightningModule, steps: int, config: FitConfig, folder: Path, accelerator: str, report: Report
+) -> None:
     """Fit `module` for `steps` steps, leaving the averaged weights in it; resumes from `folder/resume.ckpt` where that exists.
 
     The steps' mean losses are appended to `folder/losses.txt`.
@@ -50,7 +54,9 @@ def fit(module: pl.LightningModule, steps: int, config: FitConfig, folder: Path,
             return
     callbacks: list[Callback] = [
         _Losses(folder / "losses.txt", steps, report),
-        ModelCheckpoint(folder, "resume", every_n_train_steps=config.checkpoint_every, save_top_k=1, enable_version_counter=False),
+        ModelCheckpoint(
+            folder, "resume", every_n_train_steps=config.checkpoint_every, save_top_k=1, enable_version_counter=False
+        ),
     ]
     if config.ema_decay > 0:
         callbacks.insert(0, WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)))

@@ -1,8 +1,6 @@
 """How a data set is cut into clusters: by label, by attributes, or by k-means."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 
 from ddm.errors import ConfigError, DataError, require
 from train.data import Pictures
+from train.features import script_network
 from train.progress import bar
 
 
@@ -28,9 +27,12 @@ class PartitionConfig:
         if self.by == "kmeans":
             require(self.k is not None, "partition.k", "be given for partition.by=kmeans", self.k)
         if self.by == "attribute":
-            require(len(self.attributes) > 0, "partition.attributes", "name at least one attribute for partition.by=attribute", [])
-        if self.features is not None:
-            require(Path(self.features).is_file(), "partition.features", "be a TorchScript file", self.features)
+            require(
+                len(self.attributes) > 0,
+                "partition.attributes",
+                "name at least one attribute for partition.by=attribute",
+                [],
+            )
 
 
 def assign(pictures: Pictures, config: PartitionConfig, seed: int) -> tuple[Tensor, list[str]]:
@@ -45,7 +47,9 @@ def assign(pictures: Pictures, config: PartitionConfig, seed: int) -> tuple[Tens
         return torch.zeros(n, dtype=torch.int64), ["all"]
     if config.by == "kmeans":
         assert config.k is not None
-        return _kmeans(_features(pictures.images, config.features), config.k, seed), [f"cluster {k}" for k in range(config.k)]
+        return _kmeans(_features(pictures.images, config.features), config.k, seed), [
+            f"cluster {k}" for k in range(config.k)
+        ]
     if config.by == "label":
         if pictures.labels is None:
             raise ConfigError("partition.by must be attribute or kmeans for pictures without labels, got 'label'")
@@ -76,7 +80,9 @@ def _merged(group: Tensor, names: list[str], k: int | None) -> tuple[Tensor, lis
         return group, names
     require(k <= len(names), "partition.k", f"be at most {len(names)}, the number of labels or combinations", k)
     cluster_of = torch.arange(len(names)) * k // len(names)
-    members = [[name for name, c in zip(names, cluster_of.tolist(), strict=True) if c == cluster] for cluster in range(k)]
+    members = [
+        [name for name, c in zip(names, cluster_of.tolist(), strict=True) if c == cluster] for cluster in range(k)
+    ]
     return cluster_of[group], [" + ".join(m) for m in members]
 
 
@@ -90,15 +96,5 @@ def _features(images: Tensor, network: str | None) -> Tensor:
     """Points to cluster, float32 `[N, d]`: pixels, or what a TorchScript network says of the pictures."""
     if network is None:
         return images.flatten(1).float()
-    return extracted(torch.jit.load(network).eval(), images, "features for k-means")
-
-
-@torch.inference_mode()
-def extracted(network: Callable[[Tensor], Tensor], images: Tensor, description: str, batch: int = 250) -> Tensor:
-    """`network` applied to all uint8 pictures `[N, C, H, W]` (grey ones as RGB), in batches: float32 `[N, d]`."""
-    parts = []
-    with bar(description, len(images)) as advance:
-        for part in images.split(batch):
-            parts.append(network(part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part).float())
-            advance(len(part))
-    return torch.cat(parts)
+    with bar("features for k-means", len(images)) as advance:
+        return script_network("partition.features", network, "cpu")(images, advance).features

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -24,16 +25,21 @@ _COLOURS = {
     "top-1": "#CC79A7",
     "full": "#009E73",
 }
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
-    "figure.dpi": 110,
-    "savefig.bbox": "tight",
 }
+
+
+def save(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG and forget it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
 
 
 def frechet(evaluation: Evaluation) -> Figure:
@@ -42,11 +48,21 @@ def frechet(evaluation: Evaluation) -> Figure:
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for name in evaluation.versions:
             cells = [cell for cell in evaluation.cells if cell.method == name]
-            axes.plot([c.steps for c in cells], [c.frechet for c in cells], "o-", color=_COLOURS[name], label=name, markersize=4)
+            axes.plot(
+                [c.steps for c in cells],
+                [c.frechet for c in cells],
+                "o-",
+                color=_COLOURS[name],
+                label=name,
+                markersize=4,
+            )
         _log_steps(axes, evaluation)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7.5)
         axes.set_ylabel("Fréchet distance")
-        axes.legend(ncols=2)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
 
 
@@ -58,7 +74,13 @@ def trajectory(evaluation: Evaluation) -> Figure:
             cells = [cell for cell in evaluation.cells if cell.method == name and cell.trajectory_error is not None]
             steps = np.array([cell.steps for cell in cells])
             axes.plot(steps, [cell.trajectory_error or 0 for cell in cells], "o", color=_COLOURS[name], markersize=5)
-            axes.plot(steps, fit.constant * steps**-fit.exponent, color=_COLOURS[name], label=f"{name}: N$^{{-{fit.exponent:.2f}}}$, R² {fit.r2:.2f}", linewidth=1)
+            axes.plot(
+                steps,
+                fit.constant * steps**-fit.exponent,
+                color=_COLOURS[name],
+                label=f"{name}: N$^{{-{fit.exponent:.2f}}}$, R² {fit.r2:.2f}",
+                linewidth=1,
+            )
         _log_steps(axes, evaluation)
         axes.set_yscale("log")
         axes.set_ylabel("E(N), mean square distance")
@@ -101,14 +123,23 @@ def alpha_over_time(draw: Drawn, names: Sequence[str], pictures: int = 4) -> Fig
     """For a few pictures: alpha as a stack over time, and under it who moved the picture at each step."""
     with plt.rc_context({**_STYLE, "axes.grid": False}):
         shown = min(pictures, draw.alpha.shape[1])
-        figure, rows = plt.subplots(shown, 2, figsize=(7.6, 1.25 * shown), width_ratios=[9, 1], squeeze=False, sharex="col")
+        figure, rows = plt.subplots(
+            shown, 2, figsize=(7.6, 1.25 * shown), width_ratios=[9, 1], squeeze=False, sharex="col"
+        )
         palette = plt.get_cmap("tab20" if len(names) > 10 else "tab10")
         t = draw.t.numpy()
         edges = np.append(t, 0.0)
         for i, (axes, side) in enumerate(rows):
-            axes.stackplot(t, draw.alpha[:, i].T.numpy(), colors=[palette(k % palette.N) for k in range(len(names))], labels=names if i == 0 else [])
+            axes.stackplot(
+                t,
+                draw.alpha[:, i].T.numpy(),
+                colors=[palette(k % palette.N) for k in range(len(names))],
+                labels=names if i == 0 else [],
+            )
             for n, chosen in enumerate(draw.chosen[:, i].numpy()):
-                axes.fill_between([edges[n], edges[n + 1]], -0.22, -0.06, color=palette(int(chosen.argmax()) % palette.N), linewidth=0)
+                axes.fill_between(
+                    [edges[n], edges[n + 1]], -0.22, -0.06, color=palette(int(chosen.argmax()) % palette.N), linewidth=0
+                )
             axes.set_xlim(1, 0)
             axes.set_ylim(-0.24, 1)
             axes.set_yticks([0, 1])
@@ -120,11 +151,9 @@ def alpha_over_time(draw: Drawn, names: Sequence[str], pictures: int = 4) -> Fig
         return figure
 
 
-def losses(folder: Path) -> Figure | None:
-    """The training losses found in a run, or None where there are none."""
+def losses(folder: Path) -> Figure:
+    """The training losses of a run's experts and router."""
     files = sorted((folder / "experts").glob("*/losses.txt")) + sorted((folder / "router").glob("*/losses.txt"))
-    if not files:
-        return None
     with plt.rc_context(_STYLE):
         figure, pair = plt.subplots(1, 2, figsize=(8.4, 3.2))
         for file in files:
@@ -135,10 +164,9 @@ def losses(folder: Path) -> Figure | None:
             axes.set_title(title, fontsize=10)
             axes.set_yscale("log")
             axes.set_xlabel("step")
+            axes.set_visible(bool(axes.lines))
             if axes.lines:
                 axes.legend(fontsize=7.5, ncols=2)
-            else:
-                axes.set_visible(False)
         pair[0].set_ylabel("loss")
         figure.tight_layout()
         return figure
@@ -153,5 +181,5 @@ def _log_steps(axes: Axes, evaluation: Evaluation) -> None:
     steps = sorted({cell.steps for cell in evaluation.cells})
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(n) for n in steps])
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_xlabel("steps N")

@@ -27,8 +27,11 @@ from train.progress import bar
 
 log = logging.getLogger(__name__)
 
+
 def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     """Run the stages in their order. Raises a `DdmError` that says what to mend."""
+    if "evaluate" in stages:
+        config.evaluate.check_files()
     claim(config)
     does: dict[str, Callable[[Config], None]] = {
         "partition": partition,
@@ -51,7 +54,9 @@ def partition(config: Config) -> None:
     key = digest([plain(config.partition), config.seed, pictures.hash])
     if (folder / "partition.json").exists():
         if read_json(folder / "stage.json").get("key") != key:
-            raise ArtifactError(f"{folder} was cut from other pictures than data.root={config.data.root} holds now: give run=FOLDER for a new run")
+            raise ArtifactError(
+                f"{folder} was cut from other pictures than data.root={config.data.root} holds now: give run=FOLDER for a new run"
+            )
         log.info("partition  up to date")
         return
     cluster, names = assign(pictures, config.partition, config.seed)
@@ -60,7 +65,9 @@ def partition(config: Config) -> None:
     rows = [cut.cluster(folder, k)["images"][:16] for k in range(cut.k)]
     write_png(folder / "clusters.png", contact_sheet(rows))
     sizes = ", ".join(f"{name} {size}" for name, size in zip(cut.names, cut.sizes, strict=True))
-    log.info("partition  %d pictures in %d clusters (%s) in %.1f s", sum(cut.sizes), cut.k, sizes, time.monotonic() - began)
+    log.info(
+        "partition  %d pictures in %d clusters (%s) in %.1f s", sum(cut.sizes), cut.k, sizes, time.monotonic() - began
+    )
 
 
 def router(config: Config) -> None:
@@ -75,7 +82,9 @@ def router(config: Config) -> None:
     key = digest([plain(own), config.schedule, config.seed, config.data.flip, cut.hash])
     if stem.with_suffix(".json").exists():
         if read_json(stem.with_suffix(".json")).get("key") != key:
-            raise ArtifactError(f"{stem}.json was made by another config or from other pictures: move {stem.parent} away to train it anew")
+            raise ArtifactError(
+                f"{stem}.json was made by another config or from other pictures: move {stem.parent} away to train it anew"
+            )
         log.info("router     up to date")
         return
     began = time.monotonic()
@@ -101,7 +110,14 @@ def router(config: Config) -> None:
         derivative = DerivativeNet.from_trunk(posterior.scorer, own.bands)
         second = RouterLearning(posterior, derivative, batches, cluster, own)
         stage2 = stem.parent / "stage-2"
-        fit(second, own.steps - own.switch_step, own, stage2, config.accelerator, lambda s, loss: report(s, loss, own.switch_step))
+        fit(
+            second,
+            own.steps - own.switch_step,
+            own,
+            stage2,
+            config.accelerator,
+            lambda s, loss: report(s, loss, own.switch_step),
+        )
     facts = {
         "kind": "router",
         "key": key,
@@ -136,7 +152,12 @@ def bundle(config: Config) -> None:
             log.info("bundle     up to date")
             return
     write_bundle(folder, cut, experts, router_stem if has_router else None)
-    log.info("bundle     %d experts%s, version %s", cut.k, " and their router" if has_router else " without a router", read_bundle(folder).version[:12])
+    log.info(
+        "bundle     %d experts%s, version %s",
+        cut.k,
+        " and their router" if has_router else " without a router",
+        read_bundle(folder).version[:12],
+    )
 
 
 def sample(config: Config) -> None:
@@ -168,7 +189,7 @@ def evaluate_run(config: Config) -> None:
 
 
 def monolith_of(config: Config) -> Config | None:
-    """The run with `partition.k=1` that the row DDIM stands for: the same network and, unless told otherwise, as many pictures seen."""
+    """The run with `partition.k=1` of the row DDIM: the same network and, unless told otherwise, as many pictures seen."""
     cut = Partition.read(config.folder / "partition")
     steps = config.expert.steps * cut.k if config.evaluate.monolith_steps is None else config.evaluate.monolith_steps
     if steps == 0 or cut.k == 1:

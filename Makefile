@@ -1,0 +1,29 @@
+# Everything sets itself up: Python 3.11 or later and make are all it takes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format setup
+
+demo: setup  ## train on the built-in digits, draw samples, print the table: about 8 minutes on 2 cores
+	$(BIN)/python -m train
+
+test: setup  ## the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'ddm needs Python 3.11 or later, this is {sys.version}'"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	touch $@

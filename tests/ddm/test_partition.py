@@ -1,0 +1,117 @@
+"""A data set cut into clusters: nothing lost, nothing shared, nothing changed unseen."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddm.artifacts import read_json, sha256, write_json, write_tensors
+from ddm.errors import ArtifactError, DataError
+from ddm.partition import Partition
+
+IMAGES = torch.arange(6 * 2 * 3 * 3).reshape(6, 2, 3, 3).to(torch.uint8)
+CLUSTER = torch.tensor([1, 0, 1, 2, 1, 0])
+LABELS = torch.tensor([10, 11, 12, 13, 14, 15])
+NAMES = ["round", "long", "other"]
+
+
+def write(
+    folder: Path, images: Tensor = IMAGES, cluster: Tensor = CLUSTER, labels: Tensor | None = LABELS
+) -> Partition:
+    return Partition.write(folder, images, cluster, NAMES, labels)
+
+
+def test_a_cluster_is_its_own_pictures_and_no_others(tmp_path: Path) -> None:
+    cluster = write(tmp_path).cluster(tmp_path, 1)
+    assert cluster["index"].tolist() == [0, 2, 4]
+    assert torch.equal(cluster["images"], IMAGES[[0, 2, 4]])
+    assert cluster["labels"].tolist() == [10, 12, 14]
+
+
+def test_a_cluster_is_read_from_its_own_file_alone(tmp_path: Path) -> None:
+    write(tmp_path)
+    for k in (0, 2):
+        Partition.file(tmp_path, k).unlink()
+    assert Partition.read(tmp_path).cluster(tmp_path, 1)["labels"].tolist() == [10, 12, 14]
+
+
+def test_the_union_of_the_clusters_is_the_data_set(tmp_path: Path) -> None:
+    whole = write(tmp_path).all(tmp_path)
+    assert sorted(whole["index"].tolist()) == list(range(6))
+    assert torch.equal(whole["images"], IMAGES[whole["index"]])
+    assert torch.equal(whole["labels"], LABELS[whole["index"]])
+    assert torch.equal(whole["cluster"], CLUSTER[whole["index"]])
+
+
+def test_pictures_without_labels_stay_without(tmp_path: Path) -> None:
+    assert write(tmp_path, labels=None).all(tmp_path).keys() == {"images", "index", "cluster"}
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    partition = write(tmp_path)
+    assert Partition.read(tmp_path) == partition
+    assert (partition.k, partition.names, partition.sizes, partition.shape) == (3, NAMES, [2, 3, 1], [2, 3, 3])
+    assert partition.hashes == [sha256(tmp_path / f"cluster-{k:02d}.safetensors") for k in range(3)]
+    torch.testing.assert_close(partition.pi, torch.tensor([1 / 3, 1 / 2, 1 / 6]))
+
+
+def test_the_hash_is_that_of_the_contents(tmp_path: Path) -> None:
+    same = {write(tmp_path / "a").hash, write(tmp_path / "b").hash, Partition.read(tmp_path / "a").hash}
+    one_pixel = IMAGES.clone()
+    one_pixel[3, 1, 2, 2] ^= 1
+    others = [
+        write(tmp_path / "pixel", images=one_pixel).hash,
+        write(tmp_path / "label", labels=LABELS.flip(0)).hash,
+        write(tmp_path / "moved", cluster=torch.tensor([1, 0, 1, 2, 0, 1])).hash,
+        Partition.write(tmp_path / "named", IMAGES, CLUSTER, [*NAMES[:2], "rest"], LABELS).hash,
+    ]
+    assert len(same) == 1
+    assert len({*same, *others}) == 5
+
+
+def test_a_changed_pixel_is_refused_naming_the_file_and_both_hashes(tmp_path: Path) -> None:
+    partition = write(tmp_path)
+    path = Partition.file(tmp_path, 1)
+    tensors = partition.cluster(tmp_path, 1)
+    tensors["images"][0, 0, 0, 0] ^= 1
+    write_tensors(path, tensors)
+    message = f"{path} is damaged or foreign: its SHA-256 is {sha256(path)}, expected {partition.hashes[1]}"
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        partition.cluster(tmp_path, 1)
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        partition.all(tmp_path)
+
+
+def test_a_changed_description_is_refused_naming_the_file_and_both_hashes(tmp_path: Path) -> None:
+    partition = write(tmp_path)
+    path = tmp_path / "partition.json"
+    changed = {**read_json(path), "sizes": [3, 2, 1]}
+    write_json(path, changed)
+    found = Partition(partition.shape, partition.names, [3, 2, 1], partition.hashes).hash
+    message = f"{path} is damaged: the hash of its contents is {found}, it says {partition.hash}"
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        Partition.read(tmp_path)
+
+
+@pytest.mark.parametrize("facts", [{"shape": [1, 2, 2]}, [], 3])
+def test_json_that_describes_no_partition_is_refused_by_name(tmp_path: Path, facts: object) -> None:
+    write_json(tmp_path / "partition.json", facts)
+    with pytest.raises(ArtifactError, match=re.escape(f"{tmp_path / 'partition.json'} does not describe a partition")):
+        Partition.read(tmp_path)
+
+
+def test_a_folder_without_a_partition_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=re.escape(f"{tmp_path / 'partition.json'} is missing")):
+        Partition.read(tmp_path)
+
+
+@pytest.mark.parametrize(("cluster", "k", "name"), [([1, 0, 1, 0, 1, 0], 2, "other"), ([1, 1, 1, 2, 1, 2], 0, "round")])
+def test_an_empty_cluster_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, cluster: list[int], k: int, name: str
+) -> None:
+    message = f"cluster {k} ({name}) of 3 has no pictures: every cluster needs at least one"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        write(tmp_path, cluster=torch.tensor(cluster))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,168 @@
+"""The router's networks: what holds by construction, and which band answers at which time."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddm.errors import ConfigError
+from ddm.schedules import schedule
+from router.networks import DerivativeNet, PosteriorNet, RouterConfig, RouterNetConfig
+
+PI = torch.tensor([0.5, 0.3, 0.2])
+NET = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [2]}
+
+
+def built(name: str = "vp_linear", **config: Any) -> tuple[PosteriorNet, DerivativeNet]:
+    torch.manual_seed(0)
+    return RouterConfig(net=RouterNetConfig(**NET), **config).build([1, 4, 4], PI, schedule(name))  # type: ignore[arg-type]
+
+
+def perturb(module: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def band_marked(edges: list[float]) -> DerivativeNet:
+    """Three bands that say their number whatever they see: band b answers (b + 1, 0, -b - 1)."""
+    derivative = built()[1]
+    derivative = DerivativeNet(list(derivative.scorers), edges)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for b, scorer in enumerate(derivative.scorers):
+            scorer.head.bias.copy_(torch.tensor([b + 1.0, 0.0, -b - 1.0]))  # type: ignore[union-attr, operator]
+    return derivative
+
+
+def test_a_fresh_router_answers_with_the_shares_of_the_clusters_and_no_change() -> None:
+    posterior, derivative = built()
+    x, t = torch.randn(4, 1, 4, 4), torch.tensor([1e-3, 0.3, 0.6, 1.0])
+    torch.testing.assert_close(posterior(x, t), PI.expand(4, -1))
+    torch.testing.assert_close(derivative(x, t), torch.zeros(4, 3), rtol=0, atol=0)
+
+
+def test_rows_of_alpha_sum_to_1_and_of_the_derivative_to_0_whatever_the_weights() -> None:
+    posterior, derivative = built()
+    perturb(posterior)
+    perturb(derivative)
+    x, t = 3 * torch.randn(6, 1, 4, 4), torch.tensor([1e-3, 0.1, 0.3, 0.6, 0.7, 1.0])
+    with torch.no_grad():
+        alpha, rate = posterior(x, t), derivative(x, t)
+        torch.testing.assert_close(alpha.sum(dim=1), torch.ones(6))
+        torch.testing.assert_close(rate.sum(dim=1), torch.zeros(6), rtol=0, atol=1e-5)
+        assert (alpha > 0).all() and (alpha - PI).abs().max() > 0.1 and rate.abs().max() > 0.1
+        # the softmax of what the scorer adds to log pi
+        by_hand = PI.log() + posterior.scorer(x, t)
+        torch.testing.assert_close(alpha, by_hand.exp() / by_hand.exp().sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_time_is_answered_by_its_band_alone_and_in_a_batch_and_an_edge_belongs_to_the_later_band(
+    dtype: torch.dtype,
+) -> None:
+    derivative = band_marked([0.25, 0.75])
+    below = float(torch.nextafter(torch.tensor(0.75, dtype=dtype), torch.tensor(0.0, dtype=dtype)))
+    t = torch.tensor([0.0, 1e-3, 0.2499, 0.25, 0.5, below, 0.75, 0.76, 1.0], dtype=dtype)
+    bands = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    x = torch.randn(len(t), 1, 4, 4)
+    with torch.no_grad():
+        together = derivative(x, t)
+        alone = torch.cat([derivative(x[i : i + 1], t[i]) for i in range(len(t))])
+    expected = (bands + 1.0)[:, None] * torch.tensor([1.0, 0.0, -1.0])
+    torch.testing.assert_close(together, expected)
+    torch.testing.assert_close(alone, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_the_default_edges_one_time_for_all_gives_what_the_same_time_for_each_gives(dtype: torch.dtype) -> None:
+    derivative, x = band_marked(RouterConfig().bands), torch.randn(2, 1, 4, 4)
+    with torch.no_grad():
+        for edge in RouterConfig().bands:
+            t = torch.tensor(edge, dtype=dtype)
+            torch.testing.assert_close(
+                derivative(x, t), derivative(x, torch.full((2,), edge, dtype=dtype)), msg=f"at {edge}, {dtype}"
+            )
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_time_for_all_gives_what_the_same_time_for_each_gives(which: int) -> None:
+    net, x = built()[which], torch.randn(3, 1, 4, 4)
+    perturb(net)
+    with torch.no_grad():
+        each = net(x, torch.full((3,), 0.4))
+        torch.testing.assert_close(net(x, torch.tensor(0.4)), each)
+        torch.testing.assert_close(net(x, torch.tensor(0.4, dtype=torch.float64)), each)  # a sampler's time
+        torch.testing.assert_close(net(x[1:2], torch.tensor(0.4)), each[1:2], rtol=1e-4, atol=1e-5)
+        assert (net(x, torch.full((3,), 0.5)) - each).abs().max() > 1e-3
+
+
+def test_bands_start_from_the_posterior_net_s_trunk_and_learn_apart_from_it_and_from_each_other() -> None:
+    posterior, derivative = built()
+    scorers = [posterior.scorer, *derivative.scorers]
+    start = [torch.cat([p.detach().flatten().clone() for p in scorer.parameters()]) for scorer in scorers]
+    for copied in start[1:]:
+        torch.testing.assert_close(copied, start[0], rtol=0, atol=0)
+    optimizer = torch.optim.SGD(derivative.parameters(), lr=0.1)
+    x, t = torch.randn(5, 1, 4, 4), torch.linspace(0.35, 0.65, 5)  # the middle band
+    for _ in range(2):  # the second reaches past the head, which starts at zero
+        optimizer.zero_grad()
+        (derivative(x, t) - torch.tensor([1.0, 0.0, -1.0])).square().mean().backward()
+        optimizer.step()
+    moved = [
+        float((torch.cat([p.detach().flatten() for p in scorer.parameters()]) - before).abs().max())
+        for scorer, before in zip(scorers, start, strict=True)
+    ]
+    assert moved[2] > 1e-3 and moved[0] == moved[1] == moved[3] == 0
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "rectified_flow"])
+def test_the_network_sees_x_over_the_root_of_a2_plus_s2(name: str) -> None:
+    posterior = built(name)[0]
+    seen: list[Tensor] = []
+    posterior.scorer.trunk.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x, t = torch.randn(3, 1, 4, 4), torch.tensor([0.1, 0.5, 0.8])
+    posterior(x, t)
+    a2_plus_s2 = (1 - t) ** 2 + t**2 if name == "rectified_flow" else torch.ones(3)
+    torch.testing.assert_close(seen[0], x / a2_plus_s2.sqrt()[:, None, None, None])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"switch_step": 1000}, "router.switch_step must be in [1, router.steps = 1000), got 1000"),
+        ({"switch_step": 0}, "router.switch_step must be in [1, router.steps = 1000), got 0"),
+        ({"rate_weight": -1.0}, "router.rate_weight must be at least 0, got -1.0"),
+        (
+            {"label_weight": 0, "posterior_weight": 0},
+            "router.label_weight must be above 0 where router.posterior_weight is 0, got 0",
+        ),
+        ({"bands": [0.7, 0.3]}, "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]"),
+        ({"bands": [0.5]}, "router.bands must be two rising times in (router.t_min, 1), got [0.5]"),
+        ({"bands": [1e-3, 0.5]}, "router.bands must be two rising times in (router.t_min, 1), got [0.001, 0.5]"),
+        ({"batch": 100}, "router.batch must be a multiple of 3, a third for each band, got 100"),
+        ({"learning_rate": 0.0}, "router.learning_rate must be above 0, got 0.0"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(config: dict[str, Any], message: str) -> None:
+    RouterConfig(batch=96).check("router")
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        RouterConfig(**{"batch": 96, **config}).check("router")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"channels": 6}, "router.net.channels must be a positive multiple of 4, got 6"),
+        (
+            {"multipliers": [1, 1, 1, 1]},
+            "router.net.multipliers must halve a square picture of 4 x 4 evenly, got [1, 1, 1, 1]",
+        ),
+        ({"blocks": 0}, "router.net.blocks must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused_by_key_rule_and_value(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        RouterConfig(net=RouterNetConfig(**{**NET, **sizes})).build([1, 4, 4], PI, schedule("vp_linear"))

@@ -1,0 +1,277 @@
+"""The routed mixture as a denoiser: equal to the oracle, to itself in other company, and thrifty with its experts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddm.grids import time_grid
+from ddm.measures import sliced_w2, trajectory_error
+from ddm.oracle import GaussianMixture
+from ddm.randomness import Use, normal
+from ddm.samplers import sample
+from ddm.schedules import schedule
+from router.policies import Policy, policy
+from router.routing import RoutedDenoiser
+from router.sources import prior
+
+LINEAR = schedule("vp_linear")
+PI = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+def mixture(dtype: torch.dtype = torch.float32) -> GaussianMixture:
+    generator = torch.Generator().manual_seed(1)
+    means, spread = 3 * torch.randn(4, 8, generator=generator), torch.rand(4, 8, generator=generator)
+    return GaussianMixture(PI.to(dtype), means.to(dtype), (0.3 + 0.7 * spread).to(dtype), LINEAR)
+
+
+def noise(n: int, seed: int = 5) -> Tensor:
+    return normal(seed, Use.START, torch.arange(n), 0, (8,))
+
+
+def routed(oracle: GaussianMixture, rule: str | Policy, **settings: object) -> RoutedDenoiser:
+    return RoutedDenoiser([oracle.expert(k) for k in range(4)], oracle.posterior, rule, **settings)  # type: ignore[arg-type]
+
+
+def constant(value: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, t: torch.full_like(x, value)
+
+
+def fixed_alpha(*alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return prior(torch.tensor(alpha))
+
+
+@dataclass
+class Drawing:
+    """A policy with the draws of its rows given: all of them, instead of some."""
+
+    rule: Policy
+    draws: Tensor
+
+    def start(self, pi: Tensor, draw: Tensor) -> Tensor:
+        return self.rule.start(pi, self.draws)
+
+    def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rule.choose(alpha, state, self.draws)
+
+
+def test_with_all_experts_the_mixture_is_the_oracle_s_denoiser() -> None:
+    oracle = mixture(torch.float64)
+    x = 2 * noise(6).double()
+    for t in (1.0, 0.5, 0.2, 1e-3):
+        time = torch.tensor(t, dtype=torch.float64)
+        # written out: D = sum_k alpha_k (m_k + a v_k / (a^2 v_k + s^2) (x - a m_k))
+        a, s, _, _ = LINEAR(time)
+        v = oracle.stds**2
+        spread, apart = a**2 * v + s**2, x[:, None] - a * oracle.means
+        alpha = torch.softmax(oracle.weights.log() - 0.5 * (apart**2 / spread + spread.log()).sum(2), dim=1)
+        denoised = (alpha[:, :, None] * (oracle.means + a * v / spread * apart)).sum(1)
+        for found in (routed(oracle, "full")(x, time), oracle.denoise(x, time)):
+            torch.testing.assert_close(found, denoised)
+
+
+def test_the_mean_of_the_stochastic_step_over_all_draws_is_the_full_step() -> None:
+    oracle, n = mixture(torch.float64), 40_000
+    x = oracle.marginal(1, 0.6, seed=2).double().expand(n, -1)
+    draws = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    t = torch.tensor(0.6, dtype=torch.float64)
+    assert oracle.posterior(x[:1], t).max() < 0.9  # more than one expert is likely
+    steps = routed(oracle, Drawing(policy("stochastic"), draws))(x, t)
+    torch.testing.assert_close(steps.mean(0), oracle.denoise(x[:1], t)[0], rtol=0, atol=1e-3)
+    assert steps.var(0).max() > 0.1  # each of them is another
+
+
+def test_the_chosen_are_weighted_by_alpha_renormalized_over_the_chosen() -> None:
+    experts, x, t = [constant(v) for v in (1.0, 2.0, 4.0)], torch.zeros(2, 3), torch.tensor(0.5)
+    for rule, expected in (
+        (policy("full"), 0.5 + 0.6 + 0.8),
+        (policy("top_k", top_k=2), (0.5 * 1 + 0.3 * 2) / 0.8),
+        (policy("top_k", top_k=1), 1.0),
+        (policy("nucleus", nucleus_p=0.6), (0.5 * 1 + 0.3 * 2) / 0.8),
+        (Drawing(policy("stochastic"), torch.full((2,), 0.9, dtype=torch.float64)), 4.0),
+    ):
+        out = RoutedDenoiser(experts, fixed_alpha(0.5, 0.3, 0.2), rule)(x, t)
+        torch.testing.assert_close(out, torch.full((2, 3), expected))
+
+
+def test_a_chosen_expert_that_alpha_no_longer_likes_still_moves_its_picture() -> None:
+    alphas = iter([[0.25, 0.75], [1.0, 0.0], [0.0, 1.0]])
+    model = RoutedDenoiser(
+        [constant(1.0), constant(2.0)],
+        lambda x, t: torch.tensor(next(alphas)).expand(len(x), -1),
+        Drawing(policy("fixed"), torch.tensor([0.1, 0.9], dtype=torch.float64)),
+    )
+    for t in (1.0, 0.5, 0.1):
+        torch.testing.assert_close(model(torch.zeros(2, 1), torch.tensor(t)), torch.tensor([[1.0], [2.0]]))
+
+
+def test_fixed_draws_from_pi_where_given_and_else_from_the_first_alpha() -> None:
+    experts, n = [constant(0.0), constant(1.0)], 2000
+    for pi, share in ((None, 0.9), (torch.tensor([0.8, 0.2]), 0.2)):
+        model = RoutedDenoiser(experts, fixed_alpha(0.1, 0.9), "fixed", pi=pi)
+        assert float(model(torch.zeros(n, 1), torch.tensor(1.0)).mean()) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("rule", ["stochastic", "balanced", "top_k", "nucleus", "fixed", "full"])
+def test_a_chosen_expert_is_called_once_a_step_with_exactly_its_pictures_and_no_other_is_called(rule: str) -> None:
+    oracle, n = mixture(), 7
+    log: list[tuple[int, Tensor, Tensor]] = []
+
+    def spy(k: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def expert(x: Tensor, t: Tensor) -> Tensor:
+            log.append((k, x, t))
+            return oracle.expert(k)(x, t)
+
+        return expert
+
+    model = RoutedDenoiser([spy(k) for k in range(4)], oracle.posterior, rule, seed=1, trace=True)
+    calls, x = 0, noise(n)
+    for step, t in enumerate((1.0, 0.6, 0.3, 0.1)):
+        log.clear()
+        x = oracle.marginal(n, t, seed=step)
+        time = torch.tensor(t)
+        model(x, time)
+        chosen = model.steps[step].chosen
+        assert [k for k, _, _ in log] == [k for k in range(4) if chosen[:, k].any()]
+        for k, asked, asked_t in log:
+            assert asked.equal(x[chosen[:, k]])
+            assert asked_t.ndim == 0 or len(asked_t) == len(asked)
+            assert (asked_t == time).all()
+        calls += int(chosen.sum())
+        assert model.steps[step].t == pytest.approx(t)
+        torch.testing.assert_close(model.steps[step].alpha, oracle.posterior(x, time))
+    assert model.calls == calls
+    assert (chosen.sum(dim=1) >= 1).all()
+
+
+@pytest.mark.parametrize("rule", ["stochastic", "balanced", "fixed"])
+def test_calls_are_pictures_times_steps_with_one_expert_and_k_times_as_many_with_all(rule: str) -> None:
+    oracle = mixture()
+    one, every = routed(oracle, rule), routed(oracle, "full")
+    for model in (one, every):
+        sample(model, noise(5), LINEAR, "ddim", steps=6)
+    assert (one.calls, every.calls) == (30, 120)
+
+
+@pytest.mark.parametrize("rule", ["stochastic", "balanced", "fixed"])
+def test_a_picture_is_moved_by_the_same_experts_alone_and_in_a_batch(rule: str) -> None:
+    oracle = mixture()
+
+    def walk(index: Tensor, seed: int = 4) -> tuple[Tensor, Tensor]:
+        model = routed(oracle, rule, seed=seed, index=index, trace=True)
+        end = sample(model, normal(5, Use.START, index, 0, (8,)), LINEAR, "ddim", steps=12)
+        return end, torch.stack([step.chosen for step in model.steps])
+
+    batch, moved = walk(torch.arange(6))
+    for index in (torch.tensor([3]), torch.tensor([5, 3, 40])):
+        end, chosen = walk(index)
+        row = index.tolist().index(3)
+        assert chosen[:, row].equal(moved[:, 3])
+        torch.testing.assert_close(end[row], batch[3], rtol=1e-4, atol=1e-4)
+    default = routed(oracle, rule, seed=4, trace=True)
+    sample(default, normal(5, Use.START, torch.arange(6), 0, (8,)), LINEAR, "ddim", steps=12)
+    assert torch.stack([step.chosen for step in default.steps]).equal(moved)
+    assert not walk(torch.arange(6), seed=6)[1].equal(moved)
+    assert not walk(torch.arange(6, 12))[1].equal(moved)
+
+
+def test_the_draws_of_a_picture_are_independent_from_step_to_step() -> None:
+    n, steps = 1500, 4
+    model = RoutedDenoiser([constant(0.0)] * 2, fixed_alpha(0.3, 0.7), "stochastic", seed=2, trace=True)
+    for _ in range(steps):
+        model(torch.zeros(n, 1), torch.tensor(0.5))
+    first = torch.stack([step.chosen[:, 0] for step in model.steps]).double()  # [steps, n]
+    assert (first.mean(dim=1) - 0.3).abs().max() < 0.04
+    assert (torch.corrcoef(first) - torch.eye(steps)).abs().max() < 0.1
+
+
+def test_a_choice_is_held_within_a_step_of_two_calls() -> None:
+    alphas = [(0.9, 0.1), (0.1, 0.9), (0.2, 0.8), (0.8, 0.2)]
+
+    def firsts(calls_per_step: int) -> list[float]:
+        rows = iter(alphas)
+        model = RoutedDenoiser(
+            [constant(1.0), constant(2.0)],
+            lambda x, t: torch.tensor([next(rows)]),
+            "top_k",
+            calls_per_step=calls_per_step,
+        )
+        return [float(model(torch.zeros(1, 1), torch.tensor(0.5))) for _ in alphas]
+
+    assert firsts(1) == [1.0, 2.0, 2.0, 1.0]
+    assert firsts(2) == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_a_sampler_of_two_calls_a_step_draws_the_experts_that_one_of_one_call_draws() -> None:
+    def chosen(rule: str, calls_per_step: int) -> Tensor:
+        model = RoutedDenoiser(
+            [constant(0.0)] * 3,
+            fixed_alpha(0.2, 0.3, 0.5),
+            rule,
+            seed=8,
+            calls_per_step=calls_per_step,
+            trace=True,
+        )
+        for _ in range(10 * calls_per_step):
+            model(torch.zeros(4, 1), torch.tensor(0.5))
+        return torch.stack([step.chosen for step in model.steps])
+
+    for rule in ("stochastic", "balanced"):
+        assert chosen(rule, 2).equal(chosen(rule, 1).repeat_interleave(2, dim=0))
+        assert not chosen(rule, 1)[1:].equal(chosen(rule, 1)[:-1])
+
+
+def test_clip_bounds_the_mixture_and_no_expert_alone() -> None:
+    x, t = torch.zeros(1, 2), torch.tensor(0.5)
+    for values, clipped, plain in (((3.0, -2.0), 0.5, 0.5), ((3.0, 0.0), 1.0, 1.5), ((0.0, -4.0), -1.0, -2.0)):
+        experts = [constant(value) for value in values]
+        for clip, expected in ((True, clipped), (False, plain)):
+            out = RoutedDenoiser(experts, fixed_alpha(0.5, 0.5), "full", clip=clip)(x, t)
+            torch.testing.assert_close(out, torch.full((1, 2), expected))
+
+
+def test_each_picture_may_have_its_own_time() -> None:
+    oracle = mixture(torch.float64)
+    x, t = noise(5).double(), torch.tensor([0.9, 0.1, 0.5, 0.3, 0.7], dtype=torch.float64)
+    together = routed(oracle, "top_k")(x, t)
+    alone = torch.cat([routed(oracle, "top_k")(x[i : i + 1], t[i]) for i in range(5)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_alpha_may_be_more_exact_than_the_pictures() -> None:
+    """`alpha` is any (x, t) -> [B, K]; one that counts in float64 moves float32 pictures as well."""
+    experts = [constant(1.0), constant(2.0)]
+    alpha = prior(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    x = torch.zeros(2, 3)
+    out = RoutedDenoiser(experts, lambda x, t: alpha(x.double(), t), "full")(x, torch.tensor(0.5))
+    torch.testing.assert_close(out, torch.full((2, 3), 1.75))
+
+
+def test_balanced_follows_the_full_path_four_times_closer_than_stochastic_and_harms_no_distribution() -> None:
+    """Exact experts on a mixture of 4 in 8 dimensions, 50 steps of DDIM, one expert a step."""
+    oracle, n = mixture(), 1000
+    x = noise(n)
+    reference = sample(oracle.denoise, x, LINEAR, "ddim", steps=1000)
+    exact = oracle.sample(n, seed=9)
+    ends = {
+        rule: sample(routed(oracle, rule, seed=3), x, LINEAR, "ddim", steps=50)
+        for rule in ("full", "stochastic", "balanced")
+    }
+    error = {rule: trajectory_error(end, reference) for rule, end in ends.items()}
+    distance = {rule: sliced_w2(end, exact) for rule, end in ends.items()}
+    assert error["full"] < error["balanced"] < error["stochastic"] / 4
+    assert distance["balanced"] < 1.1 * distance["full"]
+
+
+def test_the_error_of_stochastic_falls_as_one_over_the_number_of_steps() -> None:
+    """Against the full mixture on the same grid, so that what is measured is the draws alone: `O(1/N)` in mean square."""
+    oracle = mixture()
+    x = noise(1000)
+    errors = []
+    for steps in (25, 100):
+        full = sample(oracle.denoise, x, LINEAR, "ddim", steps=steps)
+        errors.append(trajectory_error(sample(routed(oracle, "stochastic"), x, LINEAR, "ddim", steps=steps), full))
+    assert len(time_grid("uniform_t", 100, LINEAR)) == 101
+    assert 2 < errors[0] / errors[1] < 8

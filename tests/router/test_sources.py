@@ -1,0 +1,153 @@
+"""Where alpha comes from: the simplex against another solver, and integrated sources against the oracle and closed forms."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddm.oracle import GaussianMixture
+from ddm.schedules import schedule
+from router.sources import Integrated, prior, project_to_simplex
+
+PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+
+def oracle() -> GaussianMixture:
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    return GaussianMixture(PI, means, torch.full((3, 2), 0.5, dtype=torch.float64), schedule("vp_linear"))
+
+
+def full_path(mixture: GaussianMixture, x: Tensor, steps: int, t_min: float) -> tuple[Tensor, list[Tensor]]:
+    """Times and places on the probability-flow ODE, by Runge and Kutta's method with the score of the mixture.
+
+    `dx/dt = -beta/2 (x + score)` and `score = (a D - x) / s^2`, not by the repository's velocity.
+    """
+
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        a, s, _, _ = mixture.schedule(t)
+        return -(0.1 + 19.9 * t) / 2 * (x + (a * mixture.denoise(x, t) - x) / s**2)
+
+    times = torch.linspace(1, t_min, steps + 1, dtype=torch.float64)
+    places = [x]
+    for t, t_next in pairwise(times):
+        h, middle = t_next - t, (t + t_next) / 2
+        k1 = v(x, t)
+        k2 = v(x + h / 2 * k1, middle)
+        k3 = v(x + h / 2 * k2, middle)
+        k4 = v(x + h * k3, t_next)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        places.append(x)
+    return times, places
+
+
+def test_the_prior_is_pi_for_every_picture_at_every_time() -> None:
+    source = prior(PI)
+    for t in (1.0, 0.2):
+        alpha = source(torch.randn(4, 1, 2, 2), torch.tensor(t))
+        torch.testing.assert_close(alpha, PI.float().expand(4, -1), rtol=0, atol=0)
+
+
+def test_projection_to_the_simplex_equals_bisection_on_its_threshold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(200, 5, generator=generator, dtype=torch.float64) * torch.logspace(-2, 1, 200)[:, None] + 0.2
+    low, high = p.min(dim=1).values - 1, p.max(dim=1).values
+    for _ in range(80):  # sum max(p - threshold, 0) falls with the threshold and has to be 1
+        middle = (low + high) / 2
+        too_low = (p - middle[:, None]).clamp_min(0).sum(dim=1) > 1
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    projected = project_to_simplex(p)
+    torch.testing.assert_close(projected, (p - low[:, None]).clamp_min(0), rtol=0, atol=1e-9)
+    assert ((projected > 0).sum(dim=1).unique() == torch.arange(1, 6)).all()  # faces of every dimension
+
+
+def test_projection_leaves_the_simplex_alone_and_is_by_hand_in_two_dimensions() -> None:
+    inside = torch.distributions.Dirichlet(torch.ones(4)).sample((20,))
+    torch.testing.assert_close(project_to_simplex(inside), inside)
+    corner = torch.tensor([[1.0, 0.0, 0.0]])
+    torch.testing.assert_close(project_to_simplex(corner), corner, rtol=0, atol=0)
+    p = torch.tensor([[0.9, 0.5], [2.0, 0.1], [-0.2, -0.4]])
+    torch.testing.assert_close(project_to_simplex(p), torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.6, 0.4]]))
+
+
+def test_integrating_the_oracle_s_rate_along_the_full_ode_follows_its_posterior_with_second_order() -> None:
+    mixture = oracle()
+    errors = []
+    starts = torch.tensor([[0.4, -0.2], [-1.0, 0.8], [0.1, 1.3]], dtype=torch.float64)
+    times, places = full_path(mixture, starts, 400, t_min=0.05)
+    for every in (4, 2, 1):
+        worst = 0.0
+        for row in range(len(starts)):
+            x_start = places[0][row : row + 1]
+            source = Integrated(mixture.posterior_rate, mixture.posterior(x_start, times[0])[0])
+            for t, x in zip(times[::every], places[::every], strict=True):
+                alpha = source(x[row : row + 1], t)
+                worst = max(worst, float((alpha - mixture.posterior(x[row : row + 1], t)).abs().max()))
+        errors.append(worst)
+    assert errors[-1] < 1e-4
+    for coarse, fine in pairwise(errors):
+        assert 3.5 < coarse / fine < 4.5
+    ends = mixture.posterior(places[-1], times[-1])
+    assert (ends - mixture.posterior(places[0], times[0])).abs().max() > 0.3  # there was something to follow
+
+
+def test_a_rate_linear_in_t_is_integrated_exactly_and_downwards_from_pi() -> None:
+    slope = torch.tensor([0.4, -0.1, -0.3], dtype=torch.float64)
+    source = Integrated(lambda x, t: (t * slope).expand(len(x), -1), PI)
+    x = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    for t in (1.0, 0.9, 0.5, 0.0):  # steps of any size
+        alpha = source(x, torch.tensor(t, dtype=torch.float64))
+        torch.testing.assert_close(alpha, (PI + slope * (t**2 - 1) / 2).expand(2, -1))
+
+
+def test_a_rate_that_points_out_of_the_simplex_ends_at_its_corner_and_leaves_it_when_it_turns() -> None:
+    rates = iter([3.0, 3.0, 0.0, -0.5, -0.5])  # falling t: a positive rate lowers the first
+    source = Integrated(lambda x, t: next(rates) * torch.tensor([[1.0, -1.0]]), torch.tensor([0.5, 0.5]))
+    first = [float(source(torch.zeros(1, 2), torch.tensor(t))[0, 0]) for t in (1.0, 0.9, 0.7, 0.6, 0.4)]
+    assert first == pytest.approx([0.5, 0.2, 0.0, 0.025, 0.125], abs=1e-6)
+
+
+def varying_sources() -> tuple[GaussianMixture, Tensor, list[float]]:
+    return oracle(), torch.randn(3, 2, dtype=torch.float64), [1.0, 0.8, 0.45, 0.2]
+
+
+def test_with_pull_0_combined_is_derivative() -> None:
+    mixture, x, times = varying_sources()
+    combined = Integrated(mixture.posterior_rate, PI, mixture.posterior, pull=0.0)
+    derivative = Integrated(mixture.posterior_rate, PI)
+    for t in torch.tensor(times, dtype=torch.float64):
+        torch.testing.assert_close(combined(x, t), derivative(x, t), rtol=0, atol=0)
+    assert (derivative(x, t) - mixture.posterior(x, t)).abs().max() > 0.01
+
+
+def test_with_a_pull_beyond_all_bounds_combined_is_the_posterior_from_the_second_call_on() -> None:
+    mixture, x, times = varying_sources()
+    combined = Integrated(mixture.posterior_rate, PI, mixture.posterior, pull=1e9)
+    for step, t in enumerate(torch.tensor(times, dtype=torch.float64)):
+        expected = mixture.posterior(x, t) if step > 0 else PI.expand(3, -1)
+        torch.testing.assert_close(combined(x, t), expected)
+
+
+def test_with_an_infinite_pull_combined_is_on_the_simplex_at_the_first_call_and_the_posterior_later() -> None:
+    mixture, x, times = varying_sources()
+    combined = Integrated(mixture.posterior_rate, PI, mixture.posterior, pull=math.inf)
+    first, *later = torch.tensor(times, dtype=torch.float64)
+    alpha = combined(x, first)
+    assert alpha.isfinite().all() and (alpha >= 0).all()
+    torch.testing.assert_close(alpha.sum(dim=1), torch.ones(3, dtype=torch.float64))
+    for t in later:
+        torch.testing.assert_close(combined(x, t), mixture.posterior(x, t))
+
+
+def test_the_pull_is_equal_in_equal_time_whatever_the_number_of_steps() -> None:
+    """Against a closed form: without a rate, the distance to a constant posterior decays as exp(-pull (1 - t))."""
+    target, pull, end = torch.tensor([0.1, 0.1, 0.8], dtype=torch.float64), 3.0, 0.4
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    expected = target + (PI - target) * math.exp(-pull * (1 - end))
+    for steps in (1, 4, 60):
+        source = Integrated(lambda x, t: torch.zeros(len(x), 3).to(x), PI, lambda x, t: target.expand(len(x), -1), pull)
+        for t in torch.linspace(1, end, steps + 1, dtype=torch.float64):
+            alpha = source(x, t)
+        torch.testing.assert_close(alpha, expected.expand(2, -1))

@@ -1,0 +1,158 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddm.artifacts import read_artifact, sha256
+from ddm.errors import ArtifactError, DdmError
+from ddm.partition import Partition
+from serve import load
+from train.config import Config
+from train.experts import train_expert
+from train.stages import run
+
+
+def _files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Every file of a run with the time it was written and its hash."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "config.yaml")
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, sha256(path)) for path in files}
+
+
+def test_a_finished_run_has_everything_and_is_not_touched_again(
+    small_run: Path, small: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = _files(small_run)
+    for name in (
+        "partition/clusters.png",
+        "report.html",
+        "evaluate/record.json",
+        "bundle/manifest.json",
+        "monolith/bundle/manifest.json",
+    ):
+        assert name in before
+    assert not [name for name in before if name.endswith((".ckpt", ".part"))]
+    with caplog.at_level("INFO"):
+        run(small(small_run))
+    assert _files(small_run) == before
+    for stage in ("partition", "expert", "router", "bundle", "sample", "evaluate"):
+        assert any(record.message.startswith(stage) and "up to date" in record.message for record in caplog.records), (
+            stage
+        )
+
+
+def test_the_clusters_are_the_digits_two_or_more_to_an_expert(small_run: Path) -> None:
+    cut = Partition.read(small_run / "partition")
+    whole = cut.all(small_run / "partition")
+    assert cut.names == ["0 + 1 + 2 + 3", "4 + 5 + 6", "7 + 8 + 9"]
+    assert sum(cut.sizes) == 240
+    assert torch.equal(whole["cluster"], whole["labels"] * 3 // 10)
+    assert sorted(whole["index"].tolist()) == list(range(240))
+
+
+def test_an_artifact_says_what_it_is(small_run: Path) -> None:
+    cut = Partition.read(small_run / "partition")
+    _, facts = read_artifact(small_run / "experts" / "01" / "expert")
+    assert facts["kind"] == "expert"
+    assert facts["index"] == 1
+    assert facts["partition"] == cut.hash
+    assert facts["steps"] == 12
+    assert facts["pictures_seen"] == 144
+    assert facts["weights"] == "ema"
+    assert facts["config"]["unet"]["channels"] == 8
+
+
+def test_another_config_is_refused_with_every_key_that_differs_and_nothing_lost(
+    small_run: Path, small: Callable[..., Config]
+) -> None:
+    before = _files(small_run)
+    with pytest.raises(
+        ArtifactError, match=r"expert.learning_rate is 0.002 there, 0.1 here; router.steps is 10 there, 20 here"
+    ):
+        run(small(small_run, "expert.learning_rate=0.1", "router.steps=20"))
+    assert _files(small_run) == before
+
+
+def test_sampling_may_change_without_training_again(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    experts = _files(copy / "experts")
+    run(small(copy, "sample.policy=stochastic", "sample.seed=7"), ["sample"])
+    assert (copy / "samples" / "combined-stochastic-ddim-3-seed7.png").exists()
+    assert (copy / "samples" / "combined-balanced-ddim-3-seed0.png").exists()
+    assert _files(copy / "experts") == experts
+
+
+def test_one_lost_expert_is_named_and_trained_again_alone_to_the_same_weights(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    lost = sha256(copy / "experts" / "01" / "expert.safetensors")
+    kept = _files(copy / "experts" / "00")
+    shutil.rmtree(copy / "experts" / "01")
+    with pytest.raises(ArtifactError, match=r"experts/01/expert.json is missing: train it .* expert.index=1"):
+        run(small(copy), ["bundle"])
+    # Expert 1 needs its own cluster's file and no other.
+    for k in (0, 2):
+        Partition.file(copy / "partition", k).unlink()
+    run(small(copy, "expert.index=1"), ["expert"])
+    assert sha256(copy / "experts" / "01" / "expert.safetensors") == lost
+    assert _files(copy / "experts" / "00") == kept
+
+
+def test_experts_trained_side_by_side_are_those_trained_one_after_another(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    shutil.copytree(small_run / "partition", copy / "partition")
+    run(small(copy, "expert.workers=2"), ["expert"])
+    for k in range(3):
+        assert sha256(copy / "experts" / f"{k:02d}" / "expert.safetensors") == sha256(
+            small_run / "experts" / f"{k:02d}" / "expert.safetensors"
+        )
+
+
+def test_an_expert_that_fails_costs_only_itself(small_run: Path, small: Callable[..., Config], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    shutil.copytree(small_run / "partition", copy / "partition")
+    Partition.file(copy / "partition", 1).write_bytes(b"damaged")
+    with pytest.raises(DdmError, match=r"expert 01 of .* failed: .*cluster-01.safetensors is damaged or foreign"):
+        run(small(copy), ["expert"])
+    assert (copy / "experts" / "00" / "expert.json").exists()
+    assert (copy / "experts" / "02" / "expert.json").exists()
+
+
+def test_a_changed_data_set_is_refused_not_partitioned_over(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sklearn.datasets
+
+    digits = sklearn.datasets.load_digits()
+    digits.images[0, 0, 0] += 1
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: digits)
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    with pytest.raises(ArtifactError, match="was cut from other pictures than data.root=data holds now"):
+        run(small(copy), ["partition"])
+
+
+def test_one_cluster_is_the_monolith_through_every_stage(small: Callable[..., Config], tmp_path: Path) -> None:
+    run(small(tmp_path / "mono", "partition.k=1"))
+    record = json.loads((tmp_path / "mono" / "evaluate" / "record.json").read_text())
+    assert {cell["method"] for cell in record["cells"]} == {"DDIM"}
+    assert (tmp_path / "mono" / "report.html").exists()
+    assert len(load(tmp_path / "mono").experts) == 1
+
+
+def test_training_an_expert_tells_how_far_it_is(small_run: Path, small: Callable[..., Config], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    shutil.copytree(small_run / "partition", copy / "partition")
+    told: list[tuple[int, int, float]] = []
+    train_expert(small(copy), 2, told.append)
+    assert [(k, step) for k, step, _ in told] == [(2, step) for step in range(1, 13)]
+    assert all(loss > 0 for _, _, loss in told)

@@ -1,0 +1,161 @@
+"""What a user can get wrong is refused by name, with exit status 2 and no traceback."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import SMALL
+from train.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["expert.stepz=3"], "expert.stepz: Key 'stepz' not in 'ExpertStageConfig'. Did you mean: 'steps'?"),
+        (["expert.steps=many"], "expert.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        (["expert.steps=0"], "expert.steps must be at least 1, got 0"),
+        (["expert.unet.channels=6"], "expert.unet.channels must be a positive multiple of 4, got 6"),
+        (
+            ["expert.unet.multipliers=[1,2,2,2,2]"],
+            "expert.unet.multipliers must halve a square picture of 8 x 8 evenly",
+        ),
+        (["expert.precision=int8"], "expert.precision: Invalid value 'int8', expected one of"),
+        (["expert.index=7"], "expert.index must be in [0, 2]"),
+        (
+            ["data.name=imagenet"],
+            "data.name: Invalid value 'imagenet', expected one of ['digits', 'cifar10', 'celeba_hq', 'folder']",
+        ),
+        (["data.name=cifar10", "data.root=nowhere"], "CIFAR-10 is not in nowhere"),
+        (["data.name=celeba_hq", "data.root=nowhere"], "CelebA-HQ is not in nowhere: put its pictures into"),
+        (
+            ["data.name=folder", "data.root=nowhere"],
+            "nowhere holds no pictures: data.name=folder takes one sub-folder a class",
+        ),
+        (
+            ["schedule.name=vp_quartic"],
+            "schedule.name must be one of vp_linear vp_cosine rectified_flow, got 'vp_quartic'",
+        ),
+        (["schedule.beta_mix=3"], "schedule.beta_mix must be a parameter of vp_linear (beta_min, beta_max), got 3"),
+        (["schedule.beta_min=-1"], "schedule.beta_min must be above 0, got -1"),
+        (["sample.sampler=heum"], "sample.sampler must be one of euler ddim, got 'heum'"),
+        (["sample.policy=any"], "sample.policy must be one of full top_k nucleus fixed stochastic balanced, got 'any'"),
+        (["sample.steps=0"], "sample.steps must be in [1, 1000], got 0"),
+        (["router.bands=[0.7,0.3]"], "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]"),
+        (["router.switch_step=99"], "router.switch_step must be in [1, router.steps = 10), got 99"),
+        (["router.batch=10"], "router.batch must be a multiple of 3"),
+        (["partition.k=500"], "partition.k must be at most the number of pictures, 240, got 500"),
+        (["partition.k=11"], "partition.k must be at most 10, the number of labels or combinations, got 11"),
+        (["partition.k=10", "data.limit=5"], "partition.k must be at most the number of pictures, 5, got 10"),
+        (
+            ["partition.by=attribute", "partition.attributes=[Male]"],
+            "partition.by must be label or kmeans for pictures without attributes",
+        ),
+        (["partition.by=attribute"], "partition.attributes must name at least one attribute"),
+        (["partition.by=kmeans", "partition.k=null"], "partition.k must be given for partition.by=kmeans"),
+        (
+            ["partition.by=kmeans", "partition.features=no.pt"],
+            "partition.features must be a TorchScript file that loads here, got 'no.pt'",
+        ),
+        (
+            ["evaluate.features=no.pt"],
+            "evaluate.features must be classifier, inception, or a TorchScript file, got 'no.pt'",
+        ),
+        (
+            ["evaluate.features=inception"],
+            "evaluate.inception_weights must be a file for evaluate.features=inception, got None",
+        ),
+        (
+            ["evaluate.reference_steps=3"],
+            "evaluate.reference_steps must be in (4, 1000], above every evaluate.steps, got 3",
+        ),
+        (
+            ["nothing.yaml"],
+            "there is no config nothing.yaml; those that come with the program are configs/celeba_hq.yaml",
+        ),
+        (
+            ["exprt"],
+            "a word must be a config (*.yaml), a stage (partition expert router bundle sample evaluate) or key=value, got 'exprt'",
+        ),
+        (["seed=-1"], "seed must be in [0, 2^63), got -1"),
+    ],
+)
+def test_it_is_refused(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main([*SMALL, f"run={tmp_path / 'run'}", *words])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert f"error: {said}" in error
+    assert "Traceback" not in error
+
+
+def test_an_empty_cluster_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for label, count in (("a", 2), ("b", 0)):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / "set" / label / f"{i}.png")
+    status = main(
+        [
+            *SMALL,
+            f"run={tmp_path / 'run'}",
+            "data.name=folder",
+            f"data.root={tmp_path / 'set'}",
+            "data.size=8",
+            "partition.k=2",
+        ]
+    )
+    assert status == 2
+    assert "error: cluster 1 (b) of 2 has no pictures: every cluster needs at least one" in capsys.readouterr().err
+
+
+def test_a_corrupt_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    status = main(
+        [
+            *SMALL,
+            f"run={tmp_path / 'run'}",
+            "data.name=folder",
+            f"data.root={tmp_path / 'set'}",
+            "partition.k=1",
+            "partition",
+        ]
+    )
+    assert status == 2
+    assert "set/a/1.png is no picture that can be read" in capsys.readouterr().err
+
+
+def test_a_config_that_is_no_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_text("run: [1, 2\nexpert: }")
+    assert main([str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml is no YAML file that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "stage", "said"),
+    [
+        ("partition/cluster-02.safetensors", "router", "cluster-02.safetensors is damaged or foreign: its SHA-256 is"),
+        ("partition/partition.json", "bundle", "partition.json is damaged: it is not JSON"),
+        ("experts/00/expert.json", "expert", "expert.json is damaged: it is not JSON"),
+        ("experts/00/expert.safetensors", "bundle", "expert-00.safetensors is damaged or foreign"),
+        ("bundle/router.safetensors", "sample", "router.safetensors is damaged or foreign: its SHA-256 is"),
+        ("bundle/manifest.json", "sample", "manifest.json is damaged: it is not JSON"),
+        ("config.yaml", "sample", "config.yaml is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, stage: str, said: str
+) -> None:
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(copy / "samples")
+    if file.startswith("experts"):
+        shutil.rmtree(copy / "bundle")
+    if stage == "router":
+        shutil.rmtree(copy / "router")
+    (copy / file).write_bytes(b"{ \x80 damaged")
+    status = main([*SMALL, f"run={copy}", stage])
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert said in error
+    assert "Traceback" not in error
