@@ -1,7 +1,7 @@
 """A bundle: a folder with all that sampling needs, held together by a manifest that names every artifact by SHA-256."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,8 @@ class Artifact:
 class Bundle:
     """A bundle as read and checked: K experts in the order of their clusters, and the router if there is one."""
 
-    shape: list[int]
+    partition: Partition
     schedule: dict[str, Any]
-    partition_hash: str
-    names: list[str]
-    sizes: list[int]
     experts: list[Artifact]
     router: Artifact | None
     version: str  # the SHA-256 of the manifest: it changes with any weight
@@ -43,27 +40,32 @@ def write_bundle(folder: Path, partition: Partition, experts: list[Path], router
 
     The old bundle stays in place until the new one is whole. Raises `ArtifactError` where they do not belong together.
     """
-    scratch = folder.with_name(folder.name + ".part")
+    scratch, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    names = [f"expert-{k:02d}" for k in range(len(experts))] + (["router"] if router else [])
-    for name, stem in zip(names, experts + ([router] if router else []), strict=True):
+    stems = {f"expert-{k:02d}": stem for k, stem in enumerate(experts)} | ({"router": router} if router else {})
+    for name, stem in stems.items():
         for suffix in (".json", ".safetensors"):
-            shutil.copyfile(stem.with_suffix(suffix), scratch / f"{name}{suffix}")
+            try:
+                shutil.copyfile(stem.with_suffix(suffix), scratch / f"{name}{suffix}")
+            except FileNotFoundError as error:
+                raise ArtifactError(f"{stem.with_suffix(suffix)} is missing") from error
     facts = read_json(scratch / "expert-00.json")
+    if not isinstance(facts, dict) or "schedule" not in facts:
+        raise ArtifactError(f"{experts[0].with_suffix('.json')} does not describe an expert: it has no key 'schedule'")
     manifest = {
         "format": FORMAT,
-        "shape": partition.shape,
         "schedule": facts["schedule"],
-        "partition": partition.hash,
-        "names": partition.names,
-        "sizes": partition.sizes,
-        "artifacts": {name: sha256(scratch / f"{name}.json") for name in names},
+        "partition": {**asdict(partition), "hash": partition.hash},
+        "artifacts": {name: sha256(scratch / f"{name}.json") for name in stems},
     }
     write_json(scratch / MANIFEST, manifest)
     read_bundle(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     scratch.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -75,22 +77,20 @@ def read_bundle(folder: Path) -> Bundle:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not the manifest of a bundle: its format must be {FORMAT!r}")
-    try:
-        listed = dict(manifest["artifacts"])
-        names, sizes, shape, schedule = (manifest[key] for key in ("names", "sizes", "shape", "schedule"))
-        partition_hash = manifest["partition"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged: {error!r}") from error
-    wanted = [f"expert-{k:02d}" for k in range(len(names))]
+    partition = Partition.from_facts(manifest.get("partition"), path)
+    listed, schedule = manifest.get("artifacts"), manifest.get("schedule")
+    if not isinstance(listed, dict) or not isinstance(schedule, dict):
+        raise ArtifactError(f"{path} is damaged: it needs the keys 'artifacts' and 'schedule'")
+    wanted = [f"expert-{k:02d}" for k in range(partition.k)]
     if missing := [name for name in wanted if name not in listed]:
-        raise ArtifactError(f"{path} lists no {missing[0]}, but has {len(names)} clusters")
+        raise ArtifactError(f"{path} lists no {missing[0]}, but has {partition.k} clusters")
     if unknown := [name for name in listed if name not in [*wanted, "router"]]:
         raise ArtifactError(f"{path} lists an artifact that no cluster has: {unknown[0]}")
     found = {}
     for name, expected in listed.items():
         stem = folder / name
         tensors, facts = read_artifact(stem, expected)
-        for key, value in (("shape", shape), ("schedule", schedule), ("partition", partition_hash)):
+        for key, value in (("shape", partition.shape), ("schedule", schedule), ("partition", partition.hash)):
             if facts.get(key) != value:
                 raise ArtifactError(
                     f"{stem}.json does not belong to this bundle: its {key} is {facts.get(key)!r}, the manifest's {value!r}"
@@ -102,4 +102,4 @@ def read_bundle(folder: Path) -> Bundle:
             raise ArtifactError(
                 f"{expert.stem}.json does not belong here: it is expert {expert.facts.get('index')!r}, not {k}"
             )
-    return Bundle(shape, schedule, partition_hash, names, sizes, experts, found.get("router"), sha256(path))
+    return Bundle(partition, schedule, experts, found.get("router"), sha256(path))

@@ -41,7 +41,9 @@ def _uniform_log_snr(even: Tensor, schedule: Schedule, t_min: float, t_max: floa
         a, s, _, _ = schedule(t)
         return 2 * (a.clamp_min(1e-12).log() - s.log())  # rectified flow has a(1) = 0
 
-    ends = torch.tensor([max(t_min, 1e-3), min(t_max, 1 - 1e-3)], dtype=torch.float64)
+    clean = t_min if t_min > 0 else min(1e-3, t_max / 2)
+    noisy = max(min(t_max, 1 - 1e-3), (clean + t_max) / 2)  # where a(1) = 0
+    ends = torch.tensor([clean, noisy], dtype=torch.float64)
     inner = (
         even if t_min > 0 else torch.linspace(1, 0, len(even) - 1, dtype=torch.float64) if len(even) > 2 else even[:1]
     )

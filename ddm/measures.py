@@ -46,10 +46,11 @@ def power_law_fit(steps: Sequence[int], errors: Sequence[float]) -> PowerLaw:
         "be of equal length, at least 2",
         (len(steps), len(errors)),
     )
+    require(len(set(steps)) >= 2, "power_law_fit: steps", "hold at least two different numbers", list(steps))
     require(min(errors) > 0, "power_law_fit: errors", "be positive", min(errors))
     x, y = torch.tensor(steps, dtype=torch.float64).log(), torch.tensor(errors, dtype=torch.float64).log()
     x_c, y_c = x - x.mean(), y - y.mean()
     slope = (x_c @ y_c) / (x_c @ x_c)
     residual, total = (y_c - slope * x_c).square().sum(), y_c.square().sum()
-    r2 = 1.0 if total == 0 else float(1 - residual / total)
+    r2 = 1.0 if total < 1e-20 else float(1 - residual / total)  # a constant is its own law
     return PowerLaw(float((y.mean() - slope * x.mean()).exp()), float(-slope), r2)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class Partition:
         Raises `DataError` naming a cluster without pictures.
         """
         sizes = torch.bincount(cluster, minlength=len(names)).tolist()
+        assert len(sizes) == len(names)
         for k, size in enumerate(sizes):
             if size == 0:
                 raise DataError(
@@ -70,14 +72,18 @@ class Partition:
     def read(folder: Path) -> "Partition":
         """The partition in a folder. Raises `ArtifactError` where its file is missing, or does not match its own hash."""
         path = folder / "partition.json"
-        facts = read_json(path)
+        return Partition.from_facts(read_json(path), path)
+
+    @staticmethod
+    def from_facts(facts: Any, path: Path) -> "Partition":
+        """The partition that plain data from the file `path` describes. Raises `ArtifactError` where it does not."""
         try:
             partition = Partition(**{key: facts[key] for key in ("shape", "names", "sizes", "hashes")})
             found, expected = partition.hash, facts["hash"]
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path} does not describe a partition: {error!r}") from error
         if found != expected:
-            raise ArtifactError(f"{path} is damaged: the hash of its contents is {found}, it says {expected}")
+            raise ArtifactError(f"{path} is damaged: the hash of its partition is {found}, it says {expected}")
         return partition
 
     @staticmethod

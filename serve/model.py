@@ -74,8 +74,8 @@ class Model:
         self, bundle: Bundle, device: str | torch.device, pictures: Callable[[], dict[str, Tensor]] | None
     ) -> None:
         self.device = torch.device(device)
-        self.shape, self.names, self.version = bundle.shape, bundle.names, bundle.version
-        self.pi = torch.tensor(bundle.sizes, device=self.device) / sum(bundle.sizes)
+        self.shape, self.names, self.version = bundle.partition.shape, bundle.partition.names, bundle.version
+        self.pi = bundle.partition.pi.to(self.device)
         self.schedule: Schedule = schedule(**bundle.schedule)
         self.experts = [self._expert(artifact) for artifact in bundle.experts]
         self.posterior: PosteriorNet | None = None

@@ -20,7 +20,7 @@ from serve import load
 from serve.pictures import contact_sheet, to_uint8, write_png
 from train.config import STAGES, Config, claim, plain
 from train.evaluate import evaluate
-from train.experts import expert_stem, train_experts
+from train.expert_stage import expert_stem, train_experts
 from train.fit import fit
 from train.partitioning import assign
 from train.progress import bar

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ddm.learning import Batches
+from ddm.randomness import Use, normal
 from ddm.schedules import Coeffs, VPLinear, schedule
 from experts.denoiser import Denoiser, ExpertConfig, LossWeight
 from experts.learning import ExpertLearning, denoising_loss, loss_weight
@@ -110,6 +111,9 @@ def test_the_noisy_picture_is_a_x0_plus_s_eps_at_its_time_with_eps_standard_norm
         beta = 0.1 * t.double() + 19.9 * t.double() ** 2 / 2  # the integral of beta, vp_linear
         a = torch.exp(-beta / 2)[:, None, None, None]
         eps.append((x - a * 1.0) / (1 - a**2).sqrt())
+        # counted like all randomness, hence the same on every device: no generator of torch's has a part in it
+        counted = normal(3, Use.NOISE, torch.arange(8), step, (1, 4, 4)).double()
+        torch.testing.assert_close(eps[-1], counted, rtol=0, atol=1e-4)
         times.append(t.double())
     noise, time = torch.cat(eps).flatten(), torch.cat(times)
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05  # 5120 numbers

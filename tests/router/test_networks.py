@@ -76,6 +76,17 @@ def test_each_time_is_answered_by_its_band_alone_and_in_a_batch_and_an_edge_belo
     torch.testing.assert_close(alone, expected)
 
 
+def test_pictures_of_all_bands_in_any_order_get_the_answers_that_they_get_alone() -> None:
+    derivative = built()[1]
+    perturb(derivative)
+    x, t = torch.randn(6, 1, 4, 4), torch.tensor([0.9, 0.1, 0.5, 0.05, 0.75, 0.35])
+    with torch.no_grad():
+        together = derivative(x, t)
+        alone = torch.cat([derivative(x[i : i + 1], t[i]) for i in range(6)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert (together - together.roll(1, 0)).abs().amax(dim=1).min() > 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_at_the_default_edges_one_time_for_all_gives_what_the_same_time_for_each_gives(dtype: torch.dtype) -> None:
     derivative, x = band_marked(RouterConfig().bands), torch.randn(2, 1, 4, 4)

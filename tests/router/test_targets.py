@@ -202,6 +202,18 @@ def test_a_bigger_cluster_is_more_likely_where_the_noise_hides_everything() -> N
     torch.testing.assert_close(alpha, torch.tensor([0.25, 0.5, 0.25]).expand(4, -1))
 
 
+def test_a_picture_far_from_all_data_belongs_to_the_nearest_and_not_to_nobody() -> None:
+    """Every w_i is below the smallest float64 there; their shares are not."""
+    points = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.5, 1.0]])
+    x, t = torch.tensor([[-30.0, -30.0], [40.0, -40.0]]), torch.tensor([0.05, 0.2])
+    a, s, _, _ = LINEAR(t.double()).beside(x)
+    square = (x.double()[:, None] - a[:, :, None] * points.double()).square().sum(dim=2)
+    assert (square / (2 * s**2)).min() > 745
+    expected = torch.softmax(-square / (2 * s**2), dim=1)
+    alpha = exact_posterior(x, t, points, torch.arange(3), LINEAR)
+    torch.testing.assert_close(alpha.double(), expected, rtol=0, atol=1e-4)
+
+
 def test_bytes_and_the_numbers_they_stand_for_give_the_same() -> None:
     images, labels = noise_pictures()
     x0, eps, t = paths(images)

@@ -11,7 +11,7 @@ from ddm.errors import ArtifactError, DdmError
 from ddm.partition import Partition
 from serve import load
 from train.config import Config
-from train.experts import train_expert
+from train.expert_stage import train_expert
 from train.stages import run
 
 
