@@ -90,7 +90,7 @@ def test_a_changed_description_is_refused_naming_the_file_and_both_hashes(tmp_pa
     changed = {**read_json(path), "sizes": [3, 2, 1]}
     write_json(path, changed)
     found = Partition(partition.shape, partition.names, [3, 2, 1], partition.hashes).hash
-    message = f"{path} is damaged: the hash of its contents is {found}, it says {partition.hash}"
+    message = f"{path} is damaged: the hash of its partition is {found}, it says {partition.hash}"
     with pytest.raises(ArtifactError, match=re.escape(message)):
         Partition.read(tmp_path)
 

@@ -102,11 +102,14 @@ def test_a_rate_linear_in_t_is_integrated_exactly_and_downwards_from_pi() -> Non
         torch.testing.assert_close(alpha, (PI + slope * (t**2 - 1) / 2).expand(2, -1))
 
 
-def test_a_rate_that_points_out_of_the_simplex_ends_at_its_corner_and_leaves_it_when_it_turns() -> None:
-    rates = iter([3.0, 3.0, 0.0, -0.5, -0.5])  # falling t: a positive rate lowers the first
-    source = Integrated(lambda x, t: next(rates) * torch.tensor([[1.0, -1.0]]), torch.tensor([0.5, 0.5]))
-    first = [float(source(torch.zeros(1, 2), torch.tensor(t))[0, 0]) for t in (1.0, 0.9, 0.7, 0.6, 0.4)]
-    assert first == pytest.approx([0.5, 0.2, 0.0, 0.025, 0.125], abs=1e-6)
+def test_a_rate_that_points_out_of_the_simplex_slides_along_its_nearest_face_and_leaves_it_when_it_turns() -> None:
+    slope = torch.tensor([8.0, -5.0, -3.0])
+    rates = iter([slope, slope, 0 * slope, -slope / 16])  # t falls: a positive rate lowers the first
+    source = Integrated(lambda x, t: next(rates).expand(len(x), -1), torch.tensor([0.5, 0.3, 0.2]))
+    found = torch.cat([source(torch.zeros(1, 2), torch.tensor(t)) for t in (1.0, 0.9, 0.9, 0.5)])
+    # (.5, .3, .2) - .1 (8, -5, -3) = (-.3, .8, .5), of which (0, .65, .35) is the nearest point; then half of .4 (.5, ...)
+    expected = [[0.5, 0.3, 0.2], [0.0, 0.65, 0.35], [0.0, 0.65, 0.35], [0.1, 0.5875, 0.3125]]
+    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def varying_sources() -> tuple[GaussianMixture, Tensor, list[float]]:
