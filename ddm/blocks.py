@@ -11,8 +11,8 @@ from ddm.errors import require
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation as in DDPM: 32 groups, or groups of four channels where the network is narrow."""
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    """Group normalisation as in DDPM: 32 groups, or fewer where the network is narrow or its width no multiple of 32."""
+    return nn.GroupNorm(channels // 4 if channels <= 128 else math.gcd(32, channels), channels)
 
 
 def zeroed(module: nn.Conv2d) -> nn.Conv2d:
@@ -133,13 +133,6 @@ def check_encoder(
         all(m >= 1 for m in multipliers) and len(multipliers) > 0,
         f"{section}.multipliers",
         "be whole numbers >= 1",
-        multipliers,
-    )
-    widest = [channels * m for m in multipliers if channels * m > 128 and channels * m % 32]
-    require(
-        not widest,
-        f"{section}.multipliers",
-        f"make every width above 128 a multiple of 32 (channels {channels})",
         multipliers,
     )
     require(blocks >= 1, f"{section}.blocks", "be at least 1", blocks)

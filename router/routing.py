@@ -89,4 +89,4 @@ class RoutedDenoiser:
         answers = torch.cat([self.experts[k](part, time if t.ndim else t) for k, part, time in asked])
         self.calls += len(row)
         share = weight[row, expert].reshape(-1, *(1,) * (x.ndim - 1))
-        return torch.zeros_like(x).index_add_(0, row, share * answers)
+        return torch.zeros_like(x).index_add_(0, row, (share * answers).to(x))

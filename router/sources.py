@@ -35,13 +35,12 @@ class Integrated:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         rate = self.rate(x, t)
         if self.alpha is None or self.last_rate is None or self.last_t is None:
-            alpha, dt = self.pi.to(x).expand(len(x), -1), t.new_zeros(())
+            alpha = self.pi.to(x).expand(len(x), -1)
         else:
-            dt = t - self.last_t
-            alpha = project_to_simplex(self.alpha + dt.to(x) * (rate + self.last_rate) / 2)
-        if self.posterior is not None:
-            share = -torch.expm1(-self.pull * dt.abs()).to(x)
-            alpha = alpha + share * (self.posterior(x, t) - alpha)
+            dt = (t - self.last_t).to(x)
+            alpha = project_to_simplex(self.alpha + dt * (rate + self.last_rate) / 2)
+            if self.posterior is not None:
+                alpha = torch.lerp(alpha, self.posterior(x, t), -torch.expm1(-self.pull * dt.abs()))
         self.alpha, self.last_rate, self.last_t = alpha, rate, t
         return alpha
 

@@ -3,7 +3,6 @@
 import math
 from itertools import pairwise
 
-import pytest
 import torch
 from torch import Tensor
 
