@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -14,14 +15,17 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def contact_sheet(rows: Sequence[Tensor], least_side: int = 32) -> Tensor:
-    """uint8 `[C, H, W]`: pictures in rows (uint8 `[n, C, h, w]` each), enlarged by a whole number to `least_side` pixels."""
+    """uint8 `[C, H, W]`: pictures in rows (uint8 `[n, C, h, w]` each), small ones enlarged to `least_side` pixels or more.
+
+    Enlarged smoothly, because people read an 8x8 digit better without the edges of its pixels.
+    """
     scale = max(1, -(-least_side // rows[0].shape[-1]))
     channels, side, gap = rows[0].shape[1], rows[0].shape[-1] * scale, 2
     columns = max(len(row) for row in rows)
     sheet = torch.full((channels, len(rows) * (side + gap) - gap, columns * (side + gap) - gap), 255, dtype=torch.uint8)
     for i, row in enumerate(rows):
-        large = row.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-        for j, picture in enumerate(large):
+        large = F.interpolate(row.float(), scale_factor=scale, mode="bicubic") if scale > 1 else row
+        for j, picture in enumerate(large.round().clamp(0, 255).to(torch.uint8)):
             top, left = i * (side + gap), j * (side + gap)
             sheet[:, top : top + side, left : left + side] = picture
     return sheet

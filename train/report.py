@@ -46,14 +46,14 @@ _MEANING = {
     "full": "each step all experts, weighted by alpha",
 }
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 56rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 66rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; } p { margin: .3rem 0 .8rem; }
 table { border-collapse: collapse; margin: .4rem 0 1.2rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
 .name { text-align: left; } .meaning { text-align: left; color: #555; font-size: .88rem; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; } caption small, .facts { font-weight: 400; color: #555; }
-.best { font-weight: 700; } img { max-width: 100%; } img.pixels { image-rendering: pixelated; } .scroll { overflow-x: auto; }
+.best { font-weight: 700; } img { max-width: 100%; } .scroll { overflow-x: auto; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 
@@ -106,12 +106,12 @@ def write_report(path: Path, evaluation: Evaluation, drawn: Mapping[tuple[str, i
     plots.save(plotted / "alpha.png", plots.alpha_over_time(best, cut.names))
     plots.save(plotted / "losses.png", plots.losses(folder))
     sheets = {
-        "pictures": best.images[:64].split(16),
-        "methods": [draw.images[:16] for draw in shown.values()],
-        "clusters": [cut.cluster(folder / "partition", k)["images"][:16] for k in range(cut.k)],
+        "pictures": best.images[:48].split(12),
+        "methods": [draw.images[:12] for draw in shown.values()],
+        "clusters": [cut.cluster(folder / "partition", k)["images"][:12] for k in range(cut.k)],
     }
     for name, rows in sheets.items():
-        write_png(plotted / f"{name}.png", contact_sheet(rows, least_side=48))
+        write_png(plotted / f"{name}.png", contact_sheet(rows, least_side=64))
     scratch = path.with_suffix(".part")
     scratch.write_text(_page(evaluation, cut, plotted, middle))
     scratch.replace(path)
@@ -138,7 +138,7 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
         f"<h1>{name}</h1>",
         f"<p class=facts>{cut.k} experts on {sum(cut.sizes):,} pictures of {shape}; "
         f"bundle {evaluation.versions[last][:12]}. {trained}</p>",
-        _image(plotted, "pictures", f"64 pictures drawn with balanced in {middle} steps", pixels=True),
+        _image(plotted, "pictures", f"48 pictures drawn with balanced in {middle} steps"),
         "<h2>How good are the pictures?</h2>",
         f"<p>{evaluation.n} pictures a cell, all methods from the same noise, sampler {config['sample']['sampler']}. "
         f"Features: {html.escape(evaluation.features)}; figures made with other features cannot be compared with these.</p>",
@@ -159,9 +159,9 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
         _image(plotted, "alpha", "Alpha over time for four pictures"),
         "<h2>The same noise, every method</h2>",
         f"<p>Rows from the top, {middle} steps: {', '.join(evaluation.versions)}. A column is one noise.</p>",
-        _image(plotted, "methods", "One row a method", pixels=True),
+        _image(plotted, "methods", "One row a method"),
         f"<h2>The clusters</h2><p>Rows from the top: {html.escape(clusters)}.</p>",
-        _image(plotted, "clusters", "Pictures of each cluster", pixels=True),
+        _image(plotted, "clusters", "Pictures of each cluster"),
         "<h2>Training</h2>",
         _image(plotted, "losses", "Training losses"),
         "<details><summary>config.yaml</summary>"
@@ -203,11 +203,9 @@ def _bold(evaluation: Evaluation, measure: _Measure, cell: Cell) -> str:
     return " class=best" if measure.value(cell) == measure.best(column) else ""
 
 
-def _image(plotted: Path, name: str, alt: str, pixels: bool = False) -> str:
+def _image(plotted: Path, name: str, alt: str) -> str:
     data = base64.b64encode((plotted / f"{name}.png").read_bytes()).decode()
-    return (
-        f"<p><img{' class=pixels' if pixels else ''} alt='{html.escape(alt)}' src='data:image/png;base64,{data}'></p>"
-    )
+    return f"<p><img alt='{html.escape(alt)}' src='data:image/png;base64,{data}'></p>"
 
 
 def _steps(evaluation: Evaluation) -> list[int]:
