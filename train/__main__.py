@@ -34,7 +34,7 @@ def main(words: list[str]) -> int:
     except DdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Lightning answers the first with the second
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     return 0

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,11 +34,16 @@ def run_jobs(work: Callable[[J, Tell], R], jobs: Sequence[J], workers: int, hear
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, context, _start_worker, (news, threads)) as pool:
         futures: list[Future[R]] = [pool.submit(_work, work, job) for job in jobs]
-        pending = set(futures)
-        while pending:
-            pending = wait(pending, timeout=0.2).not_done
-            while not news.empty():
-                hear(news.get())
+        try:
+            pending = set(futures)
+            while pending:
+                pending = wait(pending, timeout=0.2).not_done
+                while not news.empty():
+                    hear(news.get())
+        except KeyboardInterrupt:  # a job may have hours to go, and resumes from its checkpoint
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         return [_tried(lambda future, _: future.result(), future, hear) for future in futures]
 
 
@@ -55,6 +61,7 @@ def _start_worker(news: Any, threads: int) -> None:
     global _tell
     _tell = news.put
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to answer
     parent = os.getppid()
 
     def leave_with_parent() -> None:
