@@ -50,7 +50,7 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
     draws.make([reference, *cells], calls, workers_for(len(calls), config.device, config.expert.workers))
 
     whole = cut.all(config.folder / "partition")
-    network = feature_network(own, whole, config.seed, config.device)
+    network = feature_network(own.features, own.inception_weights, whole, config.seed, config.device)
     ends = draws.read(reference).ends
     measured = []
     with bar("evaluate: scoring", len(whole["images"]) + len(cells) * own.n) as advance:

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,6 @@ from ddm.errors import ConfigError
 from ddm.learning import Batches, scaled
 from ddm.randomness import Use, seed_of
 from train.progress import bar
-
-if TYPE_CHECKING:
-    from train.config import EvaluateConfig
 
 
 @dataclass(frozen=True)
@@ -47,12 +43,14 @@ class FeatureNetwork:
         return Judged(torch.cat(features), torch.cat(logits) if logits else None)
 
 
-def feature_network(config: "EvaluateConfig", pictures: dict[str, Tensor], seed: int, device: str) -> FeatureNetwork:
+def feature_network(
+    features: str, inception_weights: str | None, pictures: dict[str, Tensor], seed: int, device: str
+) -> FeatureNetwork:
     """The network that `evaluate.features` names; `pictures` are the partition's, on which a classifier may be trained.
 
     Raises `ConfigError` where it cannot be had.
     """
-    if config.features == "classifier":
+    if features == "classifier":
         labels = pictures.get("labels", pictures["cluster"])
         if int(labels.max()) == 0:
             raise ConfigError(
@@ -60,9 +58,9 @@ def feature_network(config: "EvaluateConfig", pictures: dict[str, Tensor], seed:
             )
         name = f"a small classifier trained on half of the pictures ({int(labels.max()) + 1} classes)"
         return FeatureNetwork(name, _classifier(pictures["images"], labels, seed, device), rgb=False, device=device)
-    if config.features == "inception":
-        return FeatureNetwork("Inception v3 (2015)", _Inception(config.inception_weights), rgb=True, device=device)
-    return script_network("evaluate.features", config.features, device)
+    if features == "inception":
+        return FeatureNetwork("Inception v3 (2015)", _Inception(inception_weights), rgb=True, device=device)
+    return script_network("evaluate.features", features, device)
 
 
 def script_network(key: str, path: str, device: str) -> FeatureNetwork:
@@ -123,7 +121,8 @@ class _Classifier(nn.Module):
         self.dropout, self.head = nn.Dropout(0.3), nn.Linear(64, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(scaled(images))
+        x = scaled(images)
+        features = self.body(F.adaptive_avg_pool2d(x, 16) if x.shape[-1] > 16 else x)  # easy classes show at a glance
         return features, self.head(self.dropout(features))
 
 

@@ -31,7 +31,7 @@ def _frechet(a: np.ndarray, b: np.ndarray) -> float:
 def test_the_recorded_distance_is_that_of_the_drawn_pictures(small_run: Path, small: Callable[..., Config]) -> None:
     config = small(small_run)
     whole = Partition.read(small_run / "partition").all(small_run / "partition")
-    network = feature_network(config.evaluate, whole, config.seed, "cpu")
+    network = feature_network(config.evaluate.features, config.evaluate.inception_weights, whole, config.seed, "cpu")
     real = network(whole["images"], lambda _: None).features.double().numpy()
     record = Evaluation.read(small_run / "evaluate" / "record.json")
     cell = next(cell for cell in record.cells if (cell.method, cell.steps) == ("balanced", 4))
@@ -86,7 +86,13 @@ def test_the_classifier_tells_digits_apart_that_it_never_saw(small: Callable[...
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target)
     config = small("nowhere")
-    network = feature_network(config.evaluate, {"images": images, "labels": labels, "cluster": labels}, 0, "cpu")
+    network = feature_network(
+        config.evaluate.features,
+        config.evaluate.inception_weights,
+        {"images": images, "labels": labels, "cluster": labels},
+        0,
+        "cpu",
+    )
     logits = network(images, lambda _: None).logits
     assert logits is not None
     unseen = held_out(len(images), 0)
@@ -120,7 +126,13 @@ def test_inception_gives_features_and_logits_from_the_users_weights(
     torch.save(network.state_dict(), tmp_path / "inception.pth")
     config = small("nowhere", "evaluate.features=inception", f"evaluate.inception_weights={tmp_path / 'inception.pth'}")
     images = torch.randint(0, 256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    judge = feature_network(config.evaluate, {"images": images, "cluster": torch.zeros(2)}, 0, "cpu")
+    judge = feature_network(
+        config.evaluate.features,
+        config.evaluate.inception_weights,
+        {"images": images, "cluster": torch.zeros(2)},
+        0,
+        "cpu",
+    )
     judged = judge(images, lambda _: None)
     assert judge.name == "Inception v3 (2015)"
     assert judged.logits is not None
