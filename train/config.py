@@ -60,9 +60,7 @@ class EvaluateConfig:
     inception_weights: str | None = None  # for features=inception: pt_inception-2015-12-05-6726825d.pth
     trajectories: int = 64  # paths for the trajectory error
     reference_steps: int = 1000
-    monolith_steps: int | None = (
-        None  # training steps of the one model for the row DDIM; null is as many as all experts; 0 for no row
-    )
+    monolith_steps: int | None = None  # of the row DDIM's one model; null is as many as all experts; 0 for no row
     batch: int = 256
 
     def check(self) -> None:

@@ -94,7 +94,7 @@ def router(config: Config) -> None:
         images, cluster = torch.cat([images, images.flip(3)]), cluster.repeat(2)
     seed = seed_of(config.seed, Use.ROUTER, 0)
     torch.manual_seed(seed)
-    posterior, derivative = own.build(cut.shape, cut.pi, schedule(**config.schedule))
+    posterior, _ = own.build(cut.shape, cut.pi, schedule(**config.schedule))
     batches = Batches(images, own.batch, seed)
     with bar("router", own.steps) as advance:
         done = 0
