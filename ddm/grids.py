@@ -1,23 +1,27 @@
 """Where a sampler puts its steps: N + 1 times that fall from t_max to t_min."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ddm.errors import one_of, require
-from ddm.schedules import Schedule
+from ddm.errors import ConfigError, one_of, require
+from ddm.schedules import Schedule, TwoPhase
 
-GRIDS = ("uniform_t", "uniform_log_snr", "quadratic")
+GRIDS = ("uniform_t", "uniform_log_snr", "quadratic", "edm", "own")
 
 
 def time_grid(name: str, steps: int, schedule: Schedule, t_min: float = 0.0, t_max: float = 1.0) -> Tensor:
     """The times `[steps + 1]`, float64 on the CPU, from `t_max` down to `t_min`.
 
-    `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2, as far as t = 1e-3 where `t_min` is 0. `quadratic`: even in
-    sqrt(t), dense near the data (DDIM's choice for CIFAR-10, arXiv 2010.02502, appendix D.2).
+    `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2. `quadratic`: even in sqrt(t), dense near the data (DDIM's
+    choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `edm`: even in (s/a)^(1/7), denser still (arXiv 2206.00364, eq. 5).
+    `own`: the steps n/T of a two-phase schedule, as many as it has. Where s/a is 0 or infinite at an end, `uniform_log_snr` and
+    `edm` are even between t = 1e-3 and 1 - 1e-3, and the end is one step more.
 
-    Raises `ConfigError` for an unknown name, steps below 1, or times not in 0 <= t_min < t_max <= 1.
+    Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1, or `own` for a schedule that
+    has no steps or another number of them.
     """
     require(isinstance(steps, int) and steps >= 1, "sample.steps", "be at least 1", steps)
     require(0 <= t_min < t_max, "sample.t_min", f"be in [0, {t_max})", t_min)
@@ -29,31 +33,50 @@ def time_grid(name: str, steps: int, schedule: Schedule, t_min: float = 0.0, t_m
         case "quadratic":
             return (math.sqrt(t_min) + (math.sqrt(t_max) - math.sqrt(t_min)) * even) ** 2
         case "uniform_log_snr":
-            return _uniform_log_snr(even, schedule, t_min, t_max)
+            return _even(lambda log_sigma: log_sigma, lambda y: y, steps, schedule, t_min, t_max)
+        case "edm":
+            return _even(lambda y: (y / 7).exp(), lambda y: 7 * y.log(), steps, schedule, t_min, t_max)
+        case "own":
+            return _own(steps, schedule, t_min, t_max)
         case _:
             raise one_of("sample.grid", name, GRIDS)
 
 
-def _uniform_log_snr(even: Tensor, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
-    """Even in log SNR between t_max and max(t_min, 1e-3), where it is finite; a grid to t = 0 has that as its last step."""
+def _even(
+    scale: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
+    steps: int,
+    schedule: Schedule,
+    t_min: float,
+    t_max: float,
+) -> Tensor:
+    """Even in `scale(log s/a)`, found by bisection between the ends where s/a is finite and positive."""
 
-    def log_snr(t: Tensor) -> Tensor:
+    def log_sigma(t: Tensor) -> Tensor:
         a, s, _, _ = schedule(t)
-        return 2 * (a.clamp_min(1e-12).log() - s.log())  # rectified flow has a(1) = 0
+        return s.log() - a.log()
 
     clean = t_min if t_min > 0 else min(1e-3, t_max / 2)
-    noisy = max(min(t_max, 1 - 1e-3), (clean + t_max) / 2)  # where a(1) = 0
-    ends = torch.tensor([clean, noisy], dtype=torch.float64)
-    inner = (
-        even if t_min > 0 else torch.linspace(1, 0, len(even) - 1, dtype=torch.float64) if len(even) > 2 else even[:1]
+    noisy = (
+        t_max if schedule(torch.tensor(t_max, dtype=torch.float64)).a > 1e-9 else max(t_max - 1e-3, (clean + t_max) / 2)
     )
-    high, low = log_snr(ends)
-    wanted = high + (low - high) * inner
-    left, right = ends[:1].expand_as(wanted), ends[1:].expand_as(wanted)
+    ends = torch.tensor([noisy, clean], dtype=torch.float64)
+    count = steps + 1 - (t_min == 0)
+    first, last = scale(log_sigma(ends))
+    wanted = inverse(first + (last - first) * torch.linspace(0, 1, max(count, 2), dtype=torch.float64))[:count]
+    right, left = ends[:1].expand_as(wanted), ends[1:].expand_as(wanted)
     for _ in range(60):
         middle = (left + right) / 2
-        too_clean = log_snr(middle) > wanted
+        too_clean = log_sigma(middle) < wanted
         left, right = torch.where(too_clean, middle, left), torch.where(too_clean, right, middle)
     times = torch.cat([middle, middle.new_zeros(1)]) if t_min == 0 else middle
     times[0], times[-1] = t_max, t_min
     return times
+
+
+def _own(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
+    if not isinstance(schedule, TwoPhase):
+        raise ConfigError(f"sample.grid must not be own for {schedule}, which has no steps of its own")
+    require(steps == schedule.steps, "sample.steps", f"be schedule.steps = {schedule.steps} for sample.grid=own", steps)
+    times = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    return times[(times >= t_min) & (times <= t_max)]

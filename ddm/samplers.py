@@ -4,19 +4,20 @@ A sampler asks for denoised pictures and gets them: `x0 = yield x, t`. Whoever r
 about: `drive` calls a denoiser in a loop, `drive_async` awaits one that may be anywhere. Both count the calls.
 """
 
-from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ddm.errors import one_of
+from ddm.errors import ConfigError, one_of, require
 from ddm.grids import time_grid
 from ddm.randomness import Use, normal
-from ddm.schedules import Schedule, velocity
-
-SAMPLERS = ("euler", "ddim")
+from ddm.schedules import Coeffs, Schedule, velocity
 
 Denoiser = Callable[
     [Tensor, Tensor], Tensor
@@ -37,30 +38,236 @@ def euler(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
 def ddim(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
     """`x' = a' D + (s'/s) (x - a D)` (arXiv 2010.02502, eq. 12 with sigma = 0): exact where D is constant over the step."""
     for t, t_next in pairwise(times):
+        x = _towards((yield x, t), x, schedule(t), schedule(t_next))
+    return x
+
+
+def _towards(denoised: Tensor, x: Tensor, c: Coeffs, c_next: Coeffs) -> Tensor:
+    """From t to t' with the noise that `denoised` leaves kept: the ODE's own solution where D is `denoised` all the way.
+
+    With rho = a/s the ODE is `d(x/s)/d rho = D`, so this is exact for the mean of D over the step, whatever its course:
+    samplers of higher order differ only in how they estimate that mean. Where s' = 0, x' is `denoised` itself.
+    """
+    return c_next.a * denoised + c_next.s / c.s * (x - c.a * denoised)
+
+
+def heun(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+    """Heun's method on the ODE, the mean of the velocities at both ends (arXiv 2206.00364, algorithm 1).
+
+    A step to t = 0, where there is no velocity, is the denoised picture, at one call.
+    """
+    for t, t_next in pairwise(times):
+        x = yield from _heun_step(x, schedule, t, t_next)
+    return x
+
+
+def _heun_step(x: Tensor, schedule: Schedule, t: Tensor, t_next: Tensor) -> Walk:
+    c, c_next = schedule(t), schedule(t_next)
+    denoised = yield x, t
+    if c_next.s == 0:
+        return denoised
+    v = velocity(x, denoised, c)
+    x_next = x + (t_next - t) * v
+    return x + (t_next - t) / 2 * (v + velocity(x_next, (yield x_next, t_next), c_next))
+
+
+def dpmpp_2m(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolated to the middle of the step in lambda = log a/s.
+
+    The first step, and one to t = 0 where lambda is infinite, are DDIM's.
+    """
+    last: Tensor | None = None
+    h_last = torch.zeros(())
+    for t, t_next in pairwise(times):
         c, c_next = schedule(t), schedule(t_next)
         denoised = yield x, t
-        x = c_next.a * denoised + c_next.s / c.s * (x - c.a * denoised)
+        h = _lambda(c_next) - _lambda(c)
+        middle = denoised if last is None or c_next.s == 0 else denoised + h / (2 * h_last) * (denoised - last)
+        x, last, h_last = _towards(middle, x, c, c_next), denoised, h
     return x
+
+
+def unipc(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise, order: int = 3) -> Walk:
+    """UniPC of that order (arXiv 2302.04867, algorithms 1 and 2 for data prediction), one call a step.
+
+    The predictor passes a polynomial in lambda = log a/s through the last `order` answers; once the next answer is there, the
+    corrector takes the same step again with a polynomial through that one as well. Both are exponential integrators: they
+    integrate the polynomial exactly, which is the paper's family with every moment matched. A step to t = 0 is DDIM's.
+    """
+    places: list[Tensor] = []  # of the answers, in lambda
+    answers: list[Tensor] = []
+    before: tuple[Tensor, Coeffs] | None = None
+    for t, t_next in pairwise(times):
+        c, c_next = schedule(t), schedule(t_next)
+        here, there = _lambda(c), _lambda(c_next)
+        denoised = yield x, t
+        places, answers = [*places[-order:], here], [*answers[-order:], denoised]
+        if before is not None:
+            x = _towards(_mean(answers, places, places[-2], here), before[0], before[1], c)
+        before = (x, c)
+        middle = denoised if c_next.s == 0 else _mean(answers[-order:], places[-order:], here, there)
+        x = _towards(middle, x, c, c_next)
+    return x
+
+
+def _lambda(c: Coeffs) -> Tensor:
+    """`log a/s`, half the log SNR; where a = 0 a number so low that no step can tell."""
+    return c.a.clamp_min(1e-9).log() - c.s.log()
+
+
+def _mean(answers: Sequence[Tensor], places: Sequence[Tensor], here: Tensor, there: Tensor) -> Tensor:
+    """The mean over a step, weighted by `d rho = d e^lambda`, of the polynomial through the answers at their places."""
+    z, w = (torch.from_numpy(part).to(here) for part in np.polynomial.legendre.leggauss(16))
+    z, h = (z + 1) / 2, there - here
+    w = (h * (z - 1)).exp() * w
+    powers = torch.arange(len(answers), dtype=here.dtype)[:, None]
+    moments = (w * z**powers).sum(dim=1) / w.sum()
+    weights = torch.linalg.solve(((torch.stack(list(places)) - here) / h) ** powers, moments)
+    return sum((weight * answer for weight, answer in zip(weights, answers, strict=True)), torch.zeros_like(answers[0]))
+
+
+def euler_maruyama(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+    """Euler and Maruyama's method on the reverse SDE `dx = (f x - g^2 score) dt + g dW` (arXiv 2011.13456, eq. 6).
+
+    `f = da/a`, `g^2 = 2 s (ds - f s)`. A step to t = 0 is the denoised picture.
+    """
+    for n, (t, t_next) in enumerate(pairwise(times)):
+        c, c_next = schedule(t), schedule(t_next)
+        denoised = yield x, t
+        if c_next.s == 0:
+            return denoised
+        f, dt = c.da / c.a, t_next - t
+        g_square = 2 * c.s * (c.ds - f * c.s)
+        x = x + dt * (f * x - g_square * _score(x, denoised, c)) + (-dt * g_square).sqrt() * noise(n)
+    return x
+
+
+def ddpm(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+    """DDPM, `Y' = (Y + beta score) / sqrt(1 - beta) + sqrt(beta / (1 - beta)) Z` with the step's own beta (arXiv 2006.11239).
+
+    For any process `sqrt(1 - beta)` is the ratio r = a/a' and `beta` the noise that the step added, `s^2 - r^2 s'^2`. A step
+    to t = 0 is the denoised picture.
+    """
+    for n, (t, t_next) in enumerate(pairwise(times)):
+        c, c_next = schedule(t), schedule(t_next)
+        denoised = yield x, t
+        if c_next.s == 0:
+            return denoised
+        r = c.a / c_next.a
+        beta = c.s**2 - (r * c_next.s) ** 2
+        x = (x + beta * _score(x, denoised, c) + beta.sqrt() * noise(n)) / r
+    return x
+
+
+def accelerated_ode(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+    """The accelerated ODE sampler of arXiv 2403.03852, eq. 12: DDIM, and a correction by the change of the score.
+
+    With n growing toward the noise and `alpha_n` the step's ratio of a^2 (no posterior):
+
+        Y- = sqrt(alpha_(n+1)) (Y - (1 - alpha_(n+1))/2 score_n(Y))
+        Y' = (Y + (1 - alpha_n)/2 score_n(Y)
+              + (1 - alpha_n)^2 / (4 (1 - alpha_(n+1))) (score_n(Y) - sqrt(alpha_(n+1)) score_(n+1)(Y-))) / sqrt(alpha_n)
+
+    The first step has no n + 1 and is Heun's; one to t = 0 is the denoised picture.
+    """
+    x = yield from _heun_step(x, schedule, times[0], times[1])
+    for t_last, t, t_next in zip(times, times[1:], times[2:], strict=False):
+        c_last, c, c_next = schedule(t_last), schedule(t), schedule(t_next)
+        denoised = yield x, t
+        if c_next.s == 0:
+            return denoised
+        r, r_last = c.a / c_next.a, c_last.a / c.a  # sqrt(alpha_n), sqrt(alpha_(n+1))
+        score = _score(x, denoised, c)
+        noisier = r_last * (x - (1 - r_last**2) / 2 * score)
+        change = score - r_last * _score(noisier, (yield noisier, t_last), c_last)
+        x = (x + (1 - r**2) / 2 * score + (1 - r**2) ** 2 / (4 * (1 - r_last**2)) * change) / r
+    return x
+
+
+def accelerated_sde(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+    """The accelerated SDE sampler of arXiv 2403.03852, eq. 15, with `alpha_n` the step's ratio of a^2 (no posterior).
+
+        Y+ = Y + sqrt((1 - alpha_n)/2) Z;  Y' = (Y+ + (1 - alpha_n) score_n(Y+) + sqrt((1 - alpha_n)/2) Z') / sqrt(alpha_n)
+
+    A step to t = 0 is the denoised picture.
+    """
+    for n, (t, t_next) in enumerate(pairwise(times)):
+        c, c_next = schedule(t), schedule(t_next)
+        if c_next.s == 0:
+            return (yield x, t)
+        r = c.a / c_next.a
+        half = ((1 - r**2) / 2).sqrt()
+        x = x + half * noise(2 * n)
+        x = (x + (1 - r**2) * _score(x, (yield x, t), c) + half * noise(2 * n + 1)) / r
+    return x
+
+
+def _score(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
+    """`grad log p = (a D - x) / s^2`."""
+    return (c.a * denoised - x) / c.s**2
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to walk from noise to data: its generator, its order of accuracy in 1/N, and its denoiser calls a step."""
+    """A way to walk from noise to data: its generator, its order of accuracy in 1/N, and its denoiser calls a step.
+
+    `order` is that of the path's error for a deterministic sampler and that of the law's for one that draws noise. `needs` says
+    where it is defined: on any schedule, where there is `signal` (a > 0), or where variance is `preserved` as well.
+    """
 
     walk: Callable[[Tensor, Schedule, Tensor, Noise], Walk]
     order: int
     calls_per_step: int = 1
+    needs: Literal["nothing", "signal", "preserved"] = "nothing"
+
+    def lacks(self, schedule: Schedule, times: Tensor) -> str:
+        """What the schedule lacks at these times for this sampler to be defined, in words; empty if it lacks nothing."""
+        a, s, _, _ = schedule(times)
+        if self.needs != "nothing" and a.min() < 1e-6:
+            return f"where a falls to {float(a.min()):.2g}: it divides by a"
+        uneven = (a**2 + s**2 - 1).abs()
+        if self.needs == "preserved" and uneven.max() > 1e-6:
+            worst = int(uneven.argmax())
+            return f"where a^2 + s^2 is {float((a**2 + s**2)[worst]):.4g} at t = {float(times[worst]):.4g}: it needs 1"
+        return ""
 
 
-def sampler(name: str) -> Sampler:
-    """The sampler of that name. Raises `ConfigError` for one that does not exist."""
-    match name:
-        case "euler":
-            return Sampler(euler, order=1)
-        case "ddim":
-            return Sampler(ddim, order=1)
-        case _:
-            raise one_of("sample.sampler", name, SAMPLERS)
+_SAMPLERS = {
+    "euler": Sampler(euler, order=1),
+    "ddim": Sampler(ddim, order=1),
+    "heun": Sampler(heun, order=2, calls_per_step=2),
+    "dpmpp_2m": Sampler(dpmpp_2m, order=2),
+    "unipc": Sampler(unipc, order=3),
+    "euler_maruyama": Sampler(euler_maruyama, order=1, needs="signal"),
+    "ddpm": Sampler(ddpm, order=1, needs="signal"),
+    "accelerated_ode": Sampler(accelerated_ode, order=2, calls_per_step=2, needs="preserved"),
+    "accelerated_sde": Sampler(accelerated_sde, order=2, needs="preserved"),
+}
+SAMPLERS = tuple(_SAMPLERS)
+
+
+def sampler(name: str, order: int = 3) -> Sampler:
+    """The sampler of that name; `order` is unipc's, 2 or 3. Raises `ConfigError` for one that does not exist."""
+    if name not in _SAMPLERS:
+        raise one_of("sample.sampler", name, SAMPLERS)
+    require(order in (2, 3), "sample.order", "be 2 or 3", order)
+    found = _SAMPLERS[name]
+    return replace(found, walk=partial(unipc, order=order), order=order) if name == "unipc" else found
+
+
+def plan(
+    name: str, steps: int, grid: str, schedule: Schedule, t_min: float = 0.0, order: int = 3
+) -> tuple[Sampler, Tensor]:
+    """A sampler and the times that it walks, on the CPU so that no step waits for a device to learn its time.
+
+    Raises `ConfigError` naming the key of what is unknown or out of range, or of a sampler that the schedule does not define.
+    """
+    method, times = sampler(name, order), time_grid(grid, steps, schedule, t_min)
+    lacking = method.lacks(schedule, times)
+    if lacking:
+        defined = [other for other in SAMPLERS if not sampler(other).lacks(schedule, times)]
+        raise ConfigError(f"sample.sampler must be one of {' '.join(defined)} for {schedule}, {lacking}; got {name!r}")
+    return method, times
 
 
 def drive(walk: Walk, denoise: Denoiser) -> tuple[Tensor, int]:
@@ -97,18 +304,19 @@ def start(
     seed: int = 0,
     index: Tensor | None = None,
     t_min: float = 0.0,
+    order: int = 3,
 ) -> Walk:
     """A sampler ready to be driven from `x` `[B, ...]` at t = 1.
 
-    The noise of step n is that of the pictures `index` (default 0 ... B-1) of the seed.
+    The noise of step n is that of the pictures `index` (default 0 ... B-1) of the seed. Raises what `plan` raises.
     """
     index = torch.arange(len(x), device=x.device) if index is None else index
-    times = time_grid(grid, steps, schedule, t_min)  # on the CPU: no step waits for a device to learn its time
+    method, times = plan(sampler_name, steps, grid, schedule, t_min, order)
 
     def noise(step: int) -> Tensor:
         return normal(seed, Use.STEP, index, step, x.shape[1:]).to(x.dtype)
 
-    return sampler(sampler_name).walk(x, schedule, times, noise)
+    return method.walk(x, schedule, times, noise)
 
 
 def sample(
@@ -120,9 +328,10 @@ def sample(
     grid: str = "uniform_t",
     seed: int = 0,
     t_min: float = 0.0,
+    order: int = 3,
 ) -> Tensor:
-    """Follow the probability flow from `x` `[B, ...]` at t = 1 to the grid's end at `t_min`; returns x there.
+    """Walk from `x` `[B, ...]`, noise times s(1), at t = 1 to the grid's end at `t_min`; returns x there.
 
-    Raises `ConfigError` for an unknown sampler or grid, or steps below 1.
+    Raises `ConfigError` for an unknown sampler or grid, steps below 1, or a sampler that the schedule does not define.
     """
-    return drive(start(x, schedule, sampler, steps, grid, seed=seed, t_min=t_min), denoiser)[0]
+    return drive(start(x, schedule, sampler, steps, grid, seed=seed, t_min=t_min, order=order), denoiser)[0]

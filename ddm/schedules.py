@@ -2,19 +2,20 @@
 
 A schedule is a frozen dataclass; calling it at t gives the two coefficients and their time derivatives in closed form.
 Everything else in the project (samplers, router targets, losses) sees only these four numbers. A new process is a new
-dataclass with `__call__`, a name in `SCHEDULES` and a line in `schedule`.
+dataclass with `__call__` and a line in `_PROCESSES`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError, one_of, require
-
-SCHEDULES = ("vp_linear", "vp_cosine", "rectified_flow")
 
 
 class Coeffs(NamedTuple):
@@ -42,6 +43,30 @@ def _preserving(log_a: Tensor, rate: Tensor) -> Coeffs:
     return Coeffs(a, s, -rate / 2 * a, rate / 2 * a**2 / s)
 
 
+def _exploding(variance: Tensor, diffusion: Tensor) -> Coeffs:
+    """Variance exploding coefficients, a = 1, from `s^2 = int g^2` and g."""
+    s = variance.sqrt()
+    return Coeffs(1 + 0 * s, s, torch.zeros_like(s), diffusion**2 / (2 * s))
+
+
+def _power_integral(t: Tensor, b: float, c: float, power: float) -> Tensor:
+    """`int_0^t (b + c u)^power du` for b, c > 0, exact near t = 0."""
+    return b ** (power + 1) / (c * (power + 1)) * torch.expm1((power + 1) * torch.log1p(c / b * t))
+
+
+@dataclass(frozen=True)
+class VPConstant:
+    """`dx = -beta/2 x dt + sqrt(beta) dW` with beta constant: the Ornstein-Uhlenbeck process."""
+
+    beta: float = 10.0
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, "schedule.beta", "be above 0", self.beta)
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        return _preserving(-self.beta * t / 2, self.beta * torch.ones_like(t))
+
+
 @dataclass(frozen=True)
 class VPLinear:
     """`dx = -beta/2 x dt + sqrt(beta) dW` with beta from `beta_min` to `beta_max`, linear in t (arXiv 2011.13456, eq. 32)."""
@@ -56,6 +81,35 @@ class VPLinear:
     def __call__(self, t: Tensor) -> Coeffs:
         slope = self.beta_max - self.beta_min
         return _preserving(-(self.beta_min * t + slope * t**2 / 2) / 2, self.beta_min + slope * t)
+
+
+@dataclass(frozen=True)
+class VPPolynomial:
+    """Variance preserving with `beta = (b + c t)^rho` (arXiv 2311.11003, table 1)."""
+
+    b: float = 0.3
+    c: float = 5.2
+    rho: float = 2.0
+
+    def __post_init__(self) -> None:
+        _all_positive(self)
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        return _preserving(-_power_integral(t, self.b, self.c, self.rho) / 2, (self.b + self.c * t) ** self.rho)
+
+
+@dataclass(frozen=True)
+class VPExponential:
+    """Variance preserving with `beta = b e^(c t)`."""
+
+    b: float = 0.1
+    c: float = 6.5
+
+    def __post_init__(self) -> None:
+        _all_positive(self)
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        return _preserving(-self.b / (2 * self.c) * torch.expm1(self.c * t), self.b * (self.c * t).exp())
 
 
 @dataclass(frozen=True)
@@ -77,6 +131,35 @@ class VPCosine:
 
 
 @dataclass(frozen=True)
+class VEExponential:
+    """`dx = g dW` with `g = b e^(c t)` (arXiv 2011.13456, eq. 30, is of this form); s runs to about 49 at t = 1."""
+
+    b: float = 0.041
+    c: float = 8.5
+
+    def __post_init__(self) -> None:
+        _all_positive(self)
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        return _exploding(self.b**2 / (2 * self.c) * torch.expm1(2 * self.c * t), self.b * (self.c * t).exp())
+
+
+@dataclass(frozen=True)
+class VEPolynomial:
+    """`dx = g dW` with `g = (b + c t)^rho` (arXiv 2311.11003, table 1); s runs to about 50 at t = 1."""
+
+    b: float = 0.3
+    c: float = 10.3
+    rho: float = 2.0
+
+    def __post_init__(self) -> None:
+        _all_positive(self)
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        return _exploding(_power_integral(t, self.b, self.c, 2 * self.rho), (self.b + self.c * t) ** self.rho)
+
+
+@dataclass(frozen=True)
 class RectifiedFlow:
     """`a = 1 - t`, `s = t`: straight lines from data to noise (arXiv 2209.03003, eq. 1; flow matching, arXiv 2210.02747)."""
 
@@ -85,20 +168,113 @@ class RectifiedFlow:
         return Coeffs(1 - t, t, -one, one)
 
 
+@dataclass(frozen=True)
+class EDM:
+    """`a = 1`, `s = sigma = sigma_max t` (arXiv 2206.00364, table 1, with its time divided by sigma_max)."""
+
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        _all_positive(self)
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        one = torch.ones_like(t)
+        return Coeffs(1 + 0 * t, self.sigma_max * t, 0 * one, self.sigma_max * one)
+
+
+@dataclass(frozen=True)
+class TwoPhase:
+    """The discrete schedule of the convergence proofs (arXiv 2408.02320, eq. 7; arXiv 2403.03852): step n at t = n / steps.
+
+    With `eta = c1 log T / T`: `beta_1 = T^-c0`, `beta_n = eta min{beta_1 (1 + eta)^n, 1}`, and the product of `1 - beta_j` over
+    j <= n is `a(n/T)^2`. Between two steps log a is linear, so da and ds jump at each of them. Walk it with the grid `own`.
+    """
+
+    steps: int = 1000
+    c0: float = 2.0
+    c1: float = 4.0
+
+    def __post_init__(self) -> None:
+        require(self.steps == int(self.steps) and self.steps >= 2, "schedule.steps", "be at least 2", self.steps)
+        require(self.c0 > 0, "schedule.c0", "be above 0", self.c0)
+        highest = self.steps / math.log(self.steps)
+        require(0 < self.c1 < highest, "schedule.c1", f"be in (0, T / log T = {highest:.4g})", self.c1)
+
+    @cached_property
+    def betas(self) -> Tensor:
+        """`beta_1 ... beta_T`, float64 `[T]`."""
+        eta, first = self.c1 * math.log(self.steps) / self.steps, self.steps**-self.c0
+        n = torch.arange(1, self.steps + 1, dtype=torch.float64)
+        betas = eta * (math.log(first) + n * math.log1p(eta)).clamp_max(0).exp()
+        betas[0] = first
+        return betas
+
+    @cached_property
+    def _log_a(self) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self.betas).cumsum(0) / 2])
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        place = t.double() * self.steps
+        n = place.detach().floor().clamp(0, self.steps - 1)
+        below, above = (self._log_a.to(t.device)[(n + i).long()] for i in (0, 1))
+        log_a = below + (place - n) * (above - below)
+        return Coeffs(*(c.to(t.dtype) for c in _preserving(log_a, 2 * self.steps * (below - above))))
+
+
+@dataclass(frozen=True)
+class LinearSDE:
+    """Any `dx = -f(t) x dt + g(t) dW` (arXiv 2311.11003, eq. 2), f and g given as functions of t, by quadrature.
+
+    `a = exp(-F)`, `F = int_0^t f`, `s^2 = int_0^t e^(-2 (F(t) - F(u))) g(u)^2 du`, each by 64 points of Gauss and Legendre:
+    exact to rounding where f and g are smooth. The independent check of the closed forms above, and a way to try a
+    process of one's own.
+    """
+
+    f: Callable[[Tensor], Tensor]
+    g: Callable[[Tensor], Tensor]
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        z, w = (torch.from_numpy(part).to(t) for part in np.polynomial.legendre.leggauss(64))
+        z, w = (z + 1) / 2, w / 2
+
+        def total(until: Tensor) -> Tensor:
+            return until * (w * self.f(until[..., None] * z)).sum(-1)
+
+        u = t[..., None] * z
+        decay = (-2 * (total(t)[..., None] - total(u))).exp()
+        s = (t * (w * decay * self.g(u) ** 2).sum(-1)).sqrt()
+        a = (-total(t)).exp()
+        return Coeffs(a, s, -self.f(t) * a, (self.g(t) ** 2 / 2 - self.f(t) * s**2) / s)
+
+
+def _all_positive(process: Any) -> None:
+    for key, value in vars(process).items():
+        require(value > 0, f"schedule.{key}", "be above 0", value)
+
+
+_PROCESSES: dict[str, Any] = {
+    "vp_constant": VPConstant,
+    "vp_linear": VPLinear,
+    "vp_polynomial": VPPolynomial,
+    "vp_exponential": VPExponential,
+    "vp_cosine": VPCosine,
+    "ve_exponential": VEExponential,
+    "ve_polynomial": VEPolynomial,
+    "rectified_flow": RectifiedFlow,
+    "edm": EDM,
+    "two_phase": TwoPhase,
+}
+SCHEDULES = tuple(_PROCESSES)
+
+
 def schedule(name: str, **parameters: Any) -> Schedule:
     """The forward process of that name: `schedule("vp_linear", beta_min=0.1, beta_max=20.0)(t) -> Coeffs`.
 
     Raises `ConfigError` for a name or a parameter that does not exist, or a value out of range.
     """
-    match name:
-        case "vp_linear":
-            kind: Any = VPLinear
-        case "vp_cosine":
-            kind = VPCosine
-        case "rectified_flow":
-            kind = RectifiedFlow
-        case _:
-            raise one_of("schedule.name", name, SCHEDULES)
+    if name not in _PROCESSES:
+        raise one_of("schedule.name", name, SCHEDULES)
+    kind = _PROCESSES[name]
     known = kind.__dataclass_fields__
     for key, value in parameters.items():
         if key not in known:
@@ -118,3 +294,60 @@ def velocity(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
     """
     a, s, da, ds = c.beside(x)
     return ds / s * x + (da - a * ds / s) * denoised
+
+
+class Regularity(NamedTuple):
+    """What the convergence theorem assumes of a schedule: the bounds it uses, and every assumption that fails."""
+
+    s_min: float  # the smallest s: the theorem's constants grow with its inverse
+    max_da: float
+    max_ds: float
+    max_d2a: float  # infinite where da jumps
+    max_d2s: float
+    failures: tuple[str, ...]  # sentences; empty for a regular schedule
+
+
+def regularity(schedule: Schedule, t_min: float = 1e-3, t_max: float = 1.0) -> Regularity:
+    """Check a schedule: a(0) = 1, s(0) = 0; a never rising, s and s/a rising; a and s twice differentiable with finite bounds.
+
+    The second derivatives are differences of da and ds over 4,096 intervals. Where one of them jumps, halving the interval that
+    holds the largest difference does not make the difference smaller, and the sentence says where.
+
+    Raises `ConfigError` for times not in 0 < t_min < t_max <= 1.
+    """
+    require(0 < t_min < t_max <= 1, "regularity: t_min and t_max", "be in 0 < t_min < t_max <= 1", (t_min, t_max))
+    t = torch.linspace(t_min, t_max, 4097, dtype=torch.float64)
+    c, start, failures = schedule(t), schedule(torch.zeros((), dtype=torch.float64)), []
+    if abs(float(start.a) - 1) > 1e-12 or abs(float(start.s)) > 1e-12:
+        failures.append(f"a(0) must be 1 and s(0) 0, they are {float(start.a):g} and {float(start.s):g}")
+    if not all(part.isfinite().all() for part in c):
+        failures.append(f"a, s and their derivatives must be finite on [{t_min:g}, {t_max:g}]")
+    for name, falling, strictly in (("a", c.a, False), ("-s", -c.s, True), ("a/s", c.a / c.s, True)):
+        rise = falling.diff()
+        worst = int(rise.argmax())
+        if rise[worst] > 0 or (strictly and rise[worst] == 0):
+            rule = "fall" if strictly else "not rise"
+            failures.append(
+                f"{name} must {rule} in t, it changes by {float(rise[worst]):+.2g} after t = {float(t[worst]):.4g}"
+            )
+    second = []
+    for i, name in ((2, "da/dt"), (3, "ds/dt")):
+        jump, where = _jump(lambda at, i=i: schedule(at)[i], t)  # type: ignore[misc]
+        if jump:
+            failures.append(f"{name} must be continuous, it jumps by {jump:.2g} at t = {where:.4g}")
+        second.append(math.inf if jump else float((c[i].diff() / t.diff()).abs().max()))
+    bounds = (float(c.da.abs().max()), float(c.ds.abs().max()), second[0], second[1])
+    return Regularity(float(c.s.min()), *bounds, tuple(failures))
+
+
+def _jump(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[float, float]:
+    """The size and place of the largest jump of a function over the intervals of t; size 0 where it is continuous."""
+    values = function(t)
+    widest = int(values.diff().abs().argmax())
+    ends, first = t[widest : widest + 2].clone(), float(values.diff().abs().max())
+    for _ in range(20):
+        middle = ends.mean()
+        lower, upper = function(torch.stack([ends[0], middle, ends[1]])).diff().abs()
+        ends = torch.stack([ends[0], middle] if lower > upper else [middle, ends[1]])
+    last = float(function(ends).diff().abs())
+    return (last, float(ends[0])) if last > 1e-3 * first > 0 else (0.0, 0.0)

@@ -25,7 +25,7 @@ _COLOURS = {
     "top-1": "#CC79A7",
     "full": "#009E73",
 }
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,7 +44,7 @@ def save(path: Path, figure: Figure) -> None:
 
 def frechet(evaluation: Evaluation) -> Figure:
     """Frechet distance over the number of steps, a line a method."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for name in evaluation.versions:
             cells = [cell for cell in evaluation.cells if cell.method == name]
@@ -68,7 +68,7 @@ def frechet(evaluation: Evaluation) -> Figure:
 
 def trajectory(evaluation: Evaluation) -> Figure:
     """Mean square distance to the mixture's own path over the number of steps, with the fitted power laws."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for name, fit in evaluation.fits.items():
             cells = [cell for cell in evaluation.cells if cell.method == name and cell.trajectory_error is not None]
@@ -90,7 +90,7 @@ def trajectory(evaluation: Evaluation) -> Figure:
 
 def load(drawn: Mapping[str, Drawn], names: Sequence[str], pi: Sequence[float]) -> Figure:
     """The share of the calls that each expert answered, beside its cluster's share of the pictures."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.4))
         width = 0.8 / (len(drawn) + 1)
         places = np.arange(len(names))
@@ -107,7 +107,7 @@ def load(drawn: Mapping[str, Drawn], names: Sequence[str], pi: Sequence[float]) 
 
 def certainty(drawn: Mapping[str, Drawn]) -> Figure:
     """How sure the router is over time: the largest alpha, averaged over the pictures."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.2))
         for method, draw in drawn.items():
             axes.plot(draw.t.numpy(), draw.certainty.numpy(), color=_COLOURS[method], label=method)
@@ -121,7 +121,7 @@ def certainty(drawn: Mapping[str, Drawn]) -> Figure:
 
 def alpha_over_time(draw: Drawn, names: Sequence[str], pictures: int = 4) -> Figure:
     """For a few pictures: alpha as a stack over time, and under it who moved the picture at each step."""
-    with plt.rc_context({**_STYLE, "axes.grid": False}):
+    with plt.rc_context({**STYLE, "axes.grid": False}):
         shown = min(pictures, draw.alpha.shape[1])
         figure, rows = plt.subplots(
             shown, 2, figsize=(7.6, 1.25 * shown), width_ratios=[9, 1], squeeze=False, sharex="col"
@@ -154,7 +154,7 @@ def alpha_over_time(draw: Drawn, names: Sequence[str], pictures: int = 4) -> Fig
 def losses(folder: Path) -> Figure:
     """The training losses of a run's experts and router."""
     files = sorted((folder / "experts").glob("*/losses.txt")) + sorted((folder / "router").glob("*/losses.txt"))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, pair = plt.subplots(1, 2, figsize=(8.4, 3.2))
         for file in files:
             axes = pair[0 if file.parent.parent.name == "experts" else 1]

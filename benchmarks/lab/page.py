@@ -1,0 +1,40 @@
+"""What an experiment hands over: its numbers, and the page that is drawn from them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from train.plots import STYLE, save
+
+
+class Page(NamedTuple):
+    """A page of `docs/lab`: Markdown that shows its figures as `![...](NAME-FIGURE.png)`, and the figures by that name."""
+
+    text: str
+    figures: Mapping[str, Figure]
+
+
+def write(folder: Path, name: str, numbers: Mapping[str, Any], page: Page) -> None:
+    """Write `NAME.json`, `NAME.md` and `NAME-FIGURE.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(page.text.strip() + "\n")
+    for figure_name, figure in page.figures.items():
+        save(folder / f"{name}-{figure_name}.png", figure)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def axes(columns: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """A figure in the house's style, with that many plots side by side."""
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(1, columns, figsize=(width if columns == 1 else 5.2 * columns, height), squeeze=False)
+    return figure, list(grid[0])
