@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ddm.errors import one_of, require
 
-POLICIES = ("full", "top_k", "nucleus", "fixed", "stochastic", "balanced")
+POLICIES = ("full", "top_k", "nucleus", "fixed", "stochastic", "balanced", "adaptive")
 
 
 class Policy(Protocol):
     """A rule for choosing experts, for a batch of B trajectories over K experts."""
 
     def start(self, pi: Tensor, draw: Tensor) -> Tensor:
-        """The state `[B, K]` before the first step, from shares `pi` `[B, K]` and uniform draws `[B]` in (0, 1)."""
+        """The state `[B, ...]` before the first step, from shares `pi` `[B, K]` and uniform draws `[B]` in (0, 1)."""
         ...
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +32,13 @@ def drawn(p: Tensor, draw: Tensor) -> Tensor:
     mass = p.double().cumsum(dim=1)
     k = (mass <= draw[:, None] * mass[:, -1:]).sum(dim=1)
     return _one_hot(k, p)
+
+
+def weights(alpha: Tensor, chosen: Tensor) -> Tensor:
+    """The share of each chosen expert in the mixture, `[B, K]`: alpha renormalized over the chosen, even where it is 0 there."""
+    weight = torch.where(chosen, alpha, 0)
+    total = weight.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, weight / total, chosen / chosen.sum(dim=1, keepdim=True)).to(alpha)
 
 
 def _one_hot(k: Tensor, like: Tensor) -> Tensor:
@@ -107,22 +114,45 @@ class Balanced:
         return chosen, credit - chosen.to(credit)
 
 
-def policy(name: str, top_k: int = 1, nucleus_p: float = 0.9) -> Policy:
+@dataclass(frozen=True)
+class Adaptive(Balanced):
+    """`balanced`, with a second expert where alpha is undecided, for at most `budget` calls a step on average.
+
+    What the budget leaves over one call a step is saved; a saved call is spent where the largest alpha is below `decided`. The
+    two with the largest credit are mixed, and each pays its share.
+    """
+
+    budget: float = 1.5
+    decided: float = 0.9
+
+    def start(self, pi: Tensor, draw: Tensor) -> Tensor:
+        return torch.cat(
+            [super().start(pi, draw), torch.zeros_like(pi[:, :1])], dim=1
+        )  # the last column is what is saved
+
+    def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        credit, saved = state[:, :-1] + alpha, state[:, -1:] + self.budget - 1
+        second = (saved >= 1) & (alpha.amax(dim=1, keepdim=True) < self.decided)
+        places = credit.topk(min(2, credit.shape[1]), dim=1).indices
+        chosen = _one_hot(places[:, 0], alpha) | (_one_hot(places[:, -1], alpha) & second)
+        saved = saved - (chosen.sum(dim=1, keepdim=True) - 1)
+        return chosen, torch.cat([credit - weights(alpha, chosen), saved], dim=1)
+
+
+def policy(name: str, top_k: int = 1, nucleus_p: float = 0.9, budget: float = 1.5) -> Policy:
     """The policy of that name. Raises `ConfigError` for one that does not exist, or a parameter out of range."""
-    match name:
-        case "full":
-            return Full()
-        case "top_k":
-            require(isinstance(top_k, int) and top_k >= 1, "sample.top_k", "be at least 1", top_k)
-            return TopK(top_k)
-        case "nucleus":
-            require(0 < nucleus_p <= 1, "sample.nucleus_p", "be in (0, 1]", nucleus_p)
-            return Nucleus(nucleus_p)
-        case "fixed":
-            return Fixed()
-        case "stochastic":
-            return Stochastic()
-        case "balanced":
-            return Balanced()
-        case _:
-            raise one_of("sample.policy", name, POLICIES)
+    require(isinstance(top_k, int) and top_k >= 1, "sample.top_k", "be at least 1", top_k)
+    require(0 < nucleus_p <= 1, "sample.nucleus_p", "be in (0, 1]", nucleus_p)
+    require(budget >= 1, "sample.budget", "be at least 1 call a step", budget)
+    known: dict[str, Policy] = {
+        "full": Full(),
+        "top_k": TopK(top_k),
+        "nucleus": Nucleus(nucleus_p),
+        "fixed": Fixed(),
+        "stochastic": Stochastic(),
+        "balanced": Balanced(),
+        "adaptive": Adaptive(budget),
+    }
+    if name not in known:
+        raise one_of("sample.policy", name, POLICIES)
+    return known[name]

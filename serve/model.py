@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ddm.bundle import Artifact, Bundle, read_bundle
 from ddm.errors import ArtifactError, ConfigError, one_of, require
+from ddm.gaussian import MOMENTS, Gaussians
 from ddm.grids import GRIDS
 from ddm.partition import Partition
 from ddm.randomness import Use, normal
-from ddm.samplers import SAMPLERS, drive, sampler, start
+from ddm.samplers import SAMPLERS, drive, plan, sampler, start
 from ddm.schedules import Schedule, schedule
 from experts.denoiser import Denoiser, ExpertConfig
 from router.networks import DerivativeNet, PosteriorNet, RouterConfig
@@ -25,6 +26,8 @@ from router.sources import SOURCES, Alpha, Integrated, prior
 from router.targets import exact_posterior
 
 C = TypeVar("C")
+
+CONTROLS = ("none", "gaussian")
 
 
 @dataclass
@@ -38,6 +41,9 @@ class SampleConfig:
     policy: str = "balanced"
     top_k: int = 1  # for policy=top_k
     nucleus_p: float = 0.9  # for policy=nucleus
+    budget: float = 1.5  # for policy=adaptive: calls a step, on average at most
+    control: str = "gaussian"  # what stands in for the experts that are not asked; none for nothing
+    order: int = 3  # for sampler=unipc
     pull: float = 40.0  # for source=combined, towards the posterior net, a unit of t
     t_min: float = 0.0  # where the grid ends
     clip: bool = True  # bound the denoised pictures to [-1, 1], after mixing
@@ -49,7 +55,10 @@ class SampleConfig:
         for key, names in (("sampler", SAMPLERS), ("grid", GRIDS), ("source", SOURCES), ("policy", POLICIES)):
             if getattr(self, key) not in names:
                 raise one_of(f"sample.{key}", getattr(self, key), names)
-        policy(self.policy, self.top_k, self.nucleus_p)
+        if self.control not in CONTROLS:
+            raise one_of("sample.control", self.control, CONTROLS)
+        policy(self.policy, self.top_k, self.nucleus_p, self.budget)
+        sampler(self.sampler, self.order)
         require(self.pull >= 0, "sample.pull", "be at least 0", self.pull)
         require(0 <= self.t_min < 1, "sample.t_min", "be in [0, 1)", self.t_min)
 
@@ -77,6 +86,7 @@ class Model:
         self.shape, self.names, self.version = bundle.partition.shape, bundle.partition.names, bundle.version
         self.pi = bundle.partition.pi.to(self.device)
         self.schedule: Schedule = schedule(**bundle.schedule)
+        self.gaussians = self._gaussians(bundle.experts)
         self.experts = [self._expert(artifact) for artifact in bundle.experts]
         self.posterior: PosteriorNet | None = None
         self.derivative: DerivativeNet | None = None
@@ -132,6 +142,7 @@ class Model:
                 raise ConfigError(f"sample has no setting {key!r}; it takes {', '.join(known)}")
         config = SampleConfig(**settings)
         config.check()
+        plan(config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order)
         needs_router = config.source in ("posterior", "derivative", "combined") and len(self.experts) > 1
         if needs_router and self.posterior is None:
             raise ConfigError(
@@ -167,18 +178,27 @@ class Model:
         routed = RoutedDenoiser(
             self.experts,
             self.source(config),
-            policy(config.policy, config.top_k, config.nucleus_p),
+            policy(config.policy, config.top_k, config.nucleus_p, config.budget),
             seed,
             index=index,
             pi=self.pi,
             calls_per_step=method.calls_per_step,
             clip=config.clip,
+            control=self.gaussians.mix if config.control == "gaussian" and config.policy != "fixed" else None,
             trace=trace,
         )
         noise = normal(seed, Use.START, index, 0, self.shape)
         x = noise * self.schedule(torch.ones((), dtype=torch.float64)).s
         walk = start(
-            x, self.schedule, config.sampler, config.steps, config.grid, seed=seed, index=index, t_min=config.t_min
+            x,
+            self.schedule,
+            config.sampler,
+            config.steps,
+            config.grid,
+            seed=seed,
+            index=index,
+            t_min=config.t_min,
+            order=config.order,
         )
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -196,6 +216,12 @@ class Model:
             images, cluster = whole["images"].to(self.device), whole["cluster"].to(self.device)
             self._analytic = lambda x, t: exact_posterior(x, t, images, cluster, self.schedule, len(self.pi))
         return self._analytic
+
+    def _gaussians(self, artifacts: list[Artifact]) -> Gaussians:
+        means, variances = (
+            torch.stack([_taken(artifact, name) for artifact in artifacts]).to(self.device) for name in MOMENTS
+        )
+        return Gaussians(means, variances, self.schedule)
 
     def _expert(self, artifact: Artifact) -> Denoiser:
         denoiser = _config(ExpertConfig, artifact).build(self.shape, self.schedule)
@@ -246,6 +272,14 @@ def _config(schema: type[C], artifact: Artifact) -> C:
         raise ArtifactError(
             f"{artifact.stem}.json is not of this version: its config does not fit ({error})"
         ) from error
+
+
+def _taken(artifact: Artifact, name: str) -> Tensor:
+    """A tensor of an artifact that is not the network's, taken out."""
+    try:
+        return artifact.tensors.pop(name)
+    except KeyError as error:
+        raise ArtifactError(f"{artifact.stem}.safetensors is not of this version: it has no tensor {name}") from error
 
 
 def _fill(module: torch.nn.Module, artifact: Artifact) -> None:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import configs
 from ddm.errors import ArtifactError, ConfigError, require
+from ddm.samplers import plan
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
 from router.networks import RouterConfig
@@ -140,6 +141,13 @@ class Config:
         self.router.check("router")
         self.sample.check()
         self.evaluate.check()
+        self.check_plan(self.sample.steps)
+
+    def check_plan(self, *steps: int) -> None:
+        """Raise `ConfigError` where the sampler or the grid is not defined for the schedule at these numbers of steps."""
+        own = self.sample
+        for count in steps:
+            plan(own.sampler, count, own.grid, schedule(**self.schedule), own.t_min, own.order)
 
     @property
     def folder(self) -> Path:

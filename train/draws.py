@@ -26,6 +26,7 @@ class Method:
     version: str
     source: str
     policy: str
+    control: str = "none"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Draws:
 
     def __init__(self, folder: Path, settings: SampleConfig, device: str, batch: int) -> None:
         self.folder, self.device, self.batch = folder, device, batch
-        self.settings = {key: getattr(settings, key) for key in ("sampler", "grid", "pull", "t_min", "clip")}
+        kept = ("sampler", "order", "grid", "pull", "t_min", "clip")
+        self.settings = {key: getattr(settings, key) for key in kept}
 
     def make(self, draws: Sequence[Draw], calls_per_step: Sequence[int], workers: int) -> None:
         """Draw what is not there yet, the longest first. Raises `DdmError` naming the draw that failed."""
@@ -82,9 +84,10 @@ class Draws:
         """Make one draw and write its files."""
         model = _model(draw.method.run, self.device)
         per_step = cost // (draw.n * draw.steps)
-        settings = {**self.settings, "source": draw.method.source, "policy": draw.method.policy, "steps": draw.steps}
+        method = draw.method
+        chosen = {"source": method.source, "policy": method.policy, "control": method.control, "steps": draw.steps}
         images, trace = model.sample(
-            draw.n, batch=self.batch, trace=True, progress=lambda n: tell(n * per_step), **settings
+            draw.n, batch=self.batch, trace=True, progress=lambda n: tell(n * per_step), **self.settings, **chosen
         )
         tensors = {
             "images": to_uint8(images),

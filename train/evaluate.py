@@ -80,8 +80,8 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
 def methods(config: Config, monolith: Config | None, k: int) -> list[Method]:
     """The rows: the paper's four, then one-expert, best-expert and all-experts rules with the config's own source of alpha."""
 
-    def row(name: str, of: Config, source: str, policy: str) -> Method:
-        return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), source, policy)
+    def row(name: str, of: Config, source: str, policy: str, control: str = "none") -> Method:
+        return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), source, policy, control)
 
     source = config.sample.source
     if k == 1:
@@ -92,6 +92,7 @@ def methods(config: Config, monolith: Config | None, k: int) -> list[Method]:
         row("MoG-a", config, "posterior", "stochastic"),
         row("MoG-da", config, "combined", "stochastic"),
         row("balanced", config, source, "balanced"),
+        row("controlled", config, source, "balanced", "gaussian"),
         row("top-1", config, source, "top_k"),
         row("full", config, source, "full"),
     ]

@@ -10,6 +10,7 @@ import torch
 
 from ddm.artifacts import digest, read_json, write_artifact
 from ddm.errors import ArtifactError, ConfigError, DdmError
+from ddm.gaussian import MOMENTS, moments
 from ddm.learning import Batches
 from ddm.partition import Partition
 from ddm.randomness import Use, seed_of
@@ -116,5 +117,6 @@ def train_expert(config: Config, k: int, tell: Tell) -> None:
         "pictures_seen": own.steps * own.batch,
         "weights": "ema" if own.ema_decay > 0 else "raw",
     }
-    write_artifact(stem, denoiser.state_dict(), facts)
+    gaussian = dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
+    write_artifact(stem, {**denoiser.state_dict(), **gaussian}, facts)
     (stem.parent / "resume.ckpt").unlink(missing_ok=True)

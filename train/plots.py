@@ -22,6 +22,7 @@ _COLOURS = {
     "MoG-a": "#56B4E9",
     "MoG-da": "#0072B2",
     "balanced": "#D55E00",
+    "controlled": "#E69F00",
     "top-1": "#CC79A7",
     "full": "#009E73",
 }

@@ -42,6 +42,7 @@ _MEANING = {
     "MoG-a": "each step one expert, drawn from the posterior net's alpha",
     "MoG-da": "each step one expert, drawn from the integrated alpha",
     "balanced": "each step one expert, with error feedback",
+    "controlled": "balanced, with Gaussians standing in for the experts not asked",
     "top-1": "each step the likeliest expert",
     "full": "each step all experts, weighted by alpha",
 }
@@ -101,7 +102,9 @@ def write_report(path: Path, evaluation: Evaluation, drawn: Mapping[tuple[str, i
     plots.save(plotted / "trajectory.png", plots.trajectory(evaluation))
     single = {name: draw for name, draw in shown.items() if name not in ("DDIM", "full")} or shown
     plots.save(plotted / "load.png", plots.load(single, cut.names, cut.pi.tolist()))
-    followed = {name: draw for name, draw in shown.items() if name in ("MoG-a", "MoG-da", "balanced")} or shown
+    followed = {
+        name: draw for name, draw in shown.items() if name in ("MoG-a", "MoG-da", "balanced", "controlled")
+    } or shown
     plots.save(plotted / "certainty.png", plots.certainty(followed))
     plots.save(plotted / "alpha.png", plots.alpha_over_time(best, cut.names))
     plots.save(plotted / "losses.png", plots.losses(folder))

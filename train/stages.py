@@ -32,6 +32,7 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     """Run the stages in their order. Raises a `DdmError` that says what to mend."""
     if "evaluate" in stages:
         config.evaluate.check_files()
+        config.check_plan(*config.evaluate.steps, config.evaluate.reference_steps)
     claim(config)
     does: dict[str, Callable[[Config], None]] = {
         "partition": partition,

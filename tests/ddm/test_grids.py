@@ -10,6 +10,9 @@ from ddm.errors import ConfigError
 from ddm.grids import GRIDS, time_grid
 from ddm.schedules import SCHEDULES, schedule
 
+ANY_SCHEDULE = [grid for grid in GRIDS if grid != "own"]
+ENDS_WITHOUT_SIGNAL = ("vp_cosine", "rectified_flow")  # a(1) = 0
+
 
 def log_snr(name: str, times: Tensor) -> Tensor:
     a, s, _, _ = schedule(name)(times)
@@ -17,7 +20,7 @@ def log_snr(name: str, times: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", ANY_SCHEDULE)
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
 def test_every_grid_falls_strictly_from_t_max_to_t_min(grid: str, schedule_name: str, steps: int) -> None:
     for t_min, t_max in ((0.0, 1.0), (0.0, 0.6), (1e-3, 1.0), (0.05, 0.9)):
@@ -37,6 +40,37 @@ def test_quadratic_is_even_in_the_root_of_t() -> None:
     assert time_grid("quadratic", 3, schedule("vp_linear"), 0.04, 0.64).tolist() == pytest.approx(
         [0.64, 0.36, 0.16, 0.04]
     )
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_edm_is_even_in_the_seventh_root_of_noise_over_signal(name: str) -> None:
+    for steps, t_min, t_max in ((1, 0.01, 0.9), (2, 1e-4, 0.9), (9, 0.01, 0.9)):
+        roots = (-log_snr(name, time_grid("edm", steps, schedule(name), t_min, t_max)) / 14).exp()
+        expected = torch.linspace(float(roots[0]), float(roots[-1]), steps + 1, dtype=torch.float64)
+        torch.testing.assert_close(roots, expected, rtol=1e-9, atol=0)
+
+
+def test_the_edm_grid_of_the_edm_schedule_is_the_published_one() -> None:
+    # arXiv 2206.00364, eq. 5, with sigma_max = 80 and N = 18: sigma_i, i < N, and a last step to 0
+    for steps, sigma_min, t_min in ((17, 0.002, 0.002 / 80), (18, 0.08, 0.0)):  # to t = 0, the last but one is t = 1e-3
+        sigmas = [(80 ** (1 / 7) + i / 17 * (sigma_min ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+        times = time_grid("edm", steps, schedule("edm"), t_min)
+        assert (80 * times[:18]).tolist() == pytest.approx(sigmas, rel=1e-9)
+        assert times[18:].tolist() == [0.0] * (steps - 17)
+
+
+@pytest.mark.parametrize("grid", ["uniform_log_snr", "edm"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_grid_even_in_noise_over_signal_is_so_as_far_as_both_are_positive(name: str, grid: str) -> None:
+    process, steps = schedule(name), 12
+    scale = (lambda y: y) if grid == "uniform_log_snr" else (lambda y: (-y / 14).exp())
+    times = time_grid(grid, steps, process)
+    assert times[[0, -1]].tolist() == [1, 0]
+    first = 1 - 1e-3 if name in ENDS_WITHOUT_SIGNAL else 1.0
+    ends = scale(log_snr(name, torch.tensor([first, 1e-3], dtype=torch.float64)))
+    expected = torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64)
+    inside = slice(name in ENDS_WITHOUT_SIGNAL, steps)  # t = 1 stands in the place of 1 - 1e-3
+    torch.testing.assert_close(scale(log_snr(name, times[:-1]))[inside], expected[inside], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -65,8 +99,34 @@ def test_uniform_log_snr_is_even_to_a_t_min_below_a_thousandth() -> None:
 
 
 @pytest.mark.parametrize(("t_min", "t_max"), [(0.0, 5e-4), (2e-4, 9e-4), (0.9995, 1.0)])
-def test_uniform_log_snr_falls_in_a_range_however_narrow(t_min: float, t_max: float) -> None:
-    assert (time_grid("uniform_log_snr", 5, schedule("vp_linear"), t_min, t_max).diff() < 0).all()
+@pytest.mark.parametrize("name", ["vp_linear", "rectified_flow", "edm"])
+@pytest.mark.parametrize("grid", ["uniform_log_snr", "edm"])
+def test_a_grid_falls_in_a_range_however_narrow(grid: str, name: str, t_min: float, t_max: float) -> None:
+    times = time_grid(grid, 5, schedule(name), t_min, t_max)
+    assert (times.diff() < 0).all()
+    assert (float(times[0]), float(times[-1])) == (t_max, t_min)
+
+
+def test_own_walks_the_steps_of_a_two_phase_schedule() -> None:
+    process = schedule("two_phase", steps=5, c1=2.0)
+    assert time_grid("own", 5, process).tolist() == [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    assert time_grid("own", 5, process, t_min=0.4, t_max=0.8).tolist() == [0.8, 0.6, 0.4]
+    times = time_grid("own", 1000, schedule("two_phase"))
+    assert (times * 1000).round().tolist() == list(range(1000, -1, -1))
+    assert (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "two_phase"])
+def test_own_is_refused_for_a_schedule_that_has_no_steps(name: str) -> None:
+    message = f"sample.grid must not be own for {schedule(name)}, which has no steps of its own"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        time_grid("own", 5, schedule(name))
+
+
+def test_own_is_refused_for_another_number_of_steps() -> None:
+    message = "sample.steps must be schedule.steps = 1000 for sample.grid=own, got 999"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        time_grid("own", 999, schedule("two_phase"))
 
 
 @pytest.mark.parametrize(
@@ -86,5 +146,5 @@ def test_steps_and_times_out_of_range_are_refused_by_name(steps: int, t_min: flo
 
 
 def test_an_unknown_grid_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"^sample.grid must be one of uniform_t .*quadratic.*, got 'uniform'$"):
+    with pytest.raises(ConfigError, match=rf"^sample.grid must be one of {' '.join(GRIDS)}, got 'uniform'$"):
         time_grid("uniform", 5, schedule("vp_linear"))

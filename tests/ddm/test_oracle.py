@@ -89,6 +89,7 @@ def along_the_ode(m: GaussianMixture, x: Tensor, t: float, h: float) -> Tensor:
 @pytest.mark.parametrize("time", TIMES)
 def test_posterior_rate_is_the_finite_difference_along_the_ode(name: str, time: float) -> None:
     m, x, h = mixture(name), points(), 2e-4
+    time += 5e-4 * (name == "two_phase")  # inside a step: at its ends the rate jumps
 
     def alpha(steps: int) -> Tensor:
         t = torch.tensor(time + steps * h, dtype=torch.float64)
@@ -96,8 +97,9 @@ def test_posterior_rate_is_the_finite_difference_along_the_ode(name: str, time: 
 
     expected = (8 * (alpha(1) - alpha(-1)) - (alpha(2) - alpha(-2))) / (12 * h)
     rate = m.posterior_rate(x, torch.tensor(time, dtype=torch.float64))
-    assert expected.abs().max() > 0.01
-    torch.testing.assert_close(rate, expected, rtol=1e-6, atol=1e-6)
+    size = float(expected.abs().max())
+    assert size > 1e-4  # where s is 80 alpha hardly moves
+    torch.testing.assert_close(rate, expected, rtol=1e-6, atol=1e-6 * size)
     torch.testing.assert_close(rate.sum(dim=1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -112,6 +114,19 @@ def test_a_time_for_each_point_is_the_same_as_one_after_another() -> None:
 def test_experts_at_time_zero_return_the_picture() -> None:
     m = mixture()
     torch.testing.assert_close(m.expert(2)(points(), torch.tensor(0.0)), points(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_posterior_and_rate_are_finite_in_float32_from_a_hundred_thousandth_to_one(name: str) -> None:
+    m, t = mixture(name), torch.logspace(-5, 0, 201)
+    c = m.schedule(t).beside(points(201))
+    noisy = (c.a * points(201) + c.s * normal(0, Use.NOISE, torch.arange(201), 0, (2,))).float()
+    for x in (noisy, noisy + 3):  # off the data as well, where every component is improbable
+        alpha, rate = m.posterior(x, t), m.posterior_rate(x, t)
+        assert alpha.dtype == rate.dtype == torch.float32
+        torch.testing.assert_close(alpha.double(), m.posterior(x.double(), t.double()), rtol=0, atol=1e-4)
+        expected = m.posterior_rate(x.double(), t.double())
+        torch.testing.assert_close(rate.double(), expected, rtol=1e-3, atol=1e-3 * float(1 + expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -132,8 +147,9 @@ def test_draws_follow_the_mixture_at_their_time(name: str, time: float) -> None:
         m.weights @ m.stds**2
     )
     expected = a**2 * covariance + s**2 * torch.eye(2)
-    torch.testing.assert_close(x.mean(dim=0), a * mean, rtol=0, atol=5 * math.sqrt(1.5 / n))
-    torch.testing.assert_close(torch.cov(x.T), expected, rtol=0, atol=5 * math.sqrt(2 * 1.5**2 / n))
+    largest = float(expected.diagonal().max())
+    torch.testing.assert_close(x.mean(dim=0), a * mean, rtol=0, atol=5 * math.sqrt(largest / n))
+    torch.testing.assert_close(torch.cov(x.T), expected, rtol=0, atol=5 * math.sqrt(2 * largest**2 / n))
 
 
 def test_draw_i_does_not_depend_on_how_many_are_drawn() -> None:

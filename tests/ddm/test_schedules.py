@@ -2,27 +2,75 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import mpmath
 import pytest
 import torch
 from scipy.integrate import quad
+from torch import Tensor
 
 from ddm.errors import ConfigError
-from ddm.schedules import SCHEDULES, Coeffs, schedule, velocity
+from ddm.schedules import SCHEDULES, Coeffs, LinearSDE, TwoPhase, regularity, schedule, velocity
 
 TIMES = torch.tensor([1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999999], dtype=torch.float64)
-VARIANCE_PRESERVING = [name for name in SCHEDULES if name.startswith("vp_")]
+INSIDE_STEPS = torch.tensor([0.0003, 0.0107, 0.2504, 0.4796, 0.5055, 0.9999], dtype=torch.float64)  # of 1,000
+VARIANCE_PRESERVING = [name for name in SCHEDULES if name.startswith("vp_")] + ["two_phase"]
+SMOOTH = [name for name in SCHEDULES if name != "two_phase"]
+
+# f and g^2 of `dx = -f x dt + g dW` as functions of u and of the module, math or torch, that they are computed with
+_RATE = math.pi / 2 / 1.008  # of the cosine schedule's angle
+SDES: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]] = {
+    "vp_constant": (lambda u, m: 5 + 0 * u, lambda u, m: 10 + 0 * u),
+    "vp_linear": (lambda u, m: (0.1 + 19.9 * u) / 2, lambda u, m: 0.1 + 19.9 * u),
+    "vp_polynomial": (lambda u, m: (0.3 + 5.2 * u) ** 2 / 2, lambda u, m: (0.3 + 5.2 * u) ** 2),
+    "vp_exponential": (lambda u, m: 0.05 * m.exp(6.5 * u), lambda u, m: 0.1 * m.exp(6.5 * u)),
+    "vp_cosine": (
+        lambda u, m: _RATE * m.tan(_RATE * (u + 0.008)),
+        lambda u, m: 2 * _RATE * m.tan(_RATE * (u + 0.008)),
+    ),
+    "ve_exponential": (lambda u, m: 0 * u, lambda u, m: (0.041 * m.exp(8.5 * u)) ** 2),
+    "ve_polynomial": (lambda u, m: 0 * u, lambda u, m: (0.3 + 10.3 * u) ** 4),
+    "rectified_flow": (lambda u, m: 1 / (1 - u), lambda u, m: 2 * u / (1 - u)),
+    "edm": (lambda u, m: 0 * u, lambda u, m: 2 * 80**2 * u),
+}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_da_and_ds_are_the_derivatives_of_a_and_s(name: str) -> None:
-    t = TIMES.clone().requires_grad_()
+    t = torch.cat([TIMES, INSIDE_STEPS]).requires_grad_()
     a, s, da, ds = schedule(name)(t)
     for value, derivative in ((a, da), (s, ds)):
         (expected,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
         torch.testing.assert_close(derivative.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_closed_forms_agree_with_their_linear_sde_by_gauss_and_legendre(name: str) -> None:
+    f, g_square = SDES[name]
+    process, t = LinearSDE(lambda u: f(u, torch), lambda u: g_square(u, torch) ** 0.5), TIMES[:-2]
+    for closed, numerical in zip(schedule(name)(t), process(t), strict=True):
+        torch.testing.assert_close(numerical, closed, rtol=1e-6, atol=1e-15)
+    for batched, alone in zip(process(t), process(t[6]), strict=True):
+        torch.testing.assert_close(batched[6], alone, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_closed_forms_agree_with_their_linear_sde_by_scipy(name: str) -> None:
+    f, g_square = SDES[name]
+
+    def decay(u: float, t: float) -> float:
+        return math.exp(-quad(lambda w: f(w, math), u, t, epsabs=0, epsrel=1e-10)[0]) if "ve" not in name else 1.0
+
+    for t in (0.01, 0.4, 0.9):
+        variance, _ = quad(lambda u, t=t: decay(u, t) ** 2 * g_square(u, math), 0, t, epsabs=0, epsrel=1e-9)
+        a, s, da, ds = (float(part) for part in schedule(name)(torch.tensor(t, dtype=torch.float64)))
+        assert a == pytest.approx(decay(0, t), rel=1e-7)
+        assert s == pytest.approx(math.sqrt(variance), rel=1e-7)
+        # E x = a x0 obeys (E x)' = -f E x, and the variance (s^2)' = -2 f s^2 + g^2
+        assert da == pytest.approx(-f(t, math) * decay(0, t), rel=1e-7)
+        assert 2 * s * ds == pytest.approx(g_square(t, math) - 2 * f(t, math) * variance, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", VARIANCE_PRESERVING)
@@ -36,7 +84,62 @@ def test_vp_schedules_preserve_variance(name: str) -> None:
 def test_every_schedule_starts_at_the_data_and_ends_in_noise(name: str) -> None:
     a, s, _, _ = schedule(name)(torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert (a[0], s[0]) == (1, 0)
-    assert abs(a[1]) < 0.01 * s[1]
+    assert abs(a[1]) < 0.021 * s[1]
+    assert s[1] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "s_end"),
+    [
+        ("ve_exponential", math.sqrt(0.041**2 / 17 * (math.exp(17) - 1))),
+        ("ve_polynomial", math.sqrt((10.6**5 - 0.3**5) / 51.5)),
+        ("edm", 80.0),
+    ],
+)
+def test_exploding_schedules_keep_the_data_and_end_in_much_noise(name: str, s_end: float) -> None:
+    c = schedule(name)(torch.cat([TIMES, torch.ones(1)]))
+    assert c.a.eq(1).all()
+    assert c.da.eq(0).all()
+    assert float(c.s[-1]) == pytest.approx(s_end, rel=1e-12)
+
+
+def written_out_betas(T: int, c0: float, c1: float) -> list[float]:
+    """arXiv 2408.02320, eq. 7, n = 1 ... T."""
+    betas = [T**-c0]
+    for n in range(2, T + 1):
+        growing = T**-c0 * (1 + c1 * math.log(T) / T) ** n
+        betas.append(c1 * math.log(T) / T * min(growing, 1.0))
+    return betas
+
+
+@pytest.mark.parametrize(("T", "c0", "c1"), [(1000, 2.0, 4.0), (50, 1.5, 3.0), (7, 1.0, 2.0), (2, 0.5, 1.0)])
+def test_two_phase_takes_the_papers_betas_and_multiplies_them(T: int, c0: float, c1: float) -> None:
+    process, betas = TwoPhase(T, c0, c1), written_out_betas(T, c0, c1)
+    torch.testing.assert_close(process.betas, torch.tensor(betas, dtype=torch.float64), rtol=1e-12, atol=0)
+    product = 1.0
+    for n, beta in enumerate(betas, start=1):
+        product *= 1 - beta
+        a, s, _, _ = process(torch.tensor(n / T, dtype=torch.float64))
+        assert float(a) ** 2 == pytest.approx(product, rel=1e-10)
+        assert float(s) ** 2 == pytest.approx(1 - product, rel=1e-10)
+
+
+def test_two_phase_grows_and_then_stays() -> None:
+    betas = TwoPhase(1000).betas
+    highest = 4 * math.log(1000) / 1000
+    assert (betas[1:500].diff() > 0).all()
+    assert betas[510:].eq(highest).all()
+
+
+def test_log_a_of_two_phase_is_linear_inside_a_step() -> None:
+    T, betas = 50, written_out_betas(50, 1.5, 3.0)
+    process = TwoPhase(T, 1.5, 3.0)
+    for n in (0, 3, 20, 49):
+        before = math.prod(1 - beta for beta in betas[:n])
+        for part in (0.1, 0.5, 0.95):
+            a, _, da, _ = process(torch.tensor((n + part) / T, dtype=torch.float64))
+            assert float(a) ** 2 == pytest.approx(before * (1 - betas[n]) ** part, rel=1e-10)
+            assert float(da / a) == pytest.approx(T / 2 * math.log1p(-betas[n]), rel=1e-10)
 
 
 def test_vp_linear_integrates_beta() -> None:
@@ -75,10 +178,10 @@ def test_s_is_exact_in_float32_near_the_data(t: float) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_coefficients_have_the_dtype_of_t(name: str) -> None:
-    in_double = schedule(name)(TIMES)
+    in_double = schedule(name)(TIMES.float().double())  # the same times: two_phase's derivatives jump
     for single, double in zip(schedule(name)(TIMES.float()), in_double, strict=True):
         assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
-        torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
 
 
 def test_coefficients_beside_pictures_multiply_row_by_row() -> None:
@@ -123,6 +226,21 @@ def test_velocity_of_vp_linear_is_half_beta_times_x_plus_score() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+def test_velocity_is_finite_in_float32_from_a_hundred_thousandth_to_one(name: str) -> None:
+    t = torch.logspace(-5, 0, 201)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 201, 4, generator=generator)
+    c = schedule(name)(t)
+    v = velocity(c.beside(x0).a * x0 + c.beside(eps).s * eps, x0, c)
+    assert v.dtype == torch.float32
+    expected = (
+        Coeffs(*(part.float() for part in schedule(name)(t.double()))).beside(x0).da * x0 + c.beside(eps).ds * eps
+    )
+    size = 1 + (c.ds / c.s).abs()[:, None]  # x is rounded, and its rounding magnified by ds/s
+    assert ((v - expected).abs() < 2e-6 * (size + c.ds.abs()[:, None])).all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_mixing_denoisers_is_mixing_velocities(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, denoised = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 2), (3, 5, 2)))
@@ -141,6 +259,21 @@ def test_mixing_denoisers_is_mixing_velocities(name: str) -> None:
             {"shift": 0.1},
             "schedule.shift must be a parameter of rectified_flow (it has none), got 0.1",
         ),
+        (
+            "two_phase",
+            {"T": 100},
+            "schedule.T must be a parameter of two_phase (steps, c0, c1), got 100",
+        ),
+        ("vp_constant", {"beta": 0.0}, "schedule.beta must be above 0, got 0.0"),
+        ("vp_polynomial", {"rho": 0.0}, "schedule.rho must be above 0, got 0.0"),
+        ("vp_exponential", {"c": 0.0}, "schedule.c must be above 0, got 0.0"),
+        ("ve_exponential", {"b": -1.0}, "schedule.b must be above 0, got -1.0"),
+        ("ve_polynomial", {"c": 0}, "schedule.c must be above 0, got 0"),
+        ("edm", {"sigma_max": -80.0}, "schedule.sigma_max must be above 0, got -80.0"),
+        ("two_phase", {"steps": 1}, "schedule.steps must be at least 2, got 1"),
+        ("two_phase", {"c0": 0.0}, "schedule.c0 must be above 0, got 0.0"),
+        ("two_phase", {"steps": 100, "c1": 22}, "schedule.c1 must be in (0, T / log T = 21.71), got 22"),
+        ("two_phase", {"c1": 0.0}, "schedule.c1 must be in (0, T / log T = 144.8), got 0.0"),
         ("vp_linear", {"beta_min": 0.0}, "schedule.beta_min must be above 0, got 0.0"),
         ("vp_linear", {"beta_max": 0.05}, "schedule.beta_max must be at least schedule.beta_min, got 0.05"),
         ("vp_linear", {"beta_max": "20"}, "schedule.beta_max must be a finite number, got '20'"),
@@ -156,7 +289,106 @@ def test_parameters_that_make_no_sense_are_refused_by_name(name: str, parameters
 
 
 def test_an_unknown_schedule_is_refused_with_those_there_are() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^schedule.name must be one of vp_linear .*rectified_flow.*, got 'vp_linera'$"
-    ):
+    with pytest.raises(ConfigError, match=rf"^schedule.name must be one of {' '.join(SCHEDULES)}, got 'vp_linera'$"):
         schedule("vp_linera")
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_schedules_are_regular(name: str) -> None:
+    assert regularity(schedule(name)).failures == ()
+    found, t = regularity(schedule(name), 0.05), torch.linspace(0.05, 1, 2001, dtype=torch.float64, requires_grad=True)
+    assert found.failures == ()
+    a, s, da, ds = schedule(name)(t)
+    assert found.s_min == pytest.approx(s[0].item(), rel=1e-12)
+    assert found.max_da == pytest.approx(da.abs().max().item(), rel=1e-3)
+    assert found.max_ds == pytest.approx(ds.abs().max().item(), rel=1e-3)
+    for bound, first in ((found.max_d2a, da), (found.max_d2s, ds)):
+        second = torch.zeros(1)
+        if first.requires_grad:
+            (second,) = torch.autograd.grad(first.sum(), t, retain_graph=True)
+        assert bound == pytest.approx(second.abs().max().item(), rel=0.01)
+
+
+def test_bounds_of_a_schedule_are_those_computed_by_hand() -> None:
+    assert regularity(schedule("rectified_flow"), 0.25) == (0.25, 1, 1, 0, 0, ())
+    assert regularity(schedule("edm"), 0.25, 0.5) == (20, 0, 80, 0, 0, ())
+    # vp_constant: a = e^-5t, s^2 = 1 - a^2, ds = 5 a^2/s, d2s = -50 a^2/s - 25 a^4/s^3, all largest at t_min
+    a = math.exp(-0.5)
+    s = math.sqrt(1 - a**2)
+    expected = (s, 5 * a, 5 * a**2 / s, 25 * a, 50 * a**2 / s + 25 * a**4 / s**3)
+    assert regularity(schedule("vp_constant"), 0.1)[:5] == pytest.approx(expected, rel=2e-3)
+
+
+def test_where_two_phase_bends_is_named_and_is_one_of_its_steps() -> None:
+    for process in (TwoPhase(20, 2.0, 2.0), TwoPhase(100, 1.0, 3.0)):
+        found = regularity(process)
+        assert (found.max_d2a, found.max_d2s) == (math.inf, math.inf)
+        assert len(found.failures) == 2
+        for name, failure in zip(("da/dt", "ds/dt"), found.failures, strict=True):
+            said = re.fullmatch(rf"{name} must be continuous, it jumps by [\d.]+ at t = ([\d.]+)", failure)
+            assert said is not None
+            place = float(said[1]) * process.steps
+            assert place == pytest.approx(round(place), abs=1e-9)
+
+
+def bent(name: str, slope: float, place: float) -> Callable[[Tensor], Coeffs]:
+    """Rectified flow, a or s of which falls or rises faster by `slope` after `place`."""
+
+    def process(t: Tensor) -> Coeffs:
+        c = schedule("rectified_flow")(t)._asdict()
+        c[name] = c[name] + slope * (t - place).clamp_min(0)
+        c[f"d{name}"] = c[f"d{name}"] + slope * (t > place)
+        return Coeffs(**c)
+
+    return process
+
+
+def replaced(**parts: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Coeffs]:
+    """Rectified flow with some coefficients replaced."""
+    return lambda t: schedule("rectified_flow")(t)._replace(**{name: part(t) for name, part in parts.items()})
+
+
+@pytest.mark.parametrize(
+    ("process", "failures"),
+    [
+        (bent("s", 0.5, 0.3), ["ds/dt must be continuous, it jumps by 0.5 at t = 0.3"]),
+        (bent("a", -0.25, 0.7), ["da/dt must be continuous, it jumps by 0.25 at t = 0.7"]),
+        (
+            bent("s", -1.0, 0.5),
+            [r"-s must fall in t, it changes by \+0 after t = 0.5\d*", "ds/dt must be continuous.*"],
+        ),
+        (
+            replaced(a=lambda t: 1 - t + 0.7 * t**2, da=lambda t: 1.4 * t - 1),
+            ["a must not rise in t, it changes by +9.7e-05 after t = 0.9998"],
+        ),
+        (
+            replaced(s=lambda t: t - 0.6 * t**2, ds=lambda t: 1 - 1.2 * t),
+            ["-s must fall in t, it changes by +4.8e-05 after t = 0.9998"],
+        ),
+        (replaced(a=lambda t: 0.9 - 0.5 * t), ["a(0) must be 1 and s(0) 0, they are 0.9 and 0"]),
+        (replaced(s=lambda t: 0.1 + t), ["a(0) must be 1 and s(0) 0, they are 1 and 0.1"]),
+        (
+            replaced(ds=lambda t: torch.where(t == 1, math.nan, 1.0)),
+            ["a, s and their derivatives must be finite on [0.01, 1]"],
+        ),
+        (
+            replaced(a=lambda t: 1 + 2 * t**2, da=lambda t: 4 * t),
+            [
+                "a must not rise in t, it changes by +0.00097 after t = 0.9998",
+                "a/s must fall in t, it changes by +0.00024 after t = 0.9998",
+            ],
+        ),
+    ],
+)
+def test_every_rule_that_a_schedule_breaks_is_named(process: Any, failures: list[str]) -> None:
+    found = regularity(process, 0.01)
+    assert len(found.failures) == len(failures)
+    for said, expected in zip(found.failures, failures, strict=True):
+        assert said == expected or re.fullmatch(expected, said), said
+
+
+@pytest.mark.parametrize(("t_min", "t_max"), [(0.0, 1.0), (0.5, 0.5), (0.1, 1.1)])
+def test_regularity_is_asked_for_times_inside_the_path(t_min: float, t_max: float) -> None:
+    message = f"regularity: t_min and t_max must be in 0 < t_min < t_max <= 1, got ({t_min}, {t_max})"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        regularity(schedule("vp_linear"), t_min, t_max)

@@ -1,0 +1,384 @@
+"""Densities: the law of what a sampler draws from one-dimensional mixtures, which are not log-concave, without drawing.
+
+With p the density of x_t and q that of the sampler's Y there, both at the time of a step, everything is kept as `log q/p`:
+p is known, and the quotient stays smooth and near 1 however narrow p and the step's noise become.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.interpolate import CubicSpline
+from scipy.special import ndtr, ndtri
+from torch import Tensor
+
+from benchmarks.lab.laws import (
+    METHODS,
+    Law,
+    Tabled,
+    Walker,
+    affine,
+    exact_denoiser,
+    kl,
+    legend_below,
+    local_slopes,
+    steps_axis,
+)
+from benchmarks.lab.page import Page, axes, table
+from ddm.grids import time_grid
+from ddm.oracle import GaussianMixture
+from ddm.samplers import Denoiser, drive, sampler
+from ddm.schedules import Schedule, TwoPhase
+
+Density = Callable[[Tensor], Tensor]  # x -> log p(x)
+REACH, FINENESS = 9.0, 10  # the grid: so many standard deviations beyond the outer bumps, so many points to one
+NODES, WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(20))
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+
+
+def bumps(std: float, schedule: Schedule) -> GaussianMixture:
+    """Three bumps of unequal weight, at distances that are far or near beside `std`."""
+    means = torch.tensor([[-1.2], [0.1], [1.1]], dtype=torch.float64)
+    weights = torch.tensor([0.3, 0.45, 0.25], dtype=torch.float64)
+    return GaussianMixture(weights, means, torch.full_like(means, std), schedule)
+
+
+def _components(data: GaussianMixture, t: Tensor, extra: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations `[K]` of x_t, plus independent noise of variance `extra`."""
+    c = data.schedule(t)
+    return c.a * data.means[:, 0], ((c.a * data.stds[:, 0]) ** 2 + c.s**2 + extra).sqrt()
+
+
+def log_density(data: GaussianMixture, t: Tensor, extra: float = 0.0) -> Density:
+    """`log p` of x_t, plus independent noise of variance `extra`."""
+    means, stds = _components(data, t, extra)
+
+    def log_p(x: Tensor) -> Tensor:
+        z = (x[..., None] - means) / stds
+        return (data.weights.log() - stds.log() - z**2 / 2).logsumexp(-1) - math.log(2 * math.pi) / 2
+
+    return log_p
+
+
+def support(data: GaussianMixture, t: Tensor) -> Tensor:
+    """An even grid over all of p, fine beside its narrowest bump."""
+    means, stds = _components(data, t)
+    low, high = float((means - REACH * stds).min()), float((means + REACH * stds).max())
+    return torch.linspace(low, high, math.ceil((high - low) / float(stds.min()) * FINENESS), dtype=torch.float64)
+
+
+def denoised(data: GaussianMixture, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """`D = E[x0 | x_t = x]` and its derivative `dD/dx`, for x `[B]`."""
+    c, (means, stds) = data.schedule(t), _components(data, t)
+    off, gain = (x[:, None] - means) / stds**2, c.a * data.stds[:, 0] ** 2
+    alpha = (data.weights.log() - stds.log() - off**2 * stds**2 / 2).softmax(dim=1)
+    D_k = data.means[:, 0] + gain * off
+    D, mean_off = (alpha * D_k).sum(dim=1), (alpha * off).sum(dim=1, keepdim=True)
+    return D, (alpha * (gain / stds**2 - D_k * (off - mean_off))).sum(dim=1)
+
+
+def score(data: GaussianMixture, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """`d log p/dx`, and `s^2` times its derivative: `a dD/dx - 1`."""
+    c, (D, slope) = data.schedule(t), denoised(data, x, t)
+    return (c.a * D - x) / c.s**2, c.a * slope - 1
+
+
+def _integral(integrand: Tensor, x: Tensor) -> float:
+    return float(CubicSpline(x.numpy(), integrand.numpy()).integrate(float(x[0]), float(x[-1])))
+
+
+def kl_of(log_p: Tensor, log_r: Tensor, x: Tensor) -> float:
+    """`KL(p | q) = int q - p - p log q/p` from `log p` and `log q/p` at rising points x."""
+    p, near = log_p.exp(), log_r.clamp_max(1)
+    small = torch.where(
+        log_r.abs() < 0.01, log_r**2 / 2 + log_r**3 / 6 + log_r**4 / 24 + log_r**5 / 120, torch.expm1(near) - near
+    )
+    return _integral(torch.where(log_r < 1, p * small, (log_p + log_r).exp() - p - p * log_r), x)
+
+
+def _passed(log_r: CubicSpline, p: Density, y: Tensor, log_weight: Tensor) -> Tensor:
+    """`log` of the sum over Gauss and Hermite's nodes, the last axis, of q/p(y) p(y) e^log_weight."""
+    inside = y.numpy().clip(log_r.x[0], log_r.x[-1])
+    return (torch.from_numpy(log_r(inside)) + p(y) + log_weight + WEIGHTS.log()).logsumexp(-1).clamp(-600, 600)
+
+
+def drawn(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tensor]:
+    """A grid over x at the last time, and `log q/p` on it, for `ddpm` or `accelerated_sde` started from N(0, 1).
+
+    A step maps Y to `M(Y) + b Z`; both come from the sampler itself, which is driven with and without noise. With
+    `y = centre + width z`, z at the nodes of Gauss and Hermite, and N(y) the density of that proposal,
+
+        q'/p'(y') = int q/p(y) p(y) N(y'; M(y), b^2) / p'(y') dy = E_z [ q/p(y) p(y) N(y'; M(y), b^2) / (p'(y') N(y)) ]
+
+    and the proposal, which is nearly the law of Y given Y', makes all but the first factor nearly constant. The accelerated
+    sampler adds noise before it asks as well: one step more, from x_t to x_t plus noise, whose density is a mixture too.
+    """
+    walk, first = sampler(name).walk, times[0]
+    y = support(data, first)
+    log_r = -(y**2) / 2 - math.log(2 * math.pi) / 2 - log_density(data, first)(y)
+    for n in range(len(times) - 1):
+        t, t_next = times[n], times[n + 1]
+        p, p_next, y_next = log_density(data, t), log_density(data, t_next), support(data, t_next)
+        r, spline = data.schedule(t).a / data.schedule(t_next).a, CubicSpline(y.numpy(), log_r.numpy())
+        before, after = _noise_of_step(walk, data, times[n : n + 2])
+        centre, width = r * y_next, r * after
+        if before > 0:
+            p_noisy, noisy = (
+                log_density(data, t, before**2),
+                (y + before**2 * score(data, y, t)[0])[:, None] + before * NODES,
+            )
+            weight = (NODES**2 - ((noisy - y[:, None]) / before) ** 2) / 2
+            log_r = _passed(spline, p, noisy, weight - p_noisy(y)[:, None])
+            p, spline = p_noisy, CubicSpline(y.numpy(), log_r.numpy())
+            centre = centre - before**2 * score(data, centre, t)[0]
+        points = centre[:, None] + width * NODES
+        asked = points.reshape(-1, 1)
+        mean, _ = drive(walk(asked, data.schedule, times[n : n + 2], lambda _: torch.zeros(())), _answer(data))
+        off = (y_next[:, None] - mean.reshape(points.shape)) / after
+        log_r = _passed(spline, p, points, (NODES**2 - off**2) / 2 + r.log() - p_next(y_next)[:, None])
+        y = y_next
+    return y, log_r
+
+
+def _answer(data: GaussianMixture) -> Denoiser:
+    """The exact denoiser for x `[B, 1]`, or for x and its derivative `[B, 2]`.
+
+    A sampler is linear in x and in the answers; so if a second column is answered with dD/dx times itself, it stays the
+    derivative of the first by the start.
+    """
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        D, slope = denoised(data, x[:, 0], t)
+        return torch.stack([D, slope * x[:, 1]], dim=1) if x.shape[1] == 2 else D[:, None]
+
+    return denoise
+
+
+def _noise_of_step(walk: Walker, data: GaussianMixture, step: Tensor) -> tuple[float, float]:
+    """The noise that a step adds to x before it asks the denoiser, and after."""
+    zero, asked = torch.zeros(1, 1, dtype=torch.float64), []
+
+    def answer(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(x))
+        return torch.zeros_like(x)
+
+    drive(walk(zero, data.schedule, step, lambda n: torch.ones(()) * (n == 0)), answer)
+    last = drive(walk(zero, data.schedule, step, lambda n: torch.ones(()) * (n == 1 or asked[-1] == 0)), answer)[0]
+    return asked[0], float(last)
+
+
+def pushed(walk: Walker, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rising points over x's support at the last time, and log q/p there, for a deterministic sampler started from N(0, 1).
+
+    In one dimension the exact flow keeps the distribution function, so `start = Phi^-1(F(y))` ends near y. Between bumps the
+    starts all but touch, and the sampler parts them elsewhere: gaps between ends are filled until they are small or hold no
+    number. The density is that of the start over the derivative of the map. None where the map folds.
+    """
+    y, p = support(data, times[-1]), log_density(data, times[-1])
+    means, stds = _components(data, times[-1])
+    z = (y[:, None] - means) / stds
+    below, above = ((data.weights.numpy() * ndtr(side.numpy())).sum(axis=1) for side in (z, -z))
+    new = torch.from_numpy(np.where(below < above, ndtri(below), -ndtri(above)))
+    start, end, slope = torch.empty(3, 0, dtype=torch.float64)
+    for _ in range(12):
+        x = torch.stack([new, torch.ones_like(new)], dim=1)
+        moved = drive(walk(x, data.schedule, times, lambda _: torch.zeros(())), _answer(data))[0]
+        start, order = torch.cat([start, new]).sort()
+        end, slope = torch.cat([end, moved[:, 0]])[order], torch.cat([slope, moved[:, 1]])[order]
+        if bool((slope <= 0).any()):
+            return None
+        rising = torch.cat(
+            [torch.ones(1, dtype=torch.bool), end[1:] > end.cummax(0).values[:-1]]
+        )  # where starts differ at all
+        start, end, slope = start[rising], end[rising], slope[rising]
+        wide = (end.diff() > 1.5 * stds.min() / FINENESS) & (torch.maximum(p(end[1:]), p(end[:-1])) > math.log(1e-10))
+        parts = torch.linspace(0, 1, 34, dtype=torch.float64)[1:-1]
+        new = (start[:-1][wide, None] + start.diff()[wide, None] * parts).flatten()
+        if len(new) == 0:
+            break
+    return end, -(start**2) / 2 - math.log(2 * math.pi) / 2 - slope.log() - p(end)
+
+
+SAMPLERS = {"ddpm": 1, "accelerated_sde": 2, "ddim": 0, "accelerated_ode": 0, "dpmpp_2m": 0}  # draws a step
+STEPS = (100, 200, 400, 800)
+WIDE, NARROW = 0.5, 0.1  # standard deviations whose laws are followed over T
+STDS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
+LAST = 0.01  # a cell whose mass is off by more than this share of its KL is not shown
+
+
+def law_of(name: str, data: GaussianMixture, times: Tensor) -> tuple[float, float] | None:
+    """KL(X | Y) at the last time and the defect of the total mass of q, which exact arithmetic leaves at 0."""
+    found = drawn(name, data, times) if SAMPLERS[name] else pushed(sampler(name).walk, data, times)
+    if found is None:
+        return None
+    x, log_r = found
+    log_p = log_density(data, times[-1])(x)
+    return kl_of(log_p, log_r, x), _integral((log_p + log_r).exp(), x) - 1
+
+
+def smoothness(data: GaussianMixture, times: Tensor) -> dict[str, float]:
+    """`s^2 |d score/dx|` over x and t: its supremum; the least L that x_t exceeds with probability 1/T at most; its root mean square."""
+    largest, typical, mean = 0.0, 0.0, 0.0
+    for t in times[:: max(1, len(times) // 100)]:
+        x = support(data, t)
+        bend = score(data, x, t)[1].abs()
+        p = log_density(data, t)(x).exp() * (x[1] - x[0])
+        order = bend.argsort(descending=True)
+        exceeded = p[order].cumsum(0) <= 1 / len(times)
+        typical = max(typical, float(bend[order][int(exceeded.sum())]))
+        largest, mean = max(largest, float(bend.max())), max(mean, float((p * bend**2).sum().sqrt()))
+    return {"supremum": largest, "typical": typical, "root_mean_square": mean}
+
+
+def _setting(std: float, T: int) -> tuple[GaussianMixture, Tensor]:
+    schedule = TwoPhase(T)
+    times = time_grid("own", T, schedule, t_min=1 / T)
+    return bumps(std, Tabled(schedule, times)), times
+
+
+def check(std: float, T: int) -> list[dict[str, Any]]:
+    """On one Gaussian, whose exact law is known: this page's KL beside it."""
+    data, times = _setting(std, T)
+    one = torch.ones(1, dtype=torch.float64)
+    law = Law(0.7 * one, std**2 * one)
+    single = GaussianMixture(one, law.mean[:, None], std * one[:, None], data.schedule)
+    rows = []
+    for name, draws in SAMPLERS.items():
+        walked = affine(sampler(name).walk, exact_denoiser(law, data.schedule), data.schedule, times, draws, 1)
+        exact = float(kl(law.at(data.schedule(times[-1])), walked(Law(0 * one, one))))
+        found = law_of(name, single, times)
+        assert found is not None
+        rows.append({"sampler": name, "std": std, "T": T, "exact": exact, "kl": found[0]})
+    return rows
+
+
+def measure(
+    steps: Sequence[int] = STEPS, stds: Sequence[float] = STDS, samplers: Sequence[str] = tuple(SAMPLERS), checked: int = 200
+) -> dict[str, Any]:
+    """KL over T for wide and narrow bumps; KL and smoothness over the bumps' width; and the check on one Gaussian."""
+    over_steps, over_std = [], []
+    for std, T, name in product((WIDE, NARROW), steps, samplers):
+        over_steps.append({"std": std, "T": T, "sampler": name, **_cell(name, std, T)})
+    middle = steps[len(steps) // 2]
+    for std in stds:
+        data, times = _setting(std, middle)
+        row = {"std": std, "T": middle, "L": smoothness(data, times), "cells": {}}
+        for name in samplers:
+            if name != "accelerated_sde":  # its bumps this narrow want more nodes than the others
+                row["cells"][name] = _cell(name, std, middle)
+        over_std.append(row)
+    checks = [row for std in (WIDE, min(stds)) for row in check(std, checked)]
+    return {"over_steps": over_steps, "over_std": over_std, "checks": checks}
+
+
+def _cell(name: str, std: float, T: int) -> dict[str, float | None]:
+    found = law_of(name, *_setting(std, T))
+    if found is None or abs(found[1]) > LAST * found[0]:
+        return {"kl": None, "defect": None if found is None else found[1]}
+    return {"kl": found[0], "defect": found[1]}
+
+
+def page(numbers: Mapping[str, Any]) -> Page:
+    """The slopes on laws that are not log-concave, and what the smoothness constant has to do with them."""
+    cells = numbers["over_steps"]
+    steps = sorted({cell["T"] for cell in cells})
+    names = list(dict.fromkeys(cell["sampler"] for cell in cells))
+    rows = []
+    for name in names:
+        row = [f"`{name}`"]
+        for std in (WIDE, NARROW):
+            own = {c["T"]: c["kl"] for c in cells if c["sampler"] == name and c["std"] == std and c["kl"] is not None}
+            ends = sorted(own)[-2:]
+            row += [f"{own[ends[-1]]:.2g}", f"{local_slopes(ends, [own[T] for T in ends])[0]:.2f}"]
+        rows.append(row)
+    worst = max(abs(row["kl"] / row["exact"] - 1) for row in numbers["checks"])
+    shown = [name for name in names if name in numbers["over_std"][0]["cells"]]
+    T = numbers["over_std"][0]["T"]
+    std_rows = [
+        [f"{row['std']:g}", *(f"{row['L'][key]:.3g}" for key in ("supremum", "typical", "root_mean_square"))]
+        + [f"{kl:.3g}" if (kl := row["cells"][name]["kl"]) is not None else "folds" for name in shown]
+        for row in numbers["over_std"]
+    ]
+    first, last = numbers["over_std"][0], numbers["over_std"][-1]
+    ratio = last["cells"]["ddpm"]["kl"] / first["cells"]["ddpm"]["kl"]
+    text = f"""
+# Densities
+
+Three bumps on a line, at -1.2, 0.1 and 1.1 with weights 0.3, 0.45 and 0.25: not log-concave, and the narrower the bumps the
+further apart. The law of what a sampler draws is computed, not drawn: for a stochastic one by quadrature over each step's noise (Gauss and
+Hermite, 20 nodes), for a deterministic one by the change of variables, the derivative carried through the sampler. Either way `log q/p`
+is what is kept, which is smooth where q and p are not. On one Gaussian, where [the exact laws](laws.md) have the answer,
+all five samplers agree with it to {worst:.0e} of the KL.
+
+KL(X | Y) is at t = 1/T, from N(0, 1), on the two-phase schedule (c0 = 2, c1 = 4). With T = {steps[-2]} to {steps[-1]}:
+
+{table(("sampler", f"std {WIDE:g}: KL", "slope", f"std {NARROW:g}: KL", "slope"), rows)}
+
+![KL over T](densities-steps.png)
+
+DDPM falls as T^-2 but for logarithms, `2510.27562`, on laws that are not log-concave just as on Gaussians. The accelerated samplers keep their higher order.
+
+## The constant L
+
+`2510.27562` bounds DDPM's KL by d min(d, L^2) / T^2 up to logarithms, L a relaxed Lipschitz constant of the score. Taken here: of
+`s^2 |d score/dx| = |a dD/dx - 1|`, which is 1 for noise and free of units, over all times the supremum over x; the least
+number that x_t exceeds with probability 1/T at most (the relaxed one: the papers say that it grows only as a logarithm for mixtures; their definition was
+not at hand, this is its natural reading); and the root mean square, the largest over t.
+
+{table(("std", "L, supremum", "L, relaxed", "L, root mean square", *(f"KL of `{name}`, T = {T}" for name in shown)), std_rows)}
+
+![KL and L over the width of the bumps](densities-smoothness.png)
+
+**What can be seen.** From std {first["std"]:g} to {last["std"]:g} the supremum of L^2 grows {(last["L"]["supremum"] / first["L"]["supremum"]) ** 2:.2g} times; DDPM's KL changes {ratio:.2f} times.
+The steep places lie between the bumps, where nobody is: the relaxed L is what counts, as the theorem has it, and the
+mean square is what the KL follows most closely. A bound with the global Lipschitz constant would be void here.
+
+**What cannot.** In one dimension min(d, L^2) is 1 whatever L is, since L >= 1: so the flat curve is what the theorem says, and not a
+surprise. The product of d such laws has KL = d KL_1 exactly: linear in d, never d L^2. For the factor min(d, L^2) to show, many coordinates must decide
+together, as in a law whose posterior covariance has one eigenvalue of order d: no product has.
+"""
+    return Page(text, {"steps": _over_steps(cells, steps, names), "smoothness": _over_std(numbers["over_std"], shown)})
+
+
+def _over_steps(cells: Sequence[Mapping[str, Any]], steps: Sequence[int], names: Sequence[str]) -> Figure:
+    figure, plots = axes(3, height=3.9)
+    for axis, std in zip(plots[1:], (WIDE, NARROW), strict=True):
+        for name in names:
+            own = [c for c in cells if c["sampler"] == name and c["std"] == std and c["kl"] is not None]
+            values = [c["kl"] for c in own]
+            axis.plot([c["T"] for c in own], values, "o-", color=METHODS[name].colour, label=name, markersize=4)
+        axis.set(xscale="log", yscale="log", ylabel="KL(X | Y)", title=f"bumps of std {std:g}")
+        axis.title.set_fontsize(10)
+        steps_axis(axis, steps)
+    x = torch.linspace(-2.8, 2.8, 1000, dtype=torch.float64)
+    start = torch.zeros((), dtype=torch.float64)
+    for std, colour in ((WIDE, "#56B4E9"), (NARROW, "#000000")):
+        density = log_density(bumps(std, TwoPhase()), start)(x).exp()
+        plots[0].plot(x, density, color=colour, label=f"std {std:g}")
+    plots[0].set(xlabel="x", ylabel="density", title="the data")
+    plots[0].title.set_fontsize(10)
+    plots[0].legend(fontsize=9, frameon=False)
+    legend_below(figure, plots[1], 5)
+    return figure
+
+
+def _over_std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
+    figure, (left, right) = axes(2, height=4.0)
+    stds = [row["std"] for row in rows]
+    looks = {"supremum": ("#999999", "supremum"), "typical": ("#D55E00", "relaxed"), "root_mean_square": ("#0072B2", "root mean square")}
+    for key, (colour, label) in looks.items():
+        left.plot(stds, [row["L"][key] ** 2 for row in rows], "o-", color=colour, markersize=4)
+        left.annotate(label, (stds[-1], rows[-1]["L"][key] ** 2), color=colour, xytext=(-4, 6), textcoords="offset points", ha="right")
+    for name in names:
+        own = [(row["std"], row["cells"][name]["kl"]) for row in rows if row["cells"][name]["kl"] is not None]
+        right.plot(*zip(*own, strict=True), "o-", color=METHODS[name].colour, label=name, markersize=4)
+    for axis, label in ((left, "L$^2$"), (right, f"KL(X | Y), T = {rows[0]['T']}")):
+        axis.set(xscale="log", yscale="log", ylabel=label)
+        steps_axis(axis, stds, "std of the bumps (narrower to the right)")
+        axis.invert_xaxis()
+    legend_below(figure, right, 5)
+    return figure

@@ -1,0 +1,70 @@
+"""What each expert would say if its cluster were Gaussian: a denoiser in closed form that costs no call."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddm.learning import scaled
+from ddm.schedules import Schedule
+
+MOMENTS = ("gaussian.mean", "gaussian.variance")  # their names in an expert's artifact
+_CHUNK = 1024  # pictures at a time
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """K Gaussians, each with its cluster's mean and a covariance that is diagonal in the cosine basis of pictures.
+
+    Cosines are close to the principal components of natural pictures, whose statistics hardly depend on the place. `means` and
+    `variances` are `[K, ...]` in that basis; data that are no pictures, `[K, d]`, keep their own.
+    """
+
+    means: Tensor
+    variances: Tensor
+    schedule: Schedule
+
+    def mix(self, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        """`sum_k weight_k E[x0 | x_t = x, Gaussian k]`, `[B, ...]`: x `[B, ...]`, t `[]` or `[B]`, weights `[B, K]` of any sign.
+
+        Gaussian k's own is `m + f (x - a m)`, `f = a v / (a^2 v + s^2)`: linear in x, so the sum needs one transform each way.
+        """
+        m, v = (part.to(x).flatten(1) for part in (self.means, self.variances))  # [K, n]
+        a, s, _, _ = self.schedule(t.to(x)).beside(m[None])  # [] or [B, 1, 1]
+        f = a * v / (a**2 * v + s**2)  # [K, n] or [B, K, n]
+        weight = weight.to(x)[:, None]
+        mixed = (weight @ (m - a * f * m) + weight @ f * cosine(x).flatten(1)[:, None])[:, 0]
+        return cosine(mixed.reshape(x.shape), inverse=True)
+
+
+def moments(images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a cluster in the cosine basis, float32, of a picture's shape; `flip` adds the mirror images.
+
+    images `[N, C, H, W]`, uint8 or float in [-1, 1].
+    """
+    first = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
+    second = first.clone()
+    for chunk in images.split(_CHUNK):
+        for pictures in (chunk, chunk.flip(3)) if flip else (chunk,):
+            y = cosine(scaled(pictures).double())
+            first, second = first + y.sum(dim=0), second + y.square().sum(dim=0)
+    count = len(images) * (2 if flip else 1)
+    mean = first / count
+    return mean.float(), (second / count - mean**2).clamp_min(0).float()
+
+
+def cosine(x: Tensor, inverse: bool = False) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) of the last two axes of `[..., C, H, W]`; `[B, d]` stays as it is."""
+    if x.ndim < 4:
+        return x
+    rows, columns = (_basis(n).to(x) for n in x.shape[-2:])
+    return rows.T @ x @ columns if inverse else rows @ x @ columns.T
+
+
+def _basis(n: int) -> Tensor:
+    """`[n, n]`, row k the k-th cosine."""
+    k, place = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    basis = torch.cos(math.pi * (place + 0.5) * k / n) * math.sqrt(2 / n)
+    basis[0] /= math.sqrt(2)
+    return basis
