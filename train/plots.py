@@ -16,7 +16,7 @@ from train.draws import Drawn
 from train.record import Evaluation
 
 # Okabe and Ito's colours, which the colour-blind tell apart; a method has the same one everywhere.
-_COLOURS = {
+COLOURS = {
     "DDIM": "#000000",
     "Naive": "#999999",
     "MoG-a": "#56B4E9",
@@ -53,7 +53,7 @@ def frechet(evaluation: Evaluation) -> Figure:
                 [c.steps for c in cells],
                 [c.frechet for c in cells],
                 "o-",
-                color=_COLOURS[name],
+                color=COLOURS[name],
                 label=name,
                 markersize=4,
             )
@@ -74,11 +74,11 @@ def trajectory(evaluation: Evaluation) -> Figure:
         for name, fit in evaluation.fits.items():
             cells = [cell for cell in evaluation.cells if cell.method == name and cell.trajectory_error is not None]
             steps = np.array([cell.steps for cell in cells])
-            axes.plot(steps, [cell.trajectory_error or 0 for cell in cells], "o", color=_COLOURS[name], markersize=5)
+            axes.plot(steps, [cell.trajectory_error or 0 for cell in cells], "o", color=COLOURS[name], markersize=5)
             axes.plot(
                 steps,
                 fit.constant * steps**-fit.exponent,
-                color=_COLOURS[name],
+                color=COLOURS[name],
                 label=f"{name}: N$^{{-{fit.exponent:.2f}}}$, R² {fit.r2:.2f}",
                 linewidth=1,
             )
@@ -98,7 +98,7 @@ def load(drawn: Mapping[str, Drawn], names: Sequence[str], pi: Sequence[float]) 
         axes.bar(places - 0.4 + width / 2, pi, width, color="#DDDDDD", label="share of the pictures")
         for i, (method, draw) in enumerate(drawn.items(), start=1):
             share = draw.load.sum(dim=0) / draw.load.sum()
-            axes.bar(places - 0.4 + (i + 0.5) * width, share.numpy(), width, color=_COLOURS[method], label=method)
+            axes.bar(places - 0.4 + (i + 0.5) * width, share.numpy(), width, color=COLOURS[method], label=method)
         axes.set_xticks(places, names, rotation=0 if len(names) <= 6 else 60)
         axes.set_ylabel("share of the calls")
         axes.legend(fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -111,7 +111,7 @@ def certainty(drawn: Mapping[str, Drawn]) -> Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.2))
         for method, draw in drawn.items():
-            axes.plot(draw.t.numpy(), draw.certainty.numpy(), color=_COLOURS[method], label=method)
+            axes.plot(draw.t.numpy(), draw.certainty.numpy(), color=COLOURS[method], label=method)
         axes.set_xlim(1, 0)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("t, from noise (1) to data (0)")

@@ -109,7 +109,7 @@ def w2_square(p: Law, q: Law) -> Tensor:
 
 
 def ddim_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
-    """DDIM in the form of arXiv 2408.02320, eq. 9: `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`, alpha a step's ratio of a^2."""
+    """DDIM as arXiv 2408.02320 has it: `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`, alpha the step's ratio of a^2."""
     for t, t_next in pairwise(times):
         c, r = schedule(t), schedule(t).a / schedule(t_next).a
         x = (x + (1 - r**2) / 2 * (c.a * (yield x, t) - x) / c.s**2) / r
@@ -157,7 +157,7 @@ def decaying(d: int) -> Law:
 
 
 class Outcome(NamedTuple):
-    """Of each coordinate `[d]`: KL and W2^2 of the sampler's law to that of x at t = 1/T; KL from the true law of x_1; the start's own KL."""
+    """Of each coordinate `[d]`, at t = 1/T: KL(x | Y) and W2^2; KL had Y started as x_1; and the KL of the start itself."""
 
     kl: Tensor
     w2_square: Tensor
@@ -180,7 +180,7 @@ def outcome(method: Method, data: Law, steps: int) -> Outcome:
 
 def measure(steps: Sequence[int] = STEPS, dimensions: Sequence[int] = DIMENSIONS, seed: int = 0) -> dict[str, Any]:
     """KL and W2 in 16 dimensions over T, for as many Gaussians as the coordinates make; and KL over d at the T in the middle."""
-    data, middle = gaussian(max(max(dimensions), BLOCK), seed), steps[len(steps) // 2]
+    data, middle = gaussian(max(*dimensions, BLOCK), seed), steps[len(steps) // 2]
     over_steps, over_d = [], []
     for name, method in METHODS.items():
         for T in steps:
@@ -195,7 +195,7 @@ def measure(steps: Sequence[int] = STEPS, dimensions: Sequence[int] = DIMENSIONS
                     "kl_of_start": float(found.kl_of_start[:BLOCK].sum()),
                 }
             )
-            if T == middle:
+            if middle == T:
                 spectra = {"even": found.kl, "decaying": outcome(method, decaying(max(dimensions)), T).kl}
                 over_d += [
                     {"sampler": name, "spectrum": spectrum, "d": d, "kl": float(part[:d].sum())}
@@ -250,41 +250,52 @@ def page(numbers: Mapping[str, Any]) -> Page:
         d_rows.append((f"`{name}`", method.d_power, *fits))
     T = numbers["middle"]
     proven, exact = (spread(lead(numbers, name, T=T), ".0f") for name in ("ddim as proven", "ddim"))
+    head = (
+        "sampler",
+        "proven",
+        "power of 1/T",
+        f"KL at T = {T}",
+        "slope of KL",
+        "from the true x_1",
+        "slope of W2",
+        "KL's is to be at least",
+    )
     text = f"""
 # Exact laws
 
-On Gaussian data the exact denoiser is affine, so every sampler here maps x affinely, step by step and coordinate by coordinate,
-and what it draws is a Gaussian whose mean and variance follow from the sampler alone: drive it with 0 and 1 in place of x
-and of each noise, and read off `Y' = A Y + b + sum B Z`. No Monte Carlo, no rederivation: these are the generators of
-`ddm.samplers`, in float64. A covariance that is not diagonal is a diagonal one turned, and every sampler commutes with turning.
+On Gaussian data the exact denoiser is affine, so every sampler here maps x affinely, step by step and coordinate by
+coordinate, and what it draws is a Gaussian whose mean and variance follow from the sampler alone: drive it with 0 and 1 in
+place of x and of each noise, and read off `Y' = A Y + b + sum B Z`. No Monte Carlo, no rederivation: these are the generators
+of `ddm.samplers`, in float64. A covariance that is not diagonal is a diagonal one turned, and every sampler commutes with
+turning.
 
-KL(X | Y) and W2 compare x at t = 1/T with the sampler's law there, as the theorems do, on the two-phase schedule (c0 = 2, c1 = 4), from
-Y ~ N(0, 1) at t = 1. Standard deviations are even in [0.2, 1.2], means normal; the middle and the range are over
-{len(cells[0]["kl"])} independent Gaussians of {numbers["block"]} dimensions. Theorems on TV are squared, since TV^2 <= KL / 2. All proven
-powers are up to logarithms; a factor log^2 T lowers a measured slope by 0.25 at these T.
+KL(X | Y) and W2 compare x at t = 1/T with the sampler's law there, as the theorems do, on the two-phase schedule (c0 = 2,
+c1 = 4), from Y ~ N(0, 1) at t = 1. Standard deviations are even in [0.2, 1.2], means normal; the middle and the range are over
+{len(cells[0]["kl"])} independent Gaussians of {numbers["block"]} dimensions, the slopes from T = {last[0]} to {last[1]}.
+Theorems on TV are squared, since TV^2 <= KL / 2. All proven powers are up to logarithms; a factor log^2 T lowers a measured slope by 0.25 at these T.
 
-{table(("sampler", "proven", "power of 1/T", f"KL at T = {T}", f"slope, T = {last[0]} to {last[1]}", "the same, from the true x_1", "slope of W2", "must be at least"), rows)}
+{table(head, rows)}
 
 ![KL and W2 over T](laws-steps.png)
 
-**How the accelerated ODE does beside DDIM** at T = {T}, in KL: {proven} times better than DDIM in the form of the proof,
-`Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`; {exact} times better than DDIM as it is run, `ddim`, whose coefficients
-integrate the step exactly where D is constant. The second is the better sampler at the same cost, by two orders of magnitude,
-and no longer loses by 1000 times: an independent computation that finds 4000 times, and DDIM's slope at 1.5, has
-the proof's form in hand. Both forms are first order, so both meet the same theorem.
+**The accelerated ODE beside DDIM**, at T = {T}, in KL: {proven} times better than DDIM in the form of the
+proof, `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`; {exact} times better than DDIM as it is run, `ddim`, whose
+coefficients integrate the step exactly where D is constant. The second costs the same and is better than the first by two
+orders of magnitude, so it no longer loses by 1000 times. An independent computation that finds DDIM's slope at 1.5 and 4000
+times has the proof's form in hand. Both are of first order, and meet the same theorem.
 
-**What is seen.** DDPM and both DDIMs fall as T^-2 with about two logarithms, as proven. The accelerated SDE falls as T^-4 with four:
-its theorem, T^-2 for KL, is loose by two powers on Gaussians. The accelerated ODE has slope 4 in theory and seems to
-lose it at large T: what is left there is no error of the sampler's but the start's, N(0, 1) instead of the law of x_1. On this schedule a(1)^2 is about
-T^(-c1/2) = T^-2, and a deterministic sampler carries that KL to the data whole (the grey band; `dpmpp_2m` sits on it from T = {steps[1]} on).
-From the true x_1 the slope is that of the fourth column. The stochastic samplers forget their start.
+**What is seen.** DDPM and both DDIMs fall as T^-2 with two to four logarithms, as proven. The accelerated SDE falls as T^-4 with
+four: two powers more than its theorem, but [only on Gaussians](densities.md), whose score has no curvature. The accelerated
+ODE is to have slope 4 and seems to lose it at large T: what is left there is no error of the sampler's but the start's,
+N(0, 1) in place of the law of x_1. On this schedule a(1)^2 is about T^(-c1/2) = T^-2, and a deterministic sampler carries that KL whole to the data
+(the grey band; `dpmpp_2m` lies on it from T = {steps[1]} on). From the true x_1 the slope is the one in that column. The
+stochastic samplers forget their start.
 
 ## In d
 
-The KL of a product is the sum of its coordinates', so for a spectrum that goes on as it began KL ~ d exactly, whatever the sampler,
-and the bounds' d^2 for DDIM is never met by Gaussians. A spectrum that decays like that of pictures, 1/i, costs less than linear
-only once its standard deviations sink under the resolution: below s(1/T) = 1/T there is nothing left to get wrong, above it every coordinate,
-however narrow, costs about the same, because the two-phase schedule resolves all scales alike.
+The KL of a product is the sum of its coordinates', so for a spectrum that goes on as it began KL ~ d, whatever the sampler, and
+DDIM's d^2 is never met by Gaussians. Nor is a spectrum that decays like that of pictures, 1/i, cheaper: the two-phase schedule
+resolves all scales above s(1/T) = 1/T alike, and every coordinate above it, however narrow, costs about the same.
 
 {table(("sampler", "proven power of d", "even spectrum", "spectrum 1/i"), d_rows)}
 
@@ -344,4 +355,6 @@ def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
     """One legend for all plots, under them."""
     figure.tight_layout()
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, fontsize=9, frameon=False)
+    figure.legend(
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, fontsize=9, frameon=False
+    )

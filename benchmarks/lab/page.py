@@ -9,7 +9,16 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from train.plots import COLOURS as METHODS
 from train.plots import STYLE, save
+
+COLOURS = METHODS | {  # the policies that have no row in a run's table
+    "stochastic": METHODS["MoG-a"],
+    "fixed": METHODS["Naive"],
+    "adaptive": "#882255",
+    "top-2": "#DDAADD",
+    "nucleus": "#AA9900",
+}
 
 
 class Page(NamedTuple):
