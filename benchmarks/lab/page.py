@@ -44,8 +44,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def axes(columns: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Figure, list[Axes]]:
     """A figure in the house's style, with that many plots side by side."""
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            1, columns, figsize=(width if columns == 1 else 5.2 * columns, height), squeeze=False
-        )
+    plt.rcParams.update(STYLE)
+    figure, grid = plt.subplots(1, columns, figsize=(width if columns == 1 else 5.2 * columns, height), squeeze=False)
     return figure, list(grid[0])

@@ -298,7 +298,7 @@ def test_smooth_schedules_are_regular(name: str) -> None:
     assert regularity(schedule(name)).failures == ()
     found, t = regularity(schedule(name), 0.05), torch.linspace(0.05, 1, 2001, dtype=torch.float64, requires_grad=True)
     assert found.failures == ()
-    a, s, da, ds = schedule(name)(t)
+    _, s, da, ds = schedule(name)(t)
     assert found.s_min == pytest.approx(s[0].item(), rel=1e-12)
     assert found.max_da == pytest.approx(da.abs().max().item(), rel=1e-3)
     assert found.max_ds == pytest.approx(ds.abs().max().item(), rel=1e-3)

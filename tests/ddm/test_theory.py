@@ -398,6 +398,24 @@ def test_each_part_is_reached_where_the_flow_is_linear() -> None:
     assert rms((a - 1) * x0 + s * torch.randn(x0.shape, generator=g)) == pytest.approx(10**exact.early_stop, rel=0.02)
 
 
+def test_at_few_steps_the_parts_are_the_recursion_of_the_proof() -> None:
+    R, d, K, delta, steps, eps_router, eps_expert = 0.8, 2, 3, 0.1, 4, 0.1, 0.2
+    times = torch.linspace(1, delta, steps + 1, dtype=torch.float64)
+    h, first = (1 - delta) / steps, float(VP(times[0]).a) * R
+    initialization, truncation, martingale, approximation = first, 0.0, 0.0, 0.0
+    for t, t_next in pairwise(times):
+        rho, truncated, _ = map(float, step(VP, R, d, t, t_next))
+        c = constants(VP, R, d, K, t)
+        initialization *= rho
+        truncation = rho * truncation + truncated
+        approximation = rho * approximation + h * float(c.router * eps_router + c.expert * eps_expert)
+        martingale = math.hypot(rho * martingale, h * float(c.martingale + c.expert * eps_expert))
+    found = bound(VP, R, d, K, delta, steps, eps_router, eps_expert)
+    expected = (initialization, truncation, martingale, approximation)
+    assert [10**part for part in found[:4]] == pytest.approx(expected, rel=1e-9)
+    assert 10**found.sampling == pytest.approx(sum(expected), rel=1e-9)
+
+
 @pytest.mark.parametrize("path", [VP, COSINE, STRAIGHT])
 def test_the_parts_tend_to_the_integrals_of_the_theorem(path: Schedule) -> None:
     R, d, K, delta, steps, eps_router, eps_expert = 0.6, 3, 4, 0.3, 40_000, 0.1, 0.2
