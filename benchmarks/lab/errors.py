@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -31,71 +32,75 @@ from router.routing import RoutedDenoiser
 
 SAMPLERS = ("ddpm", "ddim", "accelerated_ode", "accelerated_sde")
 KINDS = ("shift", "slope")
-EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DIMENSIONS = (1, 16, 256)
 
 POLICIES = {"full": "#009E73", "balanced": "#D55E00", "stochastic": "#0072B2"}
-ROUTED_EPS = {"posterior": (0.02, 0.05, 0.1, 0.2, 0.4), "experts": (0.05, 0.15, 0.4, 1.0, 2.5)}
-ROUTED_STEPS = (20, 80, 320)
+ROUTED_EPS = {"posterior": (0.03, 0.08, 0.2, 0.5), "experts": (0.03, 0.1, 0.3, 1.0)}
+ROUTED_STEPS = (20, 60, 180)
 DELTA = 0.02
 
 
-def erring(data: Law, path: Schedule, eps: float, kind: str) -> Denoiser:
-    """The exact denoiser, its score off by e with `E|e|^2 = eps^2` at every t.
-
-    shift: the same in every direction. slope: in proportion to `(x - a m)/std` of x_t, so the Jacobian is off as well.
-    """
+def erring(data: Law, path: Schedule, shift: Tensor, slope: Tensor) -> Denoiser:
+    """The exact denoiser with its score off, at every t and in coordinate i, by `shift_i + slope_i (x_i - a m_i)/std` of x_t."""
     exact = exact_denoiser(data, path)
-    size = eps / math.sqrt(len(data.mean))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         c = path(t)
         law = data.at(c)
-        e = size if kind == "shift" else size * (x - law.mean) / law.variance.sqrt()
-        return exact(x, t) + c.s**2 / c.a * e
+        return exact(x, t) + c.s**2 / c.a * (shift + slope * (x - law.mean) / law.variance.sqrt())
 
     return denoise
 
 
 def gaussian_errors(T: int, eps: Sequence[float], dimensions: Sequence[int]) -> list[dict[str, Any]]:
-    """KL and W2 of the erring samplers on the Gaussian of `laws`, over eps and d; and of the exact ones, their floor."""
+    """KL and W2 of the erring samplers on the Gaussian of `laws`, to the truth and to what the sampler draws without the error.
+
+    Coordinates go their own ways, so every d, kind and eps is a block of the coordinates of one walk; the first eps is 0.
+    """
     path = TwoPhase(T)
     times = time_grid("own", T, path, t_min=1 / T)
+    blocks = [(d, kind, e) for d in dimensions for kind in KINDS for e in (0.0, *eps)]
+    data = Law(*(torch.cat(parts) for parts in zip(*(gaussian(d, seed=0) for d, _, _ in blocks), strict=True)))
+    shift, slope = (
+        torch.cat([torch.full((d,), e * (kind == wanted) / math.sqrt(d), dtype=torch.float64) for d, kind, e in blocks])
+        for wanted in KINDS
+    )
     tabled, cells = Tabled(path, times), []
-    for d in dimensions:
-        data = gaussian(d, seed=0)
-        true, start = data.at(tabled(times[-1])), Law(torch.zeros_like(data.mean), torch.ones_like(data.mean))
-        for name in SAMPLERS:
-            method = METHODS[name]
-
-            def measured(
-                e: float, kind: str, method: Any = method, data: Law = data, true: Law = true, start: Law = start
-            ) -> tuple[float, float]:
-                denoise = erring(data, tabled, e, kind)
-                law = affine(method.walk, denoise, tabled, times, method.draws, len(data.mean))(start)
-                return float(kl(true, law).sum()), float(w2_square(true, law).sum().sqrt())
-
-            floor = measured(0.0, "shift")
-            for kind in KINDS:
-                found = [measured(e, kind) for e in eps]
-                cells.append(
-                    {
-                        "sampler": name,
-                        "kind": kind,
-                        "d": d,
-                        "floor": floor,
-                        "kl": [k for k, _ in found],
-                        "w2": [w for _, w in found],
-                    }
-                )
+    true, start = data.at(tabled(times[-1])), Law(torch.zeros_like(data.mean), torch.ones_like(data.mean))
+    for name in SAMPLERS:
+        method = METHODS[name]
+        law = affine(method.walk, erring(data, tabled, shift, slope), tabled, times, method.draws, len(data.mean))(
+            start
+        )
+        sizes = [d for d, _, _ in blocks]
+        parts = [Law(*pair) for pair in zip(law.mean.split(sizes), law.variance.split(sizes), strict=True)]
+        truths = [Law(*pair) for pair in zip(true.mean.split(sizes), true.variance.split(sizes), strict=True)]
+        for first in range(0, len(blocks), len(eps) + 1):
+            runs = slice(first + 1, first + 1 + len(eps))
+            exact = parts[first]
+            cells.append(
+                {
+                    "sampler": name,
+                    "d": blocks[first][0],
+                    "kind": blocks[first][1],
+                    "floor": _distances(truths[first], exact),
+                    "to_truth": [_distances(t, p) for t, p in zip(truths[runs], parts[runs], strict=True)],
+                    "moved": [_distances(exact, p) for p in parts[runs]],
+                }
+            )
     return cells
+
+
+def _distances(p: Law, q: Law) -> dict[str, float]:
+    return {"kl": float(kl(p, q).sum()), "w2": float(w2_square(p, q).sum().sqrt())}
 
 
 def quartet(path: Schedule, d: int = 8) -> GaussianMixture:
     """Four Gaussians of unequal weight in d dimensions, float64."""
     generator = torch.Generator().manual_seed(0)
-    means = 2 * torch.randn(4, d, generator=generator, dtype=torch.float64)
-    stds = 0.3 + 0.5 * torch.rand(4, d, generator=generator, dtype=torch.float64)
+    means = 0.8 * torch.randn(4, d, generator=generator, dtype=torch.float64)
+    stds = 0.5 + 0.3 * torch.rand(4, d, generator=generator, dtype=torch.float64)
     return GaussianMixture(torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), means, stds, path)
 
 
@@ -145,7 +150,7 @@ def measure(
     eps: Sequence[float] = EPS,
     dimensions: Sequence[int] = DIMENSIONS,
     routed_steps: Sequence[int] = ROUTED_STEPS,
-    paths: int = 400,
+    paths: int = 300,
     policies: Sequence[str] = tuple(POLICIES),
 ) -> dict[str, Any]:
     """Both halves: exact laws on Gaussians, paths on a mixture."""
@@ -180,124 +185,99 @@ def quadrature_fit(eps: Sequence[float], errors: Sequence[float], floor: float) 
 def page(numbers: Mapping[str, Any]) -> Page:
     """Powers and constants of the errors' own terms, beside the theorems' linear ones."""
     eps, cells = numbers["eps"], numbers["gaussian"]
-    dimensions = sorted({cell["d"] for cell in cells})
-    rows = []
-    for name in SAMPLERS:
-        for kind in KINDS:
-            own = {c["d"]: c for c in cells if c["sampler"] == name and c["kind"] == kind}
-            C = {d: _constants(eps, own[d]) for d in dimensions}
-            of_d = (
-                -power_law_fit(dimensions, [C[d][0] for d in dimensions]).exponent if len(dimensions) > 1 else math.nan
-            )
-            rows.append(
-                [f"`{name}`", kind, *(f"{C[d][0]:.2f}" for d in dimensions), f"{of_d:.2f}"]
-                + [f"{C[dimensions[-1]][2]:.2f}", f"{C[dimensions[-1]][1]:.2f}", f"{C[dimensions[-1]][3]:.2f}"]
-            )
-    head = (
-        "sampler",
-        "error",
-        *(f"C, d = {d}" for d in dimensions),
-        "power of d",
-        "power of eps",
-        "C of W2",
-        "its power of eps",
-    )
+    dimensions, rows = sorted({cell["d"] for cell in cells}), []
+    small = [i for i, e in enumerate(eps) if e <= 0.1]
+    for name, kind in product(SAMPLERS, KINDS):
+        own = {c["d"]: c for c in cells if c["sampler"] == name and c["kind"] == kind}
+        row = [f"`{name}`", kind]
+        for key in ("kl", "w2"):
+            moved = {d: [_linear(own[d]["moved"][i], key) for i in small] for d in dimensions}
+            C = [moved[d][0] / eps[0] for d in dimensions]
+            power = -power_law_fit([eps[i] for i in small], moved[dimensions[-1]]).exponent
+            row += [*(f"{value:.2f}" for value in C), f"{power:.2f}"]
+            row += [f"{-power_law_fit(dimensions, C).exponent:.2f}"] if len(dimensions) > 1 else ["-"]
+        rows.append([*row, f"{_linear(own[dimensions[-1]]['floor'], 'kl') / float(row[1 + len(dimensions)]):.2g}"])
+    at_d = [f"d = {d}" for d in dimensions]
+    head = ("sampler", "error", *(f"C of sqrt(KL/2), {d}" for d in at_d), "power of eps", "of d")
+    head += (*(f"C of W2, {d}" for d in at_d), "power of eps", "of d", f"eps at the floor, {at_d[-1]}")
     routed, routed_rows = numbers["routed"], []
     steps = sorted({cell["N"] for cell in routed})
     for policy in dict.fromkeys(cell["policy"] for cell in routed):
-        own = [cell for cell in routed if cell["policy"] == policy]
-        floors = [next(c["floor"] for c in own if c["N"] == n) for n in steps]
-        falls = power_law_fit(steps, floors).exponent
-        row = [f"`{policy}`", *(f"{floor:.3f}" for floor in floors), f"{falls:.2f}"]
+        own_cells = [cell for cell in routed if cell["policy"] == policy]
+        floors = [next(c["floor"] for c in own_cells if c["N"] == n) for n in steps]
+        falls = f"{power_law_fit(steps, floors).exponent:.2f}" if len(steps) > 1 else "-"
+        row = [f"`{policy}`", *(f"{floor:.3f}" for floor in floors), falls]
         for kind in ROUTED_EPS:
-            fits = [
-                quadrature_fit(c["eps"], c["error"], c["floor"])
-                for n in steps
-                for c in own
-                if c["N"] == n and c["kind"] == kind
-            ]
-            row += [" ".join(f"{fit.C:.2f}" for fit in fits), f"{max(fit.worst for fit in fits):.2f}"]
+            fits = [quadrature_fit(c["eps"], c["error"], c["floor"]) for c in own_cells if c["kind"] == kind]
+            row += [", ".join(f"{fit.C:.2f}" for fit in fits), f"{max(fit.worst for fit in fits):.2f}"]
         routed_rows.append(row)
-    routed_head = (
-        "policy",
-        *(f"floor, N = {n}" for n in steps),
-        "falls as 1/N to the",
-        "C of the posterior",
-        "off by at most",
-        "C of the experts",
-        "off by at most",
-    )
+    routed_head = ("policy", *(f"floor, N = {n}" for n in steps), "falls as 1/N to")
+    routed_head += ("C of the posterior", "off by at most", "C of the experts", "off by at most")
     text = f"""
 # Score errors
 
 ## On Gaussians, exactly
 
-arXiv 2408.02320 allows DDIM an error of the score: its TV grows by at most sqrt(d) eps_score + d eps_Jacobi, times logarithms. Here
-the score of a Gaussian ([the one of the exact laws](laws.md)) is off by e with E|e|^2 = eps^2 at every t: by a constant shift, or in
-proportion to `(x - a m)/std`, which bends the Jacobian too, by eps / sqrt(d) over the standard deviation of x_t. Both keep the samplers affine, so their laws are
-exact. T = {numbers["T"]}, two-phase schedule. sqrt(KL/2) >= TV is what stands beside the theorem. C is fitted as `sqrt(floor^2 + (C eps)^2)`; the powers are of what exceeds the floor, at d = {dimensions[-1]}.
+arXiv 2408.02320 allows DDIM an error of the score: its TV grows by at most sqrt(d) eps_score + d eps_Jacobi, times logarithms.
+Here the score of a Gaussian ([that of the exact laws](laws.md)) is off by e with E|e|^2 = eps^2 at every t: by a constant
+`shift`, or by a `slope`, in proportion to `(x - a m)/std`, which bends the Jacobian too, by eps / sqrt(d) over the standard
+deviation of x_t. Both keep the samplers affine, so all laws are exact. T = {numbers["T"]}, the two-phase schedule.
+
+sqrt(KL/2), which is at least TV, stands beside the theorem. C is what the error alone moves, per eps: the distance between what a
+sampler draws with it and without it. Powers of eps are fitted up to eps = {eps[small[-1]]:g}. The last column is the eps that moves the law as far as
+the exact sampler is from the truth already, in sqrt(KL/2).
 
 {table(head, rows)}
 
-![KL and W2 over the error of the score](errors-gaussian.png)
+![Distances over the error of the score](errors-gaussian.png)
 
-Linear in eps, as the theorem's terms are; independent of d at a given eps, where the bound has sqrt(d) for the shift and d times the
-Jacobian's eps / sqrt(d), sqrt(d) again, for the slope. What the bound multiplies by d, a product shares out: e is eps / sqrt(d) in every coordinate. The
-ODE samplers carry all errors to the end, the SDE samplers correct the early ones, but take steps of the score twice as large; the two come out near each other.
+**Linear in eps**, as the theorem says, for the shift exactly. **Not growing with d**: at a given eps the bound has sqrt(d) for
+the shift, and for the slope d times a Jacobian off by eps / sqrt(d), so sqrt(d) again. A product shares eps out among its coordinates,
+and what the bound multiplies, it does not. **The SDE samplers forget**: the same error costs the ODE samplers several times more, since
+a stochastic step corrects what earlier ones did wrong, and a deterministic one carries it to the end. No acceleration changes C:
+it lowers the floor, so the better the sampler, the smaller the eps that it is worth training for.
 
 ## On a mixture, routed
 
-The routed theorem (arXiv 2606.15835) has W2 = O(N^-1/2 + eps). Here four Gaussians in 8 dimensions with exact experts and posterior, the routed Euler sampler on even steps from
-t = 1 to {numbers["delta"]:g}, against the exact flow from the same noise: the root mean square distance over {numbers["paths"]} paths, which is at least W2. The posterior
-is mixed with the uniform one, |alphahat - alpha| <= eps; each expert is off by eps in a direction of its own. C for N = {", ".join(map(str, steps))}; "off by at most" is the
-largest ratio between a measured error and the law `sqrt(floor^2 + (C eps)^2)`.
+The routed theorem (arXiv 2606.15835) has W2 = O(N^-1/2 + eps). Here are four overlapping Gaussians in 8 dimensions with exact experts
+and posterior, and the routed Euler sampler on even steps from t = 1 to {numbers["delta"]:g}, against the exact flow from the same
+noise: the root mean square distance over {numbers["paths"]} paths, which is at least W2. The posterior is mixed with the uniform
+one, |alphahat - alpha| <= eps; each expert is off by eps in a direction of its own. C is fitted to
+`sqrt(floor^2 + (C eps)^2)`, floor as measured at eps = 0, for N = {", ".join(map(str, steps))}; "off by at most" is the largest
+ratio between a measured distance and that law.
 
 {table(routed_head, routed_rows)}
 
 ![Distance to the exact path over the error of router and experts](errors-routed.png)
 
-**What is seen.** Floor and error add as squares, so the worse one is all that matters: there is no use in experts better than floor / C, nor in
-steps beyond it. The floor of `stochastic` falls as N^-1/2, the theorem's rate; `full` and `balanced` fall as 1/N, and there
-the theorem is a half power loose. C does not depend on N, as it must not, nor much on the policy: an error of the router or of an expert costs the same however the expert is chosen.
-An expert that is off by eps costs at most eps in the end, since every x0 it asks for is off by so much.
+**What is seen.** Both terms of the theorem: a floor that falls with N, and a rise linear in eps; they add as squares, so the
+worse of the two is all that matters, and experts better than floor / C are trained in vain. The floor of `stochastic` falls about as N^-1/2,
+the theorem's rate; `full` and `balanced` fall as 1/N, for which the theorem is half a power loose. C settles as N grows, as it
+must, and is the same for all policies: an error of the router or of an expert costs the same however the expert is chosen.
 """
     return Page(text, {"gaussian": _gaussian(numbers), "routed": _routed(numbers)})
 
 
-def _constants(eps: Sequence[float], cell: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    """C of sqrt(KL/2) and of W2, and the powers of eps of what exceeds their floors."""
-    found = []
-    for key, scale in (("kl", lambda value: math.sqrt(value / 2)), ("w2", lambda value: value)):
-        errors, floor = [scale(value) for value in cell[key]], scale(cell["floor"][0 if key == "kl" else 1])
-        above = [
-            (e, math.sqrt(error**2 - floor**2))
-            for e, error in zip(eps, errors, strict=True)
-            if error > 1.5 * floor and error < 0.3
-        ]
-        power = -power_law_fit(*zip(*above, strict=True)).exponent if len(above) > 1 else math.nan
-        small = [(e, error) for e, error in zip(eps, errors, strict=True) if error < 0.3] or [(eps[0], errors[0])]
-        found.append((quadrature_fit(*zip(*small, strict=True), floor).C, power))
-    return found[0][0], found[1][0], found[0][1], found[1][1]
+def _linear(distances: Mapping[str, float], key: str) -> float:
+    """A distance that is linear in eps: sqrt(KL/2), or W2."""
+    return math.sqrt(distances["kl"] / 2) if key == "kl" else distances["w2"]
 
 
 def _gaussian(numbers: Mapping[str, Any]) -> Figure:
     figure, plots = axes(3, height=4.0)
     largest = max(cell["d"] for cell in numbers["gaussian"])
     eps = numbers["eps"]
-    shown = (("shift", "kl"), ("slope", "kl"), ("shift", "w2"))
-    for axis, (kind, key) in zip(plots, shown, strict=True):
+    for axis, (kind, key) in zip(plots, (("shift", "kl"), ("slope", "kl"), ("shift", "w2")), strict=True):
         for cell in numbers["gaussian"]:
             if cell["kind"] == kind and cell["d"] == largest:
-                values = [math.sqrt(value / 2) for value in cell["kl"]] if key == "kl" else cell["w2"]
-                axis.plot(
-                    eps, values, "o-", color=METHODS[cell["sampler"]].colour, label=cell["sampler"], markersize=3.5
-                )
-        axis.plot(eps, eps, "--", color="#777777", linewidth=1, label="eps")
+                colour = METHODS[cell["sampler"]].colour
+                values = [_linear(distances, key) for distances in cell["to_truth"]]
+                axis.plot(eps, values, "o-", color=colour, label=cell["sampler"], markersize=3.5)
         if key == "kl":
-            axis.plot(
-                eps, [math.sqrt(largest) * e for e in eps], ":", color="#777777", linewidth=1.5, label="sqrt(d) eps"
-            )
-        axis.set(xscale="log", yscale="log", ylabel="sqrt(KL/2)" if key == "kl" else "W2", xlabel="eps of the score")
+            axis.plot(eps, [math.sqrt(largest) * e for e in eps], ":", color="#777777", label="sqrt(d) eps")
+        axis.plot(eps, eps, "--", color="#777777", linewidth=1, label="eps")
+        axis.set(xscale="log", yscale="log", ylabel="sqrt(KL/2) to the truth" if key == "kl" else "W2 to the truth")
+        axis.set_xlabel("eps of the score")
         axis.set_title(f"{kind}, d = {largest}", fontsize=10)
     legend_below(figure, plots[0], 6)
     return figure

@@ -23,9 +23,8 @@ from ddm.schedules import Coeffs, Schedule, schedule, velocity
 from train.plots import STYLE
 
 PROCESSES = ("vp_linear", "vp_cosine", "rectified_flow", "edm")
-STEPS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
-FITTED_FROM = 48  # steps: what is fitted is the law for many
-FLOOR = 1e-7  # errors below it are the reference's own
+STEPS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 144)
+FITTED_FROM = 32  # steps: what is fitted is the law for many
 POINTS = 128
 NOISE_LEFT = 0.02  # s/a where a path ends
 BUDGETS = (8, 16, 32)  # expert calls
@@ -94,17 +93,22 @@ def _exact_end(oracle: GaussianMixture, x: Tensor, t_end: float) -> Tensor:
     return torch.from_numpy(path.y[:, -1]).reshape(x.shape)
 
 
+def _distances(x: Tensor, exact: Tensor) -> Tensor:
+    """Of each path's end to the exact one, a number of a coordinate: `sqrt(|x - x_ref|^2 / d)`."""
+    return (x - exact).square().mean(dim=1).sqrt()
+
+
 def _defined(method: Method, process: str) -> bool:
     times = torch.linspace(0.1, 1, 10, dtype=torch.float64)
     return not sampler(method.name).lacks(schedule(process), times)
 
 
-def _fit(cells: list[dict[str, Any]]) -> dict[str, float] | None:
-    """The order: minus the slope of log error over log steps, its standard error and 95% interval."""
-    fitted = [cell for cell in cells if cell["steps"] >= FITTED_FROM and cell["error"] > FLOOR]
+def _fit(cells: list[dict[str, Any]], floor: float) -> dict[str, float] | None:
+    """The order: minus the slope of the median path's log error over log steps, its standard error and 95% interval."""
+    fitted = [cell for cell in cells if cell["steps"] >= FITTED_FROM and cell["median"] > floor]
     if len(fitted) < 4:
         return None
-    line = linregress(np.log([cell["steps"] for cell in fitted]), np.log([cell["error"] for cell in fitted]))
+    line = linregress(np.log([cell["steps"] for cell in fitted]), np.log([cell["median"] for cell in fitted]))
     width = float(student.ppf(0.975, len(fitted) - 2)) * float(line.stderr)
     order = -float(line.slope)
     return {
@@ -117,7 +121,7 @@ def _fit(cells: list[dict[str, Any]]) -> dict[str, float] | None:
 
 
 def measure() -> dict[str, Any]:
-    """For every schedule, grid and sampler the root mean square error at the path's end, by steps and calls, and its order."""
+    """For every schedule, grid and sampler the error at the path's end by steps and calls, and the order fitted to it."""
     curves, references = [], []
     for process in PROCESSES:
         path = Remembered(schedule(process))
@@ -131,7 +135,8 @@ def measure() -> dict[str, Any]:
         x = path(torch.tensor(1.0)).s * normal(0, Use.START, torch.arange(POINTS), 0, (2,)).double()
         exact = _exact_end(oracle, x, t_end)
         fine = sample(oracle.denoise, x, path, "unipc", 512, "uniform_log_snr", t_min=t_end)
-        references.append({"schedule": process, "t_end": t_end, "unipc_512": math.sqrt(trajectory_error(fine, exact))})
+        apart = float(_distances(fine, exact).median())
+        references.append({"schedule": process, "t_end": t_end, "unipc_512": apart})
         for grid in ("edm" if process == "edm" else "uniform_t", "uniform_log_snr"):
             for method in METHODS:
                 if not _defined(method, process):
@@ -140,8 +145,8 @@ def measure() -> dict[str, Any]:
                 for steps in STEPS:
                     walk = start(x, path, method.name, steps, grid, t_min=t_end, order=method.order)
                     end, calls = drive(walk, oracle.denoise)
-                    error = math.sqrt(trajectory_error(end, exact))
-                    cells.append({"steps": steps, "calls": calls, "error": error})
+                    error, middle = math.sqrt(trajectory_error(end, exact)), float(_distances(end, exact).median())
+                    cells.append({"steps": steps, "calls": calls, "error": error, "median": middle})
                 curves.append(
                     {
                         "schedule": process,
@@ -149,7 +154,7 @@ def measure() -> dict[str, Any]:
                         "sampler": method.label,
                         "declared": sampler(method.name, method.order).order,
                         "cells": cells,
-                        "fit": _fit(cells),
+                        "fit": _fit(cells, floor=10 * apart),
                     }
                 )
     return {"points": POINTS, "noise_left": NOISE_LEFT, "references": references, "curves": curves}
@@ -163,29 +168,34 @@ def page(numbers: dict[str, Any]) -> Page:
 # Orders: what a step buys
 
 Every deterministic sampler walks the exact denoiser of a mixture of three Gaussians in the plane (the full mixture of three
-exact experts) from t = 1 to where s/a = {numbers["noise_left"]}. Its error is the root mean square distance, per coordinate, to
-the ends of the same {numbers["points"]} paths by scipy's DOP853 at a relative tolerance of 1e-11; UniPC with 512 steps comes
-within {apart:.0e} of those ends.
+exact experts) from t = 1 to where s/a = {numbers["noise_left"]}. Its error is the distance, per coordinate, to the ends of the
+same {numbers["points"]} paths by scipy's DOP853 at a relative tolerance of 1e-11; UniPC with 512 steps comes within
+{apart:.0e} of those ends in the median (where a(1) = 0, the first step of `uniform_log_snr` is never shorter than 1e-3, and this
+is the error that it leaves).
 
-![error over calls](orders-calls.png)
+Of these paths some start near the watershed between two clusters, and a coarse sampler takes them to the other one. Such a path
+is wrong by the distance of clusters, whatever the order, and one of {numbers["points"]} rules a root mean square. So the figure
+and the orders are of the median path; what few calls give is in the root mean square.
 
-Solid: the grid `uniform_log_snr`. Dashed: `uniform_t`, and for the schedule `edm` the grid `edm`. Where a or s is a straight
-line in t as in `rectified_flow` and `edm`, Euler and DDIM are the same sampler and lie on each other.
+![error of the median path over calls](orders-calls.png)
+
+Solid: the grid `uniform_log_snr`. Dashed: `uniform_t`, and for the schedule `edm` the grid `edm`. On `rectified_flow` and
+`edm`, where a and s are straight lines in t, Euler and DDIM are the same sampler and lie on each other.
 
 ## The order of accuracy
 
-Minus the slope of log error over log steps for {FITTED_FROM} to {STEPS[-1]} steps, and half its 95% interval; over expert calls the slope
-is the same. Nothing here is drawn anew: the interval says how straight the line is.
+Minus the slope of the median path's log error over log steps, {FITTED_FROM} to {STEPS[-1]} steps, and half its 95% interval; over
+expert calls the slope is the same. Nothing here is drawn anew: the interval says how straight the line is.
 
 {_orders(curves)}
 
-UniPC of order p is nearer to p + 1: its corrector, which costs no call, adds one order as its paper says (arXiv 2302.04867).
-Heun, DPM-Solver++(2M) and the accelerated ODE sampler still approach 2 from below at these numbers of steps.
+On `uniform_log_snr` UniPC of order p measures above p: its corrector, which costs no call, adds one order, as its paper says
+(arXiv 2302.04867). On `uniform_t` the multistep samplers do not have their order yet where log SNR is steep, as on `vp_linear`.
 
 ## Few calls
 
-The error after {", ".join(map(str, BUDGETS[:-1]))} and {BUDGETS[-1]} expert calls. Heun and the accelerated ODE sampler call twice
-a step, so they have half the steps.
+The root mean square error after {", ".join(map(str, BUDGETS[:-1]))} and {BUDGETS[-1]} expert calls, and its lowest of each
+schedule. Heun and the accelerated ODE sampler call twice a step, so they have half the steps.
 
 {_few_calls(curves)}
 
@@ -222,7 +232,7 @@ def _orders(curves: list[dict[str, Any]]) -> str:
 
 
 def _order(fit: dict[str, float] | None) -> str:
-    return f"{fit['order']:.2f} ± {(fit['high'] - fit['low']) / 2:.2f}" if fit else "below the reference's error"
+    return f"{fit['order']:.2f} ± {(fit['high'] - fit['low']) / 2:.2f}" if fit else "too few points"
 
 
 def _error(curve: dict[str, Any], calls: int) -> float:
@@ -247,21 +257,17 @@ def _notes(curves: list[dict[str, Any]]) -> str:
         words = []
         for calls in BUDGETS:
             winner = min((c for c in curves if c["schedule"] == process), key=lambda c, n=calls: _error(c, n))  # type: ignore[misc]
-            words.append(f"`{winner['sampler']}` on `{winner['grid']}` with {calls} ({_error(winner, calls):.2g})")
+            words.append(f"{calls} calls `{winner['sampler']}` on `{winner['grid']}` ({_error(winner, calls):.2g})")
         best.append(f"- `{process}`: {', '.join(words)}.")
         one, other = (_find(curves, process, grid[process], "unipc-3") for _, grid in _grids(curves))
         if one and other:
-            ratio = _error(other, BUDGETS[1]) / _error(one, BUDGETS[1])
-            harmed.append(f"{ratio:.1f} on `{process}`")
-    return f"""The nearest to the exact ends:
+            harmed.append(f"{_error(other, BUDGETS[1]) / _error(one, BUDGETS[1]):.1f} on `{process}`")
+    return f"""{chr(10).join(best)}
 
-{chr(10).join(best)}
-
-High order needs the right grid at few steps: with {BUDGETS[1]} calls the error of `unipc-3` on the other grid is, as a multiple of
-that on `uniform_log_snr`, {", ".join(harmed)}. The multistep samplers extrapolate in log SNR,
-and on an uneven grid they extrapolate far. The first-order samplers do not care as much: on `vp_cosine` and `rectified_flow`
-`uniform_t` is the better grid for them. All of this is for an exact, smooth denoiser in two dimensions; a network's own error
-is a floor under every line."""
+The multistep samplers extrapolate in log SNR, and over a grid that is uneven in it they extrapolate far: with {BUDGETS[1]} calls
+the error of `unipc-3` on the other grid is, as a multiple of that on `uniform_log_snr`, {", ".join(harmed)}.
+Euler, DDIM and Heun do not depend on such a grid: on `vp_cosine` and `rectified_flow` they do better on `uniform_t`. All of this
+is for an exact, smooth denoiser in two dimensions; the error of a trained network is a floor under every line."""
 
 
 def _figure(curves: list[dict[str, Any]]) -> Figure:
@@ -272,7 +278,7 @@ def _figure(curves: list[dict[str, Any]]) -> Figure:
     for axes in grid[1]:
         axes.set_xlabel("expert calls")
     for axes in grid[:, 0]:
-        axes.set_ylabel("root mean square error")
+        axes.set_ylabel("error of the median path")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, -0.01))
     figure.tight_layout(rect=(0, 0.03, 1, 1))
@@ -284,7 +290,7 @@ def _panel(axes: Axes, process: str, curves: list[dict[str, Any]]) -> None:
         solid = curve["grid"] == "uniform_log_snr"
         axes.plot(
             [cell["calls"] for cell in curve["cells"]],
-            [cell["error"] for cell in curve["cells"]],
+            [cell["median"] for cell in curve["cells"]],
             "o-" if solid else "--",
             color=COLOURS[curve["sampler"]],
             label=curve["sampler"] if solid else None,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from benchmarks.lab.laws import Law, Tabled, affine, exact_denoiser, legend_below, local_slopes, steps_axis, w2_square
 from benchmarks.lab.page import Page, axes, table
@@ -166,7 +165,6 @@ def page(numbers: Mapping[str, Any]) -> Page:
             + [f"{slope:.2f} ± {half:.2f}", f"{late:.2f}", f"{slope / 2:.2f} ± {half / 2:.2f}", f"{row['upper']:.2f}"]
             + [f"{row['upper'] / 2:.2f}", *(f"{row['ours'][name]:.2f}" for name in OURS)]
         )
-    first, last = ratios[0], ratios[-1]
     head = (
         "process",
         *(f"N at {ratio:g}" for ratio in (ratios[0], ratios[len(ratios) // 2], ratios[-1])),

@@ -55,6 +55,7 @@ def _sources(bed: Bed) -> dict[str, Alpha]:
 
 def fitted(steps: list[int], errors: Tensor, resamples: int = 200) -> dict[str, float]:
     """The exponent of mean errors `[steps, paths]` over steps, and its 95 % interval by resampling the paths."""
+    errors = errors.clamp_min(1e-12)  # paths over a finite set can end in the very same picture
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(errors.shape[1], (resamples, errors.shape[1]), generator=generator)
     found = torch.tensor([power_law_fit(steps, errors[:, row].mean(dim=1).tolist()).exponent for row in rows])

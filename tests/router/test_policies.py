@@ -1,5 +1,6 @@
-"""Who moves the picture: every policy's choice by hand, its frequencies, and the bound on what `balanced` owes."""
+"""Who moves the picture: every policy's choice by hand, its frequencies, what `balanced` owes and `adaptive` spends."""
 
+import math
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError
-from router.policies import Policy, policy
+from router.policies import Adaptive, Policy, policy, weights
 
 PI = torch.tensor([0.5, 0.3, 0.2])
 ALPHA = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.0, 0.5], [0.0, 0.05, 0.95]])
@@ -146,17 +147,136 @@ def test_balanced_owes_an_expert_less_than_1_over_2_to_1_over_k_and_has_overpaid
     assert owed.max() > 0.3 and owed.min() < -0.3
 
 
+def play_adaptive(rule: Policy, alphas: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """The choices `[N, B, K]` and the credits after them `[N, B, K]` over N steps of alpha `[N, B, K]`, with pi the first."""
+    state, turns, credits = rule.start(alphas[0], draws), [], []
+    for alpha in alphas:
+        chosen, state = rule.choose(alpha, state, torch.full_like(draws, 0.5))
+        turns.append(chosen)
+        credits.append(state[:, : alphas.shape[2]])
+    return torch.stack(turns), torch.stack(credits)
+
+
+def wild(n: int, b: int, k: int, sharpness: float = 3.0) -> Tensor:
+    """alpha `[N, B, K]` without any order in it, float64; the first is even."""
+    generator = torch.Generator().manual_seed(k)
+    alphas = torch.softmax(sharpness * torch.randn(n, b, k, generator=generator, dtype=torch.float64), dim=2)
+    alphas[0] = 1 / k
+    return alphas
+
+
+def test_the_weights_are_alpha_renormalized_over_the_chosen() -> None:
+    alpha = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.0, 1.0, 0.0]])
+    chosen = torch.tensor([[1, 1, 0], [0, 0, 1], [1, 1, 1], [1, 1, 0]]).bool()
+    expected = torch.tensor([[0.625, 0.375, 0.0], [0.0, 0.0, 1.0], [0.5, 0.3, 0.2], [0.0, 1.0, 0.0]])
+    for dtype in (torch.float32, torch.float64):
+        found = weights(alpha.to(dtype), chosen)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6, atol=1e-7)
+
+
+def test_the_chosen_that_alpha_gives_nothing_share_equally_and_every_row_sums_to_1() -> None:
+    alpha = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0], [1e-30, 0.0, 3e-30, 1.0]])
+    chosen = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 0]]).bool()
+    expected = torch.tensor([[0, 0.5, 0.5, 0], [1 / 3, 1 / 3, 1 / 3, 0], [1, 0, 0, 0], [0.25, 0, 0.75, 0]])
+    torch.testing.assert_close(weights(alpha, chosen), expected)
+    torch.testing.assert_close(weights(alpha, chosen).sum(dim=1), torch.ones(4))
+
+
+def test_adaptive_by_hand() -> None:
+    alpha = torch.tensor([0.5, 0.3125, 0.1875], dtype=torch.float64)
+    # draw 0.6 starts it with expert 1, which leaves all credits 0 and half a call saved. Before each choice after that:
+    # (.5, .3125, .1875) and 1 saved: 0 and 1 pay 8/13 and 5/13; (5/13, 25/104, 3/8) and .5: 0 pays 1;
+    # (-3/26, 115/208, 9/16) and 1: 1 and 2 pay 5/8 and 3/8; and again the credits of two steps before
+    turns, credits = play_adaptive(
+        policy("adaptive", budget=1.5), alpha.expand(6, 1, -1), torch.tensor([0.6], dtype=torch.float64)
+    )
+    assert [row.nonzero()[:, 0].tolist() for row in turns[:, 0]] == [[1], [0, 1], [0], [1, 2], [0], [1, 2]]
+    two = torch.tensor([-3 / 26, -15 / 208, 3 / 16], dtype=torch.float64)
+    torch.testing.assert_close(credits[[0, 1, 3, 5], 0], torch.stack([0 * two, two, two, two]))
+
+
+def test_adaptive_asks_a_second_only_where_no_alpha_reaches_decided_and_saves_the_calls_until_then() -> None:
+    certain, even = torch.tensor([0.9375, 0.0625]), torch.tensor([0.5, 0.5])
+    alphas = torch.stack([*[certain] * 4, *[even] * 6])[:, None].double()
+    draws = torch.tensor([0.5], dtype=torch.float64)
+    turns, _ = play_adaptive(Adaptive(budget=1.5, decided=0.9), alphas, draws)
+    assert turns.sum(dim=2)[:, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 1, 2]
+    edge, _ = play_adaptive(Adaptive(budget=1.5, decided=0.9375), alphas, draws)  # decided itself is decided enough
+    assert edge.equal(turns)
+    keen, _ = play_adaptive(Adaptive(budget=1.5, decided=0.95), alphas, draws)
+    assert keen.sum(dim=2)[:, 0].tolist() == [1, 2, 1, 2, 1, 2, 1, 2, 1, 2]
+    assert policy("adaptive", budget=1.25) == Adaptive(budget=1.25, decided=0.9) and Adaptive().budget == 1.5
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.1, 1.25, 1.3, 1.5, 1.9, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adaptive_makes_at_least_one_call_a_step_and_never_more_than_its_budget_up_to_any_step(
+    budget: float, dtype: torch.dtype
+) -> None:
+    n, b, k, rounding = 120, 30, 5, 1e-4
+    may = torch.tensor([math.floor(budget * step + rounding) for step in range(1, n + 1)])[:, None]
+    for alphas, spends_all in ((wild(n, b, k), False), (wild(n, b, k, 0.5), True)):
+        turns, _ = play_adaptive(policy("adaptive", budget=budget), alphas.to(dtype), even_draws(b))
+        calls = turns.sum(dim=2)
+        assert calls.min() >= 1 and calls.max() <= 2
+        assert (calls.cumsum(dim=0) <= may).all()
+        if spends_all:  # no alpha is ever decided
+            assert alphas.max() < 0.9 and calls.sum(dim=0).min() >= math.floor(min(budget, 2.0) * n - rounding)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+def test_with_a_budget_of_one_call_adaptive_is_balanced(k: int) -> None:
+    alphas = wild(200, 40, k)
+    alphas[0] = torch.softmax(torch.arange(k, dtype=torch.float64) / 4, dim=0)
+    turns, credits = play_adaptive(policy("adaptive", budget=1.0), alphas, even_draws(40))
+    expected, owed = play_adaptive(policy("balanced"), alphas, even_draws(40))
+    assert turns.equal(expected)
+    torch.testing.assert_close(credits, owed, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+@pytest.mark.parametrize("budget", [1.25, 2.0])
+def test_the_credits_of_adaptive_sum_to_0_and_stay_bounded(k: int, budget: float) -> None:
+    n, b = 250, 20
+    sparse = wild(n, b, k, 12.0)
+    constant = wild(2, b, k)[1].expand(n, -1, -1)
+    for alphas in (wild(n, b, k), sparse, constant):
+        turns, credits = play_adaptive(policy("adaptive", budget=budget), alphas, even_draws(b))
+        torch.testing.assert_close(credits.sum(dim=2), torch.zeros(n, b, dtype=torch.float64), rtol=0, atol=1e-9)
+        assert credits.abs().max() < 1.5
+        # what was promised less what was paid, over any stretch: the difference of two credits
+        shares = torch.stack([weights(alpha, turn) for alpha, turn in zip(alphas, turns, strict=True)])
+        torch.testing.assert_close((alphas - shares)[1:].cumsum(dim=0), credits[1:] - credits[:1], rtol=0, atol=1e-9)
+
+
+def test_one_expert_alone_is_asked_once_a_step_whatever_the_budget() -> None:
+    turns, credits = play_adaptive(policy("adaptive", budget=2.0), torch.ones(20, 3, 1), even_draws(3))
+    assert turns.shape == (20, 3, 1) and turns.all() and credits.abs().max() == 0
+
+
+def test_a_row_of_adaptive_is_the_same_alone_and_among_others() -> None:
+    alphas, draws = wild(60, 6, 4), even_draws(6)
+    turns, _ = play_adaptive(policy("adaptive"), alphas, draws)
+    for row in range(6):
+        alone, _ = play_adaptive(policy("adaptive"), alphas[:, row : row + 1], draws[row : row + 1])
+        assert alone[:, 0].equal(turns[:, row])
+    assert len({tuple(calls) for calls in turns.sum(dim=2).T.tolist()}) > 1  # each spends where it needs to
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
             {"name": "best"},
-            "sample.policy must be one of full top_k nucleus fixed stochastic balanced, got 'best'",
+            "sample.policy must be one of full top_k nucleus fixed stochastic balanced adaptive, got 'best'",
         ),
         ({"name": "top_k", "top_k": 0}, "sample.top_k must be at least 1, got 0"),
         ({"name": "top_k", "top_k": 1.5}, "sample.top_k must be at least 1, got 1.5"),
         ({"name": "nucleus", "nucleus_p": 0.0}, "sample.nucleus_p must be in (0, 1], got 0.0"),
         ({"name": "nucleus", "nucleus_p": 1.1}, "sample.nucleus_p must be in (0, 1], got 1.1"),
+        ({"name": "adaptive", "budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
+        ({"name": "adaptive", "budget": math.nan}, "sample.budget must be at least 1 call a step, got nan"),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused_by_key_rule_and_value(arguments: dict[str, object], message: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddm.gaussian import Gaussians
 from ddm.grids import time_grid
 from ddm.measures import sliced_w2, trajectory_error
 from ddm.oracle import GaussianMixture
@@ -14,7 +15,7 @@ from ddm.randomness import Use, normal
 from ddm.samplers import sample
 from ddm.schedules import schedule
 from router.policies import Policy, policy
-from router.routing import RoutedDenoiser
+from router.routing import Control, RoutedDenoiser
 from router.sources import prior
 
 LINEAR = schedule("vp_linear")
@@ -114,7 +115,7 @@ def test_fixed_draws_from_pi_where_given_and_else_from_the_first_alpha() -> None
         assert float(model(torch.zeros(n, 1), torch.tensor(1.0)).mean()) == pytest.approx(share, abs=0.03)
 
 
-@pytest.mark.parametrize("rule", ["stochastic", "balanced", "top_k", "nucleus", "fixed", "full"])
+@pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "top_k", "nucleus", "fixed", "full"])
 def test_a_chosen_expert_is_called_once_a_step_with_exactly_its_pictures_and_no_other_is_called(rule: str) -> None:
     oracle, n = mixture(), 7
     log: list[tuple[int, Tensor, Tensor]] = []
@@ -155,7 +156,7 @@ def test_calls_are_pictures_times_steps_with_one_expert_and_k_times_as_many_with
     assert (one.calls, every.calls) == (30, 120)
 
 
-@pytest.mark.parametrize("rule", ["stochastic", "balanced", "fixed"])
+@pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "fixed"])
 def test_a_picture_is_moved_by_the_same_experts_alone_and_in_a_batch(rule: str) -> None:
     oracle = mixture()
 
@@ -275,3 +276,130 @@ def test_the_error_of_stochastic_falls_as_one_over_the_number_of_steps() -> None
         errors.append(trajectory_error(sample(routed(oracle, "stochastic"), x, LINEAR, "ddim", steps=steps), full))
     assert len(time_grid("uniform_t", 100, LINEAR)) == 101
     assert 2 < errors[0] / errors[1] < 8
+
+
+def stand_ins(oracle: GaussianMixture) -> Control:
+    """The experts themselves as their own stand-ins."""
+    return lambda x, t, weight: sum(
+        (weight[:, k, None] * oracle.expert(k)(x, t) for k in range(4)), torch.zeros_like(x)
+    )
+
+
+def any_control(x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+    """Four functions that have nothing to do with the experts."""
+    generator = torch.Generator().manual_seed(7)
+    slope, height = (5 * torch.randn(4, 8, generator=generator, dtype=torch.float64).to(x) for _ in range(2))
+    return weight @ height + (weight @ slope) * x.sin() * (1 + t)
+
+
+def test_with_all_experts_the_control_changes_nothing() -> None:
+    oracle = mixture(torch.float64)
+    x, t = 2 * noise(6).double(), torch.tensor(0.6, dtype=torch.float64)
+    expected = routed(oracle, "full")(x, t)
+    for control in (any_control, stand_ins(oracle)):
+        torch.testing.assert_close(routed(oracle, "full", control=control)(x, t), expected, rtol=0, atol=1e-12)
+    assert (routed(oracle, "balanced", control=any_control)(x, t) - routed(oracle, "balanced")(x, t)).abs().max() > 1
+
+
+@pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "top_k", "fixed"])
+def test_with_the_experts_as_their_own_stand_ins_one_expert_a_step_gives_the_full_mixture(rule: str) -> None:
+    oracle = mixture(torch.float64)
+    for t in (1.0, 0.7, 0.2):
+        x, time = oracle.marginal(6, t, seed=1).double(), torch.tensor(t, dtype=torch.float64)
+        model = routed(oracle, rule, control=stand_ins(oracle), pi=PI.double())
+        torch.testing.assert_close(model(x, time), oracle.denoise(x, time))
+        assert model.calls == 6
+
+
+def test_no_control_changes_the_mean_of_the_stochastic_step_over_all_draws() -> None:
+    oracle, n = mixture(torch.float64), 40_000
+    x = oracle.marginal(1, 0.6, seed=2).double().expand(n, -1)
+    draws = Drawing(policy("stochastic"), (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    t = torch.tensor(0.6, dtype=torch.float64)
+    plain, controlled = (routed(oracle, draws, control=control)(x, t) for control in (None, any_control))
+    torch.testing.assert_close(controlled.mean(0), oracle.denoise(x[:1], t)[0], rtol=0, atol=1e-3)
+    assert (controlled.var(0) - plain.var(0)).abs().max() > 1  # it was at work
+
+
+def test_the_control_is_given_what_alpha_promised_and_the_chosen_did_not_carry() -> None:
+    alpha, given = (0.5, 0.3, 0.2), []
+
+    def spy(x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        given.append((x, t, weight))
+        return torch.zeros_like(x)
+
+    x, t = torch.randn(2, 3), torch.tensor(0.5)
+    experts = [constant(v) for v in (1.0, 2.0, 4.0)]
+    for rule, left in (
+        (policy("full"), [0.0, 0.0, 0.0]),
+        (policy("top_k", top_k=1), [-0.5, 0.3, 0.2]),
+        (policy("top_k", top_k=2), [0.5 - 0.625, 0.3 - 0.375, 0.2]),
+        (Drawing(policy("stochastic"), torch.full((2,), 0.9, dtype=torch.float64)), [0.5, 0.3, -0.8]),
+    ):
+        RoutedDenoiser(experts, fixed_alpha(*alpha), rule, control=spy)(x, t)
+        seen, time, weight = given.pop()
+        assert seen.equal(x) and time == t
+        torch.testing.assert_close(weight, torch.tensor([left] * 2))
+        torch.testing.assert_close(weight.sum(dim=1), torch.zeros(2))
+    assert not given  # once a call
+
+
+def test_the_result_is_clipped_after_the_control_and_the_control_alone_is_not() -> None:
+    x, t = torch.zeros(1, 2), torch.tensor(0.5)
+    for shift, clipped, plain in ((0.3, 0.8, 0.8), (0.9, 1.0, 1.4), (-3.0, -1.0, -2.5), (-1.3, -0.8, -0.8)):
+        for clip, expected in ((True, clipped), (False, plain)):
+            model = RoutedDenoiser(
+                [constant(0.5), constant(0.0)],
+                fixed_alpha(0.75, 0.25),
+                "top_k",
+                control=lambda x, t, weight, shift=shift: torch.full_like(x, shift),  # type: ignore[misc]
+                clip=clip,
+            )
+            torch.testing.assert_close(model(x, t), torch.full((1, 2), expected))
+
+
+@pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "full"])
+def test_a_control_adds_no_calls_and_chooses_nobody(rule: str) -> None:
+    oracle = mixture()
+    x, t = noise(5), torch.tensor(0.5)
+    models = [routed(oracle, rule, control=control, trace=True) for control in (None, any_control)]
+    for model in models:
+        for _ in range(6):
+            model(x, t)
+    plain, controlled = models
+    assert controlled.calls == plain.calls
+    for one, other in zip(controlled.steps, plain.steps, strict=True):
+        assert one.chosen.equal(other.chosen)
+
+
+def test_gaussians_stand_in_for_experts_whose_clusters_are_none_and_halve_the_error_of_balanced() -> None:
+    """Four clusters of three Gaussians each in 8 dimensions; the stand-ins know each cluster's mean and variances alone.
+
+    Measured at 25 steps of DDIM, against the full mixture's own path: 0.68 without, 0.32 with, 0.31 with all experts.
+    """
+    generator = torch.Generator().manual_seed(0)
+    centre = 2 * torch.randn(4, 1, 8, generator=generator)
+    means = centre + 2 * torch.randn(4, 3, 8, generator=generator)
+    stds = 0.2 + 0.3 * torch.rand(4, 3, 8, generator=generator)
+    shares = torch.rand(4, 3, generator=generator) + 0.2
+    shares /= shares.sum()
+    whole = GaussianMixture(shares.flatten(), means.flatten(0, 1), stds.flatten(0, 1), LINEAR)
+    inside = shares / shares.sum(dim=1, keepdim=True)
+    experts = [GaussianMixture(inside[k], means[k], stds[k], LINEAR).denoise for k in range(4)]
+    mean = (inside[:, :, None] * means).sum(dim=1)
+    variance = (inside[:, :, None] * (means**2 + stds**2)).sum(dim=1) - mean**2
+
+    def alpha(x: Tensor, t: Tensor) -> Tensor:
+        return whole.posterior(x, t).unflatten(1, (4, 3)).sum(dim=2)
+
+    x = noise(300)
+    reference = sample(whole.denoise, x, LINEAR, "ddim", steps=500)
+
+    def error(control: Control | None, rule: str = "balanced") -> float:
+        model = RoutedDenoiser(experts, alpha, rule, pi=shares.sum(dim=1), control=control)
+        return trajectory_error(sample(model, x, LINEAR, "ddim", steps=25), reference)
+
+    gaussian = Gaussians(mean, variance, LINEAR).mix
+    assert error(gaussian) < 0.7 * error(None)
+    assert error(gaussian, "stochastic") < 0.5 * error(None, "stochastic")
+    assert error(gaussian) < 1.5 * error(None, "full")

@@ -1,23 +1,41 @@
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from ddm.errors import ArtifactError, ConfigError
+from ddm.gaussian import moments
+from ddm.partition import Partition
+from ddm.randomness import Use, normal
+from ddm.samplers import SAMPLERS
+from ddm.schedules import schedule
 from router.policies import POLICIES
 from router.sources import SOURCES
-from serve import load
+from serve import SampleConfig, load
 
 
-@pytest.mark.parametrize("policy", ["balanced", "stochastic", "fixed", "full"])
-def test_a_picture_is_the_same_alone_and_among_others(small_run: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "sampler"),
+    [
+        *((policy, "ddim") for policy in ("balanced", "adaptive", "stochastic", "fixed", "full")),
+        *(("balanced", sampler) for sampler in SAMPLERS if sampler != "ddim"),
+        ("adaptive", "heun"),
+        ("stochastic", "ddpm"),
+    ],
+)
+def test_a_picture_is_the_same_alone_and_among_others(small_run: Path, policy: str, sampler: str) -> None:
     model = load(small_run)
-    many, traced = model.sample(8, seed=0, steps=6, policy=policy, trace=True)
-    one, alone = model.sample(1, first_index=3, seed=0, steps=6, policy=policy, trace=True)
+    settings = {"seed": 0, "steps": 6, "policy": policy, "sampler": sampler, "control": "gaussian"}
+    many, traced = model.sample(8, trace=True, **settings)
+    one, alone = model.sample(1, first_index=3, trace=True, **settings)
     assert torch.equal(traced.chosen[:, 3], alone.chosen[:, 0])
     assert torch.allclose(many[3], one[0], atol=1e-4)
+    assert (many[3] - many[4]).abs().max() > 0.05
 
 
 def test_the_size_of_the_batch_changes_no_picture(small_run: Path) -> None:
@@ -50,6 +68,139 @@ def test_a_trace_counts_one_call_a_step_or_one_an_expert(small_run: Path) -> Non
     assert model.sample(5, steps=4, policy="top_k", top_k=2, trace=True)[1].calls == 5 * 4 * 2
 
 
+def calls_of(sampler: str, steps: int) -> int:
+    """Denoiser calls in so many steps to t = 0: the last one needs no second."""
+    return 2 * steps - 1 if sampler in ("heun", "accelerated_ode") else steps
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_goes_with_every_policy_and_its_calls_are_counted(small_run: Path, sampler: str) -> None:
+    model, n, steps = load(small_run), 2, 3
+    calls = calls_of(sampler, steps)
+    for policy in POLICIES:
+        images, trace = model.sample(n, steps=steps, sampler=sampler, policy=policy, trace=True)
+        assert images.isfinite().all() and images.abs().max() <= 1, policy
+        assert (images[0] - images[1]).abs().max() > 0.05, policy
+        assert len(trace.t) == calls and trace.calls == int(trace.chosen.sum())
+        match policy:
+            case "full":
+                assert trace.calls == n * calls * 3
+            case "nucleus":
+                assert n * calls <= trace.calls <= n * calls * 3
+            case "adaptive":  # one call more in two steps, whatever a step's calls are
+                assert n * calls <= trace.calls <= n * calls + n * (calls // steps + calls % steps)
+            case _:
+                assert trace.calls == n * calls, policy
+
+
+def test_a_choice_is_held_within_a_step_of_two_calls_and_drawn_anew_in_the_next(small_run: Path) -> None:
+    _, trace = load(small_run).sample(8, steps=5, sampler="heun", policy="stochastic", source="prior", trace=True)
+    first, second = trace.chosen[0:8:2], trace.chosen[1:8:2]
+    assert first.equal(second)
+    assert not any(one.equal(other) for one, other in pairwise(trace.chosen[0:9:2]))
+
+
+def test_adaptive_takes_as_many_calls_as_its_budget_where_nothing_is_decided(small_run: Path) -> None:
+    model = load(small_run)
+    for budget, calls in ((1.0, 8), (1.25, 10), (1.5, 12), (2.0, 16)):
+        settings = {"steps": 8, "source": "prior", "policy": "adaptive", "budget": budget}
+        assert model.sample(3, trace=True, **settings)[1].calls == 3 * calls
+
+
+def test_a_lower_order_of_unipc_is_another_path_and_its_second_step_is_the_first_to_tell(small_run: Path) -> None:
+    model = load(small_run)
+    for steps, differs in ((2, False), (6, True)):
+        settings = {"steps": steps, "sampler": "unipc", "source": "prior", "policy": "full"}
+        third, second = (model.sample(2, order=order, **settings) for order in (3, 2))
+        assert ((third - second).abs().max() > 1e-4) == differs
+        assert torch.equal(model.sample(2, **settings), third)  # the default
+
+
+def test_the_gaussians_are_those_of_the_clusters_in_their_order(small_run: Path) -> None:
+    model, cut = load(small_run), Partition.read(small_run / "partition")
+    for k in range(3):
+        mean, variance = moments(cut.cluster(small_run / "partition", k)["images"])
+        torch.testing.assert_close(model.gaussians.means[k], mean)
+        torch.testing.assert_close(model.gaussians.variances[k], variance)
+    assert model.gaussians.schedule == model.schedule
+    assert (model.gaussians.means[0] - model.gaussians.means[1]).abs().max() > 0.1
+
+
+def test_one_step_with_control_is_one_without_and_the_gaussians_answer_to_what_is_left_of_alpha(
+    small_run: Path,
+) -> None:
+    model = load(small_run)
+    settings = {"steps": 1, "clip": False, "source": "prior", "policy": "balanced"}
+    plain, trace = model.sample(4, trace=True, control="none", **settings)
+    controlled = model.sample(4, control="gaussian", **settings)
+    noise = normal(0, Use.START, torch.arange(4), 0, model.shape)
+    x = noise * model.schedule(torch.ones(())).s
+    left = trace.alpha[0] - trace.chosen[0].float()
+    expected = plain + model.gaussians.mix(x, torch.ones(()), left)
+    torch.testing.assert_close(controlled, expected, rtol=1e-4, atol=1e-5)
+    assert (controlled - plain).abs().max() > 0.1
+
+
+def test_the_control_is_on_unless_told_otherwise_and_never_for_fixed_or_for_all(small_run: Path) -> None:
+    model = load(small_run)
+
+    def both(policy: str) -> tuple[Tensor, Tensor]:
+        plain, controlled = (model.sample(4, steps=4, policy=policy, control=c) for c in ("none", "gaussian"))
+        assert torch.equal(controlled, model.sample(4, steps=4, policy=policy))
+        return plain, controlled
+
+    assert SampleConfig().control == "gaussian"
+    assert torch.equal(*both("fixed"))
+    assert torch.allclose(*both("full"), atol=1e-5)
+    for policy in ("balanced", "adaptive", "stochastic", "top_k"):
+        plain, controlled = both(policy)
+        assert (plain - controlled).abs().max() > 1e-2, policy
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "said"),
+    [
+        ("rectified_flow", "ddpm", r"sample.sampler must be one of euler ddim heun dpmpp_2m unipc for RectifiedFlow.*got 'ddpm'"),
+        ("rectified_flow", "accelerated_ode", "it divides by a; got 'accelerated_ode'"),
+        ("edm", "accelerated_sde", r"where a\^2 \+ s\^2 is 6401 at t = 1: it needs 1; got 'accelerated_sde'"),
+    ],
+)
+def test_a_sampler_that_the_schedule_does_not_define_is_refused_before_anything_is_drawn(
+    small_run: Path, name: str, sampler: str, said: str
+) -> None:
+    model = load(small_run)
+    model.schedule = schedule(name)
+    called: list[int] = []
+    with pytest.raises(ConfigError, match=said):
+        model.sample(1, sampler=sampler, steps=4, progress=called.append)
+    with pytest.raises(ConfigError, match=said):
+        model.settings(sampler=sampler, steps=4)
+    assert not called
+    assert model.settings(sampler="ddim", steps=4).steps == 4
+
+
+def without(bundle: Path, name: str, tensor: str) -> None:
+    """Write an artifact of a bundle anew without one of its tensors, with all hashes right."""
+    tensors, facts = read_artifact(bundle / name)
+    del tensors[tensor]
+    write_artifact(bundle / name, tensors, {key: value for key, value in facts.items() if key != "sha256"})
+    manifest = read_json(bundle / "manifest.json")
+    manifest["artifacts"][name] = sha256(bundle / f"{name}.json")
+    write_json(bundle / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize("tensor", ["gaussian.mean", "gaussian.variance"])
+def test_an_expert_without_the_moments_of_its_cluster_is_refused_by_name(
+    small_run: Path, tmp_path: Path, tensor: str
+) -> None:
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    without(bundle, "expert-02", tensor)
+    with pytest.raises(
+        ArtifactError, match=rf"expert-02.safetensors is not of this version: it has no tensor {tensor}$"
+    ):
+        load(bundle)
+
+
 def test_a_bundle_carried_away_gives_the_same_pictures(small_run: Path, tmp_path: Path) -> None:
     shutil.copytree(small_run / "bundle", tmp_path / "elsewhere")
     there, here = load(tmp_path / "elsewhere"), load(small_run)
@@ -70,8 +221,13 @@ def test_a_clipped_picture_differs_only_where_it_would_leave_the_range(small_run
     [
         ({"steps": 0}, r"sample.steps must be in \[1, 1000\], got 0"),
         ({"steps": 2.5}, r"sample.steps must be in \[1, 1000\], got 2.5"),
-        ({"sampler": "eular"}, "sample.sampler must be one of euler ddim, got 'eular'"),
-        ({"policy": "best"}, "sample.policy must be one of full top_k .*, got 'best'"),
+        ({"sampler": "eular"}, "sample.sampler must be one of euler ddim heun .*, got 'eular'"),
+        ({"policy": "best"}, "sample.policy must be one of full top_k .* adaptive, got 'best'"),
+        ({"policy": "adaptive", "budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
+        ({"control": "best"}, "sample.control must be one of none gaussian, got 'best'"),
+        ({"order": 4}, "sample.order must be 2 or 3, got 4"),
+        ({"sampler": "unipc", "order": 1}, "sample.order must be 2 or 3, got 1"),
+        ({"grid": "own"}, r"sample.grid must not be own for VPLinear.*, which has no steps of its own"),
         ({"source": "oracle"}, "sample.source must be one of prior .*, got 'oracle'"),
         ({"grid": "even"}, "sample.grid must be one of uniform_t .*, got 'even'"),
         ({"policy": "top_k", "top_k": 0}, "sample.top_k must be at least 1, got 0"),
@@ -107,8 +263,6 @@ def test_a_changed_weight_is_refused_with_file_and_hashes(small_run: Path, tmp_p
 def test_an_expert_of_another_run_is_refused_even_with_its_hash_in_the_manifest(
     small_run: Path, tmp_path: Path
 ) -> None:
-    from ddm.artifacts import sha256
-
     bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
     facts = json.loads((bundle / "expert-01.json").read_text())
     (bundle / "expert-01.json").write_text(json.dumps({**facts, "partition": "0" * 64}))
