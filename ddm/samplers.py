@@ -189,7 +189,8 @@ def accelerated_sde(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) 
 
         Y+ = Y + sqrt((1 - alpha_n)/2) Z;  Y' = (Y+ + (1 - alpha_n) score_n(Y+) + sqrt((1 - alpha_n)/2) Z') / sqrt(alpha_n)
 
-    A step to t = 0 is the denoised picture.
+    Its law is of order 2 where the score is linear, and of order 1 elsewhere: asking at Y+ moves the mean of the step by the
+    score's curvature. A step to t = 0 is the denoised picture.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -241,7 +242,7 @@ _SAMPLERS = {
     "euler_maruyama": Sampler(euler_maruyama, order=1, needs="signal"),
     "ddpm": Sampler(ddpm, order=1, needs="signal"),
     "accelerated_ode": Sampler(accelerated_ode, order=2, calls_per_step=2, needs="preserved"),
-    "accelerated_sde": Sampler(accelerated_sde, order=2, needs="preserved"),
+    "accelerated_sde": Sampler(accelerated_sde, order=1, needs="preserved"),
 }
 SAMPLERS = tuple(_SAMPLERS)
 
