@@ -1,7 +1,7 @@
 """Where a sampler puts its steps: N + 1 times that fall from t_max to t_min."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,18 +12,22 @@ from ddm.schedules import Schedule, TwoPhase
 GRIDS = ("uniform_t", "uniform_log_snr", "quadratic", "edm", "own")
 
 
-def time_grid(name: str, steps: int, schedule: Schedule, t_min: float = 0.0, t_max: float = 1.0) -> Tensor:
-    """The times `[steps + 1]`, float64 on the CPU, from `t_max` down to `t_min`.
+def time_grid(
+    name: str | Sequence[float] | Tensor, steps: int, schedule: Schedule, t_min: float = 0.0, t_max: float = 1.0
+) -> Tensor:
+    """The times `[steps + 1]`, float64 on the CPU, from `t_max` down to `t_min`; or the times given in place of a name.
 
     `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2. `quadratic`: even in sqrt(t), dense near the data (DDIM's
     choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `edm`: even in (s/a)^(1/7), denser still (arXiv 2206.00364, eq. 5).
     `own`: the steps n/T of a two-phase schedule, as many as it has. Where s/a is 0 or infinite at an end, `uniform_log_snr` and
     `edm` are even between t = 1e-3 and 1 - 1e-3, and the end is one step more.
 
-    Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1, or `own` for a schedule that
-    has no steps or another number of them.
+    Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1, given times that do not fall,
+    or `own` for a schedule that has no steps or another number of them.
     """
     require(isinstance(steps, int) and steps >= 1, "sample.steps", "be at least 1", steps)
+    if not isinstance(name, str):
+        return _given(torch.as_tensor(name, dtype=torch.float64).cpu(), steps)
     require(0 <= t_min < t_max, "sample.t_min", f"be in [0, {t_max})", t_min)
     require(t_max <= 1, "sample.t_max", "be at most 1", t_max)
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -71,6 +75,17 @@ def _even(
         left, right = torch.where(too_clean, middle, left), torch.where(too_clean, right, middle)
     times = torch.cat([middle, middle.new_zeros(1)]) if t_min == 0 else middle
     times[0], times[-1] = t_max, t_min
+    return times
+
+
+def _given(times: Tensor, steps: int) -> Tensor:
+    rule = f"be a name of {' '.join(GRIDS)}, or steps + 1 = {steps + 1} times that fall, from at most 1 to at least 0"
+    falls = (
+        times.ndim == 1
+        and len(times) == steps + 1
+        and bool((times.diff() < 0).all() and times[0] <= 1 and times[-1] >= 0)
+    )
+    require(falls, "sample.grid", rule, times.tolist())
     return times
 
 

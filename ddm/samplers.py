@@ -257,7 +257,7 @@ def sampler(name: str, order: int = 3) -> Sampler:
 
 
 def plan(
-    name: str, steps: int, grid: str, schedule: Schedule, t_min: float = 0.0, order: int = 3
+    name: str, steps: int, grid: str | Sequence[float] | Tensor, schedule: Schedule, t_min: float = 0.0, order: int = 3
 ) -> tuple[Sampler, Tensor]:
     """A sampler and the times that it walks, on the CPU so that no step waits for a device to learn its time.
 
@@ -300,7 +300,7 @@ def start(
     schedule: Schedule,
     sampler_name: str,
     steps: int,
-    grid: str,
+    grid: str | Sequence[float] | Tensor,
     *,
     seed: int = 0,
     index: Tensor | None = None,
@@ -326,12 +326,14 @@ def sample(
     schedule: Schedule,
     sampler: str = "ddim",
     steps: int = 25,
-    grid: str = "uniform_t",
+    grid: str | Sequence[float] | Tensor = "uniform_t",
     seed: int = 0,
     t_min: float = 0.0,
     order: int = 3,
 ) -> Tensor:
     """Walk from `x` `[B, ...]`, noise times s(1), at t = 1 to the grid's end at `t_min`; returns x there.
+
+    `grid` is one of `GRIDS`, or steps + 1 falling times of one's own, the last of which is then the end.
 
     Raises `ConfigError` for an unknown sampler or grid, steps below 1, or a sampler that the schedule does not define.
     """

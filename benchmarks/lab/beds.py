@@ -43,7 +43,7 @@ class Bed:
         control: bool = False,
         sampler: str = "ddim",
         order: int = 3,
-        grid: str = "uniform_t",
+        grid: str | Tensor = "uniform_t",
         seed: int = 3,
     ) -> tuple[Tensor, float]:
         """Where the paths end, `[B, ...]`, and the expert calls that each took."""
@@ -117,7 +117,7 @@ def mixture(k: int, d: int, separation: float, components: int = 1, paths: int =
     )
 
 
-def cifar10(root: Path, pictures: int = 5000, paths: int = 64) -> Bed:
+def cifar10(root: Path, pictures: int = 3000, paths: int = 48) -> Bed:
     """Ten clusters by label of real pictures; an expert is the softmax average of its cluster's pictures, exact and untrained."""
     data = DataConfig(name="cifar10", root=str(root)).build()
     assert data.labels is not None
@@ -127,20 +127,21 @@ def cifar10(root: Path, pictures: int = 5000, paths: int = 64) -> Bed:
     clusters = images.split(counts.tolist())
     means, variances = (torch.stack(part) for part in zip(*(moments(cluster) for cluster in clusters), strict=True))
     points = [scaled(cluster).flatten(1) for cluster in clusters]
+    squares = [part.square().sum(dim=1) for part in points]
 
-    def log_weights(x: Tensor, t: Tensor, part: Tensor) -> Tensor:
+    def log_weights(x: Tensor, t: Tensor, k: int) -> Tensor:
         a, s, _, _ = process(t.to(x))
-        return a / s**2 * (x.flatten(1) @ part.T - a / 2 * part.square().sum(dim=1))
+        return a / s**2 * (x.flatten(1) @ points[k].T - a / 2 * squares[k])
 
-    def expert(part: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return (log_weights(x, t, part).softmax(dim=1) @ part).reshape(x.shape)
+    def expert(k: int, x: Tensor, t: Tensor) -> Tensor:
+        return (log_weights(x, t, k).softmax(dim=1) @ points[k]).reshape(x.shape)
 
     def alpha(x: Tensor, t: Tensor) -> Tensor:
-        return torch.stack([log_weights(x, t, part).logsumexp(dim=1) for part in points], dim=1).softmax(dim=1)
+        return torch.stack([log_weights(x, t, k).logsumexp(dim=1) for k in range(10)], dim=1).softmax(dim=1)
 
     return Bed(
         f"{pictures:,} pictures of CIFAR-10, 10 clusters by label",
-        [partial(expert, part) for part in points],
+        [partial(expert, k) for k in range(10)],
         alpha,
         counts / counts.sum(),
         Gaussians(means, variances, process),

@@ -315,8 +315,7 @@ step's noise ({len(NODES)} nodes of Gauss and Hermite), for a deterministic one 
 carried through the sampler. Either way `log q/p` is what is kept, which is smooth where q and p are not. On one Gaussian,
 where [the exact laws](laws.md) have the answer, all five samplers agree with it to {worst:.0e} of the KL.
 
-KL(X | Y) is at t = 1/T, from N(0, 1), on the two-phase schedule (c0 = 2, c1 = 4); slopes are
-over the last doubling of T.
+KL(X | Y) is at t = 1/T, from N(0, 1), on the two-phase schedule (c0 = 2, c1 = 4); slopes are over the last doubling of T.
 
 {table(head, rows)}
 
@@ -340,9 +339,9 @@ grows only as a logarithm for mixtures); the wording of their definition was not
 
 ![KL and L over the width of the bumps](densities-smoothness.png)
 
-**What can be seen.** From std {first["std"]:g} to {last["std"]:g} the supremum of L^2 grows {grown:.0f} times, DDPM's KL {ratio:.1f} times. The
-steep places lie between the bumps, where nobody is; the relaxed L stops at {last["L"]["relaxed"]:.1f}. A bound with the global
-Lipschitz constant would be void here, and the relaxed one is the right idea.
+**What can be seen.** From std {first["std"]:g} to {last["std"]:g} the supremum of L^2 grows {grown:.0f} times,
+DDPM's KL {ratio:.1f} times. The steep places lie between the bumps, where nobody is; the relaxed L stops at
+{last["L"]["relaxed"]:.1f}. A bound with the global Lipschitz constant would be void here, and the relaxed one is the right idea.
 
 **What cannot.** In one dimension min(d, L^2) is 1, since L >= 1: a flat curve is what the theorem says. The product of d
 such laws has KL = d KL_1 exactly, linear in d, and never d L^2 or d^2. For these, many coordinates must decide together, as
@@ -376,21 +375,10 @@ def _over_steps(cells: Sequence[Mapping[str, Any]], steps: Sequence[int], names:
 def _over_std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     figure, (left, right) = axes(2, height=4.0)
     stds = [row["std"] for row in rows]
-    looks = {
-        "supremum": ("#999999", "supremum"),
-        "typical": ("#D55E00", "relaxed"),
-        "root_mean_square": ("#0072B2", "root mean square"),
-    }
-    for key, (colour, label) in looks.items():
+    for key, colour in (("supremum", "#999999"), ("relaxed", "#D55E00")):
         left.plot(stds, [row["L"][key] ** 2 for row in rows], "o-", color=colour, markersize=4)
-        left.annotate(
-            label,
-            (stds[-1], rows[-1]["L"][key] ** 2),
-            color=colour,
-            xytext=(-4, 6),
-            textcoords="offset points",
-            ha="right",
-        )
+        place: dict[str, Any] = {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right"}
+        left.annotate(key, (stds[-1], rows[-1]["L"][key] ** 2), color=colour, **place)
     for name in names:
         own = [(row["std"], row["cells"][name]["kl"]) for row in rows if row["cells"][name]["kl"] is not None]
         right.plot(*zip(*own, strict=True), "o-", color=METHODS[name].colour, label=name, markersize=4)

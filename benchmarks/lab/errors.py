@@ -109,7 +109,7 @@ def routed_errors(
 ) -> list[dict[str, Any]]:
     """Root mean square distance, over the paths, of the routed Euler sampler to the exact flow from the same noise at t = delta.
 
-    posterior: alpha is mixed with the uniform one, `|alphahat - alpha| <= eps`. experts: each off by eps in a direction of its own.
+    posterior: alpha is mixed with the uniform one, `|alphahat - alpha| <= eps`. experts: each off by eps, each its own way.
     """
     oracle = quartet(schedule("vp_linear"))
     K, d = oracle.means.shape
@@ -224,25 +224,26 @@ Here the score of a Gaussian ([that of the exact laws](laws.md)) is off by e wit
 deviation of x_t. Both keep the samplers affine, so all laws are exact. T = {numbers["T"]}, the two-phase schedule.
 
 sqrt(KL/2), which is at least TV, stands beside the theorem. C is what the error alone moves, per eps: the distance between what a
-sampler draws with it and without it. Powers of eps are fitted up to eps = {eps[small[-1]]:g}. The last column is the eps that moves the law as far as
-the exact sampler is from the truth already, in sqrt(KL/2).
+sampler draws with it and without it. Powers of eps are fitted up to eps = {eps[small[-1]]:g}. The last column is
+the eps that moves the law as far as the exact sampler is from the truth already, in sqrt(KL/2).
 
 {table(head, rows)}
 
 ![Distances over the error of the score](errors-gaussian.png)
 
 **Linear in eps**, as the theorem says, for the shift exactly. **Not growing with d**: at a given eps the bound has sqrt(d) for
-the shift, and for the slope d times a Jacobian off by eps / sqrt(d), so sqrt(d) again. A product shares eps out among its coordinates,
-and what the bound multiplies, it does not. **The SDE samplers forget**: the same error costs the ODE samplers several times more, since
-a stochastic step corrects what earlier ones did wrong, and a deterministic one carries it to the end. No acceleration changes C:
-it lowers the floor, so the better the sampler, the smaller the eps that it is worth training for.
+the shift, and for the slope d times a Jacobian off by eps / sqrt(d), so sqrt(d) again. A product shares eps out among its
+coordinates, and pays once. **The SDE samplers forget**: the same error costs the ODE samplers several times more, since a
+stochastic step corrects what earlier ones did wrong, and a deterministic one carries it to the end. No acceleration changes C:
+it lowers the floor, so the better the sampler, the smaller the eps that it is worth training for. An error of slope can undo
+the sampler's own, which is one of spread as well: hence the dip of the ODE samplers in the middle, an accident of its sign.
 
 ## On a mixture, routed
 
-The routed theorem (arXiv 2606.15835) has W2 = O(N^-1/2 + eps). Here are four overlapping Gaussians in 8 dimensions with exact experts
-and posterior, and the routed Euler sampler on even steps from t = 1 to {numbers["delta"]:g}, against the exact flow from the same
-noise: the root mean square distance over {numbers["paths"]} paths, which is at least W2. The posterior is mixed with the uniform
-one, |alphahat - alpha| <= eps; each expert is off by eps in a direction of its own. C is fitted to
+The routed theorem (arXiv 2606.15835) has W2 = O(N^-1/2 + eps). Here are four overlapping Gaussians in 8 dimensions with exact
+experts and posterior, and the routed Euler sampler on even steps from t = 1 to {numbers["delta"]:g}, against the exact
+flow from the same noise: the root mean square distance over {numbers["paths"]} paths, which is at least W2. The
+posterior is mixed with the uniform one, |alphahat - alpha| <= eps; each expert is off by eps in a direction of its own. C is fitted to
 `sqrt(floor^2 + (C eps)^2)`, floor as measured at eps = 0, for N = {", ".join(map(str, steps))}; "off by at most" is the largest
 ratio between a measured distance and that law.
 
@@ -251,9 +252,10 @@ ratio between a measured distance and that law.
 ![Distance to the exact path over the error of router and experts](errors-routed.png)
 
 **What is seen.** Both terms of the theorem: a floor that falls with N, and a rise linear in eps; they add as squares, so the
-worse of the two is all that matters, and experts better than floor / C are trained in vain. The floor of `stochastic` falls about as N^-1/2,
-the theorem's rate; `full` and `balanced` fall as 1/N, for which the theorem is half a power loose. C settles as N grows, as it
-must, and is the same for all policies: an error of the router or of an expert costs the same however the expert is chosen.
+worse of the two is all that matters, and experts better than floor / C are trained in vain. The floor of `stochastic` falls
+about as N^-1/2, the theorem's rate; `full` and `balanced` fall as 1/N, for which the theorem is half a power
+loose. C settles as N grows, as it must, and is the same for all policies: an error of the router or of an expert costs the
+same however the expert is chosen.
 """
     return Page(text, {"gaussian": _gaussian(numbers), "routed": _routed(numbers)})
 

@@ -272,7 +272,8 @@ turning.
 KL(X | Y) and W2 compare x at t = 1/T with the sampler's law there, as the theorems do, on the two-phase schedule (c0 = 2,
 c1 = 4), from Y ~ N(0, 1) at t = 1. Standard deviations are even in [0.2, 1.2], means normal; the middle and the range are over
 {len(cells[0]["kl"])} independent Gaussians of {numbers["block"]} dimensions, the slopes from T = {last[0]} to {last[1]}.
-Theorems on TV are squared, since TV^2 <= KL / 2. All proven powers are up to logarithms; a factor log^2 T lowers a measured slope by 0.25 at these T.
+Theorems on TV are squared, since TV^2 <= KL / 2. All proven powers are up to logarithms; a factor log^2 T lowers a measured
+slope by 0.25 at these T.
 
 {table(head, rows)}
 
@@ -287,9 +288,9 @@ times has the proof's form in hand. Both are of first order, and meet the same t
 **What is seen.** DDPM and both DDIMs fall as T^-2 with two to four logarithms, as proven. The accelerated SDE falls as T^-4 with
 four: two powers more than its theorem, but [only on Gaussians](densities.md), whose score has no curvature. The accelerated
 ODE is to have slope 4 and seems to lose it at large T: what is left there is no error of the sampler's but the start's,
-N(0, 1) in place of the law of x_1. On this schedule a(1)^2 is about T^(-c1/2) = T^-2, and a deterministic sampler carries that KL whole to the data
-(the grey band; `dpmpp_2m` lies on it from T = {steps[1]} on). From the true x_1 the slope is the one in that column. The
-stochastic samplers forget their start.
+N(0, 1) in place of the law of x_1. On this schedule a(1)^2 is about T^(-c1/2) = T^-2, and a deterministic sampler carries
+that KL whole to the data (the grey band; `dpmpp_2m` lies on it from T = {steps[1]} on). From the true x_1 the
+slope is the one in that column. The stochastic samplers forget their start.
 
 ## In d
 
@@ -347,7 +348,7 @@ def _over_d(numbers: Mapping[str, Any]) -> Figure:
 def steps_axis(axis: Axes, ticks: Sequence[float], label: str = "steps T") -> None:
     """A logarithmic axis of x with these ticks and no others."""
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.tick_params(axis="x", which="minor", bottom=False)
+    axis.set_xticks([], minor=True)
     axis.set_xlabel(label)
 
 

@@ -191,6 +191,7 @@ expert calls the slope is the same. Nothing here is drawn anew: the interval say
 
 On `uniform_log_snr` UniPC of order p measures above p: its corrector, which costs no call, adds one order, as its paper says
 (arXiv 2302.04867). On `uniform_t` the multistep samplers do not have their order yet where log SNR is steep, as on `vp_linear`.
+The accelerated ODE sampler is still on its way to 2.
 
 ## Few calls
 

@@ -14,7 +14,7 @@ from benchmarks.lab.page import Page, axes, table
 from benchmarks.lab.routing import errors_of, fitted, law
 from ddm.grids import time_grid
 from ddm.measures import sliced_w2
-from ddm.samplers import ddim, drive, sample
+from ddm.samplers import sample
 from router.policies import Balanced
 from router.routing import RoutedDenoiser
 
@@ -79,7 +79,7 @@ def where_alpha_moves(bed: Bed, steps: int) -> Tensor:
         seen.append(bed.alpha(x, t))
         return bed.full(x, t)
 
-    drive(ddim(bed.noise, bed.schedule, fine, lambda step: bed.noise), denoise)
+    sample(denoise, bed.noise, bed.schedule, steps=200)
     moved = torch.stack(seen).diff(dim=0).abs().sum(dim=2).mean(dim=1).double()
     density = torch.cat([moved / moved.sum(), moved.new_zeros(1)]) + 1 / len(fine)
     mass = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])
@@ -91,20 +91,16 @@ def where_alpha_moves(bed: Bed, steps: int) -> Tensor:
     return times
 
 
-def _on_grid(bed: Bed, times: Tensor, routed: RoutedDenoiser) -> Tensor:
-    return drive(ddim(bed.noise, bed.schedule, times, lambda step: bed.noise), routed)[0]
-
-
 def _weighted(kind: str) -> Callable[[Bed, int], Tensor]:
     return lambda bed, n: bed.walk(n, Weighted(bed, time_grid("uniform_t", n, bed.schedule), kind))[0]
 
 
 def _alpha_grid(bed: Bed, n: int) -> Tensor:
-    return _on_grid(bed, where_alpha_moves(bed, n), RoutedDenoiser(bed.experts, bed.alpha, "balanced", 3, pi=bed.pi))
+    return bed.walk(n, "balanced", grid=where_alpha_moves(bed, n))[0]
 
 
 def _remembering(gaussian: bool) -> Callable[[Bed, int], Tensor]:
-    return lambda bed, n: _on_grid(bed, time_grid("uniform_t", n, bed.schedule), Remembering(bed, gaussian))
+    return lambda bed, n: sample(Remembering(bed, gaussian), bed.noise, bed.schedule, steps=n)
 
 
 TRIED: dict[str, tuple[Callable[[Bed, int], Tensor], str]] = {

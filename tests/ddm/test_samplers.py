@@ -230,15 +230,21 @@ def half_log_snr(t: float) -> float:
     return math.log(signal(t) / math.sqrt(1 - signal(t) ** 2))
 
 
-def test_dpmpp_2m_is_algorithm_2_of_its_paper() -> None:
-    times, x, last, h_last = [0.9, 0.7, 0.4, 0.3], X, None, 1.0
+@pytest.mark.parametrize("rate", [10.0, 30.0])  # a(1) = 7e-3, and 3e-7
+def test_dpmpp_2m_is_algorithm_2_of_its_paper(rate: float) -> None:
+    def a(t: float) -> float:
+        return math.exp(-rate * t / 2)
+
+    def s(t: float) -> float:
+        return math.sqrt(1 - a(t) ** 2)
+
+    times, x, last, h_last = [1.0, 0.7, 0.4, 0.3], X, None, 1.0
     for t, t_next in pairwise(times):
-        denoised, h = answer(x, t), half_log_snr(t_next) - half_log_snr(t)
+        denoised, h = answer(x, t), math.log(a(t_next) / s(t_next)) - math.log(a(t) / s(t))
         r = h_last / h
         D = denoised if last is None else (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * last
-        ratio = math.sqrt((1 - signal(t_next) ** 2) / (1 - signal(t) ** 2))
-        x, last, h_last = ratio * x - signal(t_next) * (math.exp(-h) - 1) * D, denoised, h
-    assert_same(walked("dpmpp_2m", schedule("vp_linear"), times), x)
+        x, last, h_last = s(t_next) / s(t) * x - a(t_next) * (math.exp(-h) - 1) * D, denoised, h
+    assert_same(walked("dpmpp_2m", schedule("vp_constant", beta=rate), times), x)
 
 
 def line_integral(places: list[float], values: list[np.ndarray], here: float, there: float) -> np.ndarray:

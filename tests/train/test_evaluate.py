@@ -40,19 +40,30 @@ def test_the_recorded_distance_is_that_of_the_drawn_pictures(small_run: Path, sm
     assert cell.frechet == pytest.approx(_frechet(real, features), rel=1e-3)
 
 
-def test_the_recorded_trajectory_error_is_that_to_the_full_mixture(small_run: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("MoG-a", {"source": "posterior", "policy": "stochastic", "control": "none"}),
+        ("balanced", {"source": "combined", "policy": "balanced", "control": "none"}),
+        ("controlled", {"source": "combined", "policy": "balanced", "control": "gaussian"}),
+    ],
+)
+def test_the_recorded_trajectory_error_is_that_to_the_full_mixture(
+    small_run: Path, method: str, settings: dict[str, str]
+) -> None:
     model = load(small_run)
     reference = model.sample(4, steps=8, source="posterior", policy="full")
-    drawn = model.sample(20, steps=4, source="posterior", policy="stochastic")[:4]
+    drawn = model.sample(20, steps=4, **settings)[:4]  # type: ignore[call-overload]
     record = Evaluation.read(small_run / "evaluate" / "record.json")
-    cell = next(cell for cell in record.cells if (cell.method, cell.steps) == ("MoG-a", 4))
+    cell = next(cell for cell in record.cells if (cell.method, cell.steps) == (method, 4))
     assert cell.trajectory_error == pytest.approx(trajectory_error(drawn, reference), rel=1e-3)
 
 
 def test_all_methods_are_in_the_table_with_their_calls(small_run: Path) -> None:
     record = Evaluation.read(small_run / "evaluate" / "record.json")
     calls = {(cell.method, cell.steps): cell.calls for cell in record.cells}
-    single = {(name, n): n for name in ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "top-1") for n in (2, 4)}
+    names = ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "controlled", "top-1")
+    single = {(name, n): n for name in names for n in (2, 4)}
     assert calls == {**single, ("full", 2): 6, ("full", 4): 12}
     assert record.pictures_seen["DDIM"] == record.pictures_seen["full"] == 3 * 12 * 12  # the same compute
 
@@ -61,7 +72,8 @@ def test_the_report_needs_no_other_file(small_run: Path) -> None:
     page = (small_run / "report.html").read_text()
     assert not re.findall(r"(?:src|href)='(?!data:)", page)
     assert page.count("data:image/png;base64,") == 9
-    for name in ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "top-1", "full", "a small classifier trained on half"):
+    methods = ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "controlled", "top-1", "full")
+    for name in (*methods, "a small classifier trained on half"):
         assert name in page
 
 
@@ -77,6 +89,19 @@ def test_a_draw_that_is_there_is_not_drawn_again(small_run: Path, small: Callabl
     assert (tmp_path / "a-3.safetensors").exists()
     draws.make([Draw(short.method, 2, 6, 1)], [1], 1)
     assert len(draws.read(Draw(short.method, 2, 6, 1)).images) == 6
+
+
+def test_a_draw_takes_the_sampler_of_the_config_and_the_control_of_its_row(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    config, model = small(small_run, "sample.sampler=unipc", "sample.order=2", "sample.grid=quadratic"), load(small_run)
+    draws = Draws(tmp_path, config.sample, "cpu", 20)
+    for control in ("none", "gaussian"):
+        draw = Draw(Method(control, str(small_run), model.version, "posterior", "balanced", control), 5, 4, 4)
+        draws.make([draw], [1], 1)
+        drawn = {"source": "posterior", "policy": "balanced", "control": control, "steps": 5}
+        expected = model.sample(4, sampler="unipc", order=2, grid="quadratic", **drawn)  # type: ignore[call-overload]
+        torch.testing.assert_close(draws.read(draw).ends, expected)
 
 
 def test_the_classifier_tells_digits_apart_that_it_never_saw(small: Callable[..., Config]) -> None:
@@ -99,15 +124,11 @@ def test_the_classifier_tells_digits_apart_that_it_never_saw(small: Callable[...
     assert (logits[unseen].argmax(dim=1) == labels[unseen]).float().mean() > 0.95
 
 
-def test_any_torchscript_network_can_judge(small_run: Path, small: Callable[..., Config], tmp_path: Path) -> None:
-    class Means(torch.nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.avg_pool2d(images.float() / 255, 4).flatten(1)
-
-    with pytest.warns(Warning, match="torch.jit"):
-        torch.jit.script(Means()).save(tmp_path / "means.pt")
+def test_any_torchscript_network_can_judge(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path, means: Path
+) -> None:
     copy = shutil.copytree(small_run, tmp_path / "run")
-    evaluation = evaluate(small(copy, f"evaluate.features={tmp_path / 'means.pt'}"), None)
+    evaluation = evaluate(small(copy, f"evaluate.features={means}"), None)
     assert evaluation.features == "means"
     assert all(cell.inception_score is None and cell.confidence is None for cell in evaluation.cells)
     assert all(np.isfinite(cell.frechet) for cell in evaluation.cells)

@@ -3,13 +3,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.fft import dctn
 
-from ddm.artifacts import read_artifact, sha256
+from ddm.artifacts import read_artifact, read_tensors, sha256
 from ddm.errors import ArtifactError, DdmError
+from ddm.grids import time_grid
 from ddm.partition import Partition
+from ddm.schedules import schedule
 from serve import load
+from serve.pictures import to_uint8
 from train.config import Config
 from train.expert_stage import train_expert
 from train.stages import run
@@ -62,6 +67,39 @@ def test_an_artifact_says_what_it_is(small_run: Path) -> None:
     assert facts["pictures_seen"] == 144
     assert facts["weights"] == "ema"
     assert facts["config"]["unet"]["channels"] == 8
+
+
+def _by_numpy(images: torch.Tensor) -> list[torch.Tensor]:
+    """Mean and variance of pictures in scipy's cosine basis."""
+    y = dctn(images.double().numpy() / 127.5 - 1, type=2, norm="ortho", axes=(2, 3))
+    return [torch.from_numpy(part).float() for part in (y.mean(0), y.var(0))]
+
+
+def test_an_expert_s_artifact_holds_the_moments_of_its_own_cluster(small_run: Path) -> None:
+    cut = Partition.read(small_run / "partition")
+    means = []
+    for k in range(3):
+        tensors, _ = read_artifact(small_run / "experts" / f"{k:02d}" / "expert")
+        images = cut.cluster(small_run / "partition", k)["images"]
+        found = [tensors["gaussian.mean"], tensors["gaussian.variance"]]
+        torch.testing.assert_close(found, _by_numpy(images), rtol=1e-4, atol=1e-5)
+        means.append(found[0])
+    assert min(float((one - other).abs().max()) for one, other in zip(means, means[1:] + means[:1], strict=True)) > 0.1
+
+
+def test_an_expert_that_sees_mirror_images_has_their_moments_from_its_own_file_alone(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(small_run / "partition", copy / "partition")
+    images = Partition.read(copy / "partition").cluster(copy / "partition", 2)["images"]
+    for k in (0, 1):
+        Partition.file(copy / "partition", k).unlink()
+    train_expert(small(copy, "data.flip=true", "expert.steps=1", "expert.warmup_steps=0"), 2, lambda _: None)
+    tensors, _ = read_artifact(copy / "experts" / "02" / "expert")
+    found = [tensors["gaussian.mean"], tensors["gaussian.variance"]]
+    torch.testing.assert_close(found, _by_numpy(torch.cat([images, images.flip(3)])), rtol=1e-4, atol=1e-5)
+    assert (found[0] - _by_numpy(images)[0]).abs().max() > 0.1
 
 
 def test_another_config_is_refused_with_every_key_that_differs_and_nothing_lost(
@@ -146,6 +184,46 @@ def test_one_cluster_is_the_monolith_through_every_stage(small: Callable[..., Co
     assert {cell["method"] for cell in record["cells"]} == {"DDIM"}
     assert (tmp_path / "mono" / "report.html").exists()
     assert len(load(tmp_path / "mono").experts) == 1
+
+
+FEWER = [
+    "data.limit=60",
+    "expert.steps=4",
+    "router.steps=4",
+    "router.switch_step=2",
+    "sample.steps=4",
+    "evaluate={n: 20, steps: [3, 4], trajectories: 4, reference_steps: 6, batch: 20, monolith_steps: 0}",
+]
+
+
+def test_a_run_with_the_schedule_and_the_grid_of_edm_goes_through_every_stage(
+    small: Callable[..., Config], tmp_path: Path, means: Path
+) -> None:
+    folder = tmp_path / "edm"
+    run(small(folder, *FEWER, "schedule.name=edm", "sample.grid=edm", f"evaluate.features={means}"))
+    record = json.loads((folder / "evaluate" / "record.json").read_text())
+    assert len(record["cells"]) == 14 and all(np.isfinite(cell["frechet"]) for cell in record["cells"])
+    assert all(np.isfinite(cell["trajectory_error"]) for cell in record["cells"])
+    assert (folder / "report.html").exists()
+    model = load(folder)
+    assert model.schedule == schedule("edm")
+    images, trace = model.sample(4, steps=4, grid="edm", trace=True)
+    drawn = read_tensors(folder / "samples" / "combined-balanced-ddim-4-seed0.safetensors")["images"]
+    assert torch.equal(to_uint8(images), drawn)
+    torch.testing.assert_close(trace.t, time_grid("edm", 4, model.schedule)[:-1])
+
+
+def test_a_run_with_vp_cosine_is_drawn_by_unipc_on_even_log_snr(small: Callable[..., Config], tmp_path: Path) -> None:
+    folder = tmp_path / "cosine"
+    words = ("schedule.name=vp_cosine", "sample.sampler=unipc", "sample.order=2", "sample.grid=uniform_log_snr")
+    run(small(folder, *FEWER, *words), ["partition", "expert", "router", "bundle", "sample"])
+    model = load(folder)
+    assert model.schedule == schedule("vp_cosine")
+    images, trace = model.sample(4, steps=4, sampler="unipc", order=2, grid="uniform_log_snr", trace=True)
+    drawn = read_tensors(folder / "samples" / "combined-balanced-unipc-4-seed0.safetensors")["images"]
+    assert torch.equal(to_uint8(images), drawn)
+    torch.testing.assert_close(trace.t, time_grid("uniform_log_snr", 4, model.schedule)[:-1])
+    assert trace.calls == 4 * 4
 
 
 def test_training_an_expert_tells_how_far_it_is(small_run: Path, small: Callable[..., Config], tmp_path: Path) -> None:

@@ -36,12 +36,45 @@ from train.__main__ import main
         ),
         (
             ["schedule.name=vp_quartic"],
-            "schedule.name must be one of vp_linear vp_cosine rectified_flow, got 'vp_quartic'",
+            "schedule.name must be one of vp_constant vp_linear vp_polynomial vp_exponential vp_cosine ve_exponential"
+            " ve_polynomial rectified_flow edm two_phase, got 'vp_quartic'",
         ),
         (["schedule.beta_mix=3"], "schedule.beta_mix must be a parameter of vp_linear (beta_min, beta_max), got 3"),
         (["schedule.beta_min=-1"], "schedule.beta_min must be above 0, got -1"),
-        (["sample.sampler=heum"], "sample.sampler must be one of euler ddim, got 'heum'"),
-        (["sample.policy=any"], "sample.policy must be one of full top_k nucleus fixed stochastic balanced, got 'any'"),
+        (
+            ["sample.sampler=heum"],
+            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc euler_maruyama ddpm accelerated_ode"
+            " accelerated_sde, got 'heum'",
+        ),
+        (
+            ["sample.policy=any"],
+            "sample.policy must be one of full top_k nucleus fixed stochastic balanced adaptive, got 'any'",
+        ),
+        (["sample.budget=0.5"], "sample.budget must be at least 1 call a step, got 0.5"),
+        (["sample.budget=much"], "sample.budget: Value 'much' of type 'str' could not be converted to Float"),
+        (["sample.control=best"], "sample.control must be one of none gaussian, got 'best'"),
+        (["sample.order=4"], "sample.order must be 2 or 3, got 4"),
+        (["sample.grid=even"], "sample.grid must be one of uniform_t uniform_log_snr quadratic edm own, got 'even'"),
+        (
+            ["sample.grid=own"],
+            "sample.grid must not be own for VPLinear(beta_min=0.1, beta_max=20.0), which has no steps",
+        ),
+        (
+            ["schedule.name=rectified_flow", "sample.sampler=ddpm"],
+            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc for RectifiedFlow(), where a falls to 0",
+        ),
+        (
+            ["schedule.name=edm", "sample.sampler=accelerated_sde"],
+            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc euler_maruyama ddpm for EDM(sigma_max=80.0), where",
+        ),
+        (
+            ["schedule={name: two_phase, steps: 6, c1: 1.0}", "sample.grid=own"],
+            "sample.steps must be schedule.steps = 6 for sample.grid=own, got 3",
+        ),
+        (
+            ["schedule={name: two_phase, steps: 3, c1: 1.0}", "sample.grid=own", "evaluate"],
+            "sample.steps must be schedule.steps = 3 for sample.grid=own, got 2",
+        ),
         (["sample.steps=0"], "sample.steps must be in [1, 1000], got 0"),
         (["router.bands=[0.7,0.3]"], "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]"),
         (["router.switch_step=99"], "router.switch_step must be in [1, router.steps = 10), got 99"),
