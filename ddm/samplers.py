@@ -112,7 +112,7 @@ def unipc(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise, order: int
 
 def _lambda(c: Coeffs) -> Tensor:
     """`log a/s`, half the log SNR; where a = 0 a number so low that no step can tell."""
-    return c.a.clamp_min(1e-9).log() - c.s.log()
+    return c.a.clamp_min(1e-150).log() - c.s.log()
 
 
 def _mean(answers: Sequence[Tensor], places: Sequence[Tensor], here: Tensor, there: Tensor) -> Tensor:

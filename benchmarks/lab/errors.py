@@ -243,9 +243,9 @@ the sampler's own, which is one of spread as well: hence the dip of the ODE samp
 The routed theorem (arXiv 2606.15835) has W2 = O(N^-1/2 + eps). Here are four overlapping Gaussians in 8 dimensions with exact
 experts and posterior, and the routed Euler sampler on even steps from t = 1 to {numbers["delta"]:g}, against the exact
 flow from the same noise: the root mean square distance over {numbers["paths"]} paths, which is at least W2. The
-posterior is mixed with the uniform one, |alphahat - alpha| <= eps; each expert is off by eps in a direction of its own. C is fitted to
-`sqrt(floor^2 + (C eps)^2)`, floor as measured at eps = 0, for N = {", ".join(map(str, steps))}; "off by at most" is the largest
-ratio between a measured distance and that law.
+posterior is mixed with the uniform one, |alphahat - alpha| <= eps; each expert is off by eps in a direction of its own. C is
+fitted to `sqrt(floor^2 + (C eps)^2)`, floor as measured at eps = 0, for N = {", ".join(map(str, steps))};
+"off by at most" is the largest ratio between a measured distance and that law.
 
 {table(routed_head, routed_rows)}
 

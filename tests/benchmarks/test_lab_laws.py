@@ -168,7 +168,7 @@ def test_score_error_has_the_size_that_it_claims():
 def test_quadrature_fit_finds_its_constant():
     eps = [0.01, 0.1, 1.0]
     fit = errors.quadrature_fit(eps, [math.hypot(0.2, 3 * e) for e in eps], 0.2)
-    assert fit.C == pytest.approx(3, rel=1e-4) and fit.worst == pytest.approx(1, abs=1e-4)
+    assert pytest.approx(3, rel=1e-4) == fit.C and fit.worst == pytest.approx(1, abs=1e-4)
 
 
 def test_single_bump_oracle_and_law_agree():

@@ -1,6 +1,8 @@
 """Where a sampler puts its steps."""
 
+import math
 import re
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -127,6 +129,30 @@ def test_own_is_refused_for_another_number_of_steps() -> None:
     message = "sample.steps must be schedule.steps = 1000 for sample.grid=own, got 999"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         time_grid("own", 999, schedule("two_phase"))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_times_of_ones_own_stay_as_they_are(kind: Callable[[list[float]], Sequence[float] | Tensor]) -> None:
+    times = time_grid(kind([1.0, 0.5, 0.25, 0.0]), 3, schedule("vp_linear"), t_min=0.1)
+    assert times.dtype == torch.float64
+    assert times.tolist() == [1.0, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [1.0, 0.5],
+        [1.0, 0.5, 0.5, 0.0],
+        [0.0, 0.2, 0.5, 1.0],
+        [1.5, 1.0, 0.5, 0.0],
+        [1.0, 0.5, 0.2, -0.1],
+        [1.0, math.nan, 0.5, 0.0],
+    ],
+)
+def test_times_of_ones_own_must_fall_and_be_as_many_as_the_steps(times: list[float]) -> None:
+    rule = f"be a name of {' '.join(GRIDS)}, or steps + 1 = 4 times that fall, from at most 1 to at least 0"
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'sample.grid must {rule}, got {times}')}$"):
+        time_grid(times, 3, schedule("vp_linear"))
 
 
 @pytest.mark.parametrize(

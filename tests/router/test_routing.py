@@ -344,17 +344,18 @@ def test_the_control_is_given_what_alpha_promised_and_the_chosen_did_not_carry()
     assert not given  # once a call
 
 
-def test_the_result_is_clipped_after_the_control_and_the_control_alone_is_not() -> None:
+def test_the_result_is_clipped_after_the_control_and_neither_alone() -> None:
     x, t = torch.zeros(1, 2), torch.tensor(0.5)
-    for shift, clipped, plain in ((0.3, 0.8, 0.8), (0.9, 1.0, 1.4), (-3.0, -1.0, -2.5), (-1.3, -0.8, -0.8)):
-        for clip, expected in ((True, clipped), (False, plain)):
+    for mixed, control in ((0.5, 0.3), (0.5, 0.9), (0.5, -3.0), (2.0, -1.5), (-4.0, 3.5), (0.5, -1.25)):
+        for clip in (True, False):
             model = RoutedDenoiser(
-                [constant(0.5), constant(0.0)],
+                [constant(mixed), constant(0.0)],
                 fixed_alpha(0.75, 0.25),
                 "top_k",
-                control=lambda x, t, weight, shift=shift: torch.full_like(x, shift),  # type: ignore[misc]
+                control=lambda x, t, weight, control=control: torch.full_like(x, control),  # type: ignore[misc]
                 clip=clip,
             )
+            expected = min(max(mixed + control, -1.0), 1.0) if clip else mixed + control
             torch.testing.assert_close(model(x, t), torch.full((1, 2), expected))
 
 

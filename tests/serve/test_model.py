@@ -248,6 +248,29 @@ def test_bad_settings_are_refused_by_name(small_run: Path, settings: dict[str, o
         load(small_run).sample(1, **settings)  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
+        ({"order": 4}, "sample.order must be 2 or 3, got 4"),
+        ({"control": "best"}, "sample.control must be one of none gaussian, got 'best'"),
+        ({"t_min": 1.0}, r"sample.t_min must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_settings_are_refused_without_a_model_at_hand(settings: dict[str, object], said: str) -> None:
+    SampleConfig().check()
+    with pytest.raises(ConfigError, match=said):
+        SampleConfig(**settings).check()  # type: ignore[arg-type]
+
+
+def test_a_path_ends_at_t_min_with_the_noise_that_is_left_there(small_run: Path) -> None:
+    model = load(small_run)
+    settings = {"steps": 9, "policy": "top_k", "source": "prior", "control": "none", "clip": False}
+    images, trace = model.sample(3, t_min=0.1, trace=True, **settings)
+    torch.testing.assert_close(trace.t, torch.linspace(1, 0.1, 10, dtype=torch.float64)[:-1])
+    assert (images - model.sample(3, **settings)).abs().max() > 0.05
+
+
 def test_no_pictures_are_refused(small_run: Path) -> None:
     with pytest.raises(ConfigError, match="sample.n must be a whole number, at least 1, got 0"):
         load(small_run).sample(0)
