@@ -187,7 +187,8 @@ class TwoPhase:
     """The discrete schedule of the convergence proofs (arXiv 2408.02320, eq. 7; arXiv 2403.03852): step n at t = n / steps.
 
     With `eta = c1 log T / T`: `beta_1 = T^-c0`, `beta_n = eta min{beta_1 (1 + eta)^n, 1}`, and the product of `1 - beta_j` over
-    j <= n is `a(n/T)^2`. Between two steps log a is linear, so da and ds jump at each of them: walk it with the grid `own`, and not by slopes (`euler`, `heun`).
+    j <= n is `a(n/T)^2`. Between two steps log a is linear, so da and ds jump at each of them: walk it with the grid `own`, and
+    not by slopes (`euler`, `heun`).
     """
 
     steps: int = 1000
