@@ -19,8 +19,9 @@ def time_grid(
 
     `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2. `quadratic`: even in sqrt(t), dense near the data (DDIM's
     choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `edm`: even in (s/a)^(1/7), denser still (arXiv 2206.00364, eq. 5).
-    `own`: the steps n/T of a two-phase schedule, as many as it has. Where s/a is 0 or infinite at an end, `uniform_log_snr` and
-    `edm` are even between t = 1e-3 and 1 - 1e-3, and the end is one step more.
+    `own`: the steps n/T of a two-phase schedule, as many as it has. `uniform_log_snr` and `edm` are
+    even as far as s/a is neither 0 nor infinite: to t = 1e-3, from where the last step goes to 0, and from 1 - 1e-3, which is
+    then moved to 1.
 
     Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1, given times that do not fall,
     or `own` for a schedule that has no steps or another number of them.
@@ -67,7 +68,7 @@ def _even(
     ends = torch.tensor([noisy, clean], dtype=torch.float64)
     count = steps + 1 - (t_min == 0)
     first, last = scale(log_sigma(ends))
-    wanted = inverse(first + (last - first) * torch.linspace(0, 1, max(count, 2), dtype=torch.float64))[:count]
+    wanted = inverse(first + (last - first) * torch.linspace(0, 1, count, dtype=torch.float64))
     right, left = ends[:1].expand_as(wanted), ends[1:].expand_as(wanted)
     for _ in range(60):
         middle = (left + right) / 2
@@ -93,5 +94,7 @@ def _own(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
     if not isinstance(schedule, TwoPhase):
         raise ConfigError(f"sample.grid must not be own for {schedule}, which has no steps of its own")
     require(steps == schedule.steps, "sample.steps", f"be schedule.steps = {schedule.steps} for sample.grid=own", steps)
-    times = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-    return times[(times >= t_min) & (times <= t_max)]
+    first, last = round(t_max * steps), round(t_min * steps)
+    whole = abs(t_max * steps - first) + abs(t_min * steps - last) < 1e-9
+    require(whole, "sample.t_min", f"be one of the steps n / {steps} for sample.grid=own", t_min)
+    return torch.arange(first, last - 1, -1, dtype=torch.float64) / steps

@@ -174,3 +174,11 @@ def test_steps_and_times_out_of_range_are_refused_by_name(steps: int, t_min: flo
 def test_an_unknown_grid_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match=rf"^sample.grid must be one of {' '.join(GRIDS)}, got 'uniform'$"):
         time_grid("uniform", 5, schedule("vp_linear"))
+
+
+@pytest.mark.parametrize("t_min", [0.3, 0.95])
+def test_own_is_refused_an_end_that_is_no_step(t_min: float) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^sample.t_min must be one of the steps n / 5 for sample.grid=own, got {t_min}$"
+    ):
+        time_grid("own", 5, schedule("two_phase", steps=5, c1=2.0), t_min)
