@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ def cosine(x: Tensor, inverse: bool = False) -> Tensor:
     return rows.T @ x @ columns if inverse else rows @ x @ columns.T
 
 
+@lru_cache
 def _basis(n: int) -> Tensor:
     """`[n, n]`, row k the k-th cosine."""
     k, place = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)

@@ -132,9 +132,10 @@ class Adaptive(Balanced):
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         credit, saved = state[:, :-1] + alpha, state[:, -1:] + self.budget - 1
-        second = (saved >= 1) & (alpha.amax(dim=1, keepdim=True) < self.decided)
-        places = credit.topk(min(2, credit.shape[1]), dim=1).indices
-        chosen = _one_hot(places[:, 0], alpha) | (_one_hot(places[:, -1], alpha) & second)
+        spend = (saved > 1 - 1e-4) & (alpha.amax(dim=1, keepdim=True) < self.decided)  # sums of floats: 0.4 + 0.6 < 1
+        first = _one_hot(credit.argmax(dim=1), alpha)
+        second = _one_hot(credit.masked_fill(first, -torch.inf).argmax(dim=1), alpha)
+        chosen = first | (second & spend)
         saved = saved - (chosen.sum(dim=1, keepdim=True) - 1)
         return chosen, torch.cat([credit - weights(alpha, chosen), saved], dim=1)
 

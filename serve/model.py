@@ -1,5 +1,6 @@
 """A trained bundle in this process: load it, check every hash, sample."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -201,8 +202,10 @@ class Model:
             order=config.order,
         )
 
+        asked = itertools.count()
+
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if progress is not None:
+            if progress is not None and next(asked) % method.calls_per_step == 0:
                 progress(len(x))
             return routed(x, t)
 
@@ -279,7 +282,9 @@ def _taken(artifact: Artifact, name: str) -> Tensor:
     try:
         return artifact.tensors.pop(name)
     except KeyError as error:
-        raise ArtifactError(f"{artifact.stem}.safetensors is not of this version: it has no tensor {name}") from error
+        raise ArtifactError(
+            f"{artifact.stem}.safetensors is not of this version: it has no tensor {name}, so train it anew"
+        ) from error
 
 
 def _fill(module: torch.nn.Module, artifact: Artifact) -> None:

@@ -97,7 +97,7 @@ def write_report(path: Path, evaluation: Evaluation, drawn: Mapping[tuple[str, i
     cut = Partition.read(folder / "partition")
     middle = min(_steps(evaluation), key=lambda n: abs(n - 25))
     shown = {name: drawn[name, middle] for name in evaluation.versions}
-    best = shown.get("balanced", shown[next(iter(shown))])
+    best = shown.get("controlled", shown[next(iter(shown))])
     plots.save(plotted / "frechet.png", plots.frechet(evaluation))
     plots.save(plotted / "trajectory.png", plots.trajectory(evaluation))
     single = {name: draw for name, draw in shown.items() if name not in ("DDIM", "full")} or shown
@@ -141,7 +141,7 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
         f"<h1>{name}</h1>",
         f"<p class=facts>{cut.k} experts on {sum(cut.sizes):,} pictures of {shape}; "
         f"bundle {evaluation.versions[last][:12]}. {trained}</p>",
-        _image(plotted, "pictures", f"48 pictures drawn with balanced in {middle} steps"),
+        _image(plotted, "pictures", f"48 pictures drawn with balanced and control=gaussian in {middle} steps"),
         "<h2>How good are the pictures?</h2>",
         f"<p>{evaluation.n} pictures a cell, all methods from the same noise, sampler {config['sample']['sampler']}. "
         f"Features: {html.escape(evaluation.features)}; figures made with other features cannot be compared with these.</p>",
@@ -158,7 +158,7 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
         f"<p>At {middle} steps.</p>",
         _image(plotted, "load", "Share of the calls by expert"),
         _image(plotted, "certainty", "Mean largest alpha over time"),
-        "<p>Four pictures drawn with balanced: alpha over time, and the expert that moved each at every step.</p>",
+        "<p>Four of these pictures: alpha over time, and the expert that moved each at every step.</p>",
         _image(plotted, "alpha", "Alpha over time for four pictures"),
         "<h2>The same noise, every method</h2>",
         f"<p>Rows from the top, {middle} steps: {', '.join(evaluation.versions)}. A column is one noise.</p>",

@@ -9,7 +9,7 @@ import torch
 
 from ddm.artifacts import digest, read_json, sha256, write_artifact, write_json, write_tensors
 from ddm.bundle import MANIFEST, read_bundle, write_bundle
-from ddm.errors import ArtifactError
+from ddm.errors import ArtifactError, ConfigError
 from ddm.learning import Batches
 from ddm.partition import Partition
 from ddm.randomness import Use, seed_of
@@ -32,6 +32,10 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     """Run the stages in their order. Raises a `DdmError` that says what to mend."""
     if "evaluate" in stages:
         config.evaluate.check_files()
+        if config.sample.grid == "own":
+            raise ConfigError(
+                "sample.grid must not be own for the stage evaluate, which compares several numbers of steps, got 'own'"
+            )
         config.check_plan(*config.evaluate.steps, config.evaluate.reference_steps)
     claim(config)
     does: dict[str, Callable[[Config], None]] = {

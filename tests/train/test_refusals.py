@@ -73,7 +73,7 @@ from train.__main__ import main
         ),
         (
             ["schedule={name: two_phase, steps: 3, c1: 1.0}", "sample.grid=own", "evaluate"],
-            "sample.steps must be schedule.steps = 3 for sample.grid=own, got 2",
+            "sample.grid must not be own for the stage evaluate, which compares several numbers of steps, got 'own'",
         ),
         (["sample.steps=0"], "sample.steps must be in [1, 1000], got 0"),
         (["router.bands=[0.7,0.3]"], "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]"),
