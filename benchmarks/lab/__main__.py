@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import logging
 import time
 from pathlib import Path
@@ -19,6 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lab", description="Measure the laws of the samplers.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {' '.join(EXPERIMENTS)}; default all")
     parser.add_argument("--out", type=Path, default=DOCS, help="the folder of the pages; default docs/lab")
+    parser.add_argument(
+        "--draw", action="store_true", help="only write the pages again, from the numbers that are there"
+    )
     words = parser.parse_args()
     for name in words.names:
         if name not in EXPERIMENTS:
@@ -27,7 +31,7 @@ def main() -> None:
     for name in words.names or EXPERIMENTS:
         began = time.monotonic()
         experiment = importlib.import_module(f"benchmarks.lab.{name}")
-        numbers = experiment.measure()
+        numbers = json.loads((words.out / f"{name}.json").read_text()) if words.draw else experiment.measure()
         write(words.out, name, numbers, experiment.page(numbers))
         log.info("%-10s %4.0f s: %s", name, time.monotonic() - began, words.out / f"{name}.md")
 

@@ -247,6 +247,11 @@ def _figure(numbers: Mapping[str, Any]) -> Figure:
         left.annotate(name, (ratios[3], line[3]), color="#666666", fontsize=9, textcoords="offset points", **place)
     left.set(xscale="log", yscale="log", ylabel="fewest steps N")
     steps_axis(left, ratios, r"$\sqrt{d}\,/\,\varepsilon$")
-    right.set(xscale="log", yscale="log", xlabel="horizon T over the best", ylabel=f"steps N at {numbers['middle']:g}")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="horizon T over the best",
+        ylabel=rf"steps N at $\sqrt{{d}} / \varepsilon$ = {numbers['middle']:g}",
+    )
     legend_below(figure, left, 4)
     return figure
