@@ -24,11 +24,9 @@ from benchmarks.lab.laws import (
     affine,
     exact_denoiser,
     kl,
-    legend_below,
     local_slopes,
-    steps_axis,
 )
-from benchmarks.lab.page import Page, axes, table
+from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.oracle import GaussianMixture
 from ddm.samplers import Denoiser, drive, sampler

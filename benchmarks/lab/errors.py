@@ -18,11 +18,9 @@ from benchmarks.lab.laws import (
     exact_denoiser,
     gaussian,
     kl,
-    legend_below,
-    steps_axis,
     w2_square,
 )
-from benchmarks.lab.page import Page, axes, table
+from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.measures import power_law_fit
 from ddm.oracle import GaussianMixture

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lab.beds import Bed, mixture
-from benchmarks.lab.page import Page, axes, table
+from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
 from benchmarks.lab.routing import errors_of, fitted, law
 from ddm.samplers import Walk, drive, plan
 from router.routing import RoutedDenoiser
@@ -87,7 +87,7 @@ mixture the clusters are Gaussian, so the estimate is exact; on the second they 
     for bed in beds:
         for policy in ("full", "balanced", "stochastic"):
             mine = [row for row in rows if row["bed"] == bed and row["policy"] == policy]
-            head = [f"{policy}", *(f"E at {n}" for n in calls), "falls as"]
+            head = [f"{policy}", *(f"E at {n}" for n in calls), "p of N^-p"]
             body = [[row["way"], *(f"{e:.4f}" for e in row["error"]), law(row["fit"])] for row in mine]
             text.append(f"## {bed}: {policy}\n\n{table(head, body)}\n")
     text.append("![E over calls](history-e.png)\n")
@@ -108,12 +108,9 @@ mixture the clusters are Gaussian, so the estimate is exact; on the second they 
         plot.set_xscale("log")
         plot.set_yscale("log")
         plot.set_title(policy, fontsize=10)
-        plot.set_xlabel("expert calls a picture")
+        steps_axis(plot, calls, "expert calls a picture")
     plots[0].set_ylabel("E, mean square distance")
-    figure.legend(
-        *plots[0].get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.97), ncols=4, fontsize=8.5
-    )
-    figure.tight_layout()
+    legend_below(figure, plots[0], columns=4)
     return Page("\n".join(text), {"e": figure})
 
 

@@ -10,11 +10,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.lab.page import Page, axes, table
+from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.measures import power_law_fit
 from ddm.samplers import Denoiser, Noise, Walk, drive, sampler
@@ -348,19 +347,3 @@ def _over_d(numbers: Mapping[str, Any]) -> Figure:
         axis.set_title({"even": "stds even in [0.2, 1.2]", "decaying": "stds 1/i"}[spectrum], fontsize=10)
     legend_below(figure, pair[0], 3)
     return figure
-
-
-def steps_axis(axis: Axes, ticks: Sequence[float], label: str = "steps T") -> None:
-    """A logarithmic axis of x with these ticks and no others."""
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.set_xticks([], minor=True)
-    axis.set_xlabel(label)
-
-
-def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
-    """One legend for all plots, under them."""
-    figure.tight_layout()
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, fontsize=9, frameon=False
-    )

@@ -47,3 +47,19 @@ def axes(columns: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Fig
     plt.rcParams.update(STYLE)
     figure, grid = plt.subplots(1, columns, figsize=(width if columns == 1 else 5.2 * columns, height), squeeze=False)
     return figure, list(grid[0])
+
+
+def steps_axis(axis: Axes, ticks: Sequence[float], label: str = "steps T") -> None:
+    """A logarithmic axis of x with these ticks and no others."""
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel(label)
+
+
+def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
+    """One legend for all plots, under them."""
+    figure.tight_layout()
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, fontsize=9, frameon=False
+    )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.lab.laws import Law, Tabled, affine, exact_denoiser, legend_below, local_slopes, steps_axis, w2_square
-from benchmarks.lab.page import Page, axes, table
+from benchmarks.lab.laws import Law, Tabled, affine, exact_denoiser, local_slopes, w2_square
+from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
 from ddm.samplers import sampler
 from ddm.schedules import Schedule, VEExponential, VEPolynomial, VPConstant, VPExponential, VPPolynomial
 
