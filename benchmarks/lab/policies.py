@@ -212,8 +212,8 @@ def _verdict(numbers: dict[str, Any]) -> str:
 Geometric mean over 10, 25 and 50 calls; above 1 is better than `balanced`. A path ends on another picture or cluster or it does
 not, so few paths make most of E: the intervals above are wide, and on CIFAR-10 factors below 1.3 mean little.
 
-**Kept**: `control=gaussian`, the default. Over these calls it is better than `balanced` on every bed, if not in every cell; it is exact
-where clusters are Gaussian, costs no call and remembers nothing; on trained digits it halves E at 10 and 25 steps
+**Kept**: `control=gaussian`, the default. Over these calls it is better than `balanced` on every bed, if not in every cell; it is
+exact where clusters are Gaussian, costs no call and remembers nothing; on trained digits it halves E at 10 and 25 steps
 ([results](../results.md)). `adaptive` is kept for a number of steps that is given: on mixtures its calls are better spent on
 more steps of `balanced`, on the finite sets of CIFAR-10 they are not.
 
