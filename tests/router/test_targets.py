@@ -257,3 +257,17 @@ def test_autocast_to_bf16_around_the_call_changes_nothing() -> None:
         )
     for found, expected in zip(cast, plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_posterior_and_rate_are_finite_in_float32_at_every_time_of_every_schedule(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(30, 1, 4, 4, generator=generator) * 2 - 1, torch.arange(30) % 3
+    t = torch.logspace(-5, 0, 12)
+    x0, eps = images[:12], torch.randn(12, 1, 4, 4, generator=generator)
+    c = schedule(name)(t).beside(x0)
+    alpha, dalpha = exact_posterior_rate(x0, eps, t, images, labels, schedule(name))
+    at_x = exact_posterior(c.a * x0 + c.s * eps, t, images, labels, schedule(name))
+    for part, total in ((alpha, 1.0), (at_x, 1.0), (dalpha, 0.0)):
+        assert part.isfinite().all()
+        assert (part.sum(dim=1) - total).abs().max() <= 1e-5 * max(1.0, float(part.abs().max()))
