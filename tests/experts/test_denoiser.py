@@ -69,7 +69,7 @@ def test_an_error_of_the_network_reaches_x0_with_at_most_the_size_of_the_noise(n
     error = (wrong - right).abs().amax(dim=(1, 2, 3))
     c = schedule(name)(t)
     assert (error <= c.s / c.a * (1 + 1e-6)).all()
-    assert (error[1:] / error[:-1] > 2).all() and error[0] > 0
+    assert (error[1:] / error[:-1] > 1).all() and error[0] > 0
     # and at pure noise the network's answer is the picture itself, in units of sigma_data
     last = denoiser(lambda y, _: torch.ones_like(y), "rectified_flow")(x, torch.ones((), dtype=torch.float64))
     torch.testing.assert_close(last, torch.full_like(x, SIGMA_DATA))
