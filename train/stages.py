@@ -16,7 +16,7 @@ from ddm.randomness import Use, seed_of
 from ddm.schedules import schedule
 from router.learning import PosteriorLearning, RouterLearning
 from router.networks import DerivativeNet
-from serve import load
+from serve import SampleConfig, load
 from serve.pictures import contact_sheet, to_uint8, write_png
 from train.config import STAGES, Config, claim, plain
 from train.evaluate import evaluate
@@ -171,7 +171,9 @@ def sample(config: Config) -> None:
     model = load(config.folder, device=config.device)
     settings = {key: value for key, value in plain(own).items() if key not in ("n", "seed")}
     record = {"version": model.version, "n": own.n, "seed": own.seed, **settings}
-    stem = config.folder / "samples" / f"{own.source}-{own.policy}-{own.sampler}-{own.steps}-seed{own.seed}"
+    named, usual = ("source", "policy", "sampler", "steps"), SampleConfig()
+    others = [f"{key}={value}" for key, value in settings.items() if key not in named and value != getattr(usual, key)]
+    stem = config.folder / "samples" / "-".join([*(str(settings[key]) for key in named), *others, f"seed{own.seed}"])
     if stem.with_suffix(".json").exists() and read_json(stem.with_suffix(".json")) == record:
         log.info("sample     up to date: %s.png", stem)
         return

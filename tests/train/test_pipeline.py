@@ -119,7 +119,9 @@ def test_sampling_may_change_without_training_again(
     copy = shutil.copytree(small_run, tmp_path / "run")
     experts = _files(copy / "experts")
     run(small(copy, "sample.policy=stochastic", "sample.seed=7"), ["sample"])
+    run(small(copy, "sample.control=none"), ["sample"])
     assert (copy / "samples" / "combined-stochastic-ddim-3-seed7.png").exists()
+    assert (copy / "samples" / "combined-balanced-ddim-3-control=none-seed0.png").exists()
     assert (copy / "samples" / "combined-balanced-ddim-3-seed0.png").exists()
     assert _files(copy / "experts") == experts
 
@@ -208,7 +210,7 @@ def test_a_run_with_the_schedule_and_the_grid_of_edm_goes_through_every_stage(
     model = load(folder)
     assert model.schedule == schedule("edm")
     images, trace = model.sample(4, steps=4, grid="edm", trace=True)
-    drawn = read_tensors(folder / "samples" / "combined-balanced-ddim-4-seed0.safetensors")["images"]
+    drawn = read_tensors(folder / "samples" / "combined-balanced-ddim-4-grid=edm-seed0.safetensors")["images"]
     assert torch.equal(to_uint8(images), drawn)
     torch.testing.assert_close(trace.t, time_grid("edm", 4, model.schedule)[:-1])
 
@@ -220,7 +222,8 @@ def test_a_run_with_vp_cosine_is_drawn_by_unipc_on_even_log_snr(small: Callable[
     model = load(folder)
     assert model.schedule == schedule("vp_cosine")
     images, trace = model.sample(4, steps=4, sampler="unipc", order=2, grid="uniform_log_snr", trace=True)
-    drawn = read_tensors(folder / "samples" / "combined-balanced-unipc-4-seed0.safetensors")["images"]
+    name = "combined-balanced-unipc-4-grid=uniform_log_snr-order=2-seed0.safetensors"
+    drawn = read_tensors(folder / "samples" / name)["images"]
     assert torch.equal(to_uint8(images), drawn)
     torch.testing.assert_close(trace.t, time_grid("uniform_log_snr", 4, model.schedule)[:-1])
     assert trace.calls == 4 * 4
