@@ -32,7 +32,8 @@ class Gaussians:
         Gaussian k's own is `m + f (x - a m)`, `f = a v / (a^2 v + s^2)`: linear in x, so the sum needs one transform each way.
         """
         m, v = (part.to(x).flatten(1) for part in (self.means, self.variances))  # [K, n]
-        a, s, _, _ = self.schedule(t.to(x)).beside(m[None])  # [] or [B, 1, 1]
+        # One time for all stays a number on the CPU, so that no step waits for a device.
+        a, s, _, _ = self.schedule(t.to(x) if t.ndim else t).beside(m[None])  # [] or [B, 1, 1]
         f = a * v / (a**2 * v + s**2)  # [K, n] or [B, K, n]
         weight = weight.to(x)[:, None]
         mixed = (weight @ (m - a * f * m) + weight @ f * cosine(x).flatten(1)[:, None])[:, 0]
@@ -59,14 +60,14 @@ def cosine(x: Tensor, inverse: bool = False) -> Tensor:
     """The orthonormal cosine transform (DCT-II) of the last two axes of `[..., C, H, W]`; `[B, d]` stays as it is."""
     if x.ndim < 4:
         return x
-    rows, columns = (_basis(n).to(x) for n in x.shape[-2:])
+    rows, columns = (_basis(n, x.dtype, x.device) for n in x.shape[-2:])
     return rows.T @ x @ columns if inverse else rows @ x @ columns.T
 
 
 @lru_cache
-def _basis(n: int) -> Tensor:
-    """`[n, n]`, row k the k-th cosine."""
+def _basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[n, n]`, row k the k-th cosine; made once for a device."""
     k, place = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     basis = torch.cos(math.pi * (place + 0.5) * k / n) * math.sqrt(2 / n)
     basis[0] /= math.sqrt(2)
-    return basis
+    return basis.to(device, dtype)

@@ -10,22 +10,19 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError, one_of, require
 from ddm.grids import time_grid
 from ddm.randomness import Use, normal
-from ddm.schedules import Coeffs, Schedule, velocity
+from ddm.schedules import Coeffs, Schedule, gauss_legendre, velocity
 
-Denoiser = Callable[
-    [Tensor, Tensor], Tensor
-]  # (x [B, ...], t [] or [B]) -> E[x0 | x_t = x] [B, ...]; t of any device and dtype
+# (x [B, ...], t [] or [B] of any device and dtype) -> E[x0 | x_t = x] [B, ...]
+Denoiser = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]  # the standard normal noise of step n, shaped like x
-Walk = Generator[
-    tuple[Tensor, Tensor], Tensor, Tensor
-]  # yields (x, t), is sent the denoised x, returns x at the grid's end
+# Yields (x, t), is sent the denoised x, returns x at the grid's end.
+Walk = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
 
 
 def euler(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
@@ -117,8 +114,7 @@ def _lambda(c: Coeffs) -> Tensor:
 
 def _mean(answers: Sequence[Tensor], places: Sequence[Tensor], here: Tensor, there: Tensor) -> Tensor:
     """The mean over a step, weighted by `d rho = d e^lambda`, of the polynomial through the answers at their places."""
-    z, w = (torch.from_numpy(part).to(here) for part in np.polynomial.legendre.leggauss(16))
-    z, h = (z + 1) / 2, there - here
+    (z, w), h = gauss_legendre(16), there - here
     w = (h * (z - 1)).exp() * w
     powers = torch.arange(len(answers), dtype=here.dtype)[:, None]
     moments = (w * z**powers).sum(dim=1) / w.sum()

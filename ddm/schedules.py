@@ -8,7 +8,7 @@ dataclass with `__call__` and a line in `_PROCESSES`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -37,6 +37,14 @@ class Schedule(Protocol):
     def __call__(self, t: Tensor) -> Coeffs: ...
 
 
+class _Positive:
+    """A process whose parameters must all be above 0."""
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            require(value > 0, f"schedule.{key}", "be above 0", value)
+
+
 def _preserving(log_a: Tensor, rate: Tensor) -> Coeffs:
     """Variance preserving coefficients from log a and beta = -2 d(log a)/dt; `expm1` keeps s exact near the data."""
     a, s = log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()
@@ -55,13 +63,10 @@ def _power_integral(t: Tensor, b: float, c: float, power: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class VPConstant:
+class VPConstant(_Positive):
     """`dx = -beta/2 x dt + sqrt(beta) dW` with beta constant: the Ornstein-Uhlenbeck process."""
 
     beta: float = 10.0
-
-    def __post_init__(self) -> None:
-        require(self.beta > 0, "schedule.beta", "be above 0", self.beta)
 
     def __call__(self, t: Tensor) -> Coeffs:
         return _preserving(-self.beta * t / 2, self.beta * torch.ones_like(t))
@@ -84,42 +89,33 @@ class VPLinear:
 
 
 @dataclass(frozen=True)
-class VPPolynomial:
+class VPPolynomial(_Positive):
     """Variance preserving with `beta = (b + c t)^rho` (arXiv 2311.11003, table 1)."""
 
     b: float = 0.3
     c: float = 5.2
     rho: float = 2.0
 
-    def __post_init__(self) -> None:
-        _all_positive(self)
-
     def __call__(self, t: Tensor) -> Coeffs:
         return _preserving(-_power_integral(t, self.b, self.c, self.rho) / 2, (self.b + self.c * t) ** self.rho)
 
 
 @dataclass(frozen=True)
-class VPExponential:
+class VPExponential(_Positive):
     """Variance preserving with `beta = b e^(c t)`."""
 
     b: float = 0.1
     c: float = 6.5
-
-    def __post_init__(self) -> None:
-        _all_positive(self)
 
     def __call__(self, t: Tensor) -> Coeffs:
         return _preserving(-self.b / (2 * self.c) * torch.expm1(self.c * t), self.b * (self.c * t).exp())
 
 
 @dataclass(frozen=True)
-class VPCosine:
+class VPCosine(_Positive):
     """`a(t) = cos u(t) / cos u(0)`, `u(t) = pi/2 (t + shift) / (1 + shift)` (arXiv 2102.09672, eq. 17); a(1) is 0."""
 
     shift: float = 0.008
-
-    def __post_init__(self) -> None:
-        require(self.shift > 0, "schedule.shift", "be above 0", self.shift)
 
     def __call__(self, t: Tensor) -> Coeffs:
         rate = math.pi / 2 / (1 + self.shift)
@@ -131,29 +127,23 @@ class VPCosine:
 
 
 @dataclass(frozen=True)
-class VEExponential:
+class VEExponential(_Positive):
     """`dx = g dW` with `g = b e^(c t)` (arXiv 2011.13456, eq. 30, is of this form); s runs to about 49 at t = 1."""
 
     b: float = 0.041
     c: float = 8.5
-
-    def __post_init__(self) -> None:
-        _all_positive(self)
 
     def __call__(self, t: Tensor) -> Coeffs:
         return _exploding(self.b**2 / (2 * self.c) * torch.expm1(2 * self.c * t), self.b * (self.c * t).exp())
 
 
 @dataclass(frozen=True)
-class VEPolynomial:
+class VEPolynomial(_Positive):
     """`dx = g dW` with `g = (b + c t)^rho` (arXiv 2311.11003, table 1); s runs to about 50 at t = 1."""
 
     b: float = 0.3
     c: float = 10.3
     rho: float = 2.0
-
-    def __post_init__(self) -> None:
-        _all_positive(self)
 
     def __call__(self, t: Tensor) -> Coeffs:
         return _exploding(_power_integral(t, self.b, self.c, 2 * self.rho), (self.b + self.c * t) ** self.rho)
@@ -169,13 +159,10 @@ class RectifiedFlow:
 
 
 @dataclass(frozen=True)
-class EDM:
+class EDM(_Positive):
     """`a = 1`, `s = sigma = sigma_max t` (arXiv 2206.00364, table 1, with its time divided by sigma_max)."""
 
     sigma_max: float = 80.0
-
-    def __post_init__(self) -> None:
-        _all_positive(self)
 
     def __call__(self, t: Tensor) -> Coeffs:
         one = torch.ones_like(t)
@@ -240,8 +227,7 @@ class LinearSDE:
     g: Callable[[Tensor], Tensor]
 
     def __call__(self, t: Tensor) -> Coeffs:
-        z, w = (torch.from_numpy(part).to(t) for part in np.polynomial.legendre.leggauss(64))
-        z, w = (z + 1) / 2, w / 2
+        z, w = (part.to(t) for part in gauss_legendre(64))
 
         def total(until: Tensor) -> Tensor:
             return until * (w * self.f(until[..., None] * z)).sum(-1)
@@ -251,11 +237,6 @@ class LinearSDE:
         s = (t * (w * decay * self.g(u) ** 2).sum(-1)).sqrt()
         a = (-total(t)).exp()
         return Coeffs(a, s, -self.f(t) * a, (self.g(t) ** 2 / 2 - self.f(t) * s**2) / s)
-
-
-def _all_positive(process: Any) -> None:
-    for key, value in vars(process).items():
-        require(value > 0, f"schedule.{key}", "be above 0", value)
 
 
 _PROCESSES: dict[str, Any] = {
@@ -300,6 +281,13 @@ def velocity(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
     """
     a, s, da, ds = c.beside(x)
     return ds / s * x + (da - a * ds / s) * denoised
+
+
+@lru_cache
+def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
+    """Places and weights, float64 `[n]`, of Gauss and Legendre's quadrature over [0, 1]."""
+    places, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(n))
+    return (places + 1) / 2, weights / 2
 
 
 class Regularity(NamedTuple):

@@ -126,9 +126,8 @@ class Adaptive(Balanced):
     decided: float = 0.9
 
     def start(self, pi: Tensor, draw: Tensor) -> Tensor:
-        return torch.cat(
-            [super().start(pi, draw), torch.zeros_like(pi[:, :1])], dim=1
-        )  # the last column is what is saved
+        saved = torch.zeros_like(pi[:, :1])  # the state's last column
+        return torch.cat([super().start(pi, draw), saved], dim=1)
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         credit, saved = state[:, :-1] + alpha, state[:, -1:] + self.budget - 1

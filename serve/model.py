@@ -175,7 +175,7 @@ class Model:
     def _walk(
         self, index: Tensor, seed: int, config: SampleConfig, trace: bool, progress: Callable[[int], object] | None
     ) -> tuple[Tensor, RoutedDenoiser]:
-        method = sampler(config.sampler)
+        calls_per_step = sampler(config.sampler).calls_per_step
         routed = RoutedDenoiser(
             self.experts,
             self.source(config),
@@ -183,7 +183,7 @@ class Model:
             seed,
             index=index,
             pi=self.pi,
-            calls_per_step=method.calls_per_step,
+            calls_per_step=calls_per_step,
             clip=config.clip,
             control=self.gaussians.mix if config.control == "gaussian" and config.policy != "fixed" else None,
             trace=trace,
@@ -205,7 +205,7 @@ class Model:
         asked = itertools.count()
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if progress is not None and next(asked) % method.calls_per_step == 0:
+            if progress is not None and next(asked) % calls_per_step == 0:
                 progress(len(x))
             return routed(x, t)
 

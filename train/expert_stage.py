@@ -5,13 +5,14 @@ import time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ddm.artifacts import digest, read_json, write_artifact
 from ddm.errors import ArtifactError, ConfigError, DdmError
 from ddm.gaussian import MOMENTS, moments
-from ddm.learning import Batches
+from ddm.learning import Batches, FitConfig
 from ddm.partition import Partition
 from ddm.randomness import Use, seed_of
 from ddm.schedules import schedule
@@ -28,6 +29,19 @@ log = logging.getLogger(__name__)
 def expert_stem(config: Config, k: int) -> Path:
     """Where the artifact of expert k lies, without its suffix."""
     return config.folder / "experts" / f"{k:02d}" / "expert"
+
+
+def fitted_facts(own: FitConfig, config: Config, partition: Partition) -> dict[str, Any]:
+    """What an artifact says of how its networks were fitted, and of what they belong to."""
+    return {
+        "config": plain(own),
+        "shape": partition.shape,
+        "schedule": config.schedule,
+        "partition": partition.hash,
+        "steps": own.steps,
+        "pictures_seen": own.steps * own.batch,
+        "weights": "ema" if own.ema_decay > 0 else "raw",
+    }
 
 
 def _key(config: Config, partition: Partition, k: int) -> str:
@@ -109,13 +123,7 @@ def train_expert(config: Config, k: int, tell: Tell) -> None:
         "index": k,
         "name": partition.names[k],
         "key": _key(config, partition, k),
-        "config": plain(own),
-        "shape": partition.shape,
-        "schedule": config.schedule,
-        "partition": partition.hash,
-        "steps": own.steps,
-        "pictures_seen": own.steps * own.batch,
-        "weights": "ema" if own.ema_decay > 0 else "raw",
+        **fitted_facts(own, config, partition),
     }
     gaussian = dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
     write_artifact(stem, {**denoiser.state_dict(), **gaussian}, facts)

@@ -20,7 +20,7 @@ from serve import SampleConfig, load
 from serve.pictures import contact_sheet, to_uint8, write_png
 from train.config import STAGES, Config, claim, plain
 from train.evaluate import evaluate
-from train.expert_stage import expert_stem, train_experts
+from train.expert_stage import expert_stem, fitted_facts, train_experts
 from train.fit import fit
 from train.partitioning import assign
 from train.progress import bar
@@ -123,17 +123,7 @@ def router(config: Config) -> None:
             config.accelerator,
             lambda s, loss: report(s, loss, own.switch_step),
         )
-    facts = {
-        "kind": "router",
-        "key": key,
-        "config": plain(own),
-        "shape": cut.shape,
-        "schedule": config.schedule,
-        "partition": cut.hash,
-        "steps": own.steps,
-        "pictures_seen": own.steps * own.batch,
-        "weights": "ema" if own.ema_decay > 0 else "raw",
-    }
+    facts = {"kind": "router", "key": key, **fitted_facts(own, config, cut)}
     write_artifact(stem, torch.nn.ModuleDict({"posterior": posterior, "derivative": derivative}).state_dict(), facts)
     for stage in (stage1, stage2):
         (stage / "resume.ckpt").unlink(missing_ok=True)
