@@ -129,6 +129,7 @@ def cifar10(root: Path, pictures: int = 3000, paths: int = 48) -> Bed:
     points = [scaled(cluster).flatten(1) for cluster in clusters]
     squares = [part.square().sum(dim=1) for part in points]
 
+    # Beside `router.targets`, which counts in float64, converting the pictures at each call: paths do not need that.
     def log_weights(x: Tensor, t: Tensor, k: int) -> Tensor:
         a, s, _, _ = process(t.to(x))
         return a / s**2 * (x.flatten(1) @ points[k].T - a / 2 * squares[k])

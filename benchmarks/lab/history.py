@@ -88,7 +88,7 @@ mixture the clusters are Gaussian, so the estimate is exact; on the second they 
         for policy in ("full", "balanced", "stochastic"):
             mine = [row for row in rows if row["bed"] == bed and row["policy"] == policy]
             head = [f"{policy}", *(f"E at {n}" for n in calls), "p of N^-p"]
-            body = [[row["way"], *(f"{e:.4f}" for e in row["error"]), law(row["fit"])] for row in mine]
+            body = [[row["way"], *(f"{e:.2g}" for e in row["error"]), law(row["fit"])] for row in mine]
             text.append(f"## {bed}: {policy}\n\n{table(head, body)}\n")
     text.append("![E over calls](history-e.png)\n")
     text.append(_verdict(rows, beds))
@@ -126,7 +126,7 @@ def _verdict(rows: list[dict[str, Any]], beds: list[str]) -> str:
             }
             base = mine["2M, restarted"]
             ways = ("ddim", "2M, raw history", "2M, the mixture's estimate")
-            body.append([bed, policy, *(f"{float((mine[way] - base).mean().exp()):.2f}" for way in ways)])
+            body.append([bed, policy, *(f"{float((mine[way] - base).mean().exp()):.2g}" for way in ways)])
     return f"""## What is kept
 
 E as a share of that of 2M restarted (geometric mean over the columns): below 1 is better than restarting.

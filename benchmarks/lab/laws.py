@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.measures import power_law_fit
+from ddm.oracle import GaussianMixture
 from ddm.samplers import Denoiser, Noise, Walk, drive, sampler
 from ddm.schedules import Coeffs, Schedule, TwoPhase
 
@@ -51,13 +52,9 @@ class Tabled:
 
 
 def exact_denoiser(data: Law, schedule: Schedule) -> Denoiser:
-    """`E[x0 | x_t = x]`, x `[..., d]`: for Gaussian data affine in x, each coordinate by itself."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        c = schedule(t)
-        return data.mean + c.a * data.variance / data.at(c).variance * (x - c.a * data.mean)
-
-    return denoise
+    """`E[x0 | x_t = x]`, x `[B, d]`: for Gaussian data affine in x, each coordinate by itself."""
+    one = torch.ones(1, dtype=torch.float64)
+    return GaussianMixture(one, data.mean[None], data.variance.sqrt()[None], schedule).expert(0)
 
 
 class Affine(NamedTuple):

@@ -19,7 +19,7 @@ from ddm.measures import trajectory_error
 from ddm.oracle import GaussianMixture
 from ddm.randomness import Use, normal
 from ddm.samplers import drive, sample, sampler, start
-from ddm.schedules import Coeffs, Schedule, schedule, velocity
+from ddm.schedules import Schedule, schedule, velocity
 from train.plots import STYLE
 
 PROCESSES = ("vp_linear", "vp_cosine", "rectified_flow", "edm")
@@ -58,20 +58,6 @@ COLOURS = dict(
         strict=True,
     )
 )
-
-
-class Remembered:
-    """A schedule that computes each single time once."""
-
-    def __init__(self, path: Schedule) -> None:
-        self._path, self._at = path, dict[float, Coeffs]()
-
-    def __call__(self, t: Tensor) -> Coeffs:
-        if t.ndim:
-            return self._path(t)
-        if float(t) not in self._at:
-            self._at[float(t)] = self._path(t.double())
-        return self._at[float(t)]
 
 
 def _mixture(path: Schedule) -> GaussianMixture:
@@ -124,7 +110,7 @@ def measure() -> dict[str, Any]:
     """For every schedule, grid and sampler the error at the path's end by steps and calls, and the order fitted to it."""
     curves, references = [], []
     for process in PROCESSES:
-        path = Remembered(schedule(process))
+        path = schedule(process)
         oracle = _mixture(path)
 
         def noise_left(t: float, path: Schedule = path) -> float:
@@ -132,7 +118,7 @@ def measure() -> dict[str, Any]:
             return float(c.s / c.a) - NOISE_LEFT
 
         t_end = float(brentq(noise_left, 1e-6, 0.5))
-        x = path(torch.tensor(1.0)).s * normal(0, Use.START, torch.arange(POINTS), 0, (2,)).double()
+        x = path(torch.ones((), dtype=torch.float64)).s * normal(0, Use.START, torch.arange(POINTS), 0, (2,)).double()
         exact = _exact_end(oracle, x, t_end)
         fine = sample(oracle.denoise, x, path, "unipc", 512, "uniform_log_snr", t_min=t_end)
         apart = float(_distances(fine, exact).median())

@@ -177,7 +177,7 @@ of its cluster's pictures, nothing is trained, and the path is the mixture's of 
     for plot, bed in zip(plots, numbers["beds"], strict=True):
         head = ["tried", *(f"E at {n}" for n in calls), "p of N^-p", "sliced W2 at 25"]
         body = [
-            [r["tried"], *(f"{e:.4f}" for e in r["error"]), law(r["fit"]), f"{r['sliced_w2'][1]:.3f}"]
+            [r["tried"], *(f"{e:.2g}" for e in r["error"]), law(r["fit"]), f"{r['sliced_w2'][1]:.3f}"]
             for r in bed["rows"]
         ]
         text.append(f"## {bed['bed']}\n\n{table(head, body)}\n")

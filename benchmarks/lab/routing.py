@@ -133,14 +133,14 @@ the paths. `python -m benchmarks.lab routing` makes this page.
         rows = []
         for row in bed["rows"]:
             w2 = f"{row['sliced_w2'][2]:.3f} ± {row['sliced_w2_deviation'][2]:.3f}"
-            rows.append([row["method"], *(f"{e:.4f}" for e in row["error"]), law(row["fit"]), w2])
+            rows.append([row["method"], *(f"{e:.2g}" for e in row["error"]), law(row["fit"]), w2])
         head = ["policy", *(f"E at {n} calls" for n in calls), "p of N^-p", "sliced W2 at 50 calls"]
         text.append(f"## {bed['bed']}\n\n{table(head, rows)}\n")
         if place in (0, 2):
             text.append(f"![E over calls](routing-{place}.png)\n")
             figures[str(place)] = _plot(bed)
     text.append(_summary(numbers))
-    rows = [[s["policy"], s["source"], *(f"{e:.4f}" for e in s["error"]), law(s["fit"])] for s in numbers["sources"]]
+    rows = [[s["policy"], s["source"], *(f"{e:.2g}" for e in s["error"]), law(s["fit"])] for s in numbers["sources"]]
     head = ["policy", "source", *(f"E at {n} steps" for n in calls), "p of N^-p"]
     text.append(
         f"""## Where alpha comes from: {numbers["beds"][0]["bed"]}
