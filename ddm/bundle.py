@@ -1,6 +1,7 @@
 """A bundle: a folder with all that sampling needs, held together by a manifest that names every artifact by SHA-256."""
 
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Bundle:
 
     partition: Partition
     schedule: dict[str, Any]
-    experts: list[Artifact]
+    experts: list[Artifact]  # those that were asked for
     router: Artifact | None
     version: str  # the SHA-256 of the manifest: it changes with any weight
 
@@ -68,8 +69,8 @@ def write_bundle(folder: Path, partition: Partition, experts: list[Path], router
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_bundle(folder: Path) -> Bundle:
-    """Read a bundle and check every hash, and that schedules, shapes and partitions agree.
+def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
+    """Read a bundle and check every hash, and that schedules, shapes and partitions agree; or `only` the artifacts named.
 
     Raises `ArtifactError` naming the file that is wrong, and why.
     """
@@ -88,6 +89,8 @@ def read_bundle(folder: Path) -> Bundle:
         raise ArtifactError(f"{path} lists an artifact that no cluster has: {unknown[0]}")
     found = {}
     for name, expected in listed.items():
+        if only is not None and name not in only:
+            continue
         stem = folder / name
         tensors, facts = read_artifact(stem, expected)
         for key, value in (("shape", partition.shape), ("schedule", schedule), ("partition", partition.hash)):
@@ -96,10 +99,12 @@ def read_bundle(folder: Path) -> Bundle:
                     f"{stem}.json does not belong to this bundle: its {key} is {facts.get(key)!r}, the manifest's {value!r}"
                 )
         found[name] = Artifact(stem, tensors, facts)
-    experts = [found[name] for name in wanted]
-    for k, expert in enumerate(experts):
-        if expert.facts.get("index") != k:
+    for k, name in enumerate(wanted):
+        expert = found.get(name)
+        if expert is not None and expert.facts.get("index") != k:
             raise ArtifactError(
                 f"{expert.stem}.json does not belong here: it is expert {expert.facts.get('index')!r}, not {k}"
             )
-    return Bundle(partition, schedule, experts, found.get("router"), sha256(path))
+    return Bundle(
+        partition, schedule, [found[name] for name in wanted if name in found], found.get("router"), sha256(path)
+    )

@@ -14,7 +14,11 @@ class DdmError(Exception):
 
 
 class ConfigError(DdmError, ValueError):
-    """A key, an argument or a combination of them that makes no sense."""
+    """A key, an argument or a combination of them that makes no sense; `key` is its full name, where it is one key."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class DataError(DdmError):
@@ -28,9 +32,9 @@ class ArtifactError(DdmError):
 def require(condition: bool, key: str, rule: str, value: Any) -> None:
     """Raise `ConfigError("KEY must RULE, got VALUE")` unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{key} must {rule}, got {value!r}")
+        raise ConfigError(f"{key} must {rule}, got {value!r}", key)
 
 
 def one_of(key: str, name: Any, names: tuple[str, ...]) -> ConfigError:
     """The error for a name that is not among those there are."""
-    return ConfigError(f"{key} must be one of {' '.join(names)}, got {name!r}")
+    return ConfigError(f"{key} must be one of {' '.join(names)}, got {name!r}", key)

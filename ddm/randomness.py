@@ -45,21 +45,21 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def _words(seed: int, use: Use, index: Tensor, step: int, count: int) -> Tensor:
+def _words(seed: int, use: Use, index: Tensor, step: int | Tensor, count: int) -> Tensor:
     """`[B, count]` random 32-bit words (int64): for each index `[B]` the first of the stream (seed, use, index, step)."""
     block = torch.arange(-(-count // 4), device=index.device)[None]
     counter = (
         block,
         index[:, None] & _MASK,
-        torch.full_like(block, step),
+        torch.as_tensor(step, device=index.device).reshape(-1, 1),
         (index[:, None] >> 32 & 0xFFFFFF) << 8 | int(use),
     )
     words = philox(counter, (seed & _MASK, seed >> 32 & _MASK))
     return torch.stack([w.expand(len(index), -1) for w in words], dim=2).flatten(1)[:, :count]
 
 
-def uniform(seed: int, use: Use, index: Tensor, step: int = 0, count: int = 1) -> Tensor:
-    """Uniform float64 numbers `[B, count]` strictly inside (0, 1), for the int64 indices `[B]`, at the given step."""
+def uniform(seed: int, use: Use, index: Tensor, step: int | Tensor = 0, count: int = 1) -> Tensor:
+    """Uniform float64 numbers `[B, count]` strictly inside (0, 1), for the int64 indices `[B]`, at a step, or one each `[B]`."""
     return (_words(seed, use, index, step, count).double() + 0.5) / 2**32
 
 

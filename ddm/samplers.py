@@ -20,19 +20,20 @@ from ddm.schedules import Coeffs, Schedule, gauss_legendre, velocity
 
 # (x [B, ...], t [] or [B] of any device and dtype) -> E[x0 | x_t = x] [B, ...]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+Times = Tensor | Sequence[Tensor]  # falling, each `[]`, on the CPU
 Noise = Callable[[int], Tensor]  # the standard normal noise of step n, shaped like x
 # Yields (x, t), is sent the denoised x, returns x at the grid's end.
 Walk = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
 
 
-def euler(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def euler(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     """Euler's method on the probability-flow ODE, `x' = x + (t' - t) v(x, t)`: the sampler of the paper's routed ODE."""
     for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, (yield x, t), schedule(t))
     return x
 
 
-def ddim(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def ddim(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     """`x' = a' D + (s'/s) (x - a D)` (arXiv 2010.02502, eq. 12 with sigma = 0): exact where D is constant over the step."""
     for t, t_next in pairwise(times):
         x = _towards((yield x, t), x, schedule(t), schedule(t_next))
@@ -48,7 +49,7 @@ def _towards(denoised: Tensor, x: Tensor, c: Coeffs, c_next: Coeffs) -> Tensor:
     return c_next.a * denoised + c_next.s / c.s * (x - c.a * denoised)
 
 
-def heun(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def heun(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     """Heun's method on the ODE, the mean of the velocities at both ends (arXiv 2206.00364, algorithm 1).
 
     A step to t = 0, where there is no velocity, is the denoised picture, at one call.
@@ -68,7 +69,7 @@ def _heun_step(x: Tensor, schedule: Schedule, t: Tensor, t_next: Tensor) -> Walk
     return x + (t_next - t) / 2 * (v + velocity(x_next, (yield x_next, t_next), c_next))
 
 
-def dpmpp_2m(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def dpmpp_2m(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolated to the middle of the step in lambda = log a/s.
 
     The first step, and one to t = 0 where lambda is infinite, are DDIM's.
@@ -84,7 +85,7 @@ def dpmpp_2m(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk
     return x
 
 
-def unipc(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise, order: int = 3) -> Walk:
+def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int = 3) -> Walk:
     """UniPC of that order (arXiv 2302.04867, algorithms 1 and 2 for data prediction), one call a step.
 
     The predictor passes a polynomial in lambda = log a/s through the last `order` answers; once the next answer is there, the
@@ -122,7 +123,7 @@ def _mean(answers: Sequence[Tensor], places: Sequence[Tensor], here: Tensor, the
     return sum((weight * answer for weight, answer in zip(weights, answers, strict=True)), torch.zeros_like(answers[0]))
 
 
-def euler_maruyama(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     """Euler and Maruyama's method on the reverse SDE `dx = (f x - g^2 score) dt + g dW` (arXiv 2011.13456, eq. 6).
 
     `f = da/a`, `g^2 = 2 s (ds - f s)`. A step to t = 0 is the denoised picture.
@@ -138,7 +139,7 @@ def euler_maruyama(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -
     return x
 
 
-def ddpm(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     """DDPM, `Y' = (Y + beta score) / sqrt(1 - beta) + sqrt(beta / (1 - beta)) Z` with the step's own beta (arXiv 2006.11239).
 
     For any process `sqrt(1 - beta)` is the ratio r = a/a' and `beta` the noise that the step added, `s^2 - r^2 s'^2`. A step
@@ -155,7 +156,7 @@ def ddpm(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
     return x
 
 
-def accelerated_ode(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     """The accelerated ODE sampler of arXiv 2403.03852, eq. 12: DDIM, and a correction by the change of the score.
 
     With n growing toward the noise and `alpha_n` the step's ratio of a^2 (no posterior):
@@ -180,7 +181,7 @@ def accelerated_ode(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) 
     return x
 
 
-def accelerated_sde(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def accelerated_sde(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     """The accelerated SDE sampler of arXiv 2403.03852, eq. 15, with `alpha_n` the step's ratio of a^2 (no posterior).
 
         Y+ = Y + sqrt((1 - alpha_n)/2) Z;  Y' = (Y+ + (1 - alpha_n) score_n(Y+) + sqrt((1 - alpha_n)/2) Z') / sqrt(alpha_n)
@@ -212,7 +213,7 @@ class Sampler:
     where it is defined: on any schedule, where there is `signal` (a > 0), or where variance is `preserved` as well.
     """
 
-    walk: Callable[[Tensor, Schedule, Tensor, Noise], Walk]
+    walk: Callable[[Tensor, Schedule, Times, Noise], Walk]
     order: int
     calls_per_step: int = 1
     needs: Literal["nothing", "signal", "preserved"] = "nothing"

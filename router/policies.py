@@ -31,7 +31,7 @@ def drawn(p: Tensor, draw: Tensor) -> Tensor:
     """One expert a row, drawn from `p` `[B, K]` by uniform numbers `[B]` in (0, 1): bool `[B, K]`, never where p is 0."""
     mass = p.double().cumsum(dim=1)
     k = (mass <= draw[:, None] * mass[:, -1:]).sum(dim=1)
-    return _one_hot(k, p)
+    return one_hot(k, p)
 
 
 def weights(alpha: Tensor, chosen: Tensor) -> Tensor:
@@ -41,7 +41,8 @@ def weights(alpha: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(total > 0, weight / total, chosen / chosen.sum(dim=1, keepdim=True)).to(alpha)
 
 
-def _one_hot(k: Tensor, like: Tensor) -> Tensor:
+def one_hot(k: Tensor, like: Tensor) -> Tensor:
+    """Expert k `[B]` alone, bool `[B, K]` as `like` is."""
     return torch.zeros_like(like, dtype=torch.bool).scatter_(1, k[:, None], True)
 
 
@@ -110,7 +111,7 @@ class Balanced:
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         credit = state + alpha
-        chosen = _one_hot(credit.argmax(dim=1), alpha)
+        chosen = one_hot(credit.argmax(dim=1), alpha)
         return chosen, credit - chosen.to(credit)
 
 
@@ -132,8 +133,8 @@ class Adaptive(Balanced):
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         credit, saved = state[:, :-1] + alpha, state[:, -1:] + self.budget - 1
         spend = (saved > 1 - 1e-4) & (alpha.amax(dim=1, keepdim=True) < self.decided)  # sums of floats: 0.4 + 0.6 < 1
-        first = _one_hot(credit.argmax(dim=1), alpha)
-        second = _one_hot(credit.masked_fill(first, -torch.inf).argmax(dim=1), alpha)
+        first = one_hot(credit.argmax(dim=1), alpha)
+        second = one_hot(credit.masked_fill(first, -torch.inf).argmax(dim=1), alpha)
         chosen = first | (second & spend)
         saved = saved - (chosen.sum(dim=1, keepdim=True) - 1)
         return chosen, torch.cat([credit - weights(alpha, chosen), saved], dim=1)

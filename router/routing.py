@@ -1,6 +1,7 @@
-"""The routed mixture of K experts, which is itself a denoiser."""
+"""Who moves which picture, as a pure function over rows, and the routed mixture of K experts, which is itself a denoiser."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,74 @@ from torch import Tensor
 from ddm.randomness import Use, uniform
 from router import policies
 from router.policies import Policy
-from router.sources import Alpha
+from router.sources import Alpha, Forgetful, Source
 
 Control = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Memory(NamedTuple):
+    """What routing remembers of B trajectories, a row each: of alpha's source, of the policy, and who was chosen last."""
+
+    source: Tensor
+    policy: Tensor
+    chosen: Tensor
+
+
+@dataclass(frozen=True)
+class Router:
+    """Who moves a picture: alpha's source, the weight of each cluster, and a policy.
+
+    It keeps nothing: what it remembers of a trajectory is handed in and out, so it routes trajectories of any company, each
+    anywhere on its way. `pi` `[K]` are the clusters' shares. `weights` `[K]` multiply them, and alpha with them, which is
+    Bayes' rule for the mixture with those shares; 0 leaves a cluster out.
+    """
+
+    source: Source
+    policy: Policy
+    pi: Tensor
+    weights: Tensor | None = None
+
+    def start(self, x: Tensor, draw: Tensor) -> Memory:
+        """The memory of trajectories that start at x `[B, ...]`, with uniform draws `[B]`."""
+        pi = _reweighted(self.pi.to(x), self.weights).expand(len(x), -1)
+        return Memory(self.source.start(x), self.policy.start(pi, draw), torch.zeros_like(pi, dtype=torch.bool))
+
+    def route(
+        self,
+        x: Tensor,
+        t: Tensor,
+        memory: Memory,
+        draw: Tensor,
+        held: bool | Tensor = False,
+        alive: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """alpha `[B, K]` and the memory with who is chosen now, at x `[B, ...]`, t `[]` or `[B]`, with uniform draws `[B]`.
+
+        `held` (one or `[B]`): within a step, where the choice stays. `alive` (bool `[K]`): the experts that there are; alpha is
+        renormalized over them, and who would have been another's turn is the likeliest of them.
+        """
+        alpha, source = self.source.step(x, t, memory.source)
+        alpha = _reweighted(alpha, self.weights)
+        if alive is not None:
+            alpha = _reweighted(alpha, alive.to(alpha))
+        chosen, state = self.policy.choose(alpha, memory.policy, draw)
+        if alive is not None:
+            chosen = chosen & alive
+            likeliest = policies.one_hot(alpha.masked_fill(~alive, -1).argmax(dim=1), alpha)
+            chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, likeliest)
+        if held is not False:
+            keep = torch.as_tensor(held, device=alpha.device).reshape(-1, 1)
+            chosen, state = torch.where(keep, memory.chosen, chosen), torch.where(keep, memory.policy, state)
+        return alpha, Memory(source, state, chosen)
+
+
+def _reweighted(p: Tensor, weights: Tensor | None) -> Tensor:
+    """p `[..., K]` times the weights `[K]`, summing to 1; where nothing is left, the weights alone."""
+    if weights is None:
+        return p
+    mass = p * weights
+    total = mass.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, mass / total, weights / weights.sum()).to(p)
 
 
 class Step(NamedTuple):
@@ -25,12 +91,13 @@ class Step(NamedTuple):
 class RoutedDenoiser:
     """`(x [B, ...], t []) -> E[x0 | x_t]`, `[B, ...]`, by the experts that a policy chooses at each step.
 
-    One object serves one batch of trajectories from start to end, because the policy's state and the source's are theirs;
-    picture i of the batch draws by its number `index[i]` (default i), so its choices do not depend on its company.
+    One object serves one batch of trajectories from start to end, because the memory of the way is theirs; picture i of the
+    batch draws by its number `index[i]` (default i), so its choices do not depend on its company.
 
-    experts: K denoisers. alpha: any `(x, t) -> [B, K]`. policy: a name, or a `Policy`. pi: the clusters' shares `[K]`, default
-    alpha at the first call. calls_per_step: the sampler's; the choice of experts is held within a step. clip: bound the
-    result to [-1, 1], after mixing. trace: keep a `Step` for every call in `steps`.
+    experts: K denoisers. alpha: any `(x, t) -> [B, K]`, or a `Source`. policy: a name, or a `Policy`. pi: the clusters' shares
+    `[K]`, default alpha at the first call. weights: the clusters' `[K]`, see `Router`. calls_per_step: the sampler's; the choice
+    of experts is held within a step. clip: bound the result to [-1, 1], after mixing. trace: keep a `Step` for every call in
+    `steps`.
 
     control: cheap stand-ins G_k for the experts, given as the sum `(x, t, weight [B, K]) -> sum_k weight_k G_k(x, t)`, such as
     `Gaussians.mix`. To what the chosen experts say is added what the stand-ins of all say, less what those of the chosen say:
@@ -42,47 +109,47 @@ class RoutedDenoiser:
     def __init__(
         self,
         experts: Sequence[Callable[[Tensor, Tensor], Tensor]],
-        alpha: Alpha,
+        alpha: Alpha | Source,
         policy: str | Policy = "balanced",
         seed: int = 0,
         *,
         index: Tensor | None = None,
         pi: Tensor | None = None,
+        weights: Tensor | None = None,
         calls_per_step: int = 1,
         clip: bool = False,
         control: Control | None = None,
         trace: bool = False,
     ) -> None:
-        self.experts, self.alpha, self.seed = experts, alpha, seed
+        self.experts, self.seed = experts, seed
+        self.source = alpha if isinstance(alpha, Source) else Forgetful(alpha)
         self.policy = policies.policy(policy) if isinstance(policy, str) else policy
-        self.index, self.pi = index, pi
+        self.index, self.pi, self.weights = index, pi, weights
         self.calls_per_step, self.clip, self.control, self.trace = calls_per_step, clip, control, trace
         self.calls = 0
         self.steps: list[Step] = []
         self._asked = 0
-        self._state: Tensor | None = None
-        self._chosen: Tensor | None = None
+        self._router: Router | None = None
+        self._memory: Memory | None = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha = self.alpha(x, t)
-        chosen = self._choose(alpha)
+        alpha, chosen = self._route(x, t)
         denoised = self._mix(x, t, alpha, chosen)
         if self.trace:
             self.steps.append(Step(float(t), alpha.cpu(), chosen.cpu()))
         return denoised.clamp(-1, 1) if self.clip else denoised
 
-    def _choose(self, alpha: Tensor) -> Tensor:
+    def _route(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         step, within = divmod(self._asked, self.calls_per_step)
         self._asked += 1
-        if self._chosen is not None and within > 0:
-            return self._chosen
-        index = torch.arange(len(alpha), device=alpha.device) if self.index is None else self.index
-        if self._state is None:
-            pi = alpha if self.pi is None else self.pi.to(alpha).expand_as(alpha)
-            self._state = self.policy.start(pi, uniform(self.seed, Use.CHOICE, index)[:, 0])
+        index = torch.arange(len(x), device=x.device) if self.index is None else self.index
+        if self._router is None or self._memory is None:
+            pi = self.source.step(x, t, self.source.start(x))[0] if self.pi is None else self.pi
+            self._router = Router(self.source, self.policy, pi, self.weights)
+            self._memory = self._router.start(x, uniform(self.seed, Use.CHOICE, index)[:, 0])
         draw = uniform(self.seed, Use.CHOICE, index, step + 1)[:, 0]
-        self._chosen, self._state = self.policy.choose(alpha, self._state, draw)
-        return self._chosen
+        alpha, self._memory = self._router.route(x, t, self._memory, draw, held=within > 0)
+        return alpha, self._memory.chosen
 
     def _mix(self, x: Tensor, t: Tensor, alpha: Tensor, chosen: Tensor) -> Tensor:
         """Call each chosen expert once, with all its pictures, and add up by weight."""

@@ -1,8 +1,10 @@
 """A trained bundle in this process: load it, check every hash, sample."""
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
@@ -17,13 +19,13 @@ from ddm.gaussian import MOMENTS, Gaussians
 from ddm.grids import GRIDS
 from ddm.partition import Partition
 from ddm.randomness import Use, normal
-from ddm.samplers import SAMPLERS, drive, plan, sampler, start
+from ddm.samplers import SAMPLERS, Sampler, Walk, drive, plan, sampler
 from ddm.schedules import Schedule, schedule
 from experts.denoiser import Denoiser, ExpertConfig
 from router.networks import DerivativeNet, PosteriorNet, RouterConfig
 from router.policies import POLICIES, policy
-from router.routing import RoutedDenoiser
-from router.sources import SOURCES, Alpha, Integrated, prior
+from router.routing import Control, RoutedDenoiser, Router
+from router.sources import SOURCES, Alpha, Forgetful, Integrated, Source, prior
 from router.targets import exact_posterior
 
 C = TypeVar("C")
@@ -48,6 +50,9 @@ class SampleConfig:
     pull: float = 40.0  # for source=combined, towards the posterior net, a unit of t
     t_min: float = 0.0  # where the grid ends
     clip: bool = True  # bound the denoised pictures to [-1, 1], after mixing
+    clusters: dict[str, float] = field(
+        default_factory=dict
+    )  # what their shares are multiplied by; others 0; none for all
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `sample.…` of a value that is unknown or out of range."""
@@ -62,6 +67,13 @@ class SampleConfig:
         sampler(self.sampler, self.order)
         require(self.pull >= 0, "sample.pull", "be at least 0", self.pull)
         require(0 <= self.t_min < 1, "sample.t_min", "be in [0, 1)", self.t_min)
+        enough = all(0 <= weight < math.inf for weight in self.clusters.values()) and sum(self.clusters.values()) > 0
+        require(
+            not self.clusters or enough,
+            "sample.clusters",
+            "have finite weights of at least 0, not all 0",
+            self.clusters,
+        )
 
 
 class Trace(NamedTuple):
@@ -73,6 +85,29 @@ class Trace(NamedTuple):
     calls: int  # expert evaluations, a picture each
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The way of a picture under one `SampleConfig`, but for the experts: who moves it, from where, by which sampler."""
+
+    config: SampleConfig
+    router: Router
+    control: Control | None
+    method: Sampler
+    times: Sequence[Tensor]
+    schedule: Schedule
+    shape: Sequence[int]
+
+    def start(self, seed: int, index: Tensor) -> Tensor:
+        """x at t = 1 of the pictures `index` `[B]` of a seed, `[B, C, H, W]`."""
+        return normal(seed, Use.START, index, 0, self.shape) * self.schedule(torch.ones((), dtype=torch.float64)).s
+
+    def walk(self, x: Tensor, seed: int, index: Tensor) -> Walk:
+        """The sampler, ready to be driven from `start`."""
+        return self.method.walk(
+            x, self.schedule, self.times, lambda step: normal(seed, Use.STEP, index, step, self.shape)
+        )
+
+
 class Model:
     """K experts and their router, ready to sample. Made by `load`.
 
@@ -81,14 +116,18 @@ class Model:
     """
 
     def __init__(
-        self, bundle: Bundle, device: str | torch.device, pictures: Callable[[], dict[str, Tensor]] | None
+        self,
+        bundle: Bundle,
+        device: str | torch.device,
+        pictures: Callable[[], dict[str, Tensor]] | None,
+        experts: bool = True,
     ) -> None:
         self.device = torch.device(device)
         self.shape, self.names, self.version = bundle.partition.shape, bundle.partition.names, bundle.version
         self.pi = bundle.partition.pi.to(self.device)
         self.schedule: Schedule = schedule(**bundle.schedule)
         self.gaussians = self._gaussians(bundle.experts)
-        self.experts = [self._expert(artifact) for artifact in bundle.experts]
+        self.experts = [_expert(artifact, self.schedule, self.device) for artifact in bundle.experts] if experts else []
         self.posterior: PosteriorNet | None = None
         self.derivative: DerivativeNet | None = None
         if bundle.router:
@@ -144,7 +183,9 @@ class Model:
         config = SampleConfig(**settings)
         config.check()
         plan(config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order)
-        needs_router = config.source in ("posterior", "derivative", "combined") and len(self.experts) > 1
+        if unknown := [name for name in config.clusters if name not in self.names]:
+            raise one_of("sample.clusters", unknown[0], tuple(self.names))
+        needs_router = config.source in ("posterior", "derivative", "combined") and len(self.names) > 1
         if needs_router and self.posterior is None:
             raise ConfigError(
                 f"sample.source must be prior or analytic for a bundle without a router, got {config.source!r}"
@@ -155,17 +196,31 @@ class Model:
             )
         return config
 
-    def source(self, config: SampleConfig) -> Alpha:
-        """A fresh source of alpha for one batch of trajectories."""
-        if len(self.experts) == 1 or config.source == "prior":
-            return prior(self.pi)
+    def recipe(self, config: SampleConfig) -> Recipe:
+        """The way of a picture under these checked settings."""
+        method, times = plan(config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order)
+        weights = [config.clusters.get(name, 0.0) for name in self.names] if config.clusters else None
+        rule = policy(config.policy, config.top_k, config.nucleus_p, config.budget)
+        return Recipe(
+            config,
+            Router(self._source(config), rule, self.pi, None if weights is None else self.pi.new_tensor(weights)),
+            self.gaussians.mix if config.control == "gaussian" and config.policy != "fixed" else None,
+            method,
+            list(times),
+            cache(self.schedule),  # the same few times for every picture
+            self.shape,
+        )
+
+    def _source(self, config: SampleConfig) -> Source:
+        if len(self.names) == 1 or config.source == "prior":
+            return Forgetful(prior(self.pi))
         if config.source == "analytic":
-            return self._exact()
+            return Forgetful(self._exact())
         assert self.posterior is not None
         assert self.derivative is not None
         match config.source:
             case "posterior":
-                return self.posterior
+                return Forgetful(self.posterior)
             case "derivative":
                 return Integrated(self.derivative, self.pi)
             case _:
@@ -175,33 +230,21 @@ class Model:
     def _walk(
         self, index: Tensor, seed: int, config: SampleConfig, trace: bool, progress: Callable[[int], object] | None
     ) -> tuple[Tensor, RoutedDenoiser]:
-        calls_per_step = sampler(config.sampler).calls_per_step
+        recipe = self.recipe(config)
+        calls_per_step, router = recipe.method.calls_per_step, recipe.router
         routed = RoutedDenoiser(
             self.experts,
-            self.source(config),
-            policy(config.policy, config.top_k, config.nucleus_p, config.budget),
+            router.source,
+            router.policy,
             seed,
             index=index,
-            pi=self.pi,
+            pi=router.pi,
+            weights=router.weights,
             calls_per_step=calls_per_step,
             clip=config.clip,
-            control=self.gaussians.mix if config.control == "gaussian" and config.policy != "fixed" else None,
+            control=recipe.control,
             trace=trace,
         )
-        noise = normal(seed, Use.START, index, 0, self.shape)
-        x = noise * self.schedule(torch.ones((), dtype=torch.float64)).s
-        walk = start(
-            x,
-            self.schedule,
-            config.sampler,
-            config.steps,
-            config.grid,
-            seed=seed,
-            index=index,
-            t_min=config.t_min,
-            order=config.order,
-        )
-
         asked = itertools.count()
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -209,7 +252,7 @@ class Model:
                 progress(len(x))
             return routed(x, t)
 
-        pictures, _calls = drive(walk, denoise)
+        pictures, _calls = drive(recipe.walk(recipe.start(seed, index), seed, index), denoise)
         return (pictures.clamp(-1, 1) if config.clip else pictures), routed
 
     def _exact(self) -> Alpha:
@@ -226,11 +269,6 @@ class Model:
         )
         return Gaussians(means, variances, self.schedule)
 
-    def _expert(self, artifact: Artifact) -> Denoiser:
-        denoiser = _config(ExpertConfig, artifact).build(self.shape, self.schedule)
-        _fill(denoiser, artifact)
-        return denoiser.eval().requires_grad_(False).to(self.device)
-
     def _router(self, artifact: Artifact) -> tuple[PosteriorNet, DerivativeNet]:
         posterior, derivative = _config(RouterConfig, artifact).build(self.shape, self.pi.cpu(), self.schedule)
         _fill(torch.nn.ModuleDict({"posterior": posterior, "derivative": derivative}), artifact)
@@ -240,8 +278,8 @@ class Model:
         )
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
-    """Load a run's folder or a bundle's, checking every hash.
+def load(folder: str | Path, device: str | torch.device = "cpu", experts: bool = True) -> Model:
+    """Load a run's folder or a bundle's, checking every hash; without `experts`, all but their networks.
 
     Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
     """
@@ -252,10 +290,30 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Model:
         def pictures() -> dict[str, Tensor]:
             return Partition.read(clusters).all(clusters)
 
-        return Model(read_bundle(folder / "bundle"), device, pictures)
+        return Model(read_bundle(folder / "bundle"), device, pictures, experts)
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is no folder: load takes a run or a bundle, such as runs/digits")
-    return Model(read_bundle(folder), device, None)
+    return Model(read_bundle(folder), device, None, experts)
+
+
+def load_expert(folder: str | Path, k: int, device: str | torch.device = "cpu") -> tuple[Denoiser, str]:
+    """Expert k of a run or a bundle, alone, and the bundle's version; no other artifact is read.
+
+    Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
+    """
+    folder = Path(folder)
+    inner = folder / "bundle" if (folder / "bundle").is_dir() else folder
+    bundle = read_bundle(inner, only=[f"expert-{k:02d}"])
+    if not bundle.experts:
+        raise ArtifactError(f"{inner} has no expert {k}, it has {bundle.partition.k}")
+    _ = [_taken(bundle.experts[0], name) for name in MOMENTS]
+    return _expert(bundle.experts[0], schedule(**bundle.schedule), torch.device(device)), bundle.version
+
+
+def _expert(artifact: Artifact, schedule: Schedule, device: torch.device) -> Denoiser:
+    denoiser = _config(ExpertConfig, artifact).build(artifact.facts["shape"], schedule)
+    _fill(denoiser, artifact)
+    return denoiser.eval().requires_grad_(False).to(device)
 
 
 def _joined(batches: list[RoutedDenoiser]) -> Trace:

@@ -16,7 +16,7 @@ from ddm.samplers import Denoiser, drive, plan, sample, start
 from ddm.schedules import Schedule, schedule
 from router.policies import Policy
 from router.routing import Control, RoutedDenoiser
-from router.sources import Alpha
+from router.sources import Alpha, Source
 from train.data import DataConfig
 
 
@@ -39,7 +39,7 @@ class Bed:
         steps: int,
         policy: str | Policy = "full",
         *,
-        alpha: Alpha | None = None,
+        alpha: Alpha | Source | None = None,
         control: bool = False,
         sampler: str = "ddim",
         order: int = 3,

@@ -9,7 +9,7 @@ from benchmarks.lab.beds import Bed, mixture
 from benchmarks.lab.page import COLOURS, Page, axes, legend_below, steps_axis, table
 from ddm.measures import power_law_fit, sliced_w2
 from router.policies import Nucleus, Policy, TopK
-from router.sources import Alpha, Integrated, prior
+from router.sources import Alpha, Integrated, Source, prior
 
 CALLS = (10, 25, 50, 100)
 PULL = 40.0  # the default of `sample.pull`
@@ -42,8 +42,8 @@ def _methods(bed: Bed) -> dict[str, tuple[str | Policy, bool, float]]:
     }
 
 
-def _sources(bed: Bed) -> dict[str, Alpha]:
-    """Fresh sources: the exact posterior, none, and its exact rate integrated without and with correction."""
+def _sources(bed: Bed) -> dict[str, Alpha | Source]:
+    """Sources: the exact posterior, none, and its exact rate integrated without and with correction."""
     assert bed.rate is not None
     return {
         "posterior": bed.alpha,

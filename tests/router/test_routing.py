@@ -103,6 +103,7 @@ def test_a_chosen_expert_that_alpha_no_longer_likes_still_moves_its_picture() ->
         [constant(1.0), constant(2.0)],
         lambda x, t: torch.tensor(next(alphas)).expand(len(x), -1),
         Drawing(policy("fixed"), torch.tensor([0.1, 0.9], dtype=torch.float64)),
+        pi=torch.tensor([0.25, 0.75]),
     )
     for t in (1.0, 0.5, 0.1):
         torch.testing.assert_close(model(torch.zeros(2, 1), torch.tensor(t)), torch.tensor([[1.0], [2.0]]))
@@ -197,6 +198,7 @@ def test_a_choice_is_held_within_a_step_of_two_calls() -> None:
             [constant(1.0), constant(2.0)],
             lambda x, t: torch.tensor([next(rows)]),
             "top_k",
+            pi=torch.tensor([0.5, 0.5]),
             calls_per_step=calls_per_step,
         )
         return [float(model(torch.zeros(1, 1), torch.tensor(0.5))) for _ in alphas]

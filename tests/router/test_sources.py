@@ -80,7 +80,7 @@ def test_integrating_the_oracle_s_rate_along_the_full_ode_follows_its_posterior_
         worst = 0.0
         for row in range(len(starts)):
             x_start = places[0][row : row + 1]
-            source = Integrated(mixture.posterior_rate, mixture.posterior(x_start, times[0])[0])
+            source = Followed(mixture.posterior_rate, mixture.posterior(x_start, times[0])[0])
             for t, x in zip(times[::every], places[::every], strict=True):
                 alpha = source(x[row : row + 1], t)
                 worst = max(worst, float((alpha - mixture.posterior(x[row : row + 1], t)).abs().max()))
@@ -94,7 +94,7 @@ def test_integrating_the_oracle_s_rate_along_the_full_ode_follows_its_posterior_
 
 def test_a_rate_linear_in_t_is_integrated_exactly_and_downwards_from_pi() -> None:
     slope = torch.tensor([0.4, -0.1, -0.3], dtype=torch.float64)
-    source = Integrated(lambda x, t: (t * slope).expand(len(x), -1), PI)
+    source = Followed(lambda x, t: (t * slope).expand(len(x), -1), PI)
     x = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
     for t in (1.0, 0.9, 0.5, 0.0):  # steps of any size
         alpha = source(x, torch.tensor(t, dtype=torch.float64))
@@ -104,11 +104,21 @@ def test_a_rate_linear_in_t_is_integrated_exactly_and_downwards_from_pi() -> Non
 def test_a_rate_that_points_out_of_the_simplex_slides_along_its_nearest_face_and_leaves_it_when_it_turns() -> None:
     slope = torch.tensor([8.0, -5.0, -3.0])
     rates = iter([slope, slope, 0 * slope, -slope / 16])  # t falls: a positive rate lowers the first
-    source = Integrated(lambda x, t: next(rates).expand(len(x), -1), torch.tensor([0.5, 0.3, 0.2]))
+    source = Followed(lambda x, t: next(rates).expand(len(x), -1), torch.tensor([0.5, 0.3, 0.2]))
     found = torch.cat([source(torch.zeros(1, 2), torch.tensor(t)) for t in (1.0, 0.9, 0.9, 0.5)])
     # (.5, .3, .2) - .1 (8, -5, -3) = (-.3, .8, .5), of which (0, .65, .35) is the nearest point; then half of .4 (.5, ...)
     expected = [[0.5, 0.3, 0.2], [0.0, 0.65, 0.35], [0.0, 0.65, 0.35], [0.1, 0.5875, 0.3125]]
     torch.testing.assert_close(found, torch.tensor(expected))
+
+
+class Followed(Integrated):
+    """One batch of trajectories from start to end: the memory goes from call to call."""
+
+    memory: Tensor | None = None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, self.memory = self.step(x, t, self.start(x) if self.memory is None else self.memory)
+        return alpha
 
 
 def varying_sources() -> tuple[GaussianMixture, Tensor, list[float]]:
@@ -117,8 +127,8 @@ def varying_sources() -> tuple[GaussianMixture, Tensor, list[float]]:
 
 def test_with_pull_0_combined_is_derivative() -> None:
     mixture, x, times = varying_sources()
-    combined = Integrated(mixture.posterior_rate, PI, mixture.posterior, pull=0.0)
-    derivative = Integrated(mixture.posterior_rate, PI)
+    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, pull=0.0)
+    derivative = Followed(mixture.posterior_rate, PI)
     for t in torch.tensor(times, dtype=torch.float64):
         torch.testing.assert_close(combined(x, t), derivative(x, t), rtol=0, atol=0)
     assert (derivative(x, t) - mixture.posterior(x, t)).abs().max() > 0.01
@@ -126,7 +136,7 @@ def test_with_pull_0_combined_is_derivative() -> None:
 
 def test_with_a_pull_beyond_all_bounds_combined_is_the_posterior_from_the_second_call_on() -> None:
     mixture, x, times = varying_sources()
-    combined = Integrated(mixture.posterior_rate, PI, mixture.posterior, pull=1e9)
+    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, pull=1e9)
     for step, t in enumerate(torch.tensor(times, dtype=torch.float64)):
         expected = mixture.posterior(x, t) if step > 0 else PI.expand(3, -1)
         torch.testing.assert_close(combined(x, t), expected)
@@ -134,7 +144,7 @@ def test_with_a_pull_beyond_all_bounds_combined_is_the_posterior_from_the_second
 
 def test_with_an_infinite_pull_combined_is_on_the_simplex_at_the_first_call_and_the_posterior_later() -> None:
     mixture, x, times = varying_sources()
-    combined = Integrated(mixture.posterior_rate, PI, mixture.posterior, pull=math.inf)
+    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, pull=math.inf)
     first, *later = torch.tensor(times, dtype=torch.float64)
     alpha = combined(x, first)
     assert alpha.isfinite().all() and (alpha >= 0).all()
@@ -149,7 +159,7 @@ def test_the_pull_is_equal_in_equal_time_whatever_the_number_of_steps() -> None:
     x = torch.zeros(2, 2, dtype=torch.float64)
     expected = target + (PI - target) * math.exp(-pull * (1 - end))
     for steps in (1, 4, 60):
-        source = Integrated(lambda x, t: torch.zeros(len(x), 3).to(x), PI, lambda x, t: target.expand(len(x), -1), pull)
+        source = Followed(lambda x, t: torch.zeros(len(x), 3).to(x), PI, lambda x, t: target.expand(len(x), -1), pull)
         for t in torch.linspace(1, end, steps + 1, dtype=torch.float64):
             alpha = source(x, t)
         torch.testing.assert_close(alpha, expected.expand(2, -1))
