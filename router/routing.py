@@ -61,13 +61,13 @@ class Router:
         if alive is not None:
             alpha = _reweighted(alpha, alive.to(alpha))
         chosen, state = self.policy.choose(alpha, memory.policy, draw)
+        if held is not False:
+            keep = torch.as_tensor(held, device=alpha.device).reshape(-1, 1)
+            chosen, state = torch.where(keep, memory.chosen, chosen), torch.where(keep, memory.policy, state)
         if alive is not None:
             chosen = chosen & alive
             likeliest = policies.one_hot(alpha.masked_fill(~alive, -1).argmax(dim=1), alpha)
             chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, likeliest)
-        if held is not False:
-            keep = torch.as_tensor(held, device=alpha.device).reshape(-1, 1)
-            chosen, state = torch.where(keep, memory.chosen, chosen), torch.where(keep, memory.policy, state)
         return alpha, Memory(source, state, chosen)
 
 

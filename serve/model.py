@@ -31,6 +31,7 @@ from router.targets import exact_posterior
 C = TypeVar("C")
 
 CONTROLS = ("none", "gaussian")
+_ROUTERS = 64  # kept, of as many different settings
 
 
 @dataclass
@@ -134,6 +135,7 @@ class Model:
             self.posterior, self.derivative = self._router(bundle.router)
         self._pictures = pictures
         self._analytic: Alpha | None = None
+        self._routers: dict[str, Router] = {}
 
     @overload
     def sample(self, n: int, *, trace: Literal[False] = False, **settings: Any) -> Tensor: ...
@@ -199,17 +201,27 @@ class Model:
     def recipe(self, config: SampleConfig) -> Recipe:
         """The way of a picture under these checked settings."""
         method, times = plan(config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order)
-        weights = [config.clusters.get(name, 0.0) for name in self.names] if config.clusters else None
-        rule = policy(config.policy, config.top_k, config.nucleus_p, config.budget)
         return Recipe(
             config,
-            Router(self._source(config), rule, self.pi, None if weights is None else self.pi.new_tensor(weights)),
+            self._routed_by(config),
             self.gaussians.mix if config.control == "gaussian" and config.policy != "fixed" else None,
             method,
             list(times),
             cache(self.schedule),  # the same few times for every picture
             self.shape,
         )
+
+    def _routed_by(self, config: SampleConfig) -> Router:
+        """The router of these settings, the same object for the same ones: whoever has it can be routed together."""
+        c = config
+        key = repr((c.source, c.pull, c.policy, c.top_k, c.nucleus_p, c.budget, c.clusters))
+        if key not in self._routers:
+            weights = self.pi.new_tensor([c.clusters.get(name, 0.0) for name in self.names]) if c.clusters else None
+            if len(self._routers) >= _ROUTERS:
+                del self._routers[next(iter(self._routers))]
+            rule = policy(c.policy, c.top_k, c.nucleus_p, c.budget)
+            self._routers[key] = Router(self._source(c), rule, self.pi, weights)
+        return self._routers[key]
 
     def _source(self, config: SampleConfig) -> Source:
         if len(self.names) == 1 or config.source == "prior":

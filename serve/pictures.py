@@ -1,5 +1,6 @@
 """Pictures as people and files have them: uint8, sheets, PNG."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,15 @@ def contact_sheet(rows: Sequence[Tensor], least_side: int = 32) -> Tensor:
     return sheet
 
 
+def encoded(picture: Tensor, form: str = "png") -> bytes:
+    """A uint8 picture `[C, H, W]`, grey or RGB, as a file's bytes: png, webp (lossless) or jpeg."""
+    file = io.BytesIO()
+    options = {"lossless": True} if form == "webp" else {}
+    Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(file, format=form.upper(), **options)
+    return file.getvalue()
+
+
 def write_png(path: Path, picture: Tensor) -> None:
     """Write a uint8 picture `[C, H, W]`, grey or RGB."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(path, format="PNG")
+    path.write_bytes(encoded(picture))

@@ -1,0 +1,478 @@
+"""The step engine: continuous batching at the level of the ODE step.
+
+Every picture is a path of its own: its sampler, its place in time, what routing remembers of it. A path that needs expert k
+waits in k's queue; whenever k is free it takes up to `max_batch` of what waits there, whatever request and whatever step it
+belongs to; the answers move those paths on, which are routed, together with whoever else is ready, and queued again. There is
+no barrier between experts and none between requests. Nothing here knows of Ray, HTTP or devices: experts are asked through
+`Expert`, and all of it runs on one asyncio loop, with the arithmetic of routing in a thread.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ddm.randomness import Use, uniform
+from ddm.samplers import Walk
+from router import policies
+from router.routing import Memory
+from serve.metrics import Metrics
+from serve.model import Recipe
+
+log = logging.getLogger(__name__)
+
+
+class UnavailableError(Exception):
+    """An expert cannot be reached now; the same call may be made again, since an answer depends on (x, t) alone."""
+
+
+class ServingError(Exception):
+    """Why a request's pictures were not made."""
+
+
+class ExpertAwayError(ServingError):
+    """An expert stays unreachable."""
+
+
+class ExpertFailedError(ServingError):
+    """An expert answered a picture with an error, each time it was asked."""
+
+
+class Expert(Protocol):
+    """Where one expert can be asked.
+
+    `turn` is acquired for each call: the experts of one device share one, and a remote expert's counts its replicas. `calls` is
+    how many can be under way at once.
+    """
+
+    name: str
+    turn: asyncio.Semaphore
+    calls: int
+
+    async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """x `[B, C, H, W]`, t `[B]` -> the denoised x. Raises `UnavailableError` where it cannot be reached."""
+        ...
+
+    async def check(self) -> None:
+        """Return if it can be reached, else raise `UnavailableError`."""
+        ...
+
+
+class Taken(NamedTuple):
+    """One call on a picture's way: the time, alpha `[K]`, and who was asked, bool `[K]`."""
+
+    t: float
+    alpha: Tensor
+    chosen: Tensor
+
+
+@dataclass(eq=False)
+class Job:
+    """Pictures `index` `[n]` of a seed, under one recipe; `watch` hears `(place, call, denoised [C, H, W])` as it happens."""
+
+    recipe: Recipe
+    seed: int
+    index: Tensor
+    watch: Callable[[int, Taken, Tensor], None] | None = None
+    trace: bool = False
+    pictures: dict[int, Tensor] = field(default_factory=dict)  # by place, `[C, H, W]`, as they are done
+    taken: dict[int, list[Taken]] = field(default_factory=dict)  # by place, where traced
+    calls: int = 0  # expert evaluations
+    absent: set[str] = field(default_factory=set)  # experts that were done without
+    begun: int = 0  # pictures on their way or done
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def steps(self) -> int:
+        """Denoiser calls on a picture's way."""
+        return (len(self.recipe.times) - 1) * self.recipe.method.calls_per_step
+
+    @property
+    def cost(self) -> int:
+        """Pictures times steps that are still to come."""
+        return (len(self.index) - len(self.pictures)) * self.steps
+
+    def fail(self, error: ServingError) -> None:
+        """End it."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(eq=False)
+class Path:
+    """One picture on its way. Everything about it is its own, so its company changes nothing."""
+
+    job: Job
+    place: int
+    walk: Walk
+    draws: list[float]  # uniform, one a step
+    memory: Memory  # rows of one
+    before: Memory  # the last call's, for routing it again
+    x: Tensor | None = None  # [1, C, H, W]
+    t: Tensor | None = None  # []
+    asked: int = 0  # calls of its sampler
+    alpha: Tensor | None = None  # [K]
+    waits_for: dict[int, float] = field(default_factory=dict)  # the experts asked, and the weight of what each says
+    answers: dict[int, Tensor] = field(default_factory=dict)
+    rest: Tensor | None = None  # what the stand-ins add, [1, C, H, W]
+    turn: int = 0  # counts what is asked, so that an answer to an earlier question is known as such
+    failures: int = 0  # calls in a row that an expert answered with an error
+    taken: Taken | None = None  # the call that brought it here
+    denoised: Tensor | None = None  # what was said then, [1, C, H, W]
+    picture: Tensor | None = None  # [C, H, W], at the end
+    error: Exception | None = None
+
+
+class Engine:
+    """Moves the paths of all jobs. `start` it, `run` jobs, `close` it.
+
+    experts: in the order of the clusters. turn: acquired for routing, so that it shares a device with those experts that have the
+    same. max_batch: pictures a call. max_active: pictures on their way at once; others wait, first come first served.
+    call_timeout_s: after which a call counts as lost. retry_s: how long an expert may be unreachable before it counts as away;
+    then jobs that need it end with `ExpertAwayError` (`degraded="fail"`), or alpha is renormalized over the others
+    (`"renormalize"`) until it is back.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Expert],
+        turn: asyncio.Semaphore,
+        *,
+        max_batch: int = 64,
+        max_active: int = 256,
+        call_timeout_s: float = 30.0,
+        retry_s: float = 60.0,
+        degraded: Literal["fail", "renormalize"] = "fail",
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.experts, self.turn = experts, turn
+        self.max_batch, self.max_active = max_batch, max_active
+        self.call_timeout_s, self.retry_s, self.degraded = call_timeout_s, retry_s, degraded
+        self.metrics = metrics or Metrics()
+        self.alive = [True] * len(experts)
+        self.jobs: dict[Job, None] = {}  # in the order in which they came
+        self._ready: deque[Path] = deque()  # to be routed
+        self._queues: list[deque[Path]] = [deque() for _ in experts]
+        self._lost_since = [math.inf] * len(experts)
+        self._wakes = [asyncio.Event() for _ in range(len(experts) + 1)]  # each expert's, and routing's
+        self._workers: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to work."""
+        work = [self._ask(k) for k, expert in enumerate(self.experts) for _ in range(expert.calls)]
+        self._workers = [asyncio.create_task(worker) for worker in [self._route(), *work]]
+        for worker in self._workers:
+            worker.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        """Stop; jobs that are not done end with an error."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        for job in list(self.jobs):
+            job.fail(ServingError("the server is stopping"))
+
+    @property
+    def cost(self) -> int:
+        """Pictures times steps that were accepted and are still to come."""
+        return sum(job.cost for job in self.jobs)
+
+    def waiting(self, k: int) -> int:
+        """Pictures that wait for expert k."""
+        return len(self._queues[k])
+
+    async def run(self, job: Job) -> None:
+        """Make the job's pictures. Cancelling it, as a deadline does, takes them off the engine at once.
+
+        Raises `ServingError`.
+        """
+        self.jobs[job] = None
+        self._wakes[-1].set()
+        try:
+            await job.done
+        finally:
+            del self.jobs[job]
+            if len(job.pictures) < len(job.index):
+                self._drop(lambda path: path.job is job)
+            self._wakes[-1].set()  # there is room for others
+
+    def _ended(self, worker: asyncio.Task[None]) -> None:
+        """A worker never ends by itself: if one did, it is our own fault, and no job must wait for it for ever."""
+        if not worker.cancelled():
+            log.error("a worker of the engine ended", exc_info=worker.exception())
+            for job in list(self.jobs):
+                job.fail(ServingError("the engine failed"))
+
+    def _drop(self, condition: Callable[[Path], bool]) -> None:
+        """Take the paths that meet a condition out of every queue."""
+        for queue in (self._ready, *self._queues):
+            kept = [path for path in queue if not condition(path)]
+            if len(kept) < len(queue):
+                queue.clear()
+                queue.extend(kept)
+
+    # Routing: one worker
+
+    async def _route(self) -> None:
+        while True:
+            await self._wakes[-1].wait()
+            async with self.turn:
+                self._wakes[-1].clear()
+                paths, begun = list(self._ready), self._begin()
+                self._ready.clear()
+                if not paths and not begun:
+                    continue
+                started = time.perf_counter()
+                alive = None if all(self.alive) or self.degraded == "fail" else torch.tensor(self.alive)
+                paths = await asyncio.to_thread(_advance, paths, begun, alive)
+                self.metrics.observe("route_seconds", time.perf_counter() - started)
+            for path in paths:
+                if path.job in self.jobs:  # it may have left meanwhile
+                    self._tell(path)
+                    self._enqueue(path, alive is not None)
+
+    def _begin(self) -> list[tuple[Job, range]]:
+        """The next pictures for which there is room, in the order in which they came: their places in their jobs."""
+        room = self.max_active - sum(job.begun - len(job.pictures) for job in self.jobs)
+        begun = []
+        for job in self.jobs:
+            places = range(job.begun, min(job.begun + room, len(job.index)))
+            if places:
+                begun.append((job, places))
+                job.begun, room = places.stop, room - len(places)
+        return begun
+
+    def _tell(self, path: Path) -> None:
+        """Report the call that has brought the path here."""
+        job, taken = path.job, path.taken
+        if path.error is not None:
+            log.error("a picture failed", exc_info=path.error)
+            job.fail(ServingError(f"a picture failed: {path.error}"))
+        if taken is None:
+            return
+        path.taken = None
+        job.calls += int(taken.chosen.sum())
+        if job.trace:
+            job.taken.setdefault(path.place, []).append(taken)
+        if job.watch is not None and path.denoised is not None:
+            job.watch(path.place, taken, path.denoised[0])
+
+    def _enqueue(self, path: Path, without: bool) -> None:
+        """Hand a path to the experts that it waits for, or its picture to its job."""
+        job = path.job
+        if path.picture is not None:
+            job.pictures[path.place] = path.picture
+            self.metrics.count("pictures")
+            if len(job.pictures) == len(job.index) and not job.done.done():
+                job.done.set_result(None)
+            return
+        if without:
+            job.absent |= {expert.name for expert, there in zip(self.experts, self.alive, strict=True) if not there}
+        for k in path.waits_for:
+            if not self.alive[k]:
+                self._deprive(k, [path])
+            else:
+                self._queues[k].append(path)
+                self._wakes[k].set()
+
+    # Asking: as many workers an expert as it takes calls at once
+
+    async def _ask(self, k: int) -> None:
+        expert, queue, wake = self.experts[k], self._queues[k], self._wakes[k]
+        while True:
+            while not queue:
+                wake.clear()
+                await wake.wait()
+            lost: UnavailableError | None = None
+            async with expert.turn:
+                asked = self._take(queue)
+                if not asked:
+                    continue
+                try:
+                    answers = await self._call(k, [path for path, _ in asked])
+                except UnavailableError as error:
+                    lost = error
+                except Exception as error:
+                    self._failed(k, self._still(asked), error)
+                    continue
+            if lost is not None:
+                queue.extendleft(reversed(self._still(asked)))
+                await self._lost(k, lost)
+                continue
+            self._lost_since[k] = math.inf
+            said = dict(zip((path for path, _ in asked), answers.split(1), strict=True))
+            for path in self._still(asked):
+                path.answers[k], path.failures = said[path], 0
+                if len(path.answers) == len(path.waits_for):
+                    self._ready.append(path)
+            self._wakes[-1].set()
+
+    def _still(self, asked: list[tuple[Path, int]]) -> list[Path]:
+        """Those that still wait for what they asked: their job is there, and they were not routed again meanwhile."""
+        return [path for path, turn in asked if path.turn == turn and path.job in self.jobs]
+
+    def _take(self, queue: deque[Path]) -> list[tuple[Path, int]]:
+        """The next call's paths, with their turns. One that an expert has failed is asked for alone: it may be its own fault."""
+        paths: list[Path] = []
+        while queue and len(paths) < self.max_batch and not (paths and (paths[0].failures or queue[0].failures)):
+            paths.append(queue.popleft())
+        return [(path, path.turn) for path in paths]
+
+    async def _call(self, k: int, paths: list[Path]) -> Tensor:
+        expert, name = self.experts[k], self.experts[k].name
+        x = torch.cat([path.x for path in paths if path.x is not None])
+        t = torch.stack([path.t for path in paths if path.t is not None])
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.call_timeout_s):
+                answers = await expert(x, t)
+        except TimeoutError as error:
+            raise UnavailableError(f"no answer within {self.call_timeout_s:g} s") from error
+        if answers.shape != x.shape:
+            raise ValueError(f"answered {tuple(answers.shape)} to {tuple(x.shape)}")
+        self.metrics.observe("call_seconds", time.perf_counter() - started, expert=name)
+        self.metrics.observe("batch_fill", len(paths) / self.max_batch, expert=name)
+        self.metrics.count("calls", len(paths), expert=name)
+        return answers
+
+    def _failed(self, k: int, paths: list[Path], error: Exception) -> None:
+        """An expert answered with an error: each picture is asked for again, alone, and gives up the third time."""
+        name = self.experts[k].name
+        log.warning("%s failed on %d pictures: %r", name, len(paths), error)
+        self.metrics.count("retries", len(paths), expert=name)
+        for path in paths:
+            path.failures += 1
+            if path.failures >= 3:
+                path.job.fail(ExpertFailedError(f"{name} failed: {error}"))
+            else:
+                self._queues[k].append(path)
+
+    # Losing an expert
+
+    async def _lost(self, k: int, error: UnavailableError) -> None:
+        """Wait a little before the next try; after `retry_s` of them the expert counts as away."""
+        now, name = time.monotonic(), self.experts[k].name
+        if self._lost_since[k] == math.inf:
+            log.warning("%s is unavailable: %s", name, error)
+            self._lost_since[k] = now
+        self.metrics.count("retries", len(self._queues[k]), expert=name)
+        away_for = now - self._lost_since[k]
+        await asyncio.sleep(min(1.0, max(0.05, away_for / 4)))
+        if away_for < self.retry_s:
+            return
+        if self.alive[k]:
+            log.error("%s has been unavailable for %.0f s and counts as away", name, away_for)
+            self.alive[k] = False
+            paths = list(self._queues[k])
+            self._queues[k].clear()
+            self._deprive(k, paths)
+        while not self.alive[k]:
+            try:
+                async with asyncio.timeout(self.call_timeout_s):
+                    await self.experts[k].check()
+            except (UnavailableError, TimeoutError):
+                await asyncio.sleep(1.0)
+            else:
+                log.warning("%s is back", name)
+                self.alive[k], self._lost_since[k] = True, math.inf
+
+    def _deprive(self, k: int, paths: Iterable[Path]) -> None:
+        """What is to become of paths whose expert is away."""
+        for path in paths:
+            if self.degraded == "fail" or not any(self.alive):
+                path.job.fail(ExpertAwayError(f"{self.experts[k].name} is away"))
+                continue
+            self._drop(lambda other, path=path: other is path)  # type: ignore[misc]
+            path.turn += 1
+            path.memory, path.waits_for, path.answers = path.before, {}, {}
+            self._ready.append(path)
+        self._wakes[-1].set()
+
+
+# The arithmetic, in a thread
+
+
+@torch.inference_mode()
+def _advance(paths: list[Path], begun: list[tuple[Job, range]], alive: Tensor | None) -> list[Path]:
+    """Move paths on by what the experts said, begin new ones, and route all: pictures that ended, or whom they wait for next."""
+    paths = [*paths, *(path for job, places in begun for path in _begin(job, places))]
+    groups: dict[tuple[int, bool], list[Path]] = {}
+    for path in paths:
+        try:
+            _move(path)
+        except Exception as error:  # of this picture alone
+            path.error = error
+        if path.error is None and path.picture is None:
+            recipe = path.job.recipe
+            groups.setdefault((id(recipe.router), recipe.control is None), []).append(path)
+    for group in groups.values():
+        try:
+            _route(group, alive)
+        except Exception as error:
+            for path in group:
+                path.error = error
+    return paths
+
+
+def _begin(job: Job, places: range) -> list[Path]:
+    """Paths at t = 1."""
+    recipe, index = job.recipe, job.index[places.start : places.stop]
+    steps = torch.arange(len(recipe.times))  # the draw of step n is number n + 1; number 0 is the policy's start
+    draws = torch.stack([uniform(job.seed, Use.CHOICE, i.expand(len(steps)).cpu(), steps)[:, 0] for i in index])
+    x = recipe.start(job.seed, index)
+    memory = recipe.router.start(x, draws[:, 0].to(x.device))
+    return [
+        Path(job, place, recipe.walk(x[i : i + 1], job.seed, index[i : i + 1]), draws[i, 1:].tolist(), row, row)
+        for i, (place, row) in enumerate(zip(places, _rows(memory), strict=True))
+    ]
+
+
+def _move(path: Path) -> None:
+    """One call of its sampler further, if all its answers are there; at its beginning, to its first."""
+    if path.x is None or path.t is None:
+        path.x, path.t = next(path.walk)
+    elif path.waits_for:
+        assert path.alpha is not None
+        clip, x = path.job.recipe.config.clip, path.x
+        denoised = sum((weight * path.answers[k].to(x) for k, weight in path.waits_for.items()), torch.zeros_like(x))
+        denoised = denoised if path.rest is None else denoised + path.rest
+        path.denoised = denoised.clamp(-1, 1) if clip else denoised
+        path.taken = Taken(float(path.t), path.alpha, path.memory.chosen[0])
+        path.asked += 1
+        path.turn += 1
+        try:
+            path.x, path.t = path.walk.send(path.denoised)
+        except StopIteration as end:
+            path.picture = (end.value.clamp(-1, 1) if clip else end.value)[0].float().cpu()
+
+
+def _route(paths: list[Path], alive: Tensor | None) -> None:
+    """Whom each of these paths, which one router routes, waits for now, and what the stand-ins add."""
+    recipe = paths[0].job.recipe
+    places = [divmod(path.asked, path.job.recipe.method.calls_per_step) for path in paths]  # step, and call within it
+    x = torch.cat([path.x for path in paths if path.x is not None])
+    t = torch.stack([path.t for path in paths if path.t is not None])
+    memory = Memory(*map(torch.cat, zip(*(path.memory for path in paths), strict=True)))
+    draw = torch.tensor([path.draws[step] for path, (step, _) in zip(paths, places, strict=True)], dtype=torch.float64)
+    held = torch.tensor([within > 0 for _, within in places])
+    alive = None if alive is None else alive.to(x.device)
+    alpha, after = recipe.router.route(x, t, memory, draw.to(x.device), held.to(x.device), alive)
+    weight = policies.weights(alpha, after.chosen)
+    rest = None if recipe.control is None else recipe.control(x, t, alpha - weight).split(1)
+    chosen, weights, alphas = after.chosen.tolist(), weight.tolist(), alpha.cpu()
+    for i, (path, row) in enumerate(zip(paths, _rows(after), strict=True)):
+        path.before, path.memory, path.alpha = path.memory, row, alphas[i]
+        path.waits_for = {k: w for k, (w, asked) in enumerate(zip(weights[i], chosen[i], strict=True)) if asked}
+        path.answers, path.rest = {}, None if rest is None else rest[i]
+
+
+def _rows(memory: Memory) -> list[Memory]:
+    return [Memory(*parts) for parts in zip(*(part.split(1) for part in memory), strict=True)]

@@ -1,0 +1,106 @@
+"""What stands before the application: the token, the size of a body and its time, and headers that are not for clients to set.
+
+Plain ASGI, so that it stands in front of this server and of Ray Serve's proxy alike.
+"""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+# With these Ray Serve lets a client override the server's own limits.
+_STRIPPED = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
+# What anyone may see: the page and its parts, the API's description, and what probes ask.
+_OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")
+_OPEN_UNDER = "/page/"
+
+
+def error_body(kind: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """The one shape of every error, which clients of OpenAI's API know."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": kind}}
+
+
+class Guard:
+    """An ASGI application that lets through to another what may pass.
+
+    token: what `Authorization: Bearer` must carry, None for no question. body_bytes, body_timeout_s: of a body; beyond them
+    413 and 408. The body reaches the application whole.
+    """
+
+    def __init__(
+        self, app: App, token: str | None = None, body_bytes: int = 65_536, body_timeout_s: float = 10.0
+    ) -> None:
+        self.app, self.token = app, token
+        self.most, self.body_timeout_s = body_bytes, body_timeout_s
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers: list[tuple[bytes, bytes]] = [pair for pair in scope["headers"] if pair[0].lower() not in _STRIPPED]
+        scope = {**scope, "headers": headers}
+        if not self._admitted(scope["path"], headers):
+            await _refuse(
+                send, 401, "unauthorized", "this needs the header Authorization: Bearer TOKEN, with the server's token"
+            )
+            return
+        try:
+            async with asyncio.timeout(self.body_timeout_s):
+                body = await self._body(headers, receive)
+        except TimeoutError:
+            await _refuse(send, 408, "body_timeout", f"the body must arrive within {self.body_timeout_s:g} s")
+            return
+        except _GoneError:
+            return
+        if body is None:
+            await _refuse(send, 413, "body_too_large", f"a body must be at most {self.most} bytes")
+            return
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self.app(scope, replay, send)
+
+    def _admitted(self, path: str, headers: list[tuple[bytes, bytes]]) -> bool:
+        if self.token is None or path in _OPEN or path.startswith(_OPEN_UNDER):
+            return True
+        given = [value for name, value in headers if name.lower() == b"authorization"]
+        wanted = b"Bearer " + self.token.encode()
+        return len(given) == 1 and hmac.compare_digest(given[0], wanted)
+
+    async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
+        """The whole body, None if it is too large; nothing above the limit is kept."""
+        lengths = [value for name, value in headers if name.lower() == b"content-length"]
+        if any(value.isdigit() and int(value) > self.most for value in lengths):
+            return None
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _GoneError
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.most:
+                return None
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+class _GoneError(Exception):
+    """The client left before its body was here."""
+
+
+async def _refuse(send: Send, status: int, kind: str, message: str) -> None:
+    body = json.dumps(error_body(kind, message)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
+    headers += [(b"connection", b"close")] if status in (408, 413) else []  # what is left of the body is not read
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,201 @@
+"""A service: bundles that answer requests, one after another in time, each with an engine of its own.
+
+A request finishes on the version that it began with; `switch` makes another one the current, and the old one goes when its last
+request is done.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddm.errors import require
+from serve.config import Settings
+from serve.engine import Engine, Expert, Job, ServingError, Taken
+from serve.local import local_experts
+from serve.metrics import Metrics
+from serve.model import Model, Trace, load
+
+log = logging.getLogger(__name__)
+
+Watch = Callable[[int, Taken, Tensor], None]
+# A loaded model, its folder, and the turn that routing takes -> its experts.
+Connect = Callable[[Model, Path, asyncio.Semaphore], Sequence[Expert]]
+
+
+class BusyError(ServingError):
+    """More is pending than the service accepts; `retry_after_s` is a guess at when there is room."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass
+class Ask:
+    """What a request asks for; `settings` are fields of `SampleConfig`, the service's own where they are missing."""
+
+    n: int = 1
+    seed: int | None = None
+    first_index: int = 0
+    trace: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Version:
+    """A bundle in service."""
+
+    model: Model
+    folder: Path
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request that was checked and not yet accepted: its version, its job, and the seed that it got."""
+
+    version: Version
+    job: Job
+    seed: int
+
+    def trace(self) -> Trace:
+        """What happened on the way of its pictures, once they are done and where the job was traced."""
+        ways = [self.job.taken[place] for place in range(len(self.job.index))]
+        return Trace(
+            torch.tensor([taken.t for taken in ways[0]], dtype=torch.float64),
+            torch.stack([torch.stack([taken.alpha for taken in way]) for way in ways], dim=1),
+            torch.stack([torch.stack([taken.chosen for taken in way]) for way in ways], dim=1),
+            self.job.calls,
+        )
+
+
+class Service:
+    """Answers requests for pictures. `start` it on the loop that it is to live on; `stop` it there.
+
+    Making one loads the bundle: raises `DdmError` naming what is wrong with it, or with the settings for it.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, connect: Connect | None = None) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.name = Path(settings.run).resolve().name
+        self.current: Version | None = None
+        self.versions: list[Version] = []
+        self.began_s = int(time.time())
+        self._remote = connect is not None
+        self._connect = connect or (lambda model, folder, turn: local_experts(model, turn, settings.serve.compile))
+        self._pace = 0.0  # pictures times steps a second, lately
+        self._switching = asyncio.Lock()
+        self._first = self._load(settings.run)
+
+    @property
+    def device(self) -> str:
+        """Where routing, and local experts, run."""
+        wanted = self.settings.serve.device
+        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+    async def start(self) -> None:
+        """Begin."""
+        self._begin(self._first, Path(self.settings.run))
+
+    async def switch(self, folder: str | Path) -> None:
+        """Make the bundle there the current version; requests under way finish on theirs.
+
+        Raises `DdmError`, and the old version stays.
+        """
+        async with self._switching:
+            model = await asyncio.to_thread(self._load, folder)
+            if self.current is None or self.current.model.version != model.version:
+                self._begin(model, Path(folder))
+                await self._retire()
+
+    def _load(self, folder: str | Path) -> Model:
+        model = load(folder, self.device, experts=not self._remote)
+        model.settings(**asdict(self.settings.sample))
+        return model
+
+    def _begin(self, model: Model, folder: Path) -> None:
+        """Make a loaded bundle the current version."""
+        serve, turn = self.settings.serve, asyncio.Semaphore(1)
+        engine = Engine(
+            self._connect(model, folder, turn),
+            turn,
+            max_batch=serve.max_batch,
+            max_active=serve.max_active,
+            call_timeout_s=serve.call_timeout_s,
+            retry_s=serve.retry_s,
+            degraded=serve.degraded,
+            metrics=self.metrics,
+        )
+        engine.start()
+        self.current = Version(model, folder, engine)
+        self.versions.append(self.current)
+        log.info("serving %s, %d experts, version %s", folder, len(model.names), model.version[:12])
+
+    async def stop(self) -> None:
+        """End every engine; requests under way end with an error."""
+        versions, self.versions, self.current = self.versions, [], None
+        for version in versions:
+            await version.engine.close()
+
+    def order(self, ask: Ask, watch: Watch | None = None) -> Order:
+        """Check a request against the current version and the limits.
+
+        Raises `ConfigError` naming the key, `BusyError` where there is no room, `ServingError` where nothing is in service.
+        """
+        if self.current is None:
+            raise ServingError("no bundle is in service")
+        model, limits = self.current.model, self.settings.serve.limits
+        config = model.settings(**{**asdict(self.settings.sample), **ask.settings})
+        require(1 <= ask.n <= limits.n, "sample.n", f"be in [1, {limits.n}]", ask.n)
+        require(config.steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", config.steps)
+        for key, value in (("seed", ask.seed), ("first_index", ask.first_index)):
+            require(value is None or 0 <= value < 2**63 - limits.n, f"sample.{key}", "be in [0, 2^63 - n)", value)
+        seed = (
+            secrets.randbits(53) if ask.seed is None else ask.seed
+        )  # 53 bits: a number that any JSON reader keeps whole
+        index = torch.arange(ask.first_index, ask.first_index + ask.n, device=model.device)
+        job = Job(model.recipe(config), seed, index, watch, ask.trace)
+        pending = sum(version.engine.cost for version in self.versions)
+        if pending and pending + job.cost > limits.pending:
+            wait_s = pending / self._pace if self._pace else 1.0
+            said = f"{pending} pictures times steps are pending, and {job.cost} more would be above {limits.pending}"
+            raise BusyError(said, int(min(60, max(1, wait_s))))
+        return Order(self.current, job, seed)
+
+    async def make(self, order: Order) -> None:
+        """Make an order's pictures, within the deadline.
+
+        Raises `ServingError`; `TimeoutError` after the deadline. Cancelling it takes the pictures off the engine at once.
+        """
+        started, cost = time.perf_counter(), order.job.cost
+        try:
+            async with asyncio.timeout(self.settings.serve.limits.deadline_s):
+                await order.version.engine.run(order.job)
+            pace = cost / (time.perf_counter() - started)
+            self._pace = max(pace, 0.9 * self._pace)
+        finally:
+            await self._retire()
+
+    async def _retire(self) -> None:
+        """Close the engines of versions that are neither current nor busy."""
+        for version in [v for v in self.versions if v is not self.current and not v.engine.jobs]:
+            self.versions.remove(version)
+            await version.engine.close()
+
+    def observe(self) -> None:
+        """Set the gauges."""
+        self.metrics.gauge("pending_cost", sum(version.engine.cost for version in self.versions))
+        self.metrics.gauge("active_requests", sum(len(version.engine.jobs) for version in self.versions))
+        if self.current is not None:
+            engine = self.current.engine
+            for k, expert in enumerate(engine.experts):
+                self.metrics.gauge("queue_length", engine.waiting(k), expert=expert.name)
+                self.metrics.gauge("expert_alive", float(engine.alive[k]), expert=expert.name)
