@@ -26,6 +26,12 @@ def error_body(kind: str, message: str, param: str | None = None) -> dict[str, A
     return {"error": {"message": message, "type": kind, "param": param, "code": kind}}
 
 
+def shown(value: Any, most: int = 200) -> str:
+    """A value for an error's text, in ASCII and short."""
+    text = ascii(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class Guard:
     """An ASGI application that lets through to another what may pass.
 
