@@ -295,17 +295,25 @@ def load(folder: str | Path, device: str | torch.device = "cpu", experts: bool =
 
     Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
     """
+    inner, clusters = bundle_folder(folder), Path(folder) / "partition"
+
+    def pictures() -> dict[str, Tensor]:
+        return Partition.read(clusters).all(clusters)
+
+    return Model(read_bundle(inner), device, None if inner == Path(folder) else pictures, experts)
+
+
+def bundle_folder(folder: str | Path) -> Path:
+    """The bundle of a run, or the folder itself. Raises `ArtifactError` where there is none."""
     folder = Path(folder)
-    if (folder / "bundle").is_dir():
-        clusters = folder / "partition"
-
-        def pictures() -> dict[str, Tensor]:
-            return Partition.read(clusters).all(clusters)
-
-        return Model(read_bundle(folder / "bundle"), device, pictures, experts)
     if not folder.is_dir():
-        raise ArtifactError(f"{folder} is no folder: load takes a run or a bundle, such as runs/digits")
-    return Model(read_bundle(folder), device, None, experts)
+        raise ArtifactError(f"{folder} is no folder: give a run or a bundle, such as runs/digits")
+    return folder / "bundle" if (folder / "bundle").is_dir() else folder
+
+
+def picked_device(name: str) -> str:
+    """`auto` is cuda where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def load_expert(folder: str | Path, k: int, device: str | torch.device = "cpu") -> tuple[Denoiser, str]:
@@ -313,8 +321,7 @@ def load_expert(folder: str | Path, k: int, device: str | torch.device = "cpu") 
 
     Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
     """
-    folder = Path(folder)
-    inner = folder / "bundle" if (folder / "bundle").is_dir() else folder
+    inner = bundle_folder(folder)
     bundle = read_bundle(inner, only=[f"expert-{k:02d}"])
     if not bundle.experts:
         raise ArtifactError(f"{inner} has no expert {k}, it has {bundle.partition.k}")

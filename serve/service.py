@@ -21,7 +21,7 @@ from serve.config import Settings
 from serve.engine import Engine, Expert, Job, ServingError, Taken
 from serve.local import local_experts
 from serve.metrics import Metrics
-from serve.model import Model, Trace, load
+from serve.model import Model, Trace, load, picked_device
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +95,6 @@ class Service:
         self._switching = asyncio.Lock()
         self._first = self._load(settings.run)
 
-    @property
-    def device(self) -> str:
-        """Where routing, and local experts, run."""
-        wanted = self.settings.serve.device
-        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
     async def start(self) -> None:
         """Begin."""
         self._begin(self._first, Path(self.settings.run))
@@ -117,7 +111,7 @@ class Service:
                 await self._retire()
 
     def _load(self, folder: str | Path) -> Model:
-        model = load(folder, self.device, experts=not self._remote)
+        model = load(folder, picked_device(self.settings.serve.device), experts=not self._remote)
         model.settings(**asdict(self.settings.sample))
         return model
 
