@@ -1,0 +1,142 @@
+"""The fault drill: 500 requests, 32 at a time, on a Ray cluster of four nodes, while things die.
+
+First every few seconds a replica of an expert is killed (SIGKILL); then a whole node that has one; then, with the node away, the
+weights are switched. No request may fail, none may be lost, and none may be answered with other pixels than the fault-free run
+of the version that its answer names.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.load.client import Reply, ask, session
+from benchmarks.load.cluster import Deployed, deployed
+from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
+from serve import load
+from serve.model import bundle_folder
+from serve.pictures import to_uint8
+
+
+def other_weights(run: str, folder: Path) -> Path:
+    """A bundle like the run's whose experts have another last bias: brighter pixels."""
+    shutil.copytree(bundle_folder(run), folder)
+    manifest = read_json(folder / "manifest.json")
+    for name in manifest["artifacts"]:
+        if name.startswith("expert"):
+            tensors, facts = read_artifact(folder / name)
+            last = [key for key in tensors if key.endswith("bias") and "head" in key][-1]
+            tensors[last] = tensors[last] + 1
+            write_artifact(folder / name, tensors, {key: value for key, value in facts.items() if key != "sha256"})
+            manifest["artifacts"][name] = sha256(folder / f"{name}.json")
+    write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+class Drill:
+    """The load, and what is done to the service meanwhile."""
+
+    def __init__(self, service: Deployed, requests: int, clients: int) -> None:
+        self.service, self.requests, self.clients = service, requests, clients
+        self.replies: list[Reply] = []
+        self.log: list[str] = []
+        self.started = time.perf_counter()
+
+    def say(self, what: str) -> None:
+        """Note what happened, when, and after how many answers."""
+        self.log.append(f"{time.perf_counter() - self.started:6.1f} s  {len(self.replies):4d} answers  {what}")
+        print(self.log[-1], flush=True)
+
+    async def load(self) -> None:
+        """That many clients until all requests are answered."""
+        numbers = iter(range(self.requests))
+
+        async def one(client: Any) -> None:
+            for index in numbers:
+                self.replies.append(await ask(client, index, {}))
+
+        async with session(self.service.url) as client:
+            await asyncio.gather(*(one(client) for _ in range(self.clients)))
+
+    async def answers(self, share: float) -> None:
+        """Until that share of the requests is answered."""
+        while len(self.replies) < share * self.requests:
+            await asyncio.sleep(0.05)
+
+    async def faults(self, other: Path, every_s: float) -> None:
+        """Kill replicas until 60 % are answered, then a node, then switch."""
+        rng = np.random.default_rng(0)
+        await self.answers(0.05)
+        while len(self.replies) < 0.6 * self.requests:
+            found = await asyncio.to_thread(self.service.replicas)
+            if there := [name for name, there in found.items() if name.startswith("expert") and there]:
+                name = str(rng.choice(there))
+                os.kill(found[name][0][0], signal.SIGKILL)
+                self.say(f"killed a replica of {name}")
+            await asyncio.sleep(every_s)
+        found = await asyncio.to_thread(self.service.replicas)
+        at = {node for name, there in found.items() if name.startswith("expert") for _, node in there}
+        gone = next(node for node in self.service.nodes if node.node_id in at)
+        lost = [name for name, there in found.items() for _, node in there if node == gone.node_id]
+        await asyncio.to_thread(self.service.cluster.remove_node, gone, allow_graceful=False)
+        self.say(f"killed a node with {' '.join(lost)}")
+        await self.answers(0.8)
+        await asyncio.to_thread(self.service.deploy, str(other))
+        self.say("switched weights")
+
+
+def differences(replies: list[Reply], expected: dict[str, Tensor]) -> list[int]:
+    """Of each answer, the largest difference in levels of 255 from the fault-free picture of its version."""
+    found = []
+    for reply in replies:
+        picture = torch.from_numpy(np.array(reply.picture)).reshape(expected[reply.version][reply.index].shape)
+        found.append(int((picture.int() - expected[reply.version][reply.index].int()).abs().max()))
+    return found
+
+
+def drill(run: str, requests: int = 500, clients: int = 32, every_s: float = 5.0) -> list[dict[str, Any]]:
+    """Run it; one row of figures, and a row for each thing that was done."""
+    with tempfile.TemporaryDirectory() as scratch:
+        other = other_weights(run, Path(scratch) / "other")
+        models = [load(run), load(other)]
+        expected = {m.version: to_uint8(m.sample(requests)).permute(0, 2, 3, 1) for m in models}
+        apart = (expected[models[0].version].int() - expected[models[1].version].int()).abs().amax(dim=(1, 2, 3))
+        with deployed(run, retry_s=120) as service:
+            spread = {name: sorted({node[:6] for _, node in there}) for name, there in service.replicas().items()}
+            work = Drill(service, requests, clients)
+            work.say(f"on nodes {spread}")
+
+            async def both() -> None:
+                faults = asyncio.create_task(work.faults(other, every_s))
+                await work.load()
+                await faults
+
+            asyncio.run(both())
+            work.say("all answered")
+    answered = [reply for reply in work.replies if reply.status == 200]
+    off = differences(answered, expected)
+    by_version = [sum(reply.version == m.version for reply in answered) for m in models]
+    took = np.array([reply.seconds for reply in work.replies])
+    row = {
+        "what": f"{requests} requests, {clients} at a time",
+        "answered": len(answered),
+        "failed": len(work.replies) - len(answered),
+        "lost": requests - len({reply.index for reply in work.replies}),
+        "other_pixels": sum(level > 1 for level in off),
+        "largest_level_off": max(off, default=0),
+        "of_old_weights": by_version[0],
+        "of_new_weights": by_version[1],
+        "versions_differ_by_levels": int(apart.min()),
+        "p50_s": float(np.median(took)),
+        "max_s": float(took.max()),
+    }
+    failures = [{"what": f"request {r.index}: {r.status} {r.said}"} for r in work.replies if r.status != 200]
+    return [row, *failures[:10], *({"what": line} for line in work.log)]

@@ -1,0 +1,64 @@
+"""What a bare call of a Ray Serve handle costs, with an expert's arrays and an expert that does nothing."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from serve.deployments import RAY_ENV  # first: Ray reads its environment when it is imported
+
+assert RAY_ENV
+
+import numpy as np  # noqa: E402
+import ray  # noqa: E402
+from ray import serve as ray_serve  # noqa: E402
+
+from serve import load  # noqa: E402
+
+
+class Echo:
+    """Answers x."""
+
+    async def denoise(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        """x as it came."""
+        return x
+
+
+class Caller:
+    """Calls it from a replica, as the sampling service does."""
+
+    def __init__(self, echo: Any) -> None:
+        self.echo = echo
+
+    async def measure(self, shape: tuple[int, ...], calls: int) -> list[float]:
+        """Seconds of each of so many calls, one after another."""
+        x, t = np.zeros(shape, np.float32), np.zeros(shape[0], np.float32)
+        took = []
+        for _ in range(calls):
+            started = time.perf_counter()
+            await self.echo.denoise.remote(x, t)
+            took.append(time.perf_counter() - started)
+        return took
+
+
+def bare_call_ms(run: str, calls: int = 300) -> dict[str, float]:
+    """Median milliseconds of a call with one picture, and with 64."""
+    shape = load(run).shape
+    ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray_serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        made: Any = ray_serve.deployment
+        handle = ray_serve.run(made(Caller).bind(made(Echo).bind()), name="bare", route_prefix=None)
+
+        async def all_of_them() -> dict[str, float]:
+            await handle.measure.remote((1, *shape), 30)
+            sizes = {"1 picture": 1, "64 pictures": 64}
+            return {
+                name: float(np.median(await handle.measure.remote((size, *shape), calls)) * 1000)
+                for name, size in sizes.items()
+            }
+
+        return asyncio.run(all_of_them())
+    finally:
+        ray_serve.shutdown()
+        ray.shutdown()

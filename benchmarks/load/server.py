@@ -1,0 +1,38 @@
+"""`python -m serve` as a child, for as long as it is needed."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from benchmarks.load.client import Tally, closed
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(run: str, *words: str, within_s: float = 180) -> Iterator[tuple[str, float]]:
+    """`python -m serve`, as a child: its address, and seconds from its start to its first picture."""
+    port = free_port()
+    url, started = f"http://127.0.0.1:{port}", time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-m", "serve", run, f"serve.port={port}", *words])
+    try:
+        first = Tally()
+        while not first.replies or first.replies[0].status != 200:
+            if child.poll() is not None or time.perf_counter() - started > within_s:
+                raise SystemExit(f"the server did not come up within {within_s:g} s")
+            time.sleep(0.1)
+            first = asyncio.run(closed(url, 1, 1, {}))
+        yield url, time.perf_counter() - started
+    finally:
+        child.send_signal(signal.SIGINT)
+        child.wait(60)
