@@ -14,6 +14,7 @@ lint: setup  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/yamllint --strict -c docker/.yamllint.yaml docker configs
 
 format: setup
 	$(BIN)/ruff check --fix .
