@@ -1,0 +1,444 @@
+"""The page for people, in a real browser without a head, against a real server in a process of its own."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH")
+
+DONE = "#copy:not([hidden])"  # the link is offered once the pictures are there
+Call = Callable[..., Any]
+
+
+@contextmanager
+def served(run: Path, log: Path, *words: str) -> Iterator[str]:
+    """The address of a server of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "serve", str(run), f"serve.port={port}", "serve.device=cpu", *words]
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}) as server,
+    ):
+        try:
+            for _ in range(600):
+                assert server.poll() is None, log.read_text()
+                try:
+                    with urlopen(f"{address}/readyz", timeout=5):
+                        break
+                except URLError:
+                    time.sleep(0.1)
+            else:
+                pytest.fail(f"not ready after a minute: {log.read_text()}")
+            yield address
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def address(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(small_run, tmp_path_factory.mktemp("serve") / "log", "sample.steps=6") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    # The loop that Playwright runs in this thread ends with this module.
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """`new_page(**context)`: a page without a past. Whatever it complains of fails the test, refusals of the API apart."""
+    contexts, wrong = [], []
+
+    def opened(**settings: Any) -> Page:
+        contexts.append(browser.new_context(**settings))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}"))
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    refusal = re.compile(r"error: Failed to load resource: the server responded with a status of 4\d\d")
+    assert [text for text in wrong if not refusal.match(text)] == []
+
+
+@pytest.fixture
+def page(new_page: Callable[..., Page]) -> Page:
+    return new_page()
+
+
+@pytest.fixture
+def call(address: str) -> Call:
+    """`call(**fields)`: the API's own answer, in JSON."""
+
+    def asked(**fields: Any) -> Any:
+        body = json.dumps({"format": "b64_json", "trace": True, **fields}).encode()
+        request = Request(f"{address}/v1/samples", body, {"Content-Type": "application/json"})
+        try:
+            with urlopen(request, timeout=60) as reply:
+                return json.load(reply)
+        except HTTPError as error:
+            with error:
+                return json.load(error)
+
+    return asked
+
+
+def pixels(b64: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))), dtype=int)
+
+
+def shown(page: Page) -> list[np.ndarray]:
+    sources = page.locator("#gallery img").evaluate_all("all => all.map(image => image.src)")
+    return [pixels(source.removeprefix("data:image/png;base64,")) for source in sources]
+
+
+def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
+    """Equal to a rounding: what a picture is calculated together with may move the last bits."""
+    return len(ours) == len(theirs) and all(np.abs(a - b).max() <= 1 for a, b in zip(ours, theirs, strict=True))
+
+
+def strip(page: Page, index: int) -> list[set[int]]:
+    """Who moved a picture at each step, read off the geometry of its strip."""
+    paths = page.locator(".tile").nth(index).locator("svg path")
+    cells = [(int(step), int(row)) for d in paths.evaluate_all("all => all.map(path => path.getAttribute('d'))")
+             for step, row in re.findall(r"M(\d+) (\d+)h", d)]  # fmt: skip
+    return [{k for at, k in cells if at == step} for step in range(max(at for at, _ in cells) + 1)]
+
+
+def fill(page: Page, **fields: Any) -> None:
+    for name, value in fields.items():
+        field = page.locator(f"[name={name}]")
+        if field.evaluate("field => field.tagName") == "SELECT":
+            field.select_option(str(value))
+        else:
+            field.fill(str(value))
+
+
+def draw(page: Page, **fields: Any) -> None:
+    fill(page, **fields)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector(DONE)
+
+
+def test_the_pictures_are_those_of_the_api_and_their_names_the_likeliest_experts(
+    page: Page, address: str, call: Call
+) -> None:
+    page.goto(address)
+    draw(page, n=5, seed=7, steps=6, sampler="heun", policy="stochastic", source="analytic")
+    said = call(n=5, seed=7, steps=6, sampler="heun", policy="stochastic", source="analytic")
+    assert same(shown(page), [pixels(picture["b64_json"]) for picture in said["data"]])
+    holders = np.asarray(said["trace"]["alpha"])[-1].argmax(axis=1)
+    assert len(set(holders)) > 1
+    assert page.locator(".tile .name").all_inner_texts() == [said["trace"]["experts"][k] for k in holders]
+    assert f"{said['calls']} expert calls" in page.inner_text("#status")
+    assert "3 experts" in page.inner_text("#model") and said["version"][:12] in page.inner_text("#model")
+
+
+@pytest.mark.parametrize("policy", ["balanced", "top_k", "full", "fixed"])
+def test_a_strip_shows_who_moved_its_picture_at_each_step(page: Page, address: str, call: Call, policy: str) -> None:
+    page.goto(address)
+    fill(page, policy=policy)
+    assert page.locator("[name=top_k]").is_visible() == (policy == "top_k")
+    more = {"top_k": 2} if policy == "top_k" else {}
+    draw(page, n=3, seed=1, **more)
+    trace = call(n=3, seed=1, policy=policy, **more)["trace"]
+    for i in range(3):
+        assert strip(page, i) == [set(np.flatnonzero(step[i])) for step in trace["chosen"]]
+    if policy == "fixed":  # whatever alpha says, the expert that was drawn holds it
+        assert page.locator(".tile .name").all_inner_texts() == [
+            trace["experts"][np.argmax(row)] for row in trace["chosen"][0]
+        ]
+
+
+def test_the_chart_and_the_numbers_are_the_trace_of_the_picture_that_is_looked_at(
+    page: Page, address: str, call: Call
+) -> None:
+    page.goto(address)
+    draw(page, n=3, seed=5)
+    page.locator(".tile").nth(2).click()
+    page.get_by_text("As numbers").click()
+    trace = call(n=3, seed=5)["trace"]
+    chosen, alpha = np.asarray(trace["chosen"])[:, 2], np.asarray(trace["alpha"])[:, 2]
+    marks = page.locator("#chart .moves").evaluate_all(
+        "all => all.map(path => path.getAttribute('d').split('M').length - 1)"
+    )
+    assert marks == chosen.sum(axis=0).tolist()
+    rows = [row.locator("td").all_inner_texts() for row in page.locator("#numbers tr").all()[1:]]
+    assert np.allclose([[float(cell) for cell in row[3:]] for row in rows], alpha, atol=6e-4)
+    assert np.allclose([float(row[1]) for row in rows], trace["t"], atol=6e-4)
+    assert [row[2] for row in rows] == [trace["experts"][np.argmax(row)] for row in chosen]
+    assert page.locator("#chart").inner_text().split("alpha")[1].count("×") == 3
+    # The upper edge of the second band is where the first one ends: at alpha of the first expert, of 150 pixels.
+    band = page.locator("#chart .band").nth(1).get_attribute("d") or ""
+    upper = [float(point.split()[1]) for point in band.strip("MZ").split("L")][: len(alpha)]
+    assert np.allclose((np.asarray(upper) - 6) / 150, alpha[:, 0], atol=2e-3)
+
+
+def test_the_slider_shows_what_the_experts_made_of_a_picture_at_that_step(page: Page, address: str) -> None:
+    page.goto(address)
+    draw(page, n=2, seed=3)
+    body = json.dumps({"n": 2, "seed": 3, "stream": True, "trace": True, "preview_every": 1}).encode()
+    with urlopen(Request(f"{address}/v1/samples", body, {"Content-Type": "application/json"}), timeout=60) as reply:
+        events = [json.loads(line[6:]) for line in reply.read().decode().splitlines() if line.startswith("data: ")]
+    steps = sorted((e["index"], e["b64_json"]) for e in events if e.get("call") == 3)
+    page.locator("#at").fill("2")
+    assert same(shown(page), [pixels(b64) for _, b64 in steps])
+    assert "Step 3 of 6" in page.inner_text("#when")
+    assert page.locator("#at").get_attribute("aria-valuetext") == "step 3 of 6, t 0.67"
+    page.get_by_role("button", name="Play").click()  # from there to the end, and then it can be played again
+    expect(page.locator("#at")).to_have_attribute("aria-valuetext", "finished")
+    expect(page.locator("#play")).to_have_text("Play")
+
+
+def test_a_link_shows_the_same_again_at_once(new_page: Callable[..., Page], address: str) -> None:
+    first = new_page(permissions=["clipboard-read", "clipboard-write"])
+    first.goto(address)
+    first.get_by_text("More settings").click()
+    first.locator("[name=clusters]").first.uncheck()
+    draw(first, n=4, steps=5, policy="stochastic", grid="quadratic")  # the seed is the server's
+    assert all(0 not in step for i in range(4) for step in strip(first, i))
+    first.locator(".tile").nth(2).click()
+    first.locator("#at").fill("3")
+    first.get_by_role("button", name="Copy link").click()
+    expect(first.locator("#copy")).to_have_text("Copied")
+    link = first.evaluate("navigator.clipboard.readText()")
+    assert link == first.url
+
+    second = new_page()
+    second.goto(link)
+    second.wait_for_selector(DONE)
+    assert same(shown(second), shown(first))
+    for what in ("#which", "#when", "#alphas"):
+        assert second.inner_text(what) == first.inner_text(what)
+    assert [strip(second, i) for i in range(4)] == [strip(first, i) for i in range(4)]
+    assert second.inner_text("#note") == ""
+    second.wait_for_timeout(300)
+    assert second.url == link
+
+
+def test_a_seed_of_63_bits_keeps_its_digits(page: Page, address: str, call: Call) -> None:
+    seed = 2**63 - 101
+    page.goto(f"{address}/?n=1&seed={seed}")
+    page.wait_for_selector(DONE)
+    assert same(shown(page), [pixels(call(seed=seed)["data"][0]["b64_json"])])
+    expect(page).to_have_url(re.compile(f"seed={seed}&"))
+
+
+def test_a_link_of_other_weights_says_so(page: Page, address: str) -> None:
+    page.goto(f"{address}/?n=1&seed=1&version=0123456789ab")
+    page.wait_for_selector(DONE)
+    assert "version 0123456789ab" in page.inner_text("#note")
+    draw(page)
+    assert page.inner_text("#note") == ""
+
+
+def test_everything_can_be_done_with_the_keyboard(page: Page, address: str) -> None:
+    page.goto(address)
+    page.wait_for_selector("#form:not([hidden])")
+
+    def on(selector: str) -> bool:
+        return page.evaluate("selector => document.activeElement.matches(selector)", selector)
+
+    def tab_to(selector: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if on(selector):
+                return
+        pytest.fail(f"Tab does not reach {selector}")
+
+    tab_to("[name=n]")
+    page.keyboard.type("6")
+    tab_to("[name=seed]")
+    page.keyboard.type("4")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(DONE)
+    tab_to("#at")
+    page.keyboard.press("Home")
+    assert "Step 1 of 6" in page.inner_text("#when")
+    page.keyboard.press("End")
+    tab_to(".tile")
+    assert page.locator(".tile[tabindex='0']").count() == 1
+    for key, which in (
+        ("ArrowRight", 2),
+        ("End", 6),
+        ("ArrowRight", 6),
+        ("ArrowLeft", 5),
+        ("Home", 1),
+        ("ArrowLeft", 1),
+    ):
+        page.keyboard.press(key)
+        assert on(f".tile[aria-selected=true][data-index='{which - 1}']")
+        assert page.inner_text("#which").startswith(f"Picture {which}:")
+    page.set_viewport_size({"width": 360, "height": 740})
+    columns = page.locator(".tile").evaluate_all(
+        "all => all.filter(tile => tile.offsetTop === all[0].offsetTop).length"
+    )
+    assert 1 < columns < 6
+    page.keyboard.press("ArrowDown")
+    assert on(f".tile[data-index='{columns}']")
+    tab_to("#numbers summary")
+
+
+@pytest.mark.parametrize("query", ["", "?n=9&seed=1", "?n=3&seed=1&policy=full&at=2"])
+def test_nothing_is_wider_than_a_phone(new_page: Callable[..., Page], address: str, query: str) -> None:
+    page = new_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page.goto(f"{address}/{query}")
+    page.wait_for_selector(DONE if query else "#form:not([hidden])")
+    for details in page.locator("details:visible").all():
+        details.locator("summary").click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_the_page_asks_nobody_else_and_its_policy_forbids_it(page: Page, address: str) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{address}/?n=2&seed=1")
+    page.wait_for_selector(DONE)
+    assert len(asked) > 4 and all(url.startswith((f"{address}/", "data:")) for url in asked)
+    text = page.content()
+    assert "default-src 'none'" in text and not re.search(
+        r"\son\w+=|javascript:|<style|<script(?! type=\"module\" src)", text
+    )
+
+
+@pytest.mark.parametrize(("field", "value"), [("n", 0), ("steps", 9999), ("seed", "seven"), ("seed", -1), ("t_min", 1)])
+def test_a_refused_value_is_named_in_the_api_s_words_and_its_field_is_in_focus(
+    page: Page, address: str, call: Call, field: str, value: Any
+) -> None:
+    page.goto(address)
+    draw(page, n=1, seed=1)
+    before = page.url
+    page.get_by_text("More settings").click()
+    fill(page, **{field: value})
+    page.get_by_text("More settings").click()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_role("alert")).to_have_text(call(**{field: value})["error"]["message"])
+    expect(page.locator(f"[name={field}]")).to_be_focused()
+    assert page.locator(f"[name={field}]").get_attribute("aria-invalid") == "true"
+    assert page.url == before and page.locator(".tile").count() == 1  # what was shown stays, and so does its link
+    draw(page, **{field: {"n": 2, "steps": 3, "seed": 5, "t_min": 0}[field]})
+    assert page.get_by_role("alert").inner_text() == "" and page.locator("[aria-invalid]").count() == 0
+
+
+def test_a_link_to_what_this_server_does_not_have_is_refused_in_words(page: Page, address: str, call: Call) -> None:
+    page.goto(f"{address}/?seed=1&sampler=magic")
+    expect(page.get_by_role("alert")).to_have_text(call(sampler="magic")["error"]["message"])
+    expect(page.locator("[name=sampler]")).to_be_focused()
+
+
+def test_no_cluster_at_all_is_refused_in_words(page: Page, address: str) -> None:
+    page.goto(address)
+    page.get_by_text("More settings").click()
+    for box in page.locator("[name=clusters]").all():
+        box.uncheck()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("clusters must")
+    expect(page.locator("[name=clusters]").first).to_be_focused()
+
+
+def test_stop_takes_the_pictures_off_the_server(page: Page, address: str) -> None:
+    def pending() -> float:
+        with urlopen(f"{address}/metrics", timeout=10) as reply:
+            return float(re.search(r"^ddm_pending_cost(?:{.*})? (\S+)$", reply.read().decode(), re.MULTILINE)[1])
+
+    page.goto(address)
+    fill(page, n=64, steps=250, seed=1)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector(".tile img:not([hidden])")
+    assert pending() > 0
+    page.locator("#stop").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    expect(page.locator("#draw")).to_be_focused()
+    assert page.locator("#stop").is_hidden() and page.get_by_role("alert").inner_text() == ""
+    until = time.monotonic() + 10
+    while pending() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert pending() == 0
+    draw(page, n=2, steps=3)  # and the page is as good as new
+    assert page.locator(".tile").count() == 2
+
+
+def test_a_new_seed_while_drawing_takes_the_place_of_what_was_asked(page: Page, address: str, call: Call) -> None:
+    page.goto(address)
+    fill(page, n=64, steps=250, seed=1)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector(".tile img:not([hidden])")
+    fill(page, n=2, steps=3)
+    page.get_by_role("button", name="New seed").click()
+    page.wait_for_selector(DONE)
+    seed = int(page.locator("#seed").input_value())
+    assert seed != 1 and same(shown(page), [pixels(p["b64_json"]) for p in call(n=2, steps=3, seed=seed)["data"]])
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        ('event: error\ndata: {"error": {"message": "expert 2 is away", "param": null}}\n\n', "expert 2 is away"),
+        ("", "the answer ended before the pictures were done"),
+    ],
+)
+def test_a_stream_that_fails_says_so(page: Page, address: str, tail: str, said: str) -> None:
+    start = {"seed": 1, "version": "0", "n": 1, "calls_a_picture": 3, "experts": ["a", "b"], "shape": [1, 8, 8]}
+    body = f"event: start\ndata: {json.dumps(start)}\n\n{tail}"
+    page.route("**/v1/samples", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    page.goto(f"{address}/?seed=1")
+    expect(page.get_by_role("alert")).to_have_text(said)
+    assert page.inner_text("#status") == "Not finished." and page.locator("#stop").is_hidden()
+
+
+def test_a_guarded_server_is_opened_with_its_token_which_no_link_carries(
+    new_page: Callable[..., Page], small_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("open-sesame\n")
+    with served(small_run, tmp_path / "log", f"serve.token_file={tmp_path / 'token'}") as address:
+        page = new_page()
+        page.goto(f"{address}/?n=2&seed=1&steps=3")
+        expect(page.get_by_label("Token")).to_be_focused()
+        assert page.locator("#form").is_hidden()
+        page.keyboard.type("a guess")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text("The server does not know this token.")
+        page.get_by_label("Token").fill("open-sesame")
+        page.get_by_role("button", name="Open").click()
+        page.wait_for_selector(DONE)  # the link that led here is drawn
+        assert page.locator(".tile").count() == 2 and page.locator("#gate").is_hidden()
+        assert "sesame" not in page.url and page.evaluate("localStorage.length") == 0
+        page.reload()
+        page.wait_for_selector(DONE)  # this tab knows it now
+        page.evaluate("sessionStorage.clear()")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        page.get_by_label("Token").fill("open-sesame")
+        page.keyboard.press("Enter")
+        expect(page.locator("#gate")).to_be_hidden()
+        page.wait_for_selector(DONE)
