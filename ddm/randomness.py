@@ -33,8 +33,8 @@ class Use(IntEnum):
     ROUTER = 9  # the seed of the router
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10: four counter words (int64 tensors of 32-bit values that broadcast) and a key -> four random words."""
+def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:
+    """Philox4x32-10: four counter words (int64 tensors of 32-bit values) and a key, which broadcast -> four random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -45,26 +45,27 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def _words(seed: int, use: Use, index: Tensor, step: int | Tensor, count: int) -> Tensor:
+def _words(seed: int | Tensor, use: Use, index: Tensor, step: int | Tensor, count: int) -> Tensor:
     """`[B, count]` random 32-bit words (int64): for each index `[B]` the first of the stream (seed, use, index, step)."""
     block = torch.arange(-(-count // 4), device=index.device)[None]
+    key = seed[:, None] if isinstance(seed, Tensor) else seed
     counter = (
         block,
         index[:, None] & _MASK,
         torch.as_tensor(step, device=index.device).reshape(-1, 1),
         (index[:, None] >> 32 & 0xFFFFFF) << 8 | int(use),
     )
-    words = philox(counter, (seed & _MASK, seed >> 32 & _MASK))
+    words = philox(counter, (key & _MASK, key >> 32 & _MASK))
     return torch.stack([w.expand(len(index), -1) for w in words], dim=2).flatten(1)[:, :count]
 
 
-def uniform(seed: int, use: Use, index: Tensor, step: int | Tensor = 0, count: int = 1) -> Tensor:
-    """Uniform float64 numbers `[B, count]` strictly inside (0, 1), for the int64 indices `[B]`, at a step, or one each `[B]`."""
+def uniform(seed: int | Tensor, use: Use, index: Tensor, step: int | Tensor = 0, count: int = 1) -> Tensor:
+    """Uniform float64 numbers `[B, count]` strictly inside (0, 1), for the int64 indices `[B]`; seed, step: one, or `[B]`."""
     return (_words(seed, use, index, step, count).double() + 0.5) / 2**32
 
 
-def normal(seed: int, use: Use, index: Tensor, step: int = 0, shape: Sequence[int] = ()) -> Tensor:
-    """Standard normal float32 numbers `[B, *shape]` for the int64 indices `[B]`, by Box and Muller's transform."""
+def normal(seed: int | Tensor, use: Use, index: Tensor, step: int | Tensor = 0, shape: Sequence[int] = ()) -> Tensor:
+    """Standard normal float32 numbers `[B, *shape]`, by Box and Muller's transform; arguments as `uniform`'s."""
     count = math.prod(shape)
     u = uniform(seed, use, index, step, count + count % 2)
     radius, angle = (-2 * u[:, 0::2].log()).sqrt(), 2 * math.pi * u[:, 1::2]

@@ -54,19 +54,23 @@ class Router:
         """alpha `[B, K]` and the memory with who is chosen now, at x `[B, ...]`, t `[]` or `[B]`, with uniform draws `[B]`.
 
         `held` (one or `[B]`): within a step, where the choice stays. `alive` (bool `[K]`): the experts that there are; alpha is
-        renormalized over them, and who would have been another's turn is the likeliest of them.
+        renormalized over them. Nobody is chosen who is not there or has weight 0: where that leaves nobody, the likeliest of
+        the others is.
         """
         alpha, source = self.source.step(x, t, memory.source)
         alpha = _reweighted(alpha, self.weights)
         if alive is not None:
             alpha = _reweighted(alpha, alive.to(alpha))
+        there = None if self.weights is None else self.weights > 0
+        if alive is not None:
+            there = alive if there is None else there & alive
         chosen, state = self.policy.choose(alpha, memory.policy, draw)
         if held is not False:
             keep = torch.as_tensor(held, device=alpha.device).reshape(-1, 1)
             chosen, state = torch.where(keep, memory.chosen, chosen), torch.where(keep, memory.policy, state)
-        if alive is not None:
-            chosen = chosen & alive
-            likeliest = policies.one_hot(alpha.masked_fill(~alive, -1).argmax(dim=1), alpha)
+        if there is not None:
+            chosen = chosen & there
+            likeliest = policies.one_hot(alpha.masked_fill(~there, -1).argmax(dim=1), alpha)
             chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, likeliest)
         return alpha, Memory(source, state, chosen)
 

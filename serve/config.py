@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -95,8 +96,10 @@ class Settings:
         """The bearer token, if one is asked for. Raises `ConfigError` where its file is missing or empty."""
         if self.serve.token_file is None:
             return None
-        path = Path(self.serve.token_file)
-        token = path.read_text().strip() if path.is_file() else ""
+        try:
+            token = Path(self.serve.token_file).read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            token = ""
         require(bool(token), "serve.token_file", "be a file with a token", self.serve.token_file)
         return token
 
@@ -106,13 +109,16 @@ def settings(tree: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
 
     Raises `ConfigError`.
     """
+    layers = [*((str(key), {key: value}) for key, value in tree.items()), *((w.partition("=")[0], w) for w in words)]
+    merged, key = OmegaConf.structured(Settings), ""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Settings), dict(tree), OmegaConf.from_dotlist(list(words)))
+        for key, layer in layers:  # noqa: B007, it is named below
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([layer]) if isinstance(layer, str) else layer)
         found = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        key = getattr(error, "full_key", None)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None) or key
         said = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: {said}" if key else said, key) from error
+        raise ConfigError(f"{key}: {said}" if key else said, key or None) from error
     assert isinstance(found, Settings)
     found.check()
     return found

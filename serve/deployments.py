@@ -19,7 +19,6 @@ from typing import Any
 RAY_ENV = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
-    "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.deployments:proxy_middlewares",
 }
@@ -89,7 +88,7 @@ class ExpertReplica:
 class RayExpert:
     """An expert's deployment, as the engine asks it."""
 
-    def __init__(self, name: str, handle: DeploymentHandle, folder: Path, version: str, calls: int) -> None:
+    def __init__(self, name: str, handle: DeploymentHandle[Any], folder: Path, version: str, calls: int) -> None:
         self.name, self.handle, self.folder, self.version = name, handle, str(folder), version
         self.calls, self.turn = calls, asyncio.Semaphore(calls)
 
@@ -118,7 +117,7 @@ async def _answer(response: Any) -> Any:
 class Sampling:
     """The sampling service, and the HTTP application in front of it."""
 
-    def __init__(self, tree: dict[str, Any], experts: dict[str, DeploymentHandle]) -> None:
+    def __init__(self, tree: dict[str, Any], experts: dict[str, DeploymentHandle[Any]]) -> None:
         logging.getLogger("serve").setLevel(logging.INFO)
         self.settings = settings(tree)
 
@@ -177,7 +176,7 @@ class RayMetrics(Metrics):
 def proxy_middlewares() -> list[Middleware]:
     """What Serve's HTTP proxy runs before it reads a body, which it does without a limit: named in `RAY_ENV`.
 
-    The token is asked for behind it, where the settings are. `DDM_BODY_BYTES` and `DDM_BODY_TIMEOUT_S` are its limits.
+    `DDM_BODY_BYTES` and `DDM_BODY_TIMEOUT_S` are its limits. The token is asked for behind it, by the service, which knows it.
     """
     limits = Settings().serve.limits
     body_bytes = int(os.environ.get("DDM_BODY_BYTES", limits.body_bytes))
@@ -225,7 +224,7 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
 
 def _deployment(kind: type, name: str) -> ray_serve.Deployment:
     made: Any = ray_serve.deployment(kind, name=name)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _scale(replicas: int, most: int | None) -> dict[str, Any]:
@@ -238,6 +237,7 @@ def serve_on_ray(config: Settings) -> None:
     """Serve on a Ray cluster, or on one started here for the purpose, until told to end."""
     serve = config.serve
     app = build(asdict(config))  # what is wrong is said before Ray starts
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # this terminal is for people
     os.environ.setdefault("DDM_BODY_BYTES", str(serve.limits.body_bytes))
     os.environ.setdefault("DDM_BODY_TIMEOUT_S", str(serve.limits.body_timeout_s))
     if serve.ray.address is None:

@@ -12,9 +12,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ from serve.metrics import Metrics
 from serve.model import Recipe
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PAUSE_S = 5.0  # between two calls of an expert: then the loss of one says nothing about the time before the other
 
 
 class UnavailableError(Exception):
@@ -119,15 +123,15 @@ class Path:
     t: Tensor | None = None  # []
     asked: int = 0  # calls of its sampler
     alpha: Tensor | None = None  # [K]
+    chosen: Tensor | None = None  # bool [K]
     waits_for: dict[int, float] = field(default_factory=dict)  # the experts asked, and the weight of what each says
     answers: dict[int, Tensor] = field(default_factory=dict)
     rest: Tensor | None = None  # what the stand-ins add, [1, C, H, W]
     turn: int = 0  # counts what is asked, so that an answer to an earlier question is known as such
-    failures: int = 0  # calls in a row that an expert answered with an error
+    failures: dict[int, int] = field(default_factory=dict)  # by expert: calls in a row that it answered with an error
     taken: Taken | None = None  # the call that brought it here
     denoised: Tensor | None = None  # what was said then, [1, C, H, W]
     picture: Tensor | None = None  # [C, H, W], at the end
-    error: Exception | None = None
 
 
 class Engine:
@@ -135,9 +139,9 @@ class Engine:
 
     experts: in the order of the clusters. turn: acquired for routing, so that it shares a device with those experts that have the
     same. max_batch: pictures a call. max_active: pictures on their way at once; others wait, first come first served.
-    call_timeout_s: after which a call counts as lost. retry_s: how long an expert may be unreachable before it counts as away;
-    then jobs that need it end with `ExpertAwayError` (`degraded="fail"`), or alpha is renormalized over the others
-    (`"renormalize"`) until it is back.
+    call_timeout_s: after which a call counts as lost, None for never. retry_s: how long an expert may be unreachable before it
+    counts as away; then jobs that need it end with `ExpertAwayError` (`degraded="fail"`), or alpha is renormalized over the
+    others (`"renormalize"`) until it is back.
     """
 
     def __init__(
@@ -147,7 +151,7 @@ class Engine:
         *,
         max_batch: int = 64,
         max_active: int = 256,
-        call_timeout_s: float = 30.0,
+        call_timeout_s: float | None = 30.0,
         retry_s: float = 60.0,
         degraded: Literal["fail", "renormalize"] = "fail",
         metrics: Metrics | None = None,
@@ -160,25 +164,28 @@ class Engine:
         self.jobs: dict[Job, None] = {}  # in the order in which they came
         self._ready: deque[Path] = deque()  # to be routed
         self._queues: list[deque[Path]] = [deque() for _ in experts]
-        self._lost_since = [math.inf] * len(experts)
+        self._lost_since = [0.0] * len(experts)  # when the first of several calls in a row was lost
+        self._lost_last = [-math.inf] * len(experts)  # and the last of them; -inf: it was reached since
         self._wakes = [asyncio.Event() for _ in range(len(experts) + 1)]  # each expert's, and routing's
-        self._workers: list[asyncio.Task[None]] = []
+        self._workers: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def start(self) -> None:
         """Begin to work."""
-        work = [self._ask(k) for k, expert in enumerate(self.experts) for _ in range(expert.calls)]
-        self._workers = [asyncio.create_task(worker) for worker in [self._route(), *work]]
-        for worker in self._workers:
-            worker.add_done_callback(self._ended)
+        self._employ(self._route)
+        for k, expert in enumerate(self.experts):
+            for _ in range(expert.calls):
+                self._employ(self._ask, k)
 
     async def close(self) -> None:
-        """Stop; jobs that are not done end with an error."""
-        workers, self._workers = self._workers, []
+        """Stop; jobs that are not done end with an error, and so do those that come later."""
+        self._closed = True
+        workers = list(self._workers)
         for worker in workers:
             worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
         for job in list(self.jobs):
             job.fail(ServingError("the server is stopping"))
+        await asyncio.gather(*workers, return_exceptions=True)
 
     @property
     def cost(self) -> int:
@@ -194,6 +201,8 @@ class Engine:
 
         Raises `ServingError`.
         """
+        if self._closed:
+            raise ServingError("the server is stopping")
         self.jobs[job] = None
         self._wakes[-1].set()
         try:
@@ -204,12 +213,20 @@ class Engine:
                 self._drop(lambda path: path.job is job)
             self._wakes[-1].set()  # there is room for others
 
-    def _ended(self, worker: asyncio.Task[None]) -> None:
-        """A worker never ends by itself: if one did, it is our own fault, and no job must wait for it for ever."""
-        if not worker.cancelled():
-            log.error("a worker of the engine ended", exc_info=worker.exception())
-            for job in list(self.jobs):
-                job.fail(ServingError("the engine failed"))
+    def _employ(self, work: Callable[..., Coroutine[Any, Any, None]], *of: int) -> None:
+        """Keep a worker. One that ends by itself is our own fault: the jobs of that moment fail, and another takes its place."""
+
+        def ended(worker: asyncio.Task[None]) -> None:
+            self._workers.discard(worker)
+            if not worker.cancelled():
+                log.error("a worker of the engine ended", exc_info=worker.exception())
+                for job in list(self.jobs):
+                    job.fail(ServingError("the engine failed"))
+                self._employ(work, *of)
+
+        worker = asyncio.create_task(work(*of))
+        self._workers.add(worker)
+        worker.add_done_callback(ended)
 
     def _drop(self, condition: Callable[[Path], bool]) -> None:
         """Take the paths that meet a condition out of every queue."""
@@ -222,22 +239,25 @@ class Engine:
     # Routing: one worker
 
     async def _route(self) -> None:
+        wake = self._wakes[-1]
         while True:
-            await self._wakes[-1].wait()
+            await wake.wait()
             async with self.turn:
-                self._wakes[-1].clear()
+                wake.clear()
                 paths, begun = list(self._ready), self._begin()
                 self._ready.clear()
                 if not paths and not begun:
                     continue
                 started = time.perf_counter()
                 alive = None if all(self.alive) or self.degraded == "fail" else torch.tensor(self.alive)
-                paths = await asyncio.to_thread(_advance, paths, begun, alive)
+                paths, failed = await asyncio.to_thread(_advance, paths, begun, alive)
                 self.metrics.observe("route_seconds", time.perf_counter() - started)
+            for job, error in failed:
+                self._mistaken(job, error)
             for path in paths:
                 if path.job in self.jobs:  # it may have left meanwhile
                     self._tell(path)
-                    self._enqueue(path, alive is not None)
+                    self._enqueue(path, alive)
 
     def _begin(self) -> list[tuple[Job, range]]:
         """The next pictures for which there is room, in the order in which they came: their places in their jobs."""
@@ -253,9 +273,6 @@ class Engine:
     def _tell(self, path: Path) -> None:
         """Report the call that has brought the path here."""
         job, taken = path.job, path.taken
-        if path.error is not None:
-            log.error("a picture failed", exc_info=path.error)
-            job.fail(ServingError(f"a picture failed: {path.error}"))
         if taken is None:
             return
         path.taken = None
@@ -263,25 +280,42 @@ class Engine:
         if job.trace:
             job.taken.setdefault(path.place, []).append(taken)
         if job.watch is not None and path.denoised is not None:
-            job.watch(path.place, taken, path.denoised[0])
+            try:
+                job.watch(path.place, taken, path.denoised[0])
+            except Exception as error:  # the listener's own
+                self._mistaken(job, error)
 
-    def _enqueue(self, path: Path, without: bool) -> None:
-        """Hand a path to the experts that it waits for, or its picture to its job."""
+    def _mistaken(self, job: Job, error: Exception) -> None:
+        """End a job over which something that is no expert stumbled."""
+        if not job.done.done():
+            log.error("a picture failed", exc_info=error)
+            job.fail(ServingError(f"a picture failed: {error}"))
+
+    def _enqueue(self, path: Path, alive: Tensor | None) -> None:
+        """Hand a path, routed among those `alive`, to the experts that it waits for, or its picture to its job."""
         job = path.job
         if path.picture is not None:
             job.pictures[path.place] = path.picture
             self.metrics.count("pictures")
+            self._wakes[-1].set()  # there is room for another
             if len(job.pictures) == len(job.index) and not job.done.done():
                 job.done.set_result(None)
             return
-        if without:
-            job.absent |= {expert.name for expert, there in zip(self.experts, self.alive, strict=True) if not there}
+        if alive is not None:
+            weights = job.recipe.router.weights
+            wanted = torch.ones_like(alive) if weights is None else weights.cpu() > 0
+            away = [self.experts[k].name for k in (wanted & ~alive).nonzero()[:, 0].tolist()]
+            job.absent.update(away)
+            if not (wanted & alive).any():
+                job.fail(ExpertAwayError(f"{', '.join(away)} {'are' if len(away) > 1 else 'is'} away"))
+                return
+        gone = [k for k in path.waits_for if not self.alive[k]]
+        if gone:
+            self._deprive(gone[0], [path])
+            return
         for k in path.waits_for:
-            if not self.alive[k]:
-                self._deprive(k, [path])
-            else:
-                self._queues[k].append(path)
-                self._wakes[k].set()
+            self._queues[k].append(path)
+            self._wakes[k].set()
 
     # Asking: as many workers an expert as it takes calls at once
 
@@ -293,9 +327,10 @@ class Engine:
                 await wake.wait()
             lost: UnavailableError | None = None
             async with expert.turn:
-                asked = self._take(queue)
+                asked = self._take(k)
                 if not asked:
                     continue
+                began = time.monotonic()
                 try:
                     answers = await self._call(k, [path for path, _ in asked])
                 except UnavailableError as error:
@@ -304,13 +339,13 @@ class Engine:
                     self._failed(k, self._still(asked), error)
                     continue
             if lost is not None:
-                queue.extendleft(reversed(self._still(asked)))
-                await self._lost(k, lost)
+                await self._lost(k, self._still(asked), began, lost)
                 continue
-            self._lost_since[k] = math.inf
+            self._lost_last[k] = -math.inf
             said = dict(zip((path for path, _ in asked), answers.split(1), strict=True))
             for path in self._still(asked):
-                path.answers[k], path.failures = said[path], 0
+                path.answers[k] = said[path]
+                path.failures.pop(k, None)
                 if len(path.answers) == len(path.waits_for):
                     self._ready.append(path)
             self._wakes[-1].set()
@@ -319,23 +354,21 @@ class Engine:
         """Those that still wait for what they asked: their job is there, and they were not routed again meanwhile."""
         return [path for path, turn in asked if path.turn == turn and path.job in self.jobs]
 
-    def _take(self, queue: deque[Path]) -> list[tuple[Path, int]]:
-        """The next call's paths, with their turns. One that an expert has failed is asked for alone: it may be its own fault."""
-        paths: list[Path] = []
-        while queue and len(paths) < self.max_batch and not (paths and (paths[0].failures or queue[0].failures)):
+    def _take(self, k: int) -> list[tuple[Path, int]]:
+        """The next call's paths, with their turns. One that the expert has failed is asked for alone: it may be its own fault."""
+        queue, paths = self._queues[k], list[Path]()
+        while queue and len(paths) < self.max_batch:
+            if paths and (k in paths[0].failures or k in queue[0].failures):
+                break
             paths.append(queue.popleft())
         return [(path, path.turn) for path in paths]
 
     async def _call(self, k: int, paths: list[Path]) -> Tensor:
-        expert, name = self.experts[k], self.experts[k].name
+        name = self.experts[k].name
         x = torch.cat([path.x for path in paths if path.x is not None])
         t = torch.stack([path.t for path in paths if path.t is not None])
         started = time.perf_counter()
-        try:
-            async with asyncio.timeout(self.call_timeout_s):
-                answers = await expert(x, t)
-        except TimeoutError as error:
-            raise UnavailableError(f"no answer within {self.call_timeout_s:g} s") from error
+        answers = await self._reach(self.experts[k](x, t))
         if answers.shape != x.shape:
             raise ValueError(f"answered {tuple(answers.shape)} to {tuple(x.shape)}")
         self.metrics.observe("call_seconds", time.perf_counter() - started, expert=name)
@@ -343,30 +376,53 @@ class Engine:
         self.metrics.count("calls", len(paths), expert=name)
         return answers
 
+    async def _reach(self, call: Awaitable[T]) -> T:
+        """What an expert says. Raises `UnavailableError` where it is late, or somebody but us has cancelled the call."""
+        try:
+            async with asyncio.timeout(self.call_timeout_s):
+                return await call
+        except TimeoutError as error:
+            raise UnavailableError("no answer in time") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise UnavailableError("the call was cancelled") from error
+
     def _failed(self, k: int, paths: list[Path], error: Exception) -> None:
         """An expert answered with an error: each picture is asked for again, alone, and gives up the third time."""
         name = self.experts[k].name
         log.warning("%s failed on %d pictures: %r", name, len(paths), error)
         self.metrics.count("retries", len(paths), expert=name)
         for path in paths:
-            path.failures += 1
-            if path.failures >= 3:
+            path.failures[k] = path.failures.get(k, 0) + 1
+            if path.failures[k] >= 3:
                 path.job.fail(ExpertFailedError(f"{name} failed: {error}"))
-            else:
-                self._queues[k].append(path)
+        self._return(k, [path for path in paths if path.failures[k] < 3])
+
+    def _return(self, k: int, paths: list[Path], first: bool = False) -> None:
+        """Put paths that were asked for in vain back into the queue, at its end or as its first."""
+        if not self.alive[k]:  # another worker has given it up meanwhile
+            self._deprive(k, paths)
+        elif first:
+            self._queues[k].extendleft(reversed(paths))
+        else:
+            self._queues[k].extend(paths)
 
     # Losing an expert
 
-    async def _lost(self, k: int, error: UnavailableError) -> None:
+    async def _lost(self, k: int, paths: list[Path], began: float, error: UnavailableError) -> None:
         """Wait a little before the next try; after `retry_s` of them the expert counts as away."""
         now, name = time.monotonic(), self.experts[k].name
-        if self._lost_since[k] == math.inf:
+        if began - self._lost_last[k] > _PAUSE_S:
             log.warning("%s is unavailable: %s", name, error)
             self._lost_since[k] = now
-        self.metrics.count("retries", len(self._queues[k]), expert=name)
+        self._lost_last[k] = now
+        self.metrics.count("retries", len(paths), expert=name)
+        self._return(k, paths, first=True)
         away_for = now - self._lost_since[k]
         await asyncio.sleep(min(1.0, max(0.05, away_for / 4)))
-        if away_for < self.retry_s:
+        if away_for < self.retry_s or self._lost_last[k] == -math.inf:
             return
         if self.alive[k]:
             log.error("%s has been unavailable for %.0f s and counts as away", name, away_for)
@@ -376,24 +432,25 @@ class Engine:
             self._deprive(k, paths)
         while not self.alive[k]:
             try:
-                async with asyncio.timeout(self.call_timeout_s):
-                    await self.experts[k].check()
-            except (UnavailableError, TimeoutError):
-                await asyncio.sleep(1.0)
+                await self._reach(self.experts[k].check())
+            except Exception:
+                await asyncio.sleep(min(1.0, self.retry_s))
             else:
                 log.warning("%s is back", name)
-                self.alive[k], self._lost_since[k] = True, math.inf
+                self.alive[k], self._lost_last[k] = True, -math.inf
 
-    def _deprive(self, k: int, paths: Iterable[Path]) -> None:
+    def _deprive(self, k: int, paths: list[Path]) -> None:
         """What is to become of paths whose expert is away."""
-        for path in paths:
-            if self.degraded == "fail" or not any(self.alive):
+        if self.degraded == "fail":
+            for path in paths:
                 path.job.fail(ExpertAwayError(f"{self.experts[k].name} is away"))
-                continue
-            self._drop(lambda other, path=path: other is path)  # type: ignore[misc]
+            return
+        leaving = set(paths)
+        self._drop(lambda path: path in leaving)
+        for path in paths:
             path.turn += 1
             path.memory, path.waits_for, path.answers = path.before, {}, {}
-            self._ready.append(path)
+        self._ready.extend(paths)
         self._wakes[-1].set()
 
 
@@ -401,32 +458,42 @@ class Engine:
 
 
 @torch.inference_mode()
-def _advance(paths: list[Path], begun: list[tuple[Job, range]], alive: Tensor | None) -> list[Path]:
-    """Move paths on by what the experts said, begin new ones, and route all: pictures that ended, or whom they wait for next."""
-    paths = [*paths, *(path for job, places in begun for path in _begin(job, places))]
-    groups: dict[tuple[int, bool], list[Path]] = {}
+def _advance(
+    paths: list[Path], begun: list[tuple[Job, range]], alive: Tensor | None
+) -> tuple[list[Path], list[tuple[Job, Exception]]]:
+    """Move paths on by what the experts said, begin new ones, and route all: pictures that ended, or whom they wait for next.
+
+    Also returns the jobs over which one of these stumbled, and how.
+    """
+    paths, moved, failed = list(paths), list[Path](), list[tuple[Job, Exception]]()
+    for job, places in begun:
+        try:
+            paths += _begin(job, places)
+        except Exception as error:
+            failed.append((job, error))
     for path in paths:
         try:
             _move(path)
-        except Exception as error:  # of this picture alone
-            path.error = error
-        if path.error is None and path.picture is None:
+            moved.append(path)
+        except Exception as error:
+            failed.append((path.job, error))
+    groups: dict[tuple[int, bool], list[Path]] = {}
+    for path in moved:
+        if path.picture is None:
             recipe = path.job.recipe
             groups.setdefault((id(recipe.router), recipe.control is None), []).append(path)
     for group in groups.values():
-        try:
-            _route(group, alive)
-        except Exception as error:
-            for path in group:
-                path.error = error
-    return paths
+        failed += _route_apart(group, alive)
+    lost = {job for job, _ in failed}
+    return [path for path in moved if path.job not in lost], failed
 
 
 def _begin(job: Job, places: range) -> list[Path]:
     """Paths at t = 1."""
     recipe, index = job.recipe, job.index[places.start : places.stop]
     steps = torch.arange(len(recipe.times))  # the draw of step n is number n + 1; number 0 is the policy's start
-    draws = torch.stack([uniform(job.seed, Use.CHOICE, i.expand(len(steps)).cpu(), steps)[:, 0] for i in index])
+    each = index.cpu().repeat_interleave(len(steps))
+    draws = uniform(job.seed, Use.CHOICE, each, steps.repeat(len(index))).reshape(len(index), -1)
     x = recipe.start(job.seed, index)
     memory = recipe.router.start(x, draws[:, 0].to(x.device))
     return [
@@ -441,17 +508,29 @@ def _move(path: Path) -> None:
         path.x, path.t = next(path.walk)
     elif path.waits_for:
         assert path.alpha is not None
+        assert path.chosen is not None
         clip, x = path.job.recipe.config.clip, path.x
         denoised = sum((weight * path.answers[k].to(x) for k, weight in path.waits_for.items()), torch.zeros_like(x))
         denoised = denoised if path.rest is None else denoised + path.rest
         path.denoised = denoised.clamp(-1, 1) if clip else denoised
-        path.taken = Taken(float(path.t), path.alpha, path.memory.chosen[0])
+        path.taken = Taken(float(path.t), path.alpha, path.chosen)
         path.asked += 1
         path.turn += 1
         try:
             path.x, path.t = path.walk.send(path.denoised)
         except StopIteration as end:
             path.picture = (end.value.clamp(-1, 1) if clip else end.value)[0].float().cpu()
+
+
+def _route_apart(paths: list[Path], alive: Tensor | None) -> list[tuple[Job, Exception]]:
+    """`_route`; where that fails, each path alone, for it may be one's fault. Returns the jobs of those that fail, and how."""
+    try:
+        _route(paths, alive)
+    except Exception as error:
+        if len(paths) == 1:
+            return [(paths[0].job, error)]
+        return [failed for path in paths for failed in _route_apart([path], alive)]
+    return []
 
 
 def _route(paths: list[Path], alive: Tensor | None) -> None:
@@ -467,10 +546,10 @@ def _route(paths: list[Path], alive: Tensor | None) -> None:
     alpha, after = recipe.router.route(x, t, memory, draw.to(x.device), held.to(x.device), alive)
     weight = policies.weights(alpha, after.chosen)
     rest = None if recipe.control is None else recipe.control(x, t, alpha - weight).split(1)
-    chosen, weights, alphas = after.chosen.tolist(), weight.tolist(), alpha.cpu()
+    chosen, weights, alphas = after.chosen.cpu(), weight.tolist(), alpha.cpu()
     for i, (path, row) in enumerate(zip(paths, _rows(after), strict=True)):
-        path.before, path.memory, path.alpha = path.memory, row, alphas[i]
-        path.waits_for = {k: w for k, (w, asked) in enumerate(zip(weights[i], chosen[i], strict=True)) if asked}
+        path.before, path.memory, path.alpha, path.chosen = path.memory, row, alphas[i], chosen[i]
+        path.waits_for = {k: weights[i][k] for k in chosen[i].nonzero()[:, 0].tolist()}
         path.answers, path.rest = {}, None if rest is None else rest[i]
 
 

@@ -31,7 +31,7 @@ from router.targets import exact_posterior
 C = TypeVar("C")
 
 CONTROLS = ("none", "gaussian")
-_ROUTERS = 64  # kept, of as many different settings
+_KEPT = 64  # recipes and routers, of as many different settings
 
 
 @dataclass
@@ -98,9 +98,9 @@ class Recipe:
     schedule: Schedule
     shape: Sequence[int]
 
-    def start(self, seed: int, index: Tensor) -> Tensor:
-        """x at t = 1 of the pictures `index` `[B]` of a seed, `[B, C, H, W]`."""
-        return normal(seed, Use.START, index, 0, self.shape) * self.schedule(torch.ones((), dtype=torch.float64)).s
+    def start(self, seed: int | Tensor, index: Tensor) -> Tensor:
+        """x at t = 1 of the pictures `index` `[B]` of a seed, or of one each `[B]`: `[B, C, H, W]`."""
+        return normal(seed, Use.START, index, 0, self.shape) * self.schedule(self.times[0]).s
 
     def walk(self, x: Tensor, seed: int, index: Tensor) -> Walk:
         """The sampler, ready to be driven from `start`."""
@@ -136,6 +136,7 @@ class Model:
         self._pictures = pictures
         self._analytic: Alpha | None = None
         self._routers: dict[str, Router] = {}
+        self._recipes: dict[str, Recipe] = {}
 
     @overload
     def sample(self, n: int, *, trace: Literal[False] = False, **settings: Any) -> Tensor: ...
@@ -199,7 +200,10 @@ class Model:
         return config
 
     def recipe(self, config: SampleConfig) -> Recipe:
-        """The way of a picture under these checked settings."""
+        """The way of a picture under these checked settings; the same object for the same ones."""
+        return _kept(self._recipes, repr(config), lambda: self._recipe(config))
+
+    def _recipe(self, config: SampleConfig) -> Recipe:
         method, times = plan(config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order)
         return Recipe(
             config,
@@ -215,13 +219,9 @@ class Model:
         """The router of these settings, the same object for the same ones: whoever has it can be routed together."""
         c = config
         key = repr((c.source, c.pull, c.policy, c.top_k, c.nucleus_p, c.budget, c.clusters))
-        if key not in self._routers:
-            weights = self.pi.new_tensor([c.clusters.get(name, 0.0) for name in self.names]) if c.clusters else None
-            if len(self._routers) >= _ROUTERS:
-                del self._routers[next(iter(self._routers))]
-            rule = policy(c.policy, c.top_k, c.nucleus_p, c.budget)
-            self._routers[key] = Router(self._source(c), rule, self.pi, weights)
-        return self._routers[key]
+        weights = self.pi.new_tensor([c.clusters.get(name, 0.0) for name in self.names]) if c.clusters else None
+        rule = policy(c.policy, c.top_k, c.nucleus_p, c.budget)
+        return _kept(self._routers, key, lambda: Router(self._source(c), rule, self.pi, weights))
 
     def _source(self, config: SampleConfig) -> Source:
         if len(self.names) == 1 or config.source == "prior":
@@ -312,8 +312,16 @@ def bundle_folder(folder: str | Path) -> Path:
 
 
 def picked_device(name: str) -> str:
-    """`auto` is cuda where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """`auto` is cuda where there is one. Raises `ConfigError` where there is no such device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"serve.device must be auto or a device of this machine, got {name!r}", "serve.device"
+        ) from error
+    return name
 
 
 def load_expert(folder: str | Path, k: int, device: str | torch.device = "cpu") -> tuple[Denoiser, str]:
@@ -333,6 +341,15 @@ def _expert(artifact: Artifact, schedule: Schedule, device: torch.device) -> Den
     denoiser = _config(ExpertConfig, artifact).build(artifact.facts["shape"], schedule)
     _fill(denoiser, artifact)
     return denoiser.eval().requires_grad_(False).to(device)
+
+
+def _kept(cache: dict[str, C], key: str, make: Callable[[], C]) -> C:
+    """The cache's own, made where it is not there; the oldest goes where there are many."""
+    if key not in cache:
+        if len(cache) >= _KEPT:
+            del cache[next(iter(cache))]
+        cache[key] = make()
+    return cache[key]
 
 
 def _joined(batches: list[RoutedDenoiser]) -> Trace:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -51,16 +52,17 @@ class Ask:
 
 @dataclass(eq=False)
 class Version:
-    """A bundle in service."""
+    """A bundle in service, and what was ordered of it and is not done; an order that is dropped before it is made leaves."""
 
     model: Model
     folder: Path
     engine: Engine
+    orders: "WeakSet[Order]" = field(default_factory=WeakSet)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
-    """A request that was checked and not yet accepted: its version, its job, and the seed that it got."""
+    """A request that was accepted: its version, its job, and the seed that it got."""
 
     version: Version
     job: Job
@@ -93,11 +95,18 @@ class Service:
         self._connect = connect or (lambda model, folder, turn: local_experts(model, turn, settings.serve.compile))
         self._pace = 0.0  # pictures times steps a second, lately
         self._switching = asyncio.Lock()
-        self._first = self._load(settings.run)
+        self._first: tuple[Model, Path] | None = (self._load(settings.run), Path(settings.run))  # until it is begun
+
+    @property
+    def pending(self) -> int:
+        """Pictures times steps that were accepted and are still to come."""
+        return sum(order.job.cost for version in self.versions for order in version.orders)
 
     async def start(self) -> None:
         """Begin."""
-        self._begin(self._first, Path(self.settings.run))
+        assert self._first is not None
+        first, self._first = self._first, None
+        self._begin(*first)
 
     async def switch(self, folder: str | Path) -> None:
         """Make the bundle there the current version; requests under way finish on theirs.
@@ -106,7 +115,9 @@ class Service:
         """
         async with self._switching:
             model = await asyncio.to_thread(self._load, folder)
-            if self.current is None or self.current.model.version != model.version:
+            if self._first is not None:  # it did not start yet
+                self._first = model, Path(folder)
+            elif self.current is not None and self.current.model.version != model.version:
                 self._begin(model, Path(folder))
                 await self._retire()
 
@@ -123,7 +134,7 @@ class Service:
             turn,
             max_batch=serve.max_batch,
             max_active=serve.max_active,
-            call_timeout_s=serve.call_timeout_s,
+            call_timeout_s=serve.call_timeout_s if self._remote else None,  # here a call can be slow, and never lost
             retry_s=serve.retry_s,
             degraded=serve.degraded,
             metrics=self.metrics,
@@ -157,12 +168,14 @@ class Service:
         )  # 53 bits: a number that any JSON reader keeps whole
         index = torch.arange(ask.first_index, ask.first_index + ask.n, device=model.device)
         job = Job(model.recipe(config), seed, index, watch, ask.trace)
-        pending = sum(version.engine.cost for version in self.versions)
+        pending = self.pending
         if pending and pending + job.cost > limits.pending:
             wait_s = pending / self._pace if self._pace else 1.0
             said = f"{pending} pictures times steps are pending, and {job.cost} more would be above {limits.pending}"
             raise BusyError(said, int(min(60, max(1, wait_s))))
-        return Order(self.current, job, seed)
+        order = Order(self.current, job, seed)
+        self.current.orders.add(order)
+        return order
 
     async def make(self, order: Order) -> None:
         """Make an order's pictures, within the deadline.
@@ -176,17 +189,19 @@ class Service:
             pace = cost / (time.perf_counter() - started)
             self._pace = max(pace, 0.9 * self._pace)
         finally:
+            order.version.orders.discard(order)
             await self._retire()
 
     async def _retire(self) -> None:
-        """Close the engines of versions that are neither current nor busy."""
-        for version in [v for v in self.versions if v is not self.current and not v.engine.jobs]:
-            self.versions.remove(version)
+        """Close the engines of versions that are neither current nor asked for anything more."""
+        idle = [version for version in self.versions if version is not self.current and not version.orders]
+        self.versions = [version for version in self.versions if version not in idle]
+        for version in idle:
             await version.engine.close()
 
     def observe(self) -> None:
         """Set the gauges."""
-        self.metrics.gauge("pending_cost", sum(version.engine.cost for version in self.versions))
+        self.metrics.gauge("pending_cost", self.pending)
         self.metrics.gauge("active_requests", sum(len(version.engine.jobs) for version in self.versions))
         if self.current is not None:
             engine = self.current.engine

@@ -261,3 +261,39 @@ def test_an_expert_that_does_not_say_its_schedule_is_refused_by_name(run: Run) -
     write_artifact(run.experts[0], {}, {"index": 0, "shape": [1, 2, 2], "partition": run.partition.hash})
     with pytest.raises(ArtifactError, match=r"expert.*\.json.*schedule"):
         run.write()
+
+
+def test_only_what_is_asked_for_is_read_and_the_others_may_be_anywhere(run: Run) -> None:
+    whole = read_bundle(run.bundle)
+    for name in ("expert-00", "router"):
+        for suffix in (".json", ".safetensors"):
+            (run.bundle / f"{name}{suffix}").unlink()
+    bundle = read_bundle(run.bundle, only=["expert-01"])
+    assert [float(expert.tensors["weight"]) for expert in bundle.experts] == [1]
+    assert bundle.router is None
+    assert (bundle.version, bundle.partition, bundle.schedule) == (whole.version, whole.partition, whole.schedule)
+    assert read_bundle(run.bundle, only=[]).experts == []
+    refused(run.bundle, f"{run.bundle / 'expert-00.json'} is missing")
+
+
+def test_what_alone_is_asked_for_is_checked_as_ever_and_so_is_the_manifest(run: Run) -> None:
+    path = run.bundle / "expert-01.safetensors"
+    write_tensors(path, {"weight": read_tensors(path)["weight"] + 1})
+    with pytest.raises(ArtifactError, match=re.escape(f"{path} is damaged or foreign")):
+        read_bundle(run.bundle, only=["expert-01"])
+    assert len(read_bundle(run.bundle, only=["expert-00", "router"]).experts) == 1
+    manifest = read_json(run.bundle / "manifest.json")
+    lose_an_expert(manifest)
+    write_json(run.bundle / "manifest.json", manifest)
+    with pytest.raises(ArtifactError, match="lists no expert-01"):
+        read_bundle(run.bundle, only=["expert-00"])
+
+
+def test_an_expert_of_another_number_is_refused_alone_too(run: Run) -> None:
+    for suffix in (".json", ".safetensors"):
+        shutil.copyfile(run.bundle / f"expert-00{suffix}", run.bundle / f"expert-01{suffix}")
+    manifest = read_json(run.bundle / "manifest.json")
+    manifest["artifacts"]["expert-01"] = manifest["artifacts"]["expert-00"]
+    write_json(run.bundle / "manifest.json", manifest)
+    with pytest.raises(ArtifactError, match="expert-01.json does not belong here: it is expert 0, not 1"):
+        read_bundle(run.bundle, only=["expert-01"])

@@ -1,6 +1,8 @@
 """Counted randomness: published vectors, independence of company and order, and the laws of its numbers."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -48,6 +50,18 @@ def test_picture_three_has_the_same_noise_alone_and_in_a_batch() -> None:
         assert torch.equal(draw(torch.tensor([3]))[0], batch[3])
         shuffled = torch.tensor([6, 3, 0, 7])
         assert torch.equal(draw(shuffled), batch[shuffled])
+
+
+@pytest.mark.parametrize("draw", [partial(uniform, count=5), partial(normal, shape=(2, 3))])
+def test_seeds_and_steps_of_each_picture_s_own_give_what_each_gives_alone(draw: Callable[..., torch.Tensor]) -> None:
+    index = torch.tensor([3, 0, 3, 2**33 + 1])
+    steps, seeds = torch.tensor([0, 7, 1000, 7]), torch.tensor([5, 2**62 + 1, 5, 2**32])
+    for seed, step in product((5, seeds), (7, steps)):
+        rows = zip(
+            seeds.tolist() if seed is seeds else [5] * 4, steps.tolist() if step is steps else [7] * 4, strict=True
+        )
+        alone = torch.cat([draw(own, Use.STEP, index[i : i + 1], n) for i, (own, n) in enumerate(rows)])
+        assert torch.equal(draw(seed, Use.STEP, index, step), alone)
 
 
 def test_drawing_leaves_no_trace() -> None:

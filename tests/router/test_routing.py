@@ -15,8 +15,8 @@ from ddm.randomness import Use, normal
 from ddm.samplers import sample
 from ddm.schedules import schedule
 from router.policies import Policy, policy
-from router.routing import Control, RoutedDenoiser
-from router.sources import prior
+from router.routing import Control, Memory, RoutedDenoiser, Router
+from router.sources import Forgetful, Integrated, prior
 
 LINEAR = schedule("vp_linear")
 PI = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -406,3 +406,124 @@ def test_gaussians_stand_in_for_experts_whose_clusters_are_none_and_halve_the_er
     assert error(gaussian) < 0.7 * error(None)
     assert error(gaussian, "stochastic") < 0.5 * error(None, "stochastic")
     assert error(gaussian) < 1.5 * error(None, "full")
+
+
+# The router alone: a pure function over rows
+
+RULES = ["full", "top_k", "nucleus", "fixed", "stochastic", "balanced", "adaptive"]
+
+
+def router_of(rule: str, weights: list[float] | None = None) -> tuple[Router, GaussianMixture]:
+    oracle = mixture(torch.float64)
+    source = Integrated(oracle.posterior_rate, PI.double(), oracle.posterior, pull=5.0)
+    return Router(source, policy(rule), PI.double(), None if weights is None else torch.tensor(weights)), oracle
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_is_handed_in_stays(rule: str) -> None:
+    router, _ = router_of(rule)
+    x, draws = 2 * noise(5).double(), torch.rand(5, 6, dtype=torch.float64)
+    times = torch.linspace(1, 0.2, 6, dtype=torch.float64)
+    lengths = [1, 2, 3, 4, 5]  # calls that a row has behind it
+
+    def alone(row: int, calls: int) -> tuple[Tensor, Memory]:
+        one = x[row : row + 1]
+        memory = router.start(one, draws[row : row + 1, 0])
+        alpha = torch.empty(0)
+        for call in range(calls):
+            alpha, memory = router.route(one, times[call], memory, draws[row : row + 1, call])
+        return alpha, memory
+
+    before = Memory(*map(torch.cat, zip(*(alone(row, n)[1] for row, n in enumerate(lengths)), strict=True)))
+    kept = [part.clone() for part in before]
+    draw = torch.stack([draws[row, n] for row, n in enumerate(lengths)])
+    alpha, after = router.route(x, times[lengths], before, draw)
+    for row, n in enumerate(lengths):
+        expected, memory = alone(row, n + 1)
+        torch.testing.assert_close(alpha[row : row + 1], expected)
+        assert after.chosen[row].equal(memory.chosen[0])
+        for part, own in zip(after[:2], memory[:2], strict=True):
+            torch.testing.assert_close(part[row : row + 1], own)
+    for part, copy in zip(before, kept, strict=True):
+        torch.testing.assert_close(part, copy, rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_multiply_shares_and_alpha_by_bayes_rule() -> None:
+    weights = [2.0, 0.0, 1.0, 0.5]
+    _, oracle = router_of("full")
+    router = Router(Forgetful(oracle.posterior), policy("full"), PI.double(), torch.tensor(weights).double())
+    w = torch.tensor(weights, dtype=torch.float64)
+    other = GaussianMixture(PI.double() * w / (PI.double() * w).sum(), oracle.means, oracle.stds, LINEAR)
+    for t in (0.9, 0.5, 0.1):
+        x, time = oracle.marginal(6, t, seed=1).double(), torch.tensor(t, dtype=torch.float64)
+        alpha, _ = router.route(x, time, router.start(x, torch.full((6,), 0.5)), torch.full((6,), 0.5))
+        torch.testing.assert_close(alpha, other.posterior(x, time))
+
+
+def test_the_start_is_drawn_from_the_weighted_shares() -> None:
+    router = Router(Forgetful(fixed_alpha(0.4, 0.3, 0.2, 0.1)), policy("fixed"), PI, torch.tensor([1.0, 0.0, 1.0, 4.0]))
+    n = 1000
+    draws = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    memory = router.start(torch.zeros(n, 1), draws)
+    torch.testing.assert_close(memory.policy.mean(dim=0), torch.tensor([0.4, 0.0, 0.2, 0.4]), rtol=0, atol=2e-3)
+
+
+def test_where_the_weights_leave_nothing_of_alpha_they_stand_alone() -> None:
+    router = Router(
+        Forgetful(fixed_alpha(1.0, 0.0, 0.0)), policy("full"), torch.ones(3) / 3, torch.tensor([0.0, 3.0, 1.0])
+    )
+    x, half = torch.zeros(2, 1), torch.full((2,), 0.5)
+    alpha, memory = router.route(x, torch.tensor(0.5), router.start(x, half), half)
+    torch.testing.assert_close(alpha, torch.tensor([[0.0, 0.75, 0.25]] * 2))
+    assert memory.chosen.tolist() == [[False, True, True]] * 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nobody_is_chosen_who_is_away_or_has_no_weight_and_alpha_is_that_of_the_others(rule: str) -> None:
+    router, _ = router_of(rule, [1.0, 1.0, 0.0, 1.0])
+    plain = Router(router.source, router.policy, router.pi)
+    alive = torch.tensor([False, True, True, True])
+    n = 40
+    x, draws = 2 * noise(n).double(), torch.rand(n, 9, dtype=torch.float64)
+    memory = router.start(x, draws[:, 8])
+    for call, t in enumerate(torch.linspace(1, 0.1, 8, dtype=torch.float64)):
+        unweighted, _ = plain.route(x, t, memory, draws[:, call])
+        alpha, memory = router.route(x, t, memory, draws[:, call], alive=alive)
+        left = unweighted * torch.tensor([0.0, 1.0, 0.0, 1.0])
+        torch.testing.assert_close(alpha, left / left.sum(dim=1, keepdim=True))
+        assert not memory.chosen[:, [0, 2]].any()
+        assert memory.chosen.any(dim=1).all()
+        if rule == "full":
+            assert memory.chosen[:, [1, 3]].all()
+
+
+def test_whose_turn_it_would_have_been_of_one_who_is_away_goes_to_the_likeliest() -> None:
+    router = Router(Forgetful(fixed_alpha(0.5, 0.2, 0.3)), policy("fixed"), torch.tensor([0.5, 0.2, 0.3]))
+    x, draw = torch.zeros(3, 1), torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
+    memory = router.start(x, draw)
+    for alive, expected in (
+        ([True, True, True], [0, 1, 2]),
+        ([False, True, True], [2, 1, 2]),
+        ([True, False, False], [0, 0, 0]),
+    ):
+        _, after = router.route(x, torch.tensor(0.5), memory, draw, alive=torch.tensor(alive))
+        assert after.chosen.int().argmax(dim=1).tolist() == expected
+        assert (after.chosen.sum(dim=1) == 1).all()
+
+
+def test_rows_that_are_held_keep_choice_and_policy_and_the_others_go_on() -> None:
+    router, _ = router_of("balanced")
+    x, draw = 2 * noise(4).double(), torch.rand(4, dtype=torch.float64)
+    _, memory = router.route(x, torch.tensor(1.0).double(), router.start(x, draw), draw)
+    t, held = torch.tensor(0.6).double(), torch.tensor([True, False, True, False])
+    _, free = router.route(x, t, memory, draw)
+    alpha, mixed = router.route(x, t, memory, draw, held=held)
+    for row in range(4):
+        expected = memory if held[row] else free
+        assert mixed.chosen[row].equal(expected.chosen[row])
+        assert mixed.policy[row].equal(expected.policy[row])
+        assert mixed.source[row].equal(free.source[row])  # alpha goes on
+    assert (free.policy - memory.policy).abs().amax(dim=1).min() > 0.01
+    _, all_held = router.route(x, t, memory, draw, held=True)
+    assert all_held.chosen.equal(memory.chosen)
+    assert router.route(x, t, memory, draw, held=True)[0].equal(alpha)

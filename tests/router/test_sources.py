@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddm.oracle import GaussianMixture
 from ddm.schedules import schedule
-from router.sources import Integrated, prior, project_to_simplex
+from router.sources import Forgetful, Integrated, prior, project_to_simplex
 
 PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
@@ -163,3 +163,35 @@ def test_the_pull_is_equal_in_equal_time_whatever_the_number_of_steps() -> None:
         for t in torch.linspace(1, end, steps + 1, dtype=torch.float64):
             alpha = source(x, t)
         torch.testing.assert_close(alpha, expected.expand(2, -1))
+
+
+def test_trajectories_anywhere_on_their_way_are_stepped_together_as_each_alone() -> None:
+    """Rows of one memory, each with a time of its own and one at its start, against one trajectory after another."""
+    mixture = oracle()
+    source = Integrated(mixture.posterior_rate, PI, mixture.posterior, pull=7.0)
+    x = torch.randn(3, 2, dtype=torch.float64)
+    ways = [[1.0, 0.7, 0.4], [1.0, 0.9], [1.0]]
+    alone, memories = [], []
+    for row, way in enumerate(ways):
+        memory = source.start(x[row : row + 1])
+        for t in way[:-1]:
+            _, memory = source.step(x[row : row + 1], torch.tensor(t, dtype=torch.float64), memory)
+        memories.append(memory)
+        alone.append(source.step(x[row : row + 1], torch.tensor(way[-1], dtype=torch.float64), memory))
+    times = torch.tensor([way[-1] for way in ways], dtype=torch.float64)
+    before = torch.cat(memories)
+    kept = before.clone()
+    alpha, memory = source.step(x, times, before)
+    torch.testing.assert_close(alpha, torch.cat([one for one, _ in alone]))
+    torch.testing.assert_close(memory, torch.cat([one for _, one in alone]))
+    torch.testing.assert_close(before, kept, equal_nan=True, rtol=0, atol=0)  # what was handed in stays as it was
+    torch.testing.assert_close(alpha[2], PI)
+    assert (alpha[0] - alpha[1]).abs().max() > 0.01
+
+
+def test_a_plain_function_remembers_nothing_and_is_asked_with_each_picture_s_time() -> None:
+    source = Forgetful(oracle().posterior)
+    x, t = torch.randn(4, 2, dtype=torch.float64), torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
+    alpha, memory = source.step(x, t, source.start(x))
+    assert memory.numel() == 0 and len(memory) == 4
+    torch.testing.assert_close(alpha, torch.cat([oracle().posterior(x[i : i + 1], t[i]) for i in range(4)]))

@@ -13,11 +13,13 @@ from ddm.errors import ArtifactError, ConfigError
 from ddm.gaussian import moments
 from ddm.partition import Partition
 from ddm.randomness import Use, normal
-from ddm.samplers import SAMPLERS
+from ddm.samplers import SAMPLERS, drive, sample
+from ddm.samplers import start as walk_of
 from ddm.schedules import schedule
 from router.policies import POLICIES
 from router.sources import SOURCES
 from serve import SampleConfig, load
+from serve.model import load_expert
 
 
 @pytest.mark.parametrize(
@@ -307,3 +309,145 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
     with pytest.raises(ArtifactError, match=r"manifest.json is missing"):
         load(tmp_path)
+
+
+# Clusters, and the parts that serving takes
+
+
+def test_an_only_cluster_is_its_expert_alone_and_asks_no_other(small_run: Path) -> None:
+    model = load(small_run)
+    for k, name in enumerate(model.names):
+        for policy in ("full", "balanced", "top_k"):
+            settings = {"steps": 4, "policy": policy, "control": "none", "clip": False}
+            images, trace = model.sample(2, trace=True, clusters={name: 2.0}, **settings)
+            start = normal(0, Use.START, torch.arange(2), 0, model.shape)
+            with torch.inference_mode():
+                alone = sample(model.experts[k], start * model.schedule(torch.ones(())).s, model.schedule, steps=4)
+            assert trace.chosen.equal(torch.eye(3, dtype=torch.bool)[k].expand(4, 2, 3))
+            assert trace.calls == 4 * 2
+            torch.testing.assert_close(images, alone.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_clusters_multiply_alpha_and_equal_ones_change_nothing(small_run: Path) -> None:
+    model = load(small_run)
+    first, second, third = model.names
+    settings = {"steps": 1, "policy": "full", "source": "posterior", "trace": True}
+    plain, weighted = (
+        model.sample(3, **settings, **more)[1].alpha[0] for more in ({}, {"clusters": {first: 3.0, third: 0.5}})
+    )
+    left = plain * torch.tensor([3.0, 0.0, 0.5])
+    torch.testing.assert_close(weighted, left / left.sum(dim=1, keepdim=True))
+    same = dict.fromkeys((first, second, third), 7.0)
+    torch.testing.assert_close(model.sample(3, steps=4, clusters=same), model.sample(3, steps=4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "said"),
+    [
+        ({"nobody": 1.0}, "sample.clusters must be one of .*, got 'nobody'"),
+        ({"": 1.0}, "sample.clusters must be one of .*, got ''"),
+    ],
+)
+def test_a_cluster_that_there_is_not_is_refused_with_the_list(
+    small_run: Path, clusters: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load(small_run).settings(clusters=clusters)
+    assert error.value.key == "sample.clusters"
+    assert all(name in str(error.value) for name in load(small_run).names)
+
+
+@pytest.mark.parametrize("weights", [[0.0], [-1.0], [math.nan], [math.inf], [1.0, -1.0], [0.0, 0.0]])
+def test_weights_of_clusters_that_make_no_sense_are_refused(small_run: Path, weights: list[float]) -> None:
+    model = load(small_run)
+    with pytest.raises(ConfigError, match="sample.clusters must have finite weights of at least 0, not all 0"):
+        model.settings(clusters=dict(zip(model.names, weights, strict=False)))
+
+
+def test_an_expert_read_alone_answers_as_the_one_of_the_whole_and_no_other_file_is_needed(
+    small_run: Path, tmp_path: Path
+) -> None:
+    model = load(small_run)
+    x, t = torch.randn(2, *model.shape), torch.tensor([0.9, 0.2])
+    for k in range(3):
+        bundle = tmp_path / f"{k}"
+        bundle.mkdir()
+        for name in ("manifest.json", f"expert-{k:02d}.json", f"expert-{k:02d}.safetensors"):
+            shutil.copyfile(small_run / "bundle" / name, bundle / name)
+        expert, version = load_expert(bundle, k)
+        assert version == model.version
+        assert not expert.training and not any(p.requires_grad for p in expert.parameters())
+        torch.testing.assert_close(expert(x, t), model.experts[k](x, t))
+    assert load_expert(small_run, 1)[1] == model.version
+
+
+def test_an_expert_that_there_is_not_or_that_is_damaged_is_refused_by_name(small_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="bundle has no expert 3, it has 3"):
+        load_expert(small_run, 3)
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    without(bundle, "expert-02", "gaussian.mean")
+    with pytest.raises(
+        ArtifactError, match="expert-02.safetensors is not of this version: it has no tensor gaussian.mean"
+    ):
+        load_expert(bundle, 2)
+    path = bundle / "expert-01.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ArtifactError, match="expert-01.safetensors is damaged or foreign"):
+        load_expert(bundle, 1)
+    assert load_expert(bundle, 0)
+
+
+def test_a_model_without_its_experts_routes_as_the_whole_one(small_run: Path) -> None:
+    whole, bare = load(small_run), load(small_run, experts=False)
+    assert bare.experts == [] and len(whole.experts) == 3
+    assert bare.version == whole.version and bare.names == whole.names
+    x, half = torch.randn(2, *whole.shape), torch.full((2,), 0.5, dtype=torch.float64)
+    for source in SOURCES:
+        routed = []
+        for model in (whole, bare):
+            router = model.recipe(model.settings(source=source)).router
+            alpha, memory = router.route(x, torch.tensor(1.0), router.start(x, half), half)
+            routed.append((alpha, router.route(x, torch.tensor(0.6), memory, half)[0]))
+        torch.testing.assert_close(routed[0], routed[1])
+    torch.testing.assert_close(bare.gaussians.means, whole.gaussians.means)
+
+
+def test_a_bundle_with_a_damaged_expert_is_refused_without_experts_too(small_run: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    path = bundle / "expert-01.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ArtifactError, match="expert-01.safetensors is damaged or foreign"):
+        load(bundle, experts=False)
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "unipc", "euler_maruyama", "accelerated_sde"])
+def test_a_recipe_walks_a_picture_as_the_samplers_do(small_run: Path, name: str) -> None:
+    model = load(small_run)
+    recipe = model.recipe(model.settings(sampler=name, steps=5, grid="quadratic", t_min=0.02))
+    index = torch.tensor([4, 9])
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return x.sin() * (1 - t.to(x).reshape(-1, *(1,) * (x.ndim - 1)))
+
+    start = normal(3, Use.START, index, 0, model.shape) * model.schedule(torch.ones(())).s
+    torch.testing.assert_close(recipe.start(3, index), start)
+    found, calls = drive(recipe.walk(recipe.start(3, index), 3, index), denoise)
+    by_hand = walk_of(start, model.schedule, name, 5, "quadratic", seed=3, index=index, t_min=0.02)
+    expected, _ = drive(by_hand, denoise)
+    torch.testing.assert_close(found, expected)
+    assert calls == (10 if name == "heun" else 5)
+
+
+def test_a_recipe_is_the_same_for_the_same_settings_and_keeps_nothing_of_those_who_follow_it(small_run: Path) -> None:
+    model = load(small_run)
+    recipe = model.recipe(model.settings(steps=3))
+    assert model.recipe(model.settings(steps=3)) is recipe
+    other = model.recipe(model.settings(steps=4, sampler="heun"))
+    assert other is not recipe and other.router is recipe.router
+    assert model.recipe(model.settings(steps=3, pull=1.0)).router is not recipe.router
+    for seed in range(5):
+        model.sample(2, seed=seed, steps=3)
+    assert recipe.schedule.cache_info().currsize <= 4  # the times of its grid
+    for top_k in range(1, 200):
+        model.recipe(model.settings(policy="top_k", top_k=top_k))
+    assert len(model._recipes) <= 64 and len(model._routers) <= 64
