@@ -7,7 +7,10 @@ SIGHUP looks for new weights in the same folder. Keys: serve.port=8123 serve.pla
 import asyncio
 import logging
 import signal
+import socket
 import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import uvicorn
 
@@ -20,9 +23,11 @@ from serve.service import Service
 
 log = logging.getLogger("serve")
 
+_GRACE_S = 3.0  # for requests under way, when told to end
+
 
 def main(words: list[str]) -> int:
-    """Run the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
+    """Run the command line; returns the exit status: 0, 2 where the user can mend what went wrong, 130 after ctrl-C."""
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
@@ -48,31 +53,69 @@ def main(words: list[str]) -> int:
 
 def serve_here(config: Settings) -> None:
     """Serve from this process, until it is told to end."""
-    serve, token = config.serve, config.token()
-    service = Service(config, Prometheus())
-
-    def ready() -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: tasks.append(loop.create_task(_reload(service))))
-        log.info("http://%s:%d  (the API: /docs; ctrl-C ends it)", serve.host, serve.port)
-
-    tasks: list[asyncio.Task[None]] = []
-    app = Guard(build_app(service, ready), token, serve.limits.body_bytes, serve.limits.body_timeout_s)
-    uvicorn.run(
-        app,
-        host=serve.host,
-        port=serve.port,
-        log_level="warning",
-        timeout_graceful_shutdown=5,
-        server_header=False,
-    )
+    serve, token, metrics = config.serve, config.token(), Prometheus()
+    with _bound(serve.host, serve.port) as listening:  # first, so that a port that is taken is said at once
+        service = Service(config, metrics)
+        app = Guard(
+            build_app(service),
+            token,
+            serve.limits.body_bytes,
+            serve.limits.body_timeout_s,
+            lambda kind: metrics.count("rejections", reason=kind),
+        )
+        # h11 bounds the headers of a request; there are no websockets.
+        _Server(service, uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False)).run(
+            [listening]
+        )
 
 
-async def _reload(service: Service) -> None:
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens once uvicorn says so. Raises `ConfigError` where the address is not to be had."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        await service.switch(service.settings.run)
-    except DdmError as error:
-        log.error("the old weights stay: %s", error)
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise ConfigError(
+            f"serve.host and serve.port must be a free address of this machine, got {host} {port}: {error.strerror}"
+        ) from error
+    return found
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, with a service: says where it listens, takes SIGHUP, and does not wait for long requests at its end."""
+
+    def __init__(self, service: Service, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.service, self.tasks = service, set[asyncio.Task[None]]()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hear, self._reload)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        log.info("http://%s  (the API: /docs; ctrl-C ends it)", address)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._hear(self._end)
+        await super().shutdown(sockets)
+
+    def _hear(self, what: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.create_task(what())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _reload(self) -> None:
+        try:
+            await self.service.switch(self.service.settings.run)
+        except DdmError as error:
+            log.error("the old weights stay: %s", error)
+
+    async def _end(self) -> None:
+        """Requests under way have a while, then they are told: this frees uvicorn, which waits for them."""
+        await asyncio.sleep(_GRACE_S)
+        await self.service.stop()
 
 
 if __name__ == "__main__":

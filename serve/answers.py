@@ -4,21 +4,26 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
 import torch
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from serve.engine import ServingError, Taken
 from serve.guard import error_body
 from serve.pictures import contact_sheet, encoded, to_uint8
 from serve.service import Ask, Order, Service
+
+log = logging.getLogger(__name__)
 
 MEDIA = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
@@ -133,7 +138,7 @@ class Told:
         self.queue.put_nowait((place, call, taken, denoised.float().cpu() if shown else None))
 
 
-async def told_by(service: Service, order: Order, told: Told) -> AsyncIterator[tuple[int, int, Taken, Tensor | None]]:
+async def told_by(service: Service, order: Order, told: Told) -> AsyncGenerator[tuple[int, int, Taken, Tensor | None]]:
     """What happens while an order is made, until it is done. Leaving this takes its pictures off the engine."""
     started = time.perf_counter()
     making = asyncio.create_task(service.make(order))
@@ -145,10 +150,12 @@ async def told_by(service: Service, order: Order, told: Told) -> AsyncIterator[t
             if hearing.done():
                 yield hearing.result()
                 hearing = None
-            elif making.done():
+            elif making.done() and told.queue.empty():
                 break
         await making
     finally:
+        if not making.done():
+            service.metrics.count("requests", status="499")
         tasks = [making, *([hearing] if hearing else [])]
         for task in tasks:
             task.cancel()
@@ -156,11 +163,24 @@ async def told_by(service: Service, order: Order, told: Told) -> AsyncIterator[t
         service.metrics.observe("request_seconds", time.perf_counter() - started)
 
 
-def failure(service: Service, error: Exception) -> dict[str, Any]:
-    """The error of a stream that has begun, in the shape of all errors."""
-    if isinstance(error, TimeoutError):
-        return error_body("deadline", f"not done within {service.settings.serve.limits.deadline_s:g} s")
-    return error_body("unavailable", str(error))
+def failure(service: Service, error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status and the body of an error that is not the request's fault."""
+    match error:
+        case TimeoutError():
+            said = f"not done within {service.settings.serve.limits.deadline_s:g} s"
+            return 504, error_body("deadline", said)
+        case ServingError():
+            return 503, error_body("unavailable", str(error))
+    log.error("a request failed", exc_info=error)
+    return 500, error_body("internal", "the server failed; its log says why")
+
+
+def failed(service: Service, error: Exception) -> dict[str, Any]:
+    """What a stream that has begun says of an error, which is counted."""
+    status, body = failure(service, error)
+    service.metrics.count("requests", status=str(status))
+    service.metrics.count("rejections", reason=body["error"]["type"])
+    return body
 
 
 async def streamed(service: Service, ask: Ask, every: int) -> StreamingResponse:
@@ -169,26 +189,41 @@ async def streamed(service: Service, ask: Ask, every: int) -> StreamingResponse:
     order = service.order(ask, told)
     model, first = order.version.model, ask.first_index
 
-    async def events() -> AsyncIterator[str]:
+    async def events() -> AsyncGenerator[str]:
         start = {"n": ask.n, "calls_a_picture": order.job.steps, "experts": model.names, "shape": list(model.shape)}
         yield event("start", facts_of(order) | start)
         try:
-            async for place, call, taken, denoised in told_by(service, order, told):
-                step: dict[str, Any] = {"index": first + place, "call": call, "t": taken.t}
-                if ask.trace:
-                    step["alpha"] = [round(p, 4) for p in taken.alpha.tolist()]
-                    step["chosen"] = taken.chosen.nonzero()[:, 0].tolist()
-                if denoised is not None:
-                    step["b64_json"] = await asyncio.to_thread(b64, to_uint8(denoised))
-                if ask.trace or denoised is not None:
-                    yield event("step", step)
+            async with aclosing(told_by(service, order, told)) as news:
+                async for place, call, taken, denoised in news:
+                    step: dict[str, Any] = {"index": first + place, "call": call, "t": taken.t}
+                    if ask.trace:
+                        step["alpha"] = [round(p, 4) for p in taken.alpha.tolist()]
+                        step["chosen"] = taken.chosen.nonzero()[:, 0].tolist()
+                    if denoised is not None:
+                        step["b64_json"] = await asyncio.to_thread(b64, to_uint8(denoised))
+                    if ask.trace or denoised is not None:
+                        yield event("step", step)
             for i, image in enumerate(images_of(order)):
                 yield event("picture", {"index": first + i, "b64_json": await asyncio.to_thread(b64, image)})
             yield event("done", facts_of(order))
             service.metrics.count("requests", status="200")
-        except (ServingError, TimeoutError) as error:
-            yield event("error", failure(service, error))
+        except Exception as error:
+            yield event("error", failed(service, error))
 
-    headers = headers_of(order) | {"cache-control": "no-store", "x-accel-buffering": "no"}
-    del headers["ddm-calls"]
-    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+    return EventStream(order, events())
+
+
+class EventStream(StreamingResponse):
+    """The answer that carries them. However it ends, they end with it: a client may leave while it does not read."""
+
+    def __init__(self, order: Order, events: AsyncGenerator[str]) -> None:
+        headers = headers_of(order) | {"cache-control": "no-store", "x-accel-buffering": "no"}
+        del headers["ddm-calls"]  # not known yet
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.events.aclose()

@@ -1,9 +1,10 @@
 """The HTTP API over a `Service`: pictures, errors in one shape, health, metrics, and a page for people."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,33 +13,34 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from ddm.errors import ConfigError
-from serve.answers import MEDIA, ClientGoneError, body_of, headers_of, made, streamed
+from serve.answers import ClientGoneError, body_of, failure, headers_of, made, streamed
 from serve.engine import ServingError
 from serve.generations import UnknownModelError, add_openai
-from serve.guard import error_body, shown
+from serve.guard import error_body
 from serve.metrics import Prometheus
-from serve.schemas import ERRORS, SampleRequest
+from serve.schemas import PICTURE_ERRORS, SampleRequest, fault
 from serve.service import Ask, BusyError, Service
 
 _PAGE = Path(__file__).parent / "page"
+_PICTURES = ("/v1/samples", "/v1/images/generations")
+_MEDIA = ("image/png", "image/webp", "application/x-npz", "text/event-stream")
 
 
-def build_app(
-    service: Service,
-    switched: Callable[[], object] | None = None,
-) -> FastAPI:
-    """The application; the service starts and stops with it. `switched` is called once it has started."""
+def build_app(service: Service) -> FastAPI:
+    """The application; the service starts and stops with it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        if switched is not None:
-            switched()
         yield
         await service.stop()
 
     app = FastAPI(
-        title="ddm", summary="Pictures from a decentralized mixture of experts", lifespan=lifespan, redoc_url=None
+        title="ddm",
+        summary="Pictures from a decentralized mixture of experts",
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     _errors(app, service)
     _pictures(app, service)
@@ -54,64 +56,73 @@ def build_app(
 
 
 def _errors(app: FastAPI, service: Service) -> None:
-    def reply(status: int, kind: str, message: str, param: str | None = None, **headers: str) -> JSONResponse:
-        if status in (429, 503, 504):
-            service.metrics.count("rejections", reason=kind)
-        return JSONResponse(error_body(kind, message, param), status, headers)
+    def reply(
+        request: Request, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
+    ) -> Response:
+        service.metrics.count("rejections", reason=body["error"]["type"])
+        if request.url.path in _PICTURES:
+            service.metrics.count("requests", status=str(status))
+        return JSONResponse(body, status, headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return reply(400, "not_json", f"the body is not JSON: {shown(first['ctx'].get('error', first['msg']))}")
-        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        rule = first["msg"][:1].lower() + first["msg"][1:]
-        got = "" if first["type"] == "missing" else f", got {shown(first.get('input'))}"
-        return reply(422, "invalid_value", f"{shown(param, 100) if param else 'the body'}: {rule}{got}", param)
+            return reply(request, 400, error_body("not_json", f"the body is not JSON: {first['ctx']['error']}"))
+        if isinstance(error.body, bytes):
+            said = "the body must be JSON, and come with the header Content-Type: application/json"
+            return reply(request, 400, error_body("not_json", said))
+        return reply(request, 422, error_body("invalid_value", *fault(first)))
 
     @app.exception_handler(ConfigError)
-    async def refused(request: Request, error: Exception) -> JSONResponse:
+    async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ConfigError)
         param = error.key.removeprefix("sample.") if error.key else None
-        return reply(422, "invalid_value", str(error).removeprefix("sample."), param)
+        said = str(error).removeprefix("sample.")[:2000]  # it shows the value, which may be long
+        return reply(request, 422, error_body("invalid_value", said, param))
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: Exception) -> JSONResponse:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        kinds = {400: "not_json", 404: "not_found", 405: "method_not_allowed"}
-        return reply(
-            error.status_code, kinds.get(error.status_code, "http_error"), str(error.detail), **(error.headers or {})
-        )
+        kind, said = {
+            400: (
+                "not_json",
+                "the body is not JSON: it must be UTF-8, not nested deeply, its numbers below 4300 digits",
+            ),
+            404: ("not_found", "there is nothing here: /docs lists the paths"),
+            405: ("method_not_allowed", f"this path does not take {request.method}"),
+        }.get(error.status_code, ("http_error", str(error.detail)))
+        return reply(request, error.status_code, error_body(kind, said), error.headers)
 
     @app.exception_handler(UnknownModelError)
-    async def missing(request: Request, error: Exception) -> JSONResponse:
-        return reply(404, "model_not_found", str(error), "model")
+    async def missing(request: Request, error: Exception) -> Response:
+        return reply(request, 404, error_body("model_not_found", str(error), "model"))
 
     @app.exception_handler(BusyError)
-    async def busy(request: Request, error: Exception) -> JSONResponse:
+    async def busy(request: Request, error: Exception) -> Response:
         assert isinstance(error, BusyError)
-        return reply(429, "busy", str(error), **{"Retry-After": str(error.retry_after_s)})
+        return reply(request, 429, error_body("busy", str(error)), {"Retry-After": str(error.retry_after_s)})
 
     @app.exception_handler(ServingError)
-    async def unserved(request: Request, error: Exception) -> JSONResponse:
-        return reply(503, "unavailable", str(error), **{"Retry-After": "5"})
-
     @app.exception_handler(TimeoutError)
-    async def late(request: Request, error: Exception) -> JSONResponse:
-        return reply(504, "deadline", f"not done within {service.settings.serve.limits.deadline_s:g} s")
+    @app.exception_handler(Exception)
+    async def unserved(request: Request, error: Exception) -> Response:
+        status, body = failure(service, error)
+        return reply(request, status, body, {"Retry-After": "5"} if status == 503 else None)
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it; logs do
+        service.metrics.count("requests", status="499")
+        return Response(status_code=499)  # nobody reads it
 
 
 def _pictures(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/samples",
         responses={
-            200: {"content": {kind: {} for kind in (*MEDIA.values(), "application/x-npz", "text/event-stream")}},
-            **ERRORS,
+            200: {"content": {kind: {} for kind in _MEDIA}},
+            **PICTURE_ERRORS,
         },
     )
     async def samples(request: Request, asked: SampleRequest) -> Response:

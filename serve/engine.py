@@ -466,11 +466,12 @@ def _advance(
     Also returns the jobs over which one of these stumbled, and how.
     """
     paths, moved, failed = list(paths), list[Path](), list[tuple[Job, Exception]]()
+    starts: dict[int, list[tuple[Job, int]]] = {}
     for job, places in begun:
-        try:
-            paths += _begin(job, places)
-        except Exception as error:
-            failed.append((job, error))
+        starts.setdefault(id(job.recipe.router), []).extend((job, place) for place in places)
+    for start in starts.values():
+        fresh, mistaken = _begin_apart(start)
+        paths, failed = paths + fresh, failed + mistaken
     for path in paths:
         try:
             _move(path)
@@ -488,18 +489,42 @@ def _advance(
     return [path for path in moved if path.job not in lost], failed
 
 
-def _begin(job: Job, places: range) -> list[Path]:
-    """Paths at t = 1."""
-    recipe, index = job.recipe, job.index[places.start : places.stop]
-    steps = torch.arange(len(recipe.times))  # the draw of step n is number n + 1; number 0 is the policy's start
-    each = index.cpu().repeat_interleave(len(steps))
-    draws = uniform(job.seed, Use.CHOICE, each, steps.repeat(len(index))).reshape(len(index), -1)
-    x = recipe.start(job.seed, index)
-    memory = recipe.router.start(x, draws[:, 0].to(x.device))
+def _begin(places: list[tuple[Job, int]]) -> list[Path]:
+    """Paths at t = 1, for places in jobs that one router routes."""
+    recipe = places[0][0].recipe
+    index = torch.stack([job.index[place] for job, place in places])
+    seed = torch.tensor([job.seed for job, _ in places], device=index.device)
+    steps = [
+        len(job.recipe.times) for job, _ in places
+    ]  # the draw of step n is number n + 1; number 0 is the policy's start
+    row = torch.arange(len(places), device=index.device).repeat_interleave(torch.tensor(steps, device=index.device))
+    number = torch.cat([torch.arange(count, device=index.device) for count in steps])
+    draws = uniform(seed[row], Use.CHOICE, index[row], number)[:, 0].split(steps)
+    x = recipe.start(seed, index)
+    memory = _rows(recipe.router.start(x, torch.stack([draw[0] for draw in draws])))
     return [
-        Path(job, place, recipe.walk(x[i : i + 1], job.seed, index[i : i + 1]), draws[i, 1:].tolist(), row, row)
-        for i, (place, row) in enumerate(zip(places, _rows(memory), strict=True))
+        Path(
+            job,
+            place,
+            job.recipe.walk(x[i : i + 1], job.seed, index[i : i + 1]),
+            draws[i][1:].tolist(),
+            memory[i],
+            memory[i],
+        )
+        for i, (job, place) in enumerate(places)
     ]
+
+
+def _begin_apart(places: list[tuple[Job, int]]) -> tuple[list[Path], list[tuple[Job, Exception]]]:
+    """`_begin`; where that fails, each job alone, for it may be one's fault. Also the jobs that fail, and how."""
+    try:
+        return _begin(places), []
+    except Exception as error:
+        jobs = {job: None for job, _ in places}
+        if len(jobs) == 1:
+            return [], [(places[0][0], error)]
+        parts = [_begin_apart([(job, place) for job, place in places if job is one]) for one in jobs]
+        return [path for paths, _ in parts for path in paths], [each for _, failed in parts for each in failed]
 
 
 def _move(path: Path) -> None:

@@ -3,24 +3,25 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from ddm.errors import ConfigError
 from ddm.grids import GRIDS
 from ddm.samplers import SAMPLERS
 from router.policies import POLICIES
 from router.sources import SOURCES
-from serve.answers import Told, b64, event, failure, headers_of, images_of, made, told_by
+from serve.answers import EventStream, Told, b64, event, failed, headers_of, images_of, made, told_by
 from serve.engine import ServingError
 from serve.guard import shown
 from serve.model import CONTROLS, SampleConfig
 from serve.pictures import to_uint8
-from serve.schemas import ERRORS, ErrorReply, ImagesRequest
+from serve.schemas import PICTURE_ERRORS, ImagesRequest, errors
 from serve.service import Ask, Order, Service
 
 
@@ -31,18 +32,21 @@ class UnknownModelError(Exception):
 def add_openai(app: FastAPI, service: Service) -> None:
     """Add these paths to the application."""
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=errors(401, 503))
     async def models() -> dict[str, Any]:
         """What is served: one model, its clusters, what it can be asked for and what it does unless asked."""
         return {"object": "list", "data": [_card(service)]}
 
-    @app.get("/v1/models/{model}", responses={404: {"model": ErrorReply}})
+    @app.get("/v1/models/{model}", responses=errors(401, 404, 422, 503))
     async def model(model: str) -> dict[str, Any]:
         """The model of that name."""
         _known(service, model)
         return _card(service)
 
-    @app.post("/v1/images/generations", responses={404: {"model": ErrorReply}, **ERRORS})
+    @app.post(
+        "/v1/images/generations",
+        responses={200: {"content": {"text/event-stream": {}}}, **errors(404), **PICTURE_ERRORS},
+    )
     async def generations(request: Request, asked: ImagesRequest) -> Response:
         """Draw pictures, as the public `openai` client asks for them."""
         if asked.model is not None:
@@ -56,6 +60,8 @@ def add_openai(app: FastAPI, service: Service) -> None:
                 raise ConfigError(
                     f"prompt must be empty or name a cluster, one of {names}; got {shown(asked.prompt)}", "prompt"
                 )
+            if asked.clusters is not None:
+                raise ConfigError(f"prompt must be empty where clusters are given, got {shown(asked.prompt)}", "prompt")
             given["clusters"] = {asked.prompt: 1.0}
         height, width = model.shape[1:]
         size = f"{width}x{height}"
@@ -73,33 +79,30 @@ def add_openai(app: FastAPI, service: Service) -> None:
         }
         if asked.stream:
             told.every = math.ceil(order.job.steps / (asked.partial_images + 1)) if asked.partial_images else 0
-            return StreamingResponse(
-                _events(service, order, told, facts),
-                media_type="text/event-stream",
-                headers={"ddm-seed": str(order.seed)},
-            )
+            return EventStream(order, _events(service, order, told, facts))
         await made(service, order, request)
         data = await asyncio.to_thread(lambda: [{"b64_json": b64(image, form)} for image in images_of(order)])
         service.metrics.count("requests", status="200")
         return JSONResponse({**facts, "data": data, "usage": _usage(order)}, headers=headers_of(order))
 
 
-async def _events(service: Service, order: Order, told: Told, facts: dict[str, Any]) -> AsyncIterator[str]:
+async def _events(service: Service, order: Order, told: Told, facts: dict[str, Any]) -> AsyncGenerator[str]:
     facts = {"created_at" if key == "created" else key: value for key, value in facts.items()}
-    form, shown = facts["output_format"], dict.fromkeys(range(len(order.job.index)), 0)
+    form, partials = facts["output_format"], [0] * len(order.job.index)
     try:
-        async for place, call, _, denoised in told_by(service, order, told):
-            if denoised is not None and call < order.job.steps:
-                picture = await asyncio.to_thread(b64, to_uint8(denoised), form)
-                kind = "image_generation.partial_image"
-                yield event(kind, {"type": kind, "b64_json": picture, "partial_image_index": shown[place], **facts})
-                shown[place] += 1
+        async with aclosing(told_by(service, order, told)) as news:
+            async for place, call, _, denoised in news:
+                if denoised is not None and call < order.job.steps:
+                    picture = await asyncio.to_thread(b64, to_uint8(denoised), form)
+                    kind, number = "image_generation.partial_image", partials[place]
+                    yield event(kind, {"type": kind, "b64_json": picture, "partial_image_index": number, **facts})
+                    partials[place] += 1
         for image in images_of(order):
             kind, picture = "image_generation.completed", await asyncio.to_thread(b64, image, form)
             yield event(kind, {"type": kind, "b64_json": picture, **facts, "usage": _usage(order)})
         service.metrics.count("requests", status="200")
-    except (ServingError, TimeoutError) as error:
-        yield event("error", {"type": "error", **failure(service, error)})
+    except Exception as error:
+        yield event("error", {"type": "error", **failed(service, error)})
 
 
 def _usage(order: Order) -> dict[str, Any]:

@@ -4,8 +4,10 @@ Plain ASGI, so that it stands in front of this server and of Ray Serve's proxy a
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
+import reprlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -19,6 +21,9 @@ _STRIPPED = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
 # What anyone may see: the page and its parts, the API's description, and what probes ask.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")
 _OPEN_UNDER = "/page/"
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 3
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 120
 
 
 def error_body(kind: str, message: str, param: str | None = None) -> dict[str, Any]:
@@ -26,46 +31,52 @@ def error_body(kind: str, message: str, param: str | None = None) -> dict[str, A
     return {"error": {"message": message, "type": kind, "param": param, "code": kind}}
 
 
-def shown(value: Any, most: int = 200) -> str:
-    """A value for an error's text, in ASCII and short."""
-    text = ascii(value)
-    return text if len(text) <= most else f"{text[:most]}..."
+def shown(value: Any) -> str:
+    """A value for an error's text: in ASCII, short, and however deep it is."""
+    return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()
 
 
 class Guard:
     """An ASGI application that lets through to another what may pass.
 
     token: what `Authorization: Bearer` must carry, None for no question. body_bytes, body_timeout_s: of a body; beyond them
-    413 and 408. The body reaches the application whole.
+    413 and 408. The body reaches the application whole. `refused` hears the kind of each refusal.
     """
 
     def __init__(
-        self, app: App, token: str | None = None, body_bytes: int = 65_536, body_timeout_s: float = 10.0
+        self,
+        app: App,
+        token: str | None = None,
+        body_bytes: int = 65_536,
+        body_timeout_s: float = 10.0,
+        refused: Callable[[str], object] = lambda kind: None,
     ) -> None:
-        self.app, self.token = app, token
+        self.app, self.token, self.refused = app, token, refused
         self.most, self.body_timeout_s = body_bytes, body_timeout_s
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there is none
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers: list[tuple[bytes, bytes]] = [pair for pair in scope["headers"] if pair[0].lower() not in _STRIPPED]
         scope = {**scope, "headers": headers}
         if not self._admitted(scope["path"], headers):
-            await _refuse(
-                send, 401, "unauthorized", "this needs the header Authorization: Bearer TOKEN, with the server's token"
-            )
+            said = "this needs the header Authorization: Bearer TOKEN, with the server's token"
+            await self._refuse(send, 401, "unauthorized", said)
             return
         try:
             async with asyncio.timeout(self.body_timeout_s):
                 body = await self._body(headers, receive)
         except TimeoutError:
-            await _refuse(send, 408, "body_timeout", f"the body must arrive within {self.body_timeout_s:g} s")
+            await self._refuse(send, 408, "body_timeout", f"the body must arrive within {self.body_timeout_s:g} s")
             return
         except _GoneError:
             return
         if body is None:
-            await _refuse(send, 413, "body_too_large", f"a body must be at most {self.most} bytes")
+            await self._refuse(send, 413, "body_too_large", f"a body must be at most {self.most} bytes", receive)
             return
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -77,14 +88,15 @@ class Guard:
     def _admitted(self, path: str, headers: list[tuple[bytes, bytes]]) -> bool:
         if self.token is None or path in _OPEN or path.startswith(_OPEN_UNDER):
             return True
-        given = [value for name, value in headers if name.lower() == b"authorization"]
-        wanted = b"Bearer " + self.token.encode()
-        return len(given) == 1 and hmac.compare_digest(given[0], wanted)
+        given = [value.partition(b" ") for name, value in headers if name.lower() == b"authorization"]
+        if len(given) != 1 or given[0][0].lower() != b"bearer":
+            return False
+        return hmac.compare_digest(given[0][2].strip(), self.token.encode())
 
     async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
         """The whole body, None if it is too large; nothing above the limit is kept."""
         lengths = [value for name, value in headers if name.lower() == b"content-length"]
-        if any(value.isdigit() and int(value) > self.most for value in lengths):
+        if any(value.isdigit() and (len(value) > 18 or int(value) > self.most) for value in lengths):
             return None
         parts, size = [], 0
         while True:
@@ -98,15 +110,23 @@ class Guard:
             if not message.get("more_body", False):
                 return b"".join(parts)
 
+    async def _refuse(self, send: Send, status: int, kind: str, message: str, receive: Receive | None = None) -> None:
+        self.refused(kind)
+        body = json.dumps(error_body(kind, message)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
+        headers += [(b"connection", b"close")] if status in (408, 413) else []
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": receive is not None})
+        if (
+            receive is not None
+        ):  # a client that is cut off while it sends may never read the answer: hear it out a while
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.body_timeout_s):
+                    while (await receive()).get("more_body", False):
+                        pass
+            await send({"type": "http.response.body", "body": b""})
+
 
 class _GoneError(Exception):
     """The client left before its body was here."""
-
-
-async def _refuse(send: Send, status: int, kind: str, message: str) -> None:
-    body = json.dumps(error_body(kind, message)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
-    headers += [(b"connection", b"close")] if status in (408, 413) else []  # what is left of the body is not read
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

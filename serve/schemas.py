@@ -1,6 +1,6 @@
 """What requests over HTTP may say, and the one shape of every error."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,7 @@ from ddm.grids import GRIDS
 from ddm.samplers import SAMPLERS
 from router.policies import POLICIES
 from router.sources import SOURCES
+from serve.guard import shown
 from serve.model import CONTROLS, SampleConfig
 
 
@@ -28,23 +29,28 @@ class RequestSettings(BaseModel):
     source: Annotated[str | None, _one_of(SOURCES, "where alpha, the experts' probabilities, comes from")] = None
     policy: Annotated[str | None, _one_of(POLICIES, "who moves the picture, given alpha")] = None
     top_k: Annotated[int | None, Field(ge=1, le=2**31, description="for policy=top_k")] = None
-    nucleus_p: Annotated[float | None, Field(gt=0, le=1, description="for policy=nucleus")] = None
-    budget: Annotated[float | None, Field(ge=1, description="for policy=adaptive: calls a step, on average")] = None
+    nucleus_p: Annotated[float | None, Field(ge=1e-6, le=1, description="for policy=nucleus")] = None
+    budget: Annotated[
+        float | None, Field(ge=1, le=1_000_000, description="for policy=adaptive: calls a step, on average")
+    ] = None
     control: Annotated[str | None, _one_of(CONTROLS, "what stands in for the experts that are not asked")] = None
     order: Annotated[int | None, Field(ge=2, le=3, description="for sampler=unipc")] = None
-    pull: Annotated[float | None, Field(ge=0, description="for source=combined, a unit of t")] = None
-    t_min: Annotated[float | None, Field(ge=0, lt=1, description="where the grid ends")] = None
+    pull: Annotated[float | None, Field(ge=0, le=1_000_000, description="for source=combined, a unit of t")] = None
+    t_min: Annotated[float | None, Field(ge=0, le=0.999, description="where the grid ends")] = None
     clip: Annotated[bool | None, Field(description="bound the denoised pictures to [-1, 1]")] = None
     clusters: Annotated[
-        list[str] | dict[str, float] | None,
+        list[str] | dict[str, Annotated[float, Field(ge=0)]] | None,
         Field(description="only these clusters; or what each cluster's share is multiplied by, others 0"),
     ] = None
 
     def given(self) -> dict[str, Any]:
         """The settings that were given."""
         found = {f.name: value for f in fields(SampleConfig) if (value := getattr(self, f.name)) is not None}
-        if isinstance(found.get("clusters"), list):
-            found["clusters"] = dict.fromkeys(found["clusters"], 1.0)
+        match found.get("clusters"):
+            case list(names):
+                found["clusters"] = dict.fromkeys(names, 1.0)
+            case dict(weights) if (most := max(weights.values(), default=0)) > 0:  # the largest 1: they become float32
+                found["clusters"] = {name: weight / most for name, weight in weights.items()}
         return found
 
 
@@ -70,7 +76,7 @@ class SampleRequest(RequestSettings):
         False
     )
     preview_every: Annotated[
-        int, Field(ge=0, le=1000, description="steps between previews in a stream; 0 for none")
+        int, Field(ge=0, le=1000, description="a picture's calls between its previews in a stream; 0 for none")
     ] = 1
 
 
@@ -95,6 +101,45 @@ class ImagesRequest(RequestSettings):
     user: Annotated[str | None, Field(max_length=512)] = None
 
 
+def _rule(field: Mapping[str, Any]) -> str:
+    """What a field's JSON schema asks of a value, in words."""
+    kinds = [kind for kind in field.get("anyOf", [field]) if kind["type"] != "null"]
+    if len(kinds) > 1:
+        return "be a list of clusters, or an object with a finite weight of at least 0 for each"
+    if "const" in kinds[0]:
+        return f"be {kinds[0]['const']}"
+    if names := field.get("enum", kinds[0].get("enum")):
+        return f"be one of {' '.join(name for name in names if name is not None)}"
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a string"}
+    bounds = kinds[0]
+    if "maxLength" in bounds:
+        return f"be a string of at most {bounds['maxLength']} characters"
+    low, high = bounds.get("minimum"), bounds.get("maximum", bounds.get("exclusiveMaximum"))
+    close = ")" if "exclusiveMaximum" in bounds else "]"
+    limits = f" in [{low}, {high}{close}" if high is not None else "" if low is None else f" of at least {low}"
+    return f"be {words[bounds['type']]}{limits}"
+
+
+RULES = {
+    name: _rule(field)
+    for kind in (SampleRequest, ImagesRequest)
+    for name, field in kind.model_json_schema()["properties"].items()
+}
+
+
+def fault(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    """One of pydantic's errors as `KEY must RULE, got VALUE`, and the key, where it is one field's."""
+    kind, place, value = error["type"], error["loc"], shown(error.get("input"))
+    if len(place) < 2:
+        return f"the body must be a JSON object, got {'none' if kind == 'missing' else value}", None
+    name = str(place[1])
+    if name not in RULES:
+        return f"{shown(name)} is no field of this request: /docs lists them", name[:100].encode(
+            "ascii", "replace"
+        ).decode()
+    return f"{name} must {RULES[name]}, got {'none' if kind == 'missing' else value}", name
+
+
 class ErrorDetail(BaseModel):
     """What went wrong: in words, by kind, and the field at fault where it is one."""
 
@@ -113,13 +158,22 @@ class ErrorReply(BaseModel):
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorReply, "description": what}
     for code, what in {
-        400: "not JSON",
+        400: "not JSON, or without Content-Type: application/json",
         401: "no token, or a wrong one",
+        404: "no such model",
         408: "the body did not arrive in time",
         413: "the body is too large",
-        422: "a field is unknown, or out of its range",
+        422: "no JSON object, or a field that is unknown or out of its range",
         429: "too much is pending; Retry-After says when to come back",
         503: "an expert is away, or nothing is in service yet",
         504: "not done within the deadline",
     }.items()
 }
+
+
+def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """The part of `ERRORS` that a path can answer with."""
+    return {code: ERRORS[code] for code in codes}
+
+
+PICTURE_ERRORS = errors(400, 401, 408, 413, 422, 429, 503, 504)

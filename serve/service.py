@@ -93,6 +93,7 @@ class Service:
         self.began_s = int(time.time())
         self._remote = connect is not None
         self._connect = connect or (lambda model, folder, turn: local_experts(model, turn, settings.serve.compile))
+        self._observer: asyncio.Task[None] | None = None
         self._pace = 0.0  # pictures times steps a second, lately
         self._switching = asyncio.Lock()
         self._first: tuple[Model, Path] | None = (self._load(settings.run), Path(settings.run))  # until it is begun
@@ -107,6 +108,7 @@ class Service:
         assert self._first is not None
         first, self._first = self._first, None
         self._begin(*first)
+        self._observer = asyncio.create_task(self._observe())
 
     async def switch(self, folder: str | Path) -> None:
         """Make the bundle there the current version; requests under way finish on theirs.
@@ -146,6 +148,8 @@ class Service:
 
     async def stop(self) -> None:
         """End every engine; requests under way end with an error."""
+        if self._observer is not None:
+            self._observer.cancel()
         versions, self.versions, self.current = self.versions, [], None
         for version in versions:
             await version.engine.close()
@@ -163,9 +167,8 @@ class Service:
         require(config.steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", config.steps)
         for key, value in (("seed", ask.seed), ("first_index", ask.first_index)):
             require(value is None or 0 <= value < 2**63 - limits.n, f"sample.{key}", "be in [0, 2^63 - n)", value)
-        seed = (
-            secrets.randbits(53) if ask.seed is None else ask.seed
-        )  # 53 bits: a number that any JSON reader keeps whole
+        # 53 bits: a number that any JSON reader keeps whole
+        seed = secrets.randbits(53) if ask.seed is None else ask.seed
         index = torch.arange(ask.first_index, ask.first_index + ask.n, device=model.device)
         job = Job(model.recipe(config), seed, index, watch, ask.trace)
         pending = self.pending
@@ -198,6 +201,12 @@ class Service:
         self.versions = [version for version in self.versions if version not in idle]
         for version in idle:
             await version.engine.close()
+
+    async def _observe(self) -> None:
+        """Keep the gauges fresh for a scraper that does not come here for them, as Ray's does not."""
+        while True:
+            self.observe()
+            await asyncio.sleep(2.0)
 
     def observe(self) -> None:
         """Set the gauges."""
