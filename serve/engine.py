@@ -13,7 +13,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -31,6 +34,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAUSE_S = 5.0  # between two calls of an expert: then the loss of one says nothing about the time before the other
+
+
+# One thread for all arithmetic of this process: turns are taken anyway, and its caches stay warm.
+_THREAD = ThreadPoolExecutor(1, "arithmetic")
+
+
+async def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Run arithmetic beside the loop."""
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, work, *args)
 
 
 class UnavailableError(Exception):
@@ -70,11 +82,12 @@ class Expert(Protocol):
 
 
 class Taken(NamedTuple):
-    """One call on a picture's way: the time, alpha `[K]`, and who was asked, bool `[K]`."""
+    """One call on a picture's way: the time, alpha `[K]`, who was asked, bool `[K]`, and how many they are."""
 
     t: float
     alpha: Tensor
     chosen: Tensor
+    calls: int
 
 
 @dataclass(eq=False)
@@ -109,6 +122,13 @@ class Job:
             self.done.set_exception(error)
 
 
+class Row(NamedTuple):
+    """What routing remembers of one path: a row of the batch that it was routed in."""
+
+    memory: Memory
+    i: int
+
+
 @dataclass(eq=False)
 class Path:
     """One picture on its way. Everything about it is its own, so its company changes nothing."""
@@ -117,8 +137,8 @@ class Path:
     place: int
     walk: Walk
     draws: list[float]  # uniform, one a step
-    memory: Memory  # rows of one
-    before: Memory  # the last call's, for routing it again
+    memory: Row
+    before: Row  # the last call's, for routing it again
     x: Tensor | None = None  # [1, C, H, W]
     t: Tensor | None = None  # []
     asked: int = 0  # calls of its sampler
@@ -250,7 +270,7 @@ class Engine:
                     continue
                 started = time.perf_counter()
                 alive = None if all(self.alive) or self.degraded == "fail" else torch.tensor(self.alive)
-                paths, failed = await asyncio.to_thread(_advance, paths, begun, alive)
+                paths, failed = await in_thread(_advance, paths, begun, alive)
                 self.metrics.observe("route_seconds", time.perf_counter() - started)
             for job, error in failed:
                 self._mistaken(job, error)
@@ -276,7 +296,7 @@ class Engine:
         if taken is None:
             return
         path.taken = None
-        job.calls += int(taken.chosen.sum())
+        job.calls += taken.calls
         if job.trace:
             job.taken.setdefault(path.place, []).append(taken)
         if job.watch is not None and path.denoised is not None:
@@ -501,15 +521,15 @@ def _begin(places: list[tuple[Job, int]]) -> list[Path]:
     number = torch.cat([torch.arange(count, device=index.device) for count in steps])
     draws = uniform(seed[row], Use.CHOICE, index[row], number)[:, 0].split(steps)
     x = recipe.start(seed, index)
-    memory = _rows(recipe.router.start(x, torch.stack([draw[0] for draw in draws])))
+    memory = recipe.router.start(x, torch.stack([draw[0] for draw in draws]))
     return [
         Path(
             job,
             place,
             job.recipe.walk(x[i : i + 1], job.seed, index[i : i + 1]),
             draws[i][1:].tolist(),
-            memory[i],
-            memory[i],
+            Row(memory, i),
+            Row(memory, i),
         )
         for i, (job, place) in enumerate(places)
     ]
@@ -535,10 +555,10 @@ def _move(path: Path) -> None:
         assert path.alpha is not None
         assert path.chosen is not None
         clip, x = path.job.recipe.config.clip, path.x
-        denoised = sum((weight * path.answers[k].to(x) for k, weight in path.waits_for.items()), torch.zeros_like(x))
+        denoised = reduce(add, (weight * path.answers[k].to(x) for k, weight in path.waits_for.items()))
         denoised = denoised if path.rest is None else denoised + path.rest
         path.denoised = denoised.clamp(-1, 1) if clip else denoised
-        path.taken = Taken(float(path.t), path.alpha, path.chosen)
+        path.taken = Taken(float(path.t), path.alpha, path.chosen, len(path.waits_for))
         path.asked += 1
         path.turn += 1
         try:
@@ -564,7 +584,7 @@ def _route(paths: list[Path], alive: Tensor | None) -> None:
     places = [divmod(path.asked, path.job.recipe.method.calls_per_step) for path in paths]  # step, and call within it
     x = torch.cat([path.x for path in paths if path.x is not None])
     t = torch.stack([path.t for path in paths if path.t is not None])
-    memory = Memory(*map(torch.cat, zip(*(path.memory for path in paths), strict=True)))
+    memory = _gathered([path.memory for path in paths])
     draw = torch.tensor([path.draws[step] for path, (step, _) in zip(paths, places, strict=True)], dtype=torch.float64)
     held = torch.tensor([within > 0 for _, within in places])
     alive = None if alive is None else alive.to(x.device)
@@ -572,11 +592,17 @@ def _route(paths: list[Path], alive: Tensor | None) -> None:
     weight = policies.weights(alpha, after.chosen)
     rest = None if recipe.control is None else recipe.control(x, t, alpha - weight).split(1)
     chosen, weights, alphas = after.chosen.cpu(), weight.tolist(), alpha.cpu()
-    for i, (path, row) in enumerate(zip(paths, _rows(after), strict=True)):
-        path.before, path.memory, path.alpha, path.chosen = path.memory, row, alphas[i], chosen[i]
+    for i, path in enumerate(paths):
+        path.before, path.memory, path.alpha, path.chosen = path.memory, Row(after, i), alphas[i], chosen[i]
         path.waits_for = {k: weights[i][k] for k in chosen[i].nonzero()[:, 0].tolist()}
         path.answers, path.rest = {}, None if rest is None else rest[i]
 
 
-def _rows(memory: Memory) -> list[Memory]:
-    return [Memory(*parts) for parts in zip(*(part.split(1) for part in memory), strict=True)]
+def _gathered(rows: list[Row]) -> Memory:
+    """The rows as one batch, in their order: a few takings from the few batches that they are in."""
+    batches: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        batches.setdefault(id(row.memory), []).append(place)
+    parts = [[part[[rows[i].i for i in places]] for part in rows[places[0]].memory] for places in batches.values()]
+    back = torch.tensor([place for places in batches.values() for place in places]).argsort()
+    return Memory(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from serve.engine import in_thread
 from serve.model import Model
 
 
@@ -31,7 +32,7 @@ class Runner:
 
 
 class LocalExpert:
-    """An expert in this process, in a thread; all on one device take turns."""
+    """An expert in this process; all on one device take turns."""
 
     calls = 1
 
@@ -39,7 +40,7 @@ class LocalExpert:
         self.name, self.run, self.turn = name, run, turn
 
     async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return await asyncio.to_thread(self.run, x, t)
+        return await in_thread(self.run, x, t)
 
     async def check(self) -> None:
         """It is always here."""
