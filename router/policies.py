@@ -78,7 +78,9 @@ class Nucleus(_Stateless):
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         falling, order = alpha.sort(dim=1, descending=True)
         mass_before = falling.cumsum(dim=1) - falling
-        return torch.zeros_like(alpha, dtype=torch.bool).scatter_(1, order, mass_before < self.p), state
+        few = mass_before < self.p
+        few[:, 0] = True  # also where p is too small for a float32
+        return torch.zeros_like(few).scatter_(1, order, few), state
 
 
 class Fixed:

@@ -5,13 +5,16 @@ SIGHUP looks for new weights in the same folder. Keys: serve.port=8123 serve.pla
 """
 
 import asyncio
+import gc
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import torch
 import uvicorn
 
 from ddm.errors import ConfigError, DdmError
@@ -54,8 +57,13 @@ def main(words: list[str]) -> int:
 def serve_here(config: Settings) -> None:
     """Serve from this process, until it is told to end."""
     serve, token, metrics = config.serve, config.token(), Prometheus()
+    if (
+        "OMP_NUM_THREADS" not in os.environ
+    ):  # a core is left for the loop; without one they stop each other all the time
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     with _bound(serve.host, serve.port) as listening:  # first, so that a port that is taken is said at once
         service = Service(config, metrics)
+        gc.freeze()  # what is here now stays: collections need not look at it again
         app = Guard(
             build_app(service),
             token,

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from ddm.errors import ConfigError
@@ -35,7 +36,8 @@ def build_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # its description needs nothing from elsewhere
+        static_url="/page/docs",
         title="ddm",
         summary="Pictures from a decentralized mixture of experts",
         lifespan=lifespan,

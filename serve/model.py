@@ -67,7 +67,7 @@ class SampleConfig:
         policy(self.policy, self.top_k, self.nucleus_p, self.budget)
         sampler(self.sampler, self.order)
         require(self.pull >= 0, "sample.pull", "be at least 0", self.pull)
-        require(0 <= self.t_min < 1, "sample.t_min", "be in [0, 1)", self.t_min)
+        require(0 <= self.t_min <= 0.999, "sample.t_min", "be in [0, 0.999]", self.t_min)
         enough = all(0 <= weight < math.inf for weight in self.clusters.values()) and sum(self.clusters.values()) > 0
         require(
             not self.clusters or enough,
@@ -201,7 +201,7 @@ class Model:
 
     def recipe(self, config: SampleConfig) -> Recipe:
         """The way of a picture under these checked settings; the same object for the same ones."""
-        return _kept(self._recipes, repr(config), lambda: self._recipe(config))
+        return kept(self._recipes, repr(config), lambda: self._recipe(config))
 
     def _recipe(self, config: SampleConfig) -> Recipe:
         method, times = plan(config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order)
@@ -219,9 +219,10 @@ class Model:
         """The router of these settings, the same object for the same ones: whoever has it can be routed together."""
         c = config
         key = repr((c.source, c.pull, c.policy, c.top_k, c.nucleus_p, c.budget, c.clusters))
-        weights = self.pi.new_tensor([c.clusters.get(name, 0.0) for name in self.names]) if c.clusters else None
+        most = max(c.clusters.values(), default=1.0)  # the largest is 1: they become float32
+        weights = self.pi.new_tensor([c.clusters.get(name, 0.0) / most for name in self.names]) if c.clusters else None
         rule = policy(c.policy, c.top_k, c.nucleus_p, c.budget)
-        return _kept(self._routers, key, lambda: Router(self._source(c), rule, self.pi, weights))
+        return kept(self._routers, key, lambda: Router(self._source(c), rule, self.pi, weights))
 
     def _source(self, config: SampleConfig) -> Source:
         if len(self.names) == 1 or config.source == "prior":
@@ -343,7 +344,7 @@ def _expert(artifact: Artifact, schedule: Schedule, device: torch.device) -> Den
     return denoiser.eval().requires_grad_(False).to(device)
 
 
-def _kept(cache: dict[str, C], key: str, make: Callable[[], C]) -> C:
+def kept(cache: dict[str, C], key: str, make: Callable[[], C]) -> C:
     """The cache's own, made where it is not there; the oldest goes where there are many."""
     if key not in cache:
         if len(cache) >= _KEPT:

@@ -46,11 +46,8 @@ class RequestSettings(BaseModel):
     def given(self) -> dict[str, Any]:
         """The settings that were given."""
         found = {f.name: value for f in fields(SampleConfig) if (value := getattr(self, f.name)) is not None}
-        match found.get("clusters"):
-            case list(names):
-                found["clusters"] = dict.fromkeys(names, 1.0)
-            case dict(weights) if (most := max(weights.values(), default=0)) > 0:  # the largest 1: they become float32
-                found["clusters"] = {name: weight / most for name, weight in weights.items()}
+        if isinstance(found.get("clusters"), list):
+            found["clusters"] = dict.fromkeys(found["clusters"], 1.0)
         return found
 
 

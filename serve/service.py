@@ -22,7 +22,7 @@ from serve.config import Settings
 from serve.engine import Engine, Expert, Job, ServingError, Taken
 from serve.local import local_experts
 from serve.metrics import Metrics
-from serve.model import Model, Trace, load, picked_device
+from serve.model import Model, Recipe, Trace, kept, load, picked_device
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Version:
     model: Model
     folder: Path
     engine: Engine
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # by what requests gave, so that it is checked once
     orders: "WeakSet[Order]" = field(default_factory=WeakSet)
 
 
@@ -162,7 +163,8 @@ class Service:
         if self.current is None:
             raise ServingError("no bundle is in service")
         model, limits = self.current.model, self.settings.serve.limits
-        config = model.settings(**{**asdict(self.settings.sample), **ask.settings})
+        recipe = kept(self.current.recipes, repr(ask.settings), lambda: self._recipe(model, ask.settings))
+        config = recipe.config
         require(1 <= ask.n <= limits.n, "sample.n", f"be in [1, {limits.n}]", ask.n)
         require(config.steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", config.steps)
         for key, value in (("seed", ask.seed), ("first_index", ask.first_index)):
@@ -170,7 +172,7 @@ class Service:
         # 53 bits: a number that any JSON reader keeps whole
         seed = secrets.randbits(53) if ask.seed is None else ask.seed
         index = torch.arange(ask.first_index, ask.first_index + ask.n, device=model.device)
-        job = Job(model.recipe(config), seed, index, watch, ask.trace)
+        job = Job(recipe, seed, index, watch, ask.trace)
         pending = self.pending
         if pending and pending + job.cost > limits.pending:
             wait_s = pending / self._pace if self._pace else 1.0
@@ -179,6 +181,9 @@ class Service:
         order = Order(self.current, job, seed)
         self.current.orders.add(order)
         return order
+
+    def _recipe(self, model: Model, given: dict[str, Any]) -> Recipe:
+        return model.recipe(model.settings(**{**asdict(self.settings.sample), **given}))
 
     async def make(self, order: Order) -> None:
         """Make an order's pictures, within the deadline.

@@ -257,7 +257,7 @@ def test_bad_settings_are_refused_by_name(small_run: Path, settings: dict[str, o
         ({"budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
         ({"order": 4}, "sample.order must be 2 or 3, got 4"),
         ({"control": "best"}, "sample.control must be one of none gaussian, got 'best'"),
-        ({"t_min": 1.0}, r"sample.t_min must be in \[0, 1\), got 1.0"),
+        ({"t_min": 1.0}, r"sample.t_min must be in \[0, 0.999\], got 1.0"),
     ],
 )
 def test_settings_are_refused_without_a_model_at_hand(settings: dict[str, object], said: str) -> None:
