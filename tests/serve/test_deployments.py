@@ -4,9 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,9 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from benchmarks.load.client import Reply, Tally, ask, closed, session
+from benchmarks.load.client import Reply, ask, closed, session
 from benchmarks.load.cluster import Deployed, deployed
 from benchmarks.load.drill import differences, other_weights
-from benchmarks.load.server import free_port
 from serve import load
 from serve.pictures import to_uint8
 
@@ -130,36 +126,3 @@ def test_neither_a_large_body_nor_the_headers_of_ray_get_past_the_proxy(service:
                 return large.status, hurried.status
 
     assert asyncio.run(work()) == (413, 200)
-
-
-def test_the_command_serves_on_ray_of_its_own_and_leaves_no_process_behind(bundles: tuple[Path, Path]) -> None:
-    port = free_port()
-    words = [str(bundles[0]), f"serve.port={port}", "serve.placement=ray"]
-    child = subprocess.Popen([sys.executable, "-m", "serve", *words], start_new_session=True, stderr=subprocess.PIPE)
-    try:
-        tally, ends = Tally(), time.monotonic() + 180
-        while not tally.replies or tally.replies[0].status != 200:
-            assert child.poll() is None, child.communicate()[1]
-            assert time.monotonic() < ends
-            time.sleep(0.2)
-            tally = asyncio.run(closed(f"http://127.0.0.1:{port}", 1, 1, {}))
-        assert differences(tally.replies, expected(bundles[0], 1)) == [0]
-        child.send_signal(signal.SIGINT)
-        child.communicate(timeout=60)
-        assert child.returncode in (0, 130)
-        left = subprocess.run(["pgrep", "-a", "-s", str(child.pid)], capture_output=True, text=True, check=False).stdout
-        assert left == ""
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-
-
-def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "serve", str(tmp_path / "none"), "serve.placement=ray"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "is no folder" in done.stderr
