@@ -53,6 +53,11 @@ def closed_mode(run: str, clients: int, requests: int) -> list[dict[str, Any]]:
                     "of_offline": found["pictures_per_s"] / offline,
                 }
             )
+        started = time.perf_counter()
+        model.sample(requests)
+        rows.append(
+            {"what": f"offline, sample({requests})", "pictures_per_s": requests / (time.perf_counter() - started)}
+        )
         alone = asyncio.run(closed(url, 1, 32, {})).row()
         rows.append({"what": "one request after another", **alone})
         for row in rows:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,19 @@ class Drill:
             await asyncio.sleep(0.05)
 
     async def faults(self, other: Path, every_s: float) -> None:
-        """Kill replicas until 60 % are answered, then a node, then switch."""
+        """Kill a replica every few seconds, once all run again, until 60 % are answered; then a node; then switch."""
         rng = np.random.default_rng(0)
         await self.answers(0.05)
         while len(self.replies) < 0.6 * self.requests:
             found = await asyncio.to_thread(self.service.replicas)
-            if there := [name for name, there in found.items() if name.startswith("expert") and there]:
-                name = str(rng.choice(there))
-                os.kill(found[name][0][0], signal.SIGKILL)
-                self.say(f"killed a replica of {name}")
+            experts = [name for name in found if name.startswith("expert")]
+            if all(found[name] for name in experts):
+                name = str(rng.choice(experts))
+                with suppress(ProcessLookupError):  # Serve may not have seen yet that it is dead
+                    os.kill(found[name][0][0], signal.SIGKILL)
+                    self.say(f"killed a replica of {name}")
             await asyncio.sleep(every_s)
+        await self.answers(0.6)
         found = await asyncio.to_thread(self.service.replicas)
         at = {node for name, there in found.items() if name.startswith("expert") for _, node in there}
         gone = next(node for node in self.service.nodes if node.node_id in at)
@@ -102,7 +106,7 @@ def differences(replies: list[Reply], expected: dict[str, Tensor]) -> list[int]:
     return found
 
 
-def drill(run: str, requests: int = 500, clients: int = 32, every_s: float = 5.0) -> list[dict[str, Any]]:
+def drill(run: str, requests: int = 500, clients: int = 32, every_s: float = 3.0) -> list[dict[str, Any]]:
     """Run it; one row of figures, and a row for each thing that was done."""
     with tempfile.TemporaryDirectory() as scratch:
         other = other_weights(run, Path(scratch) / "other")
