@@ -140,6 +140,7 @@ class DerivativeNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if t.ndim == 0:
             return self.band(int(sum(t >= edge for edge in self.edges)), x, t)
+        t = t.to(x.device)  # where the rows are picked
         band = torch.bucketize(t.contiguous(), torch.tensor(self.edges, device=t.device, dtype=t.dtype), right=True)
         rows = [(band == b).nonzero()[:, 0] for b in range(len(self.scorers))]
         rates = [self.band(b, x[r], t[r]) for b, r in enumerate(rows) if len(r)]

@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from ddm.errors import ConfigError, require
+from ddm.errors import require
+from serve.fill import filled
 from serve.model import SampleConfig
 
 
@@ -109,17 +106,7 @@ def settings(tree: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
 
     Raises `ConfigError`.
     """
-    layers = [*((str(key), {key: value}) for key, value in tree.items()), *((w.partition("=")[0], w) for w in words)]
-    merged, key = OmegaConf.structured(Settings), ""
-    try:
-        for key, layer in layers:  # noqa: B007, it is named below
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([layer]) if isinstance(layer, str) else layer)
-        found = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        key = getattr(error, "full_key", None) or key
-        said = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: {said}" if key else said, key or None) from error
-    assert isinstance(found, Settings)
+    found = filled(Settings, tree, *words)
     found.check()
     return found
 

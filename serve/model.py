@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from ddm.bundle import Artifact, Bundle, read_bundle
@@ -27,6 +25,7 @@ from router.policies import POLICIES, policy
 from router.routing import Control, RoutedDenoiser, Router
 from router.sources import SOURCES, Alpha, Forgetful, Integrated, Source, prior
 from router.targets import exact_posterior
+from serve.fill import filled
 
 C = TypeVar("C")
 
@@ -365,8 +364,8 @@ def _joined(batches: list[RoutedDenoiser]) -> Trace:
 
 def _config(schema: type[C], artifact: Artifact) -> C:
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), artifact.facts["config"]))  # type: ignore[return-value]
-    except (OmegaConfBaseException, KeyError) as error:
+        return filled(schema, artifact.facts["config"])
+    except (ConfigError, KeyError) as error:
         raise ArtifactError(
             f"{artifact.stem}.json is not of this version: its config does not fit ({error})"
         ) from error

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 import configs
 from ddm.errors import ArtifactError, ConfigError, require
@@ -17,6 +15,8 @@ from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
 from router.networks import RouterConfig
 from serve import SampleConfig
+from serve.fill import filled
+from serve.model import picked_device
 from train.data import DataConfig
 from train.partitioning import PartitionConfig
 
@@ -157,7 +157,7 @@ class Config:
     @property
     def device(self) -> str:
         """Where the networks run when they sample."""
-        return "cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+        return "cpu" if self.accelerator == "cpu" else picked_device("auto")
 
 
 def plain(config: Any) -> Any:
@@ -182,21 +182,11 @@ def load_config(path: Path, overrides: Sequence[str]) -> Config:
         raise ConfigError(f"there is no config {path}; those that come with the program are {at_hand}") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML file that can be read: {error}") from error
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), text, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(_one_line(error)) from error
-    assert isinstance(config, Config)
+    if not isinstance(text, DictConfig):
+        raise ConfigError(f"{path} must hold keys with values, and holds a list")
+    config = filled(Config, text, *overrides)
     config.check()
     return config
-
-
-def _one_line(error: Exception) -> str:
-    """OmegaConf's message, with the key's full name in front and without its trailing lines."""
-    key = getattr(error, "full_key", None)
-    said = str(error).splitlines()[0]
-    return f"{key}: {said}" if key else said
 
 
 # Where things lie, which part of the work to do and how it is shown may change between two calls; what was learned may not.

@@ -119,7 +119,7 @@ def test_no_cache_stays_in_a_layer() -> None:
             assert step.rest.endswith("rm -rf /var/lib/apt/lists/*")
             assert "--no-install-recommends" in step.rest
         if step.word == "RUN" and "pip install" in step.rest:
-            assert step.rest.startswith("--mount=type=cache,target=/root/.cache ")
+            assert step.rest.startswith("--mount=type=cache,target=/cache ")  # where UV_CACHE_DIR is
             assert step.stage < LAST
 
 

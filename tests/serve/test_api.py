@@ -582,7 +582,7 @@ def test_what_nobody_expects_is_500_in_the_same_shape_and_says_nothing(
 ) -> None:
     async def test(it: Served) -> None:
         def broken(*_: Any) -> Any:
-            raise RuntimeError("secret: /home/me")
+            raise RuntimeError("secret: what the log may say")
 
         it.open()
         monkeypatch.setattr("serve.answers.encoded", broken)

@@ -15,6 +15,7 @@ from train.__main__ import main
     ("words", "said"),
     [
         (["expert.stepz=3"], "expert.stepz: Key 'stepz' not in 'ExpertStageConfig'. Did you mean: 'steps'?"),
+        (["sample.n=["], "sample.n: while parsing a flow node"),
         (["expert.steps=many"], "expert.steps: Value 'many' of type 'str' could not be converted to Integer"),
         (["expert.steps=0"], "expert.steps must be at least 1, got 0"),
         (["expert.unet.channels=6"], "expert.unet.channels must be a positive multiple of 4, got 6"),
@@ -192,3 +193,9 @@ def test_a_damaged_file_is_named(
     assert status == 2, error
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_file_that_holds_a_list_is_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert main([str(tmp_path / "list.yaml")]) == 2
+    assert "list.yaml must hold keys with values, and holds a list" in capsys.readouterr().err
