@@ -14,6 +14,7 @@ from experts.unet import UNetConfig
 
 Parameterization = Literal["raw", "preconditioned"]
 LossWeight = Literal["constant", "snr", "min_snr"]
+Times = Literal["uniform", "uniform_log_snr", "logit_normal"]
 
 
 @dataclass
@@ -25,6 +26,7 @@ class ExpertConfig(FitConfig):
     sigma_data: float = 0.5  # the root mean square of a pixel in [-1, 1], for `preconditioned`
     loss_weight: LossWeight = "constant"
     min_snr_gamma: float = 5.0
+    times: Times = "uniform"  # of the noisy pictures it learns from
 
     def check(self, section: str) -> None:
         """Raise `ConfigError` naming the key `section.…` of a value out of its range."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddm.learning import Batches
-from router.networks import DerivativeNet, PosteriorNet, RouterConfig
+from router.networks import DerivativeNet, PosteriorNet, RouterConfig, Scorer
 from router.targets import exact_posterior, exact_posterior_rate
 
 
@@ -37,6 +37,8 @@ class _RouterLearning(pl.LightningModule):
         super().__init__()
         self.posterior, self.batches, self.config = posterior, batches, config
         self.cluster = nn.Buffer(cluster, persistent=False)
+        if config.compile:
+            posterior.scorer.compile()
 
     def on_fit_start(self) -> None:
         self.batches.images = self.batches.images.to(self.device)
@@ -80,6 +82,8 @@ class RouterLearning(_RouterLearning):
     ) -> None:
         super().__init__(posterior, batches, cluster, config)
         self.derivative = derivative
+        if config.compile:
+            derivative.scorers.apply(lambda part: part.compile() if isinstance(part, Scorer) else None)
 
     def training_step(self, _: Any, __: int) -> Tensor:
         # Counted on from stage 1, so that its batches are not seen again.

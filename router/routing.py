@@ -29,13 +29,14 @@ class Router:
 
     It keeps nothing: what it remembers of a trajectory is handed in and out, so it routes trajectories of any company, each
     anywhere on its way. `pi` `[K]` are the clusters' shares. `weights` `[K]` multiply them, and alpha with them, which is
-    Bayes' rule for the mixture with those shares; 0 leaves a cluster out.
+    Bayes' rule for the mixture with those shares; 0 leaves a cluster out. `temperature` below 1 makes alpha more decided.
     """
 
     source: Source
     policy: Policy
     pi: Tensor
     weights: Tensor | None = None
+    temperature: float = 1.0
 
     def start(self, x: Tensor, draw: Tensor) -> Memory:
         """The memory of trajectories that start at x `[B, ...]`, with uniform draws `[B]`."""
@@ -58,6 +59,8 @@ class Router:
         the others is.
         """
         alpha, source = self.source.step(x, t, memory.source)
+        if self.temperature != 1:
+            alpha = (alpha.log() / self.temperature).softmax(dim=1)
         alpha = _reweighted(alpha, self.weights)
         if alive is not None:
             alpha = _reweighted(alpha, alive.to(alpha))
@@ -99,9 +102,9 @@ class RoutedDenoiser:
     batch draws by its number `index[i]` (default i), so its choices do not depend on its company.
 
     experts: K denoisers. alpha: any `(x, t) -> [B, K]`, or a `Source`. policy: a name, or a `Policy`. pi: the clusters' shares
-    `[K]`, default alpha at the first call. weights: the clusters' `[K]`, see `Router`. calls_per_step: the sampler's; the choice
-    of experts is held within a step. clip: bound the result to [-1, 1], after mixing. trace: keep a `Step` for every call in
-    `steps`.
+    `[K]`, default alpha at the first call. weights (the clusters' `[K]`) and temperature: see `Router`. calls_per_step: the
+    sampler's; the choice of experts is held within a step. clip: bound the result to [-1, 1], after mixing. trace: keep a
+    `Step` for every call in `steps`.
 
     control: cheap stand-ins G_k for the experts, given as the sum `(x, t, weight [B, K]) -> sum_k weight_k G_k(x, t)`, such as
     `Gaussians.mix`. To what the chosen experts say is added what the stand-ins of all say, less what those of the chosen say:
@@ -120,6 +123,7 @@ class RoutedDenoiser:
         index: Tensor | None = None,
         pi: Tensor | None = None,
         weights: Tensor | None = None,
+        temperature: float = 1.0,
         calls_per_step: int = 1,
         clip: bool = False,
         control: Control | None = None,
@@ -128,7 +132,7 @@ class RoutedDenoiser:
         self.experts, self.seed = experts, seed
         self.source = alpha if isinstance(alpha, Source) else Forgetful(alpha)
         self.policy = policies.policy(policy) if isinstance(policy, str) else policy
-        self.index, self.pi, self.weights = index, pi, weights
+        self.index, self.pi, self.weights, self.temperature = index, pi, weights, temperature
         self.calls_per_step, self.clip, self.control, self.trace = calls_per_step, clip, control, trace
         self.calls = 0
         self.steps: list[Step] = []
@@ -149,7 +153,7 @@ class RoutedDenoiser:
         index = torch.arange(len(x), device=x.device) if self.index is None else self.index
         if self._router is None or self._memory is None:
             pi = self.source.step(x, t, self.source.start(x))[0] if self.pi is None else self.pi
-            self._router = Router(self.source, self.policy, pi, self.weights)
+            self._router = Router(self.source, self.policy, pi, self.weights, self.temperature)
             self._memory = self._router.start(x, uniform(self.seed, Use.CHOICE, index)[:, 0])
         draw = uniform(self.seed, Use.CHOICE, index, step + 1)[:, 0]
         alpha, self._memory = self._router.route(x, t, self._memory, draw, held=within > 0)

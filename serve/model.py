@@ -45,6 +45,7 @@ class SampleConfig:
     top_k: int = 1  # for policy=top_k
     nucleus_p: float = 0.9  # for policy=nucleus
     budget: float = 1.5  # for policy=adaptive: calls a step, on average at most
+    temperature: float = 1.0  # alpha^(1/temperature), renormalized, is what the policy sees: below 1 more decided
     control: str = "gaussian"  # what stands in for the experts that are not asked; none for nothing
     order: int = 3  # for sampler=unipc
     pull: float = 40.0  # for source=combined, towards the posterior net, a unit of t
@@ -64,6 +65,7 @@ class SampleConfig:
         if self.control not in CONTROLS:
             raise one_of("sample.control", self.control, CONTROLS)
         policy(self.policy, self.top_k, self.nucleus_p, self.budget)
+        require(0.01 <= self.temperature <= 100, "sample.temperature", "be in [0.01, 100]", self.temperature)
         sampler(self.sampler, self.order)
         require(self.pull >= 0, "sample.pull", "be at least 0", self.pull)
         require(0 <= self.t_min <= 0.999, "sample.t_min", "be in [0, 0.999]", self.t_min)
@@ -217,11 +219,11 @@ class Model:
     def _routed_by(self, config: SampleConfig) -> Router:
         """The router of these settings, the same object for the same ones: whoever has it can be routed together."""
         c = config
-        key = repr((c.source, c.pull, c.policy, c.top_k, c.nucleus_p, c.budget, c.clusters))
+        key = repr((c.source, c.pull, c.policy, c.top_k, c.nucleus_p, c.budget, c.temperature, c.clusters))
         most = max(c.clusters.values(), default=1.0)  # the largest is 1: they become float32
         weights = self.pi.new_tensor([c.clusters.get(name, 0.0) / most for name in self.names]) if c.clusters else None
         rule = policy(c.policy, c.top_k, c.nucleus_p, c.budget)
-        return kept(self._routers, key, lambda: Router(self._source(c), rule, self.pi, weights))
+        return kept(self._routers, key, lambda: Router(self._source(c), rule, self.pi, weights, c.temperature))
 
     def _source(self, config: SampleConfig) -> Source:
         if len(self.names) == 1 or config.source == "prior":
@@ -252,6 +254,7 @@ class Model:
             index=index,
             pi=router.pi,
             weights=router.weights,
+            temperature=router.temperature,
             calls_per_step=calls_per_step,
             clip=config.clip,
             control=recipe.control,

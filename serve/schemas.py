@@ -33,6 +33,9 @@ class RequestSettings(BaseModel):
     budget: Annotated[
         float | None, Field(ge=1, le=1_000_000, description="for policy=adaptive: calls a step, on average")
     ] = None
+    temperature: Annotated[
+        float | None, Field(ge=0.01, le=100, description="alpha^(1/temperature) is what the policy sees")
+    ] = None
     control: Annotated[str | None, _one_of(CONTROLS, "what stands in for the experts that are not asked")] = None
     order: Annotated[int | None, Field(ge=2, le=3, description="for sampler=unipc")] = None
     pull: Annotated[float | None, Field(ge=0, le=1_000_000, description="for source=combined, a unit of t")] = None

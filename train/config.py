@@ -1,7 +1,7 @@
 """The configuration of a run: one YAML file, and `key=value` words over it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import configs
-from ddm.errors import ArtifactError, ConfigError, require
+from ddm.errors import ArtifactError, ConfigError, one_of, require
 from ddm.samplers import plan
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
@@ -18,6 +18,7 @@ from serve import SampleConfig
 from serve.fill import filled
 from serve.model import picked_device
 from train.data import DataConfig
+from train.features import script_files
 from train.partitioning import PartitionConfig
 
 STAGES = ("partition", "expert", "router", "bundle", "sample", "evaluate")
@@ -51,67 +52,103 @@ class SampleStageConfig(SampleConfig):
         require(self.seed >= 0, "sample.seed", "be at least 0", self.seed)
 
 
+PAPER = ("DDIM", "Naive", "MoG-a", "MoG-da")
+METHODS = (*PAPER, "balanced", "controlled", "adaptive", "top-1", "top-2", "nucleus", "full")
+Precision = Literal["32-true", "bf16-mixed"]
+
+
 @dataclass
 class EvaluateConfig:
-    """The stage `evaluate`: what is measured, on how many pictures, and with whose features."""
+    """What is measured: which methods and samplers, on how many pictures, and with whose features."""
 
-    n: int = 1000  # pictures a method and step count
+    n: int = 1000  # pictures a method, sampler, number of steps and seed
+    seeds: int = 1  # sampling seeds 0, 1, ...: with several there are error bars
     steps: list[int] = field(default_factory=lambda: [10, 25, 50, 100])
-    features: str = "classifier"  # a small classifier trained on the spot, `inception`, or a TorchScript file
-    inception_weights: str | None = None  # for features=inception: pt_inception-2015-12-05-6726825d.pth
-    trajectories: int = 64  # paths for the trajectory error
+    methods: list[str] = field(default_factory=lambda: [*PAPER, "balanced", "controlled", "top-1", "full"])
+    samplers: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # NAME: {settings over sample}; none: sample's own
+    # `classifier` (a small one, trained on the spot), `inception`, TorchScript files, or folders of them:
+    features: list[str] = field(default_factory=lambda: ["classifier"])
+    reference: str | None = (
+        None  # distances are to REFERENCE.NETWORK.npz beside NETWORK.pt; null: to the run's pictures
+    )
+    inception_weights: str | None = None  # for inception: pt_inception-2015-12-05-6726825d.pth
+    trajectories: int = 64  # paths for the trajectory error, of seed 0
     reference_steps: int = 1000
     monolith_steps: int | None = None  # of the row DDIM's one model; null is as many as all experts; 0 for no row
     batch: int = 256
+    precision: Precision = "32-true"  # of the networks while drawing
 
-    def check(self) -> None:
-        """Raise `ConfigError` naming the key `evaluate.…` of a value out of its range."""
-        require(self.n >= 20, "evaluate.n", "be at least 20", self.n)
+    def check(self, section: str) -> None:
+        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
+        require(self.n >= 20, f"{section}.n", "be at least 20", self.n)
+        require(1 <= self.seeds <= 100, f"{section}.seeds", "be in [1, 100]", self.seeds)
         steps = self.steps
         require(
-            len(set(steps)) >= 2 and all(1 <= n <= 1000 for n in steps),
-            "evaluate.steps",
-            "be two or more step counts in [1, 1000]",
+            len(set(steps)) == len(steps) >= 2 and all(1 <= n <= 1000 for n in steps),
+            f"{section}.steps",
+            "be two or more different step counts in [1, 1000]",
             steps,
         )
+        require(len(self.methods) > 0, f"{section}.methods", "name at least one method", [])
+        for name in self.methods:
+            if name not in METHODS:
+                raise one_of(f"{section}.methods", name, METHODS)
+        for name in self.samplers:
+            require(name.replace("-", "").replace("_", "").isalnum(), f"{section}.samplers", "have plain names", name)
         require(
             1 <= self.trajectories <= self.n,
-            "evaluate.trajectories",
-            f"be in [1, evaluate.n = {self.n}]",
+            f"{section}.trajectories",
+            f"be in [1, {section}.n = {self.n}]",
             self.trajectories,
         )
         reference = self.reference_steps
         require(
             max(steps) < reference <= 1000,
-            "evaluate.reference_steps",
-            f"be in ({max(steps)}, 1000], above every evaluate.steps",
+            f"{section}.reference_steps",
+            f"be in ({max(steps)}, 1000], above every {section}.steps",
             reference,
         )
         require(
             self.monolith_steps is None or self.monolith_steps >= 0,
-            "evaluate.monolith_steps",
+            f"{section}.monolith_steps",
             "be at least 0, or null",
             self.monolith_steps,
         )
-        require(self.batch >= 1, "evaluate.batch", "be at least 1", self.batch)
+        require(self.batch >= 1, f"{section}.batch", "be at least 1", self.batch)
 
-    def check_files(self) -> None:
-        """Raise `ConfigError` naming the key of a file that is not there: asked only where the stage is to run."""
-        if self.features == "inception":
-            weights = self.inception_weights
-            require(
-                weights is not None and Path(weights).is_file(),
-                "evaluate.inception_weights",
-                "be a file for evaluate.features=inception",
-                weights,
-            )
-        elif self.features != "classifier":
-            require(
-                Path(self.features).is_file(),
-                "evaluate.features",
-                "be classifier, inception, or a TorchScript file",
-                self.features,
-            )
+    def check_files(self, section: str) -> None:
+        """Raise `ConfigError` naming the key of a file that is not there: asked only where it is to be measured."""
+        found = 0
+        for name in self.features:
+            if name == "inception":
+                weights = self.inception_weights
+                require(
+                    weights is not None and Path(weights).is_file(),
+                    f"{section}.inception_weights",
+                    f"be a file for inception among {section}.features",
+                    weights,
+                )
+            elif name != "classifier" and not Path(name).is_dir():
+                require(
+                    Path(name).is_file(),
+                    f"{section}.features",
+                    "be of classifier, inception, TorchScript files and folders of them",
+                    name,
+                )
+            found += name in ("classifier", "inception") or len(script_files(Path(name)))
+        require(
+            found > 0, f"{section}.features", "hold at least one network: such as [classifier]", list(self.features)
+        )
+
+
+@dataclass
+class TableConfig(EvaluateConfig):
+    """What `python -m benchmarks.table` measures: every method, over three seeds."""
+
+    seeds: int = 3
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
 
 
 @dataclass
@@ -128,6 +165,7 @@ class Config:
     router: RouterConfig = field(default_factory=RouterConfig)
     sample: SampleStageConfig = field(default_factory=SampleStageConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    table: TableConfig = field(default_factory=TableConfig)
 
     def check(self) -> None:
         """Raise `ConfigError` naming the first key whose value makes no sense."""
@@ -140,14 +178,36 @@ class Config:
         self.expert.check("expert")
         self.router.check("router")
         self.sample.check()
-        self.evaluate.check()
-        self.check_plan(self.sample.steps)
+        self.evaluate.check("evaluate")
+        self.table.check("table")
+        self.check_plan(self.sample, self.sample.steps)
 
-    def check_plan(self, *steps: int) -> None:
+    def check_plan(self, own: SampleConfig, *steps: int) -> None:
         """Raise `ConfigError` where the sampler or the grid is not defined for the schedule at these numbers of steps."""
-        own = self.sample
         for count in steps:
             plan(own.sampler, count, own.grid, schedule(**self.schedule), own.t_min, own.order)
+
+    def samplers(self, own: EvaluateConfig, section: str) -> dict[str, SampleConfig]:
+        """The samplers that are compared, by name; `sample`'s own where none is named.
+
+        Raises `ConfigError` naming the sampler and what of it cannot be.
+        """
+        usual = {field.name: getattr(self.sample, field.name) for field in fields(SampleConfig)}
+        found = {}
+        for name, settings in (own.samplers or {self.sample.sampler: {}}).items():
+            try:
+                one = filled(SampleConfig, usual, settings)
+                one.check()
+                require(
+                    one.grid != "own", "sample.grid", "not be own where several numbers of steps are compared", "own"
+                )
+                self.check_plan(one, *own.steps, own.reference_steps)
+            except ConfigError as error:
+                if not own.samplers:
+                    raise
+                raise ConfigError(f"{section}.samplers.{name}: {error}") from error
+            found[name] = one
+        return found
 
     @property
     def folder(self) -> Path:
@@ -202,6 +262,12 @@ _FREE = {
 }
 
 
+def settled(config: Config) -> dict[str, Any]:
+    """What of a config decides what is learned and what `table` measures, flat: `expert.steps` ..."""
+    flat = _flat({key: value for key, value in plain(config).items() if key != "evaluate"})
+    return {key: value for key, value in flat.items() if key not in {*_FREE, "sample.n", "sample.seed"}}
+
+
 def claim(config: Config) -> None:
     """Make the run's folder this config's, or refuse where what lies there was learned with another one.
 
@@ -210,7 +276,7 @@ def claim(config: Config) -> None:
     path = config.folder / "config.yaml"
     if path.exists():
         there, here = (
-            _flat({k: v for k, v in c.items() if k not in ("sample", "evaluate")})
+            _flat({k: v for k, v in c.items() if k not in ("sample", "evaluate", "table")})
             for c in (_saved(path), plain(config))
         )
         keys = [

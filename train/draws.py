@@ -1,7 +1,7 @@
 """The pictures that evaluation measures: drawn once, kept in files, each with a record of how it came about."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,32 +11,39 @@ from torch import Tensor
 
 from ddm.artifacts import read_json, read_tensors, write_json, write_tensors
 from ddm.errors import DdmError
-from serve import Model, SampleConfig, load
+from serve import Model, load
 from serve.pictures import to_uint8
+from train.config import Precision
+from train.methods import Method
 from train.pool import Tell, run_jobs
 from train.progress import bar
 
 
 @dataclass(frozen=True)
-class Method:
-    """A row of the table: its name, the run it samples and its version, where alpha comes from, who moves the picture."""
-
-    name: str
-    run: str
-    version: str
-    source: str
-    policy: str
-    control: str = "none"
-
-
-@dataclass(frozen=True)
 class Draw:
-    """A cell of the table: a method at a number of steps, n pictures of seed 0; the first `paths` are kept as float."""
+    """A cell of the table at one seed: a method with a sampler at a number of steps, n pictures.
+
+    `settings` are those of `sample`, all that matter. The ends of the first `paths` are kept as float.
+    """
 
     method: Method
+    sampler: str  # its name in the table
     steps: int
+    seed: int
     n: int
     paths: int
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What the draw's files are called."""
+        return f"{self.method.name}-{self.sampler}-{self.steps}-seed{self.seed}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that makes the draw what it is, but for the precision."""
+        settings = {**self.settings, **self.method.settings, "steps": self.steps}
+        return {"version": self.method.version, "seed": self.seed, "n": self.n, "paths": self.paths, **settings}
 
 
 @dataclass(frozen=True)
@@ -54,17 +61,17 @@ class Drawn:
 
 
 class Draws:
-    """A folder of draws, all made with the same settings of the sampler."""
+    """A folder of draws, all made on one device in one precision, in batches of so many."""
 
-    def __init__(self, folder: Path, settings: SampleConfig, device: str, batch: int) -> None:
-        self.folder, self.device, self.batch = folder, device, batch
-        kept = ("sampler", "order", "grid", "pull", "t_min", "clip")
-        self.settings = {key: getattr(settings, key) for key in kept}
+    def __init__(self, folder: Path, device: str, precision: Precision, batch: int) -> None:
+        self.folder, self.device, self.precision, self.batch = folder, device, precision, batch
 
-    def make(self, draws: Sequence[Draw], calls_per_step: Sequence[int], workers: int) -> None:
+    def make(self, draws: Sequence[Draw], calls_per_step: Sequence[float], workers: int) -> None:
         """Draw what is not there yet, the longest first. Raises `DdmError` naming the draw that failed."""
         todo = [
-            (d.n * d.steps * calls, d) for d, calls in zip(draws, calls_per_step, strict=True) if not self._is_made(d)
+            (round(d.n * d.steps * calls), d)
+            for d, calls in zip(draws, calls_per_step, strict=True)
+            if not self._is_made(d)
         ]
         todo.sort(key=lambda job: -job[0])
         if not todo:
@@ -73,22 +80,26 @@ class Draws:
             results = run_jobs(partial(_work, self), todo, min(workers, len(todo)), advance)
         for (_, draw), result in zip(todo, results, strict=True):
             if isinstance(result, Exception):
-                raise DdmError(f"drawing {draw.method.name} at {draw.steps} steps failed: {result}") from result
+                raise DdmError(f"drawing {draw.name} failed: {result}") from result
 
     def read(self, draw: Draw) -> Drawn:
         """What a draw gave. Raises `ArtifactError` where it is not there."""
-        facts = read_json(self._stem(draw).with_suffix(".json"))
-        return Drawn(**read_tensors(self._stem(draw).with_suffix(".safetensors")), calls=facts["calls"])
+        facts = read_json(self.stem(draw).with_suffix(".json"))
+        return Drawn(**read_tensors(self.stem(draw).with_suffix(".safetensors")), calls=facts["calls"])
 
     def draw(self, draw: Draw, cost: int, tell: Tell) -> None:
         """Make one draw and write its files."""
         model = _model(draw.method.run, self.device)
-        per_step = cost // (draw.n * draw.steps)
-        method = draw.method
-        chosen = {"source": method.source, "policy": method.policy, "control": method.control, "steps": draw.steps}
-        images, trace = model.sample(
-            draw.n, batch=self.batch, trace=True, progress=lambda n: tell(n * per_step), **self.settings, **chosen
-        )
+        settings = {**draw.settings, **draw.method.settings, "steps": draw.steps}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            images, trace = model.sample(
+                draw.n,
+                seed=draw.seed,
+                batch=self.batch,
+                trace=True,
+                progress=lambda n: tell(n * cost / (draw.n * draw.steps)),
+                **settings,
+            )
         tensors = {
             "images": to_uint8(images),
             "ends": images[: draw.paths],
@@ -98,20 +109,20 @@ class Draws:
             "alpha": trace.alpha[:, :8],
             "chosen": trace.chosen[:, :8].to(torch.uint8),
         }
-        write_tensors(self._stem(draw).with_suffix(".safetensors"), tensors)
-        write_json(self._stem(draw).with_suffix(".json"), {**self._facts(draw), "calls": trace.calls / draw.n})
+        write_tensors(self.stem(draw).with_suffix(".safetensors"), tensors)
+        write_json(self.stem(draw).with_suffix(".json"), {**self.facts(draw), "calls": trace.calls / draw.n})
 
-    def _stem(self, draw: Draw) -> Path:
-        return self.folder / f"{draw.method.name}-{draw.steps}"
+    def stem(self, draw: Draw) -> Path:
+        """Where a draw's files lie, without their suffixes."""
+        return self.folder / draw.name
 
-    def _facts(self, draw: Draw) -> dict[str, Any]:
-        return {"draw": asdict(draw), "settings": self.settings}
+    def facts(self, draw: Draw) -> dict[str, Any]:
+        """All that makes a draw what it is."""
+        return {**draw.facts, "precision": self.precision}
 
     def _is_made(self, draw: Draw) -> bool:
-        path = self._stem(draw).with_suffix(".json")
-        return path.exists() and {
-            key: value for key, value in read_json(path).items() if key != "calls"
-        } == self._facts(draw)
+        path = self.stem(draw).with_suffix(".json")
+        return path.exists() and {k: v for k, v in read_json(path).items() if k != "calls"} == self.facts(draw)
 
 
 def _work(draws: Draws, job: tuple[int, Draw], tell: Tell) -> None:

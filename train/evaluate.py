@@ -1,170 +1,204 @@
-"""The stage `evaluate`: the paper's table, side by side, on pictures drawn by the very code that serves."""
+"""Measuring a run: every method's pictures, drawn by the very code that serves, against the real ones."""
 
 import logging
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance
+from torch import Tensor
 
 from ddm.artifacts import digest, read_json, sha256, write_json
 from ddm.bundle import MANIFEST
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
-from train.config import Config, plain
-from train.draws import Draw, Draws, Method
-from train.features import Judged, feature_network, held_out
+from train.config import Config, EvaluateConfig, plain
+from train.draws import Draw, Drawn, Draws
+from train.features import FeatureNetwork, feature_networks, held_out, script_files
+from train.methods import Method, methods
 from train.pool import workers_for
 from train.progress import bar
-from train.record import Cell, Evaluation
+from train.record import Cell, Evaluation, Features, Score
 from train.report import print_tables, write_report
+from train.scores import Scores, class_shares, read_reference
 
 log = logging.getLogger(__name__)
 
+_JUDGE = 0  # the seed of the classifier and of the real pictures it judges, whatever the run's
+
 
 def evaluate(config: Config, monolith: Config | None) -> Evaluation:
-    """Draw what is not there yet, measure, write `evaluate/record.json` and `report.html`, and print the table."""
+    """Measure what `config.evaluate` says, write `evaluate/record.json` and `report.html`, and print the table."""
     began = time.monotonic()
-    own, folder, report = config.evaluate, config.folder / "evaluate", config.folder / "report.html"
-    cut = Partition.read(config.folder / "partition")
-    rows = methods(config, monolith, cut.k)
-    key = digest([[asdict(row) for row in rows], plain(own), plain(config.sample), config.seed])
-    if report.exists() and (folder / "record.json").exists() and read_json(folder / "record.json").get("key") == key:
-        evaluation = Evaluation.read(folder / "record.json")
-        log.info("evaluate   up to date: %s", report)
-        print_tables(evaluation)
-        return evaluation
-
-    cells = [Draw(row, steps, own.n, own.trajectories) for row in rows for steps in own.steps]
-    mixture = Method("reference", config.run, rows[-1].version, "posterior", "full")
-    reference = Draw(mixture, own.reference_steps, own.trajectories, own.trajectories)
-    draws = Draws(folder / "draws", config.sample, config.device, own.batch)
-    calls = [cut.k if d.method.policy == "full" and d.method.run == config.run else 1 for d in [reference, *cells]]
-    draws.make([reference, *cells], calls, workers_for(len(calls), config.device, config.expert.workers))
-
-    whole = cut.all(config.folder / "partition")
-    network = feature_network(own.features, own.inception_weights, whole, config.seed, config.device)
-    ends = draws.read(reference).ends
-    measured = []
-    with bar("evaluate: scoring", len(whole["images"]) + len(cells) * own.n) as advance:
-        real = network(whole["images"], advance)
-        scores = _Scores(real)
-        for draw in cells:
-            drawn = draws.read(draw)
-            error = trajectory_error(drawn.ends, ends) if draw.method.run == config.run else None
-            measured.append(scores.cell(draw, drawn.calls, network(drawn.images, advance), error))
-    evaluation = Evaluation(
-        config=plain(config),
-        versions={row.name: row.version for row in rows},
-        pictures_seen={row.name: _pictures_seen(row) for row in rows},
-        features=network.name,
-        n=own.n,
-        cells=measured,
-        fits=_fits(measured),
-        **_real(real, whole, config),
-    )
-    write_json(folder / "record.json", {"key": key, **asdict(evaluation)})
-    write_report(report, evaluation, {(d.method.name, d.steps): draws.read(d) for d in cells})
+    measured = Measurement(config, monolith, config.evaluate, "evaluate")
+    report = config.folder / "report.html"
+    fresh = not (report.exists() and measured.is_made())
+    evaluation = measured.make()
+    if fresh:
+        shown = {(d.method.name, d.steps): measured.drawn(d) for d in measured.first_draws()}
+        write_report(report, evaluation, shown)
     print_tables(evaluation)
-    log.info("evaluate   %d draws in %.0f s: %s", len(cells), time.monotonic() - began, report)
+    log.info("evaluate   %s in %.0f s: %s", "done" if fresh else "up to date", time.monotonic() - began, report)
     return evaluation
 
 
-def methods(config: Config, monolith: Config | None, k: int) -> list[Method]:
-    """The rows: the paper's four, then one-expert, best-expert and all-experts rules with the config's own source of alpha."""
+class Measurement:
+    """Everything that a section of the config says is to be measured of a run, in the folder `SECTION/` of the run.
 
-    def row(name: str, of: Config, source: str, policy: str, control: str = "none") -> Method:
-        return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), source, policy, control)
+    Raises `ConfigError` where a sampler or a file of features cannot be had.
+    """
 
-    source = config.sample.source
-    if k == 1:
-        return [row("DDIM", config, "prior", "full")]
-    return [
-        *([row("DDIM", monolith, "prior", "full")] if monolith else []),
-        row("Naive", config, "prior", "fixed"),
-        row("MoG-a", config, "posterior", "stochastic"),
-        row("MoG-da", config, "combined", "stochastic"),
-        row("balanced", config, source, "balanced"),
-        row("controlled", config, source, "balanced", "gaussian"),
-        row("top-1", config, source, "top_k"),
-        row("full", config, source, "full"),
-    ]
-
-
-class _Given(nn.Module):
-    """The identity, as a feature network: torchmetrics measures features that were made before."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-class _Scores:
-    """torchmetrics' distances to the real pictures, which are given once."""
-
-    def __init__(self, real: Judged) -> None:
-        given = _Given(real.features.shape[1])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Metric `.*` will save all extracted features")
-            self.frechet = FrechetInceptionDistance(given, reset_real_features=False)
-            self.inception = InceptionScore(given, splits=2)
-            self.kid = KernelInceptionDistance(
-                given, subsets=50, subset_size=min(1000, len(real.features) // 2), reset_real_features=False
-            )
-        self.frechet.update(real.features.double(), real=True)
-        self.kid.update(real.features, real=True)
-
-    def cell(self, draw: Draw, calls: float, judged: Judged, error: float | None) -> Cell:
-        for metric in (self.frechet, self.kid, self.inception):
-            metric.reset()
-        self.frechet.update(judged.features.double(), real=False)
-        self.kid.update(judged.features, real=False)
-        self.kid.subset_size = min(self.kid.subset_size, len(judged.features) // 2)
-        score = confidence = shares = None
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            torch.manual_seed(0)  # both draw subsets
-            kid = float(self.kid.compute()[0])
-            if judged.logits is not None:
-                self.inception.update(judged.logits)
-                score = float(self.inception.compute()[0])
-                probability = judged.logits.softmax(dim=1)
-                confidence = float(probability.amax(dim=1).mean())
-                shares = _shares(probability.argmax(dim=1), probability.shape[1])
-        return Cell(
-            draw.method.name, draw.steps, calls, float(self.frechet.compute()), kid, score, confidence, shares, error
+    def __init__(self, config: Config, monolith: Config | None, own: EvaluateConfig, section: str) -> None:
+        self.config, self.own, self.folder = config, own, config.folder / section
+        own.check_files(section)
+        self.cut = Partition.read(config.folder / "partition")
+        self.methods = methods(config, monolith, own.methods, self.cut.k)
+        self.samplers = {name: plain(sampler) for name, sampler in config.samplers(own, section).items()}
+        self.draws = Draws(self.folder / "draws", config.device, own.precision, own.batch)
+        self.cells = [
+            Draw(method, sampler, steps, seed, own.n, own.trajectories if seed == 0 else 0, settings)
+            for method in self.methods
+            for sampler, settings in self.samplers.items()
+            for steps in own.steps
+            for seed in range(own.seeds)
+        ]
+        mixture = Method(
+            "reference",
+            config.run,
+            self.methods[-1].version,
+            {"source": "posterior", "policy": "full", "control": "none"},
         )
+        first, settings = next(iter(self.samplers.items()))
+        paths = own.trajectories
+        self.reference = Draw(mixture, first, own.reference_steps, 0, paths, paths, settings)
+
+    def make(self) -> Evaluation:
+        """Draw and score what is not there yet, and write `record.json`."""
+        if self.is_made():
+            return Evaluation.read(self.folder / "record.json")
+        own, config, cut = self.own, self.config, self.cut
+        every = [self.reference, *self.cells]
+        calls = [_calls_per_step(draw.method, config, cut.k) for draw in every]
+        self.draws.make(every, calls, workers_for(len(every), config.device, config.expert.workers))
+        whole = cut.all(config.folder / "partition")
+        order = whole["index"].argsort()  # so that the judge is the same however the pictures were cut
+        whole = {name: tensor[order] for name, tensor in whole.items()}
+        networks = feature_networks(own.features, own.inception_weights, whole, _JUDGE, config.device)
+        ends, scores, features = self.drawn(self.reference).ends, {}, {}
+        for network in networks:
+            scores[network.name], features[network.name] = self._scored(network, whole)
+        cells = []
+        for draw in self.cells:
+            drawn = self.drawn(draw)
+            compared = draw.paths > 0 and draw.method.run == config.run
+            error = trajectory_error(drawn.ends, ends) if compared else None
+            of = {name: found[draw.name] for name, found in scores.items()}
+            cells.append(Cell(draw.method.name, draw.sampler, draw.steps, draw.seed, drawn.calls, error, of))
+        evaluation = Evaluation(
+            config=plain(config),
+            versions={row.name: row.version for row in self.methods},
+            pictures_seen={row.name: _pictures_seen(row) for row in self.methods},
+            features=features,
+            samplers=self.samplers,
+            n=own.n,
+            seeds=own.seeds,
+            precision=own.precision,
+            cells=cells,
+            fits=_fits(cells),
+        )
+        write_json(self.folder / "record.json", {"key": self._key(), **asdict(evaluation)})
+        return evaluation
+
+    def is_made(self) -> bool:
+        """Whether `record.json` is there, and is of this."""
+        path = self.folder / "record.json"
+        return path.exists() and read_json(path).get("key") == self._key()
+
+    def drawn(self, draw: Draw) -> Drawn:
+        """What a draw gave."""
+        return self.draws.read(draw)
+
+    def first_draws(self) -> list[Draw]:
+        """The cells of the first sampler and of seed 0, which are shown."""
+        first = next(iter(self.samplers))
+        return [draw for draw in self.cells if draw.sampler == first and draw.seed == 0]
+
+    def _key(self) -> str:
+        files = [sha256(Path(file)) for name in self.own.features for file in _files(name, self.own)]
+        draws = [self.draws.facts(draw) | {"name": draw.name} for draw in [self.reference, *self.cells]]
+        return digest([draws, plain(self.own), self.cut.hash, files])
+
+    def _scored(self, network: FeatureNetwork, whole: dict[str, Tensor]) -> tuple[dict[str, Score], Features]:
+        """The score of every cell with one network, by the draw's name, and what the pictures were held against.
+
+        Scores are kept in files, one a draw, so that whoever is cut off here has not lost them.
+        """
+        count = len(whole["images"])
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(_JUDGE))
+        file = reference_file(network.file, self.own.reference)
+        if file is not None:  # the real pictures are then only for what compares picture by picture
+            order = order[: self.own.n]
+        facts = Features(
+            what=network.what,
+            file=sha256(network.file) if network.file else None,
+            reference=file.name if file else f"the {count:,} pictures of the run",
+            reference_file=sha256(file) if file else None,
+            real_confidence=None,
+            real_shares=None,
+        )
+        with bar(f"scoring: {network.name}"[:24], len(order) + self.own.n * len(self.cells)) as advance:
+            judged = network(whole["images"][order], advance)
+            if judged.logits is not None and network.name == "classifier":
+                unseen = judged.logits[held_out(count, _JUDGE)[order]]
+                facts.real_confidence = float(unseen.softmax(dim=1).amax(dim=1).mean())
+                facts.real_shares = class_shares(whole.get("labels", whole["cluster"]), unseen.shape[1])
+            measure, found = Scores(judged.features, read_reference(file) if file else None), {}
+            for draw in self.cells:
+                kept = self.folder / "scores" / f"{draw.name}-{network.name}.json"
+                key = digest([asdict(facts), self.draws.facts(draw), self.cut.hash])
+                if not kept.exists() or read_json(kept)["key"] != key:
+                    score = measure(network(self.drawn(draw).images, lambda _: None))
+                    write_json(kept, {"key": key, "score": asdict(score)})
+                found[draw.name] = Score(**read_json(kept)["score"])
+                advance(self.own.n)
+        return found, facts
 
 
-def _shares(labels: Tensor, classes: int) -> list[float]:
-    return (torch.bincount(labels, minlength=classes) / len(labels)).tolist()
+def reference_file(network: Path | None, reference: str | None) -> Path | None:
+    """The statistics that belong to a network's file, where `evaluate.reference` names any and they lie beside it."""
+    if network is None or reference is None:
+        return None
+    file = network.with_name(f"{reference}.{network.stem}.npz")
+    return file if file.is_file() else None
 
 
-def _real(real: Judged, whole: dict[str, Tensor], config: Config) -> dict[str, Any]:
-    """What the classifier says of pictures it never saw, to hold the drawn ones against."""
-    if real.logits is None or config.evaluate.features != "classifier":
-        return {"real_confidence": None, "real_shares": None}
-    unseen = real.logits[held_out(len(real.logits), config.seed)]
-    shares = _shares(whole.get("labels", whole["cluster"]), unseen.shape[1])
-    return {"real_confidence": float(unseen.softmax(dim=1).amax(dim=1).mean()), "real_shares": shares}
+def _files(name: str, own: EvaluateConfig) -> list[Path]:
+    """The files that a word of `evaluate.features` stands for, statistics included."""
+    if name == "classifier":
+        return []
+    if name == "inception":
+        return [Path(own.inception_weights or "")]
+    networks = script_files(Path(name))
+    return networks + [file for network in networks if (file := reference_file(network, own.reference))]
 
 
-def _fits(cells: Sequence[Cell]) -> dict[str, PowerLaw]:
-    """The power law of each method's trajectory error."""
-    errors: dict[str, dict[int, float]] = {}
+def _calls_per_step(method: Method, config: Config, k: int) -> float:
+    """About how many experts a step asks, for the order of the work."""
+    of = {"full": float(k), "top_k": float(method.settings.get("top_k", 1)), "nucleus": 2.0, "adaptive": 1.5}
+    return 1.0 if method.run != config.run else of.get(method.settings["policy"], 1.0)
+
+
+def _fits(cells: Sequence[Cell]) -> dict[str, dict[str, PowerLaw]]:
+    """The power law of the trajectory error of each method with each sampler."""
+    errors: dict[str, dict[str, dict[int, float]]] = {}
     for cell in cells:
         if cell.trajectory_error is not None:
-            errors.setdefault(cell.method, {})[cell.steps] = cell.trajectory_error
-    return {name: power_law_fit(list(points), list(points.values())) for name, points in errors.items()}
+            errors.setdefault(cell.method, {}).setdefault(cell.sampler, {})[cell.steps] = cell.trajectory_error
+    return {
+        method: {name: power_law_fit(list(points), list(points.values())) for name, points in by_sampler.items()}
+        for method, by_sampler in errors.items()
+    }
 
 
 def _pictures_seen(row: Method) -> int:

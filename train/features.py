@@ -2,7 +2,7 @@
 
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,13 @@ class Judged:
 
 
 class FeatureNetwork:
-    """uint8 pictures `[N, C, H, W]` -> `Judged`. `name` says which features a figure was made with."""
+    """uint8 pictures `[N, C, H, W]` -> `Judged`. `name`, a word, and `what` say which features a figure was made with."""
 
-    def __init__(self, name: str, network: nn.Module, rgb: bool, device: str) -> None:
-        self.name, self.network, self.rgb, self.device = name, network.eval().to(device), rgb, device
+    def __init__(
+        self, name: str, what: str, network: nn.Module, rgb: bool, device: str, file: Path | None = None
+    ) -> None:
+        self.name, self.what, self.rgb, self.device, self.file = name, what, rgb, device, file
+        self.network = network.eval().to(device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, advance: Callable[[int], object], batch: int = 250) -> Judged:
@@ -37,30 +40,47 @@ class FeatureNetwork:
         for part in images.split(batch):
             answer = self.network((part.expand(-1, 3, -1, -1) if self.rgb else part).to(self.device))
             parts = answer if isinstance(answer, tuple) else (answer,)
-            features.append(parts[0].float().cpu())
+            features.append(parts[0].float())
             logits += [parts[1].float().cpu()] if len(parts) > 1 else []
             advance(len(part))
         return Judged(torch.cat(features), torch.cat(logits) if logits else None)
 
 
-def feature_network(
-    features: str, inception_weights: str | None, pictures: dict[str, Tensor], seed: int, device: str
-) -> FeatureNetwork:
-    """The network that `evaluate.features` names; `pictures` are the partition's, on which a classifier may be trained.
+def feature_networks(
+    named: Sequence[str], inception_weights: str | None, pictures: dict[str, Tensor], seed: int, device: str
+) -> list[FeatureNetwork]:
+    """The networks that `evaluate.features` names; `pictures` are the partition's, on which a classifier may be trained.
 
-    Raises `ConfigError` where it cannot be had.
+    Raises `ConfigError` where one cannot be had.
     """
-    if features == "classifier":
-        labels = pictures.get("labels", pictures["cluster"])
-        if int(labels.max()) == 0:
-            raise ConfigError(
-                "evaluate.features must be inception or a TorchScript file for pictures of one class, got 'classifier'"
+    networks = []
+    for name in named:
+        if name == "classifier":
+            networks.append(_trained_classifier(pictures, seed, device))
+        elif name == "inception":
+            network = _Inception(inception_weights)
+            networks.append(
+                FeatureNetwork(name, "Inception v3 (2015)", network, True, device, Path(inception_weights or ""))
             )
-        name = f"a small classifier trained on half of the pictures ({int(labels.max()) + 1} classes)"
-        return FeatureNetwork(name, _classifier(pictures["images"], labels, seed, device), rgb=False, device=device)
-    if features == "inception":
-        return FeatureNetwork("Inception v3 (2015)", _Inception(inception_weights), rgb=True, device=device)
-    return script_network("evaluate.features", features, device)
+        else:
+            networks += [script_network("evaluate.features", str(file), device) for file in script_files(Path(name))]
+    return networks
+
+
+def script_files(path: Path) -> list[Path]:
+    """The TorchScript files that a path names: itself, or those in a folder, which may be none."""
+    return sorted(path.glob("*.pt")) if path.is_dir() else [path]
+
+
+def _trained_classifier(pictures: dict[str, Tensor], seed: int, device: str) -> FeatureNetwork:
+    labels = pictures.get("labels", pictures["cluster"])
+    if int(labels.max()) == 0:
+        raise ConfigError(
+            "evaluate.features must hold inception or a TorchScript file for pictures of one class, got 'classifier'"
+        )
+    what = f"a small classifier trained on half of the pictures ({int(labels.max()) + 1} classes)"
+    network = _classifier(pictures["images"], labels, seed, device)
+    return FeatureNetwork("classifier", what, network, rgb=False, device=device)
 
 
 def script_network(key: str, path: str, device: str) -> FeatureNetwork:
@@ -75,7 +95,8 @@ def script_network(key: str, path: str, device: str) -> FeatureNetwork:
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{key} must be a TorchScript file that loads here, got {path!r} ({reason})") from error
-    return FeatureNetwork(Path(path).stem, network, rgb=True, device=device)
+    stem = Path(path).stem
+    return FeatureNetwork(stem, f"the TorchScript network {stem}", network, rgb=True, device=device, file=Path(path))
 
 
 class _Inception(nn.Module):

@@ -23,7 +23,10 @@ COLOURS = {
     "MoG-da": "#0072B2",
     "balanced": "#D55E00",
     "controlled": "#E69F00",
+    "adaptive": "#882255",
     "top-1": "#CC79A7",
+    "top-2": "#DDAADD",
+    "nucleus": "#AA9900",
     "full": "#009E73",
 }
 STYLE: Any = {
@@ -43,19 +46,30 @@ def save(path: Path, figure: Figure) -> None:
     plt.close(figure)
 
 
-def frechet(evaluation: Evaluation) -> Figure:
-    """Frechet distance over the number of steps, a line a method."""
+def frechet(evaluation: Evaluation, features: str | None = None, sampler: str | None = None) -> Figure:
+    """Frechet distance over the number of steps, a line a method, with the deviation over the seeds where there are several.
+
+    With the first features and the first sampler where none are named.
+    """
+    judge = features or next(iter(evaluation.features))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for name in evaluation.versions:
-            cells = [cell for cell in evaluation.cells if cell.method == name]
-            axes.plot(
-                [c.steps for c in cells],
-                [c.frechet for c in cells],
-                "o-",
+            of = {
+                n: evaluation.over_seeds(name, n, lambda cell: cell.scores[judge].frechet, sampler)
+                for n in evaluation.steps
+            }
+            points = {n: spread for n, spread in of.items() if spread is not None}
+            axes.errorbar(
+                list(points),
+                [spread.mean for spread in points.values()],
+                [spread.deviation or 0 for spread in points.values()],
+                fmt="o-",
                 color=COLOURS[name],
                 label=name,
                 markersize=4,
+                linewidth=1.2,
+                elinewidth=0.8,
             )
         _log_steps(axes, evaluation)
         axes.set_yscale("log")
@@ -67,14 +81,18 @@ def frechet(evaluation: Evaluation) -> Figure:
         return figure
 
 
-def trajectory(evaluation: Evaluation) -> Figure:
+def trajectory(evaluation: Evaluation, sampler: str | None = None) -> Figure:
     """Mean square distance to the mixture's own path over the number of steps, with the fitted power laws."""
+    walked = sampler or next(iter(evaluation.samplers))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
-        for name, fit in evaluation.fits.items():
-            cells = [cell for cell in evaluation.cells if cell.method == name and cell.trajectory_error is not None]
-            steps = np.array([cell.steps for cell in cells])
-            axes.plot(steps, [cell.trajectory_error or 0 for cell in cells], "o", color=COLOURS[name], markersize=5)
+        for name, fits in evaluation.fits.items():
+            of = {
+                n: evaluation.over_seeds(name, n, lambda cell: cell.trajectory_error, walked) for n in evaluation.steps
+            }
+            points = {n: spread.mean for n, spread in of.items() if spread is not None}
+            steps, fit = np.array(list(points)), fits[walked]
+            axes.plot(steps, list(points.values()), "o", color=COLOURS[name], markersize=5)
             axes.plot(
                 steps,
                 fit.constant * steps**-fit.exponent,
@@ -179,7 +197,7 @@ def _displayed(draw: Drawn, i: int) -> np.ndarray:
 
 
 def _log_steps(axes: Axes, evaluation: Evaluation) -> None:
-    steps = sorted({cell.steps for cell in evaluation.cells})
+    steps = evaluation.steps
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(n) for n in steps])
     axes.tick_params(axis="x", which="minor", bottom=False)

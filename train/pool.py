@@ -17,22 +17,30 @@ Tell = Callable[[Any], None]
 
 
 def workers_for(jobs: int, device: str, asked: int | None = None) -> int:
-    """How many processes: as many as asked for, else one a core on a CPU and one on a GPU; never more than jobs."""
-    return min(jobs, asked or ((os.cpu_count() or 1) if device == "cpu" else 1))
+    """How many processes: as many as asked for, else one a core on a CPU and one a GPU; never more than jobs."""
+    return min(jobs, asked or ((os.cpu_count() or 1) if device == "cpu" else len(gpus())))
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def run_jobs(work: Callable[[J, Tell], R], jobs: Sequence[J], workers: int, hear: Tell) -> list[R | Exception]:
     """`work(job, tell)` for every job: its result, or the exception it died of. What a job tells, `hear` hears, here.
 
-    `work` and jobs are pickled where `workers` is above 1; each process then has its share of the cores, and leaves when
-    this one is gone.
+    `work` and jobs are pickled where `workers` is above 1; each process then has its share of the cores, and a GPU where there
+    are any, and leaves when this one is gone.
     """
     if workers == 1:
         return [_tried(work, job, hear) for job in jobs]
     context = multiprocessing.get_context("spawn")
-    news = context.Queue()
+    news, places = context.Queue(), context.Queue()
+    for i in range(workers):
+        places.put(gpus()[i % len(gpus())] if gpus() else None)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, context, _start_worker, (news, threads)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (news, threads, places)) as pool:
         futures: list[Future[R]] = [pool.submit(_work, work, job) for job in jobs]
         try:
             pending = set(futures)
@@ -57,9 +65,11 @@ def _tried(work: Callable[[Any, Tell], R], job: Any, tell: Tell) -> R | Exceptio
 _tell: Tell  # in a worker process, the way to its parent
 
 
-def _start_worker(news: Any, threads: int) -> None:
+def _start_worker(news: Any, threads: int, places: Any) -> None:
     global _tell
     _tell = news.put
+    if gpu := places.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when this process first asks for CUDA
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to answer
     parent = os.getppid()

@@ -15,7 +15,8 @@ from ddm.partition import Partition
 from serve.pictures import contact_sheet, write_png
 from train import plots
 from train.draws import Drawn
-from train.record import Cell, Evaluation
+from train.methods import MEANING
+from train.record import Cell, Evaluation, Score, Spread
 
 
 class _Measure(NamedTuple):
@@ -26,26 +27,23 @@ class _Measure(NamedTuple):
     best: Callable[..., float] | None  # which of a column is the best, if any
 
 
-_FRECHET = _Measure("Fréchet distance", "lower is better", lambda cell: cell.frechet, ".2f", min)
+_FRECHET = _Measure("Fréchet distance", "lower is better", lambda cell: first_score(cell).frechet, ".2f", min)
 _ERROR = _Measure("Trajectory error E(N)", "lower is better", lambda cell: cell.trajectory_error, ".4f", min)
 _MEASURES = [
     _FRECHET,
-    _Measure("KID × 1000", "lower is better", lambda cell: 1000 * cell.kid, ".2f", min),
-    _Measure("Inception score", "higher is better", lambda cell: cell.inception_score, ".2f", max),
-    _Measure("Mean confidence of the classifier", "", lambda cell: cell.confidence, ".3f", None),
+    _Measure("KID × 1000", "lower is better", lambda cell: 1000 * first_score(cell).kid, ".2f", min),
+    _Measure(
+        "Coverage",
+        "of real pictures by drawn ones; higher is better",
+        lambda cell: first_score(cell).coverage,
+        ".3f",
+        max,
+    ),
+    _Measure("Inception score", "higher is better", lambda cell: first_score(cell).inception_score, ".2f", max),
+    _Measure("Mean confidence of the classifier", "", lambda cell: first_score(cell).confidence, ".3f", None),
     _ERROR,
     _Measure("Expert calls a picture", "", lambda cell: cell.calls, ".0f", None),
 ]
-_MEANING = {
-    "DDIM": "one model on all pictures",
-    "Naive": "one expert, drawn from the shares and kept",
-    "MoG-a": "each step one expert, drawn from the posterior net's alpha",
-    "MoG-da": "each step one expert, drawn from the integrated alpha",
-    "balanced": "each step one expert, with error feedback",
-    "controlled": "balanced, with Gaussians standing in for the experts not asked",
-    "top-1": "each step the likeliest expert",
-    "full": "each step all experts, weighted by alpha",
-}
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 66rem; margin: 2rem auto;
   padding: 0 1rem; }
@@ -62,59 +60,74 @@ pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; 
 def print_tables(evaluation: Evaluation) -> None:
     """The Frechet distances and the trajectory errors, on standard output."""
     console = Console(width=100)
-    steps = _steps(evaluation)
+    steps, sampler = evaluation.steps, next(iter(evaluation.samplers))
+    features = next(iter(evaluation.features.values()))
     for measure, last_column in ((_FRECHET, f"calls at {steps[-1]}"), (_ERROR, "falls as")):
         table = Table(title=f"{measure.title}, {measure.note}", box=box.SIMPLE_HEAD, title_justify="left")
         table.add_column("method")
-        for name in [*(f"{n} steps" for n in steps), last_column]:
-            table.add_column(name, justify="right")
-        for name in evaluation.versions:
-            cells = _row(evaluation, name)
+        for column in [*(f"{n} steps" for n in steps), last_column]:
+            table.add_column(column, justify="right")
+        for method in evaluation.versions:
             if measure is _FRECHET:
-                last = f"{cells[-1].calls:.0f}"
-            elif name in evaluation.fits:
-                last = f"N^{-evaluation.fits[name].exponent:.2f}"
+                last = shown(evaluation.over_seeds(method, steps[-1], lambda cell: cell.calls), ".0f")
+            elif method in evaluation.fits:
+                last = f"N^{-evaluation.fits[method][sampler].exponent:.2f}"
             else:
                 continue
-            table.add_row(name, *(_number(measure.value(cell), measure.form) for cell in cells), last)
+            cells = (shown(evaluation.over_seeds(method, n, measure.value), measure.form) for n in steps)
+            table.add_row(method, *cells, last)
         console.print(table)
-    for name in evaluation.versions:
-        cell = min(_row(evaluation, name), key=lambda cell: abs(cell.steps - 25))
-        if evaluation.real_confidence and evaluation.real_shares and cell.confidence and cell.shares:
-            ratios = [share / real for share, real in zip(cell.shares, evaluation.real_shares, strict=True) if real > 0]
-            sure = cell.confidence / evaluation.real_confidence
+    middle = min(steps, key=lambda n: abs(n - 25))
+    for method in evaluation.versions:
+        score = next(first_score(c) for c in evaluation.cells if (c.method, c.steps) == (method, middle))
+        if features.real_confidence and features.real_shares and score.confidence and score.shares:
+            ratios = [share / real for share, real in zip(score.shares, features.real_shares, strict=True) if real > 0]
             console.print(
-                f"{name:9} at {cell.steps} steps: the classifier is {sure:.3f} times as sure as of unseen real pictures; "
-                f"classes come {min(ratios):.2f} to {max(ratios):.2f} times as often",
+                f"{method:10} at {middle} steps: the classifier is {score.confidence / features.real_confidence:.3f} times "
+                f"as sure as of unseen real pictures; classes come {min(ratios):.2f} to {max(ratios):.2f} times as often",
                 soft_wrap=True,
             )
-    console.print(f"{evaluation.n} pictures a cell; features: {evaluation.features}", style="dim")
+    seeds = f" and seed, {evaluation.seeds} seeds" if evaluation.seeds > 1 else ""
+    console.print(f"{evaluation.n} pictures a cell{seeds}; features: {features.what}", style="dim")
+
+
+def first_score(cell: Cell) -> Score:
+    """The score by the first of the features."""
+    return next(iter(cell.scores.values()))
+
+
+def shown(value: Spread | None, form: str) -> str:
+    """A measure as text, with its standard deviation over the seeds where there are several."""
+    if value is None:
+        return "–"
+    spread = f" ± {value.deviation:{form}}" if value.deviation else ""
+    return f"{value.mean:{form}}{spread}"
 
 
 def write_report(path: Path, evaluation: Evaluation, drawn: Mapping[tuple[str, int], Drawn]) -> None:
     """Write `report.html`; its pictures also lie in `evaluate/plots/`."""
     folder, plotted = path.parent, path.parent / "evaluate" / "plots"
     cut = Partition.read(folder / "partition")
-    middle = min(_steps(evaluation), key=lambda n: abs(n - 25))
-    shown = {name: drawn[name, middle] for name in evaluation.versions}
-    best = shown.get("controlled", shown[next(iter(shown))])
+    middle = min(evaluation.steps, key=lambda n: abs(n - 25))
+    rows = {name: drawn[name, middle] for name in evaluation.versions}
+    best = rows.get("controlled", rows[next(iter(rows))])
     plots.save(plotted / "frechet.png", plots.frechet(evaluation))
     plots.save(plotted / "trajectory.png", plots.trajectory(evaluation))
-    single = {name: draw for name, draw in shown.items() if name not in ("DDIM", "full")} or shown
+    single = {name: draw for name, draw in rows.items() if name not in ("DDIM", "full")} or rows
     plots.save(plotted / "load.png", plots.load(single, cut.names, cut.pi.tolist()))
     followed = {
-        name: draw for name, draw in shown.items() if name in ("MoG-a", "MoG-da", "balanced", "controlled")
-    } or shown
+        name: draw for name, draw in rows.items() if name in ("MoG-a", "MoG-da", "balanced", "controlled")
+    } or rows
     plots.save(plotted / "certainty.png", plots.certainty(followed))
     plots.save(plotted / "alpha.png", plots.alpha_over_time(best, cut.names))
     plots.save(plotted / "losses.png", plots.losses(folder))
     sheets = {
         "pictures": best.images[:48].split(12),
-        "methods": [draw.images[:12] for draw in shown.values()],
+        "methods": [draw.images[:12] for draw in rows.values()],
         "clusters": [cut.cluster(folder / "partition", k)["images"][:12] for k in range(cut.k)],
     }
-    for name, rows in sheets.items():
-        write_png(plotted / f"{name}.png", contact_sheet(rows, least_side=64))
+    for name, sheet in sheets.items():
+        write_png(plotted / f"{name}.png", contact_sheet(sheet, least_side=64))
     scratch = path.with_suffix(".part")
     scratch.write_text(_page(evaluation, cut, plotted, middle))
     scratch.replace(path)
@@ -124,6 +137,8 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
     config = evaluation.config
     name = html.escape(Path(config["run"]).name)
     *_, last = evaluation.versions
+    sampler = next(iter(evaluation.samplers))
+    features = next(iter(evaluation.features.values()))
     seen = evaluation.pictures_seen
     trained = f"Pictures seen in training: {seen[last]:,}"
     trained += (
@@ -133,7 +148,8 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
     )
     fits = "".join(
         f"<tr><td class=name>{row}</td><td>{fit.exponent:.2f}</td><td>{fit.constant:.3g}</td><td>{fit.r2:.3f}</td></tr>"
-        for row, fit in evaluation.fits.items()
+        for row, by_sampler in evaluation.fits.items()
+        for fit in [by_sampler[sampler]]
     )
     clusters = "; ".join(f"{cluster} ({size})" for cluster, size in zip(cut.names, cut.sizes, strict=True))
     shape = " × ".join(map(str, cut.shape))
@@ -143,8 +159,8 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
         f"bundle {evaluation.versions[last][:12]}. {trained}</p>",
         _image(plotted, "pictures", f"48 pictures drawn with balanced and control=gaussian in {middle} steps"),
         "<h2>How good are the pictures?</h2>",
-        f"<p>{evaluation.n} pictures a cell, all methods from the same noise, sampler {config['sample']['sampler']}. "
-        f"Features: {html.escape(evaluation.features)}; figures made with other features cannot be compared with these.</p>",
+        f"<p>{evaluation.n} pictures a cell, all methods from the same noise, sampler {sampler}. "
+        f"Features: {html.escape(features.what)}; figures made with other features cannot be compared with these.</p>",
         *(_table(evaluation, measure) for measure in _MEASURES),
         _image(plotted, "frechet", "Fréchet distance over steps"),
         "<h2>How far from the mixture's own path?</h2>",
@@ -178,46 +194,31 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
 
 def _table(evaluation: Evaluation, measure: _Measure) -> str:
     """One measure, methods down and steps across, the best of a column in bold; nothing where it was not measured."""
-    rows = []
+    rows, steps = [], evaluation.steps
+    columns = {n: {name: evaluation.over_seeds(name, n, measure.value) for name in evaluation.versions} for n in steps}
     for name in evaluation.versions:
-        cells = _row(evaluation, name)
-        if any(measure.value(cell) is None for cell in cells):
+        if any(columns[n][name] is None for n in steps):
             continue
         numbers = "".join(
-            f"<td{_bold(evaluation, measure, cell)}>{_number(measure.value(cell), measure.form)}</td>" for cell in cells
+            f"<td{_bold(columns[n], name, measure)}>{shown(columns[n][name], measure.form)}</td>" for n in steps
         )
-        rows.append(f"<tr><td class=name>{name}</td><td class=meaning>{_MEANING.get(name, '')}</td>{numbers}</tr>")
+        rows.append(f"<tr><td class=name>{name}</td><td class=meaning>{MEANING.get(name, '')}</td>{numbers}</tr>")
     if not rows:
         return ""
     note = measure.note
-    if measure.title.startswith("Mean confidence") and evaluation.real_confidence is not None:
-        note = f"on real pictures it never saw: {evaluation.real_confidence:.3f}"
-    head = "".join(f"<th>{n} steps" for n in _steps(evaluation))
+    sure = next(iter(evaluation.features.values())).real_confidence
+    if measure.title.startswith("Mean confidence") and sure is not None:
+        note = f"on real pictures it never saw: {sure:.3f}"
+    head = "".join(f"<th>{n} steps" for n in steps)
     caption = f"<caption>{measure.title} <small>{note}</small></caption>"
     return f"<div class=scroll><table>{caption}<tr><th class=name>method<th>{head}</tr>{''.join(rows)}</table></div>"
 
 
-def _bold(evaluation: Evaluation, measure: _Measure, cell: Cell) -> str:
-    if measure.best is None:
-        return ""
-    column = [
-        value for other in evaluation.cells if other.steps == cell.steps and (value := measure.value(other)) is not None
-    ]
-    return " class=best" if measure.value(cell) == measure.best(column) else ""
+def _bold(column: Mapping[str, Spread | None], name: str, measure: _Measure) -> str:
+    values = {method: value.mean for method, value in column.items() if value is not None}
+    return " class=best" if measure.best is not None and values[name] == measure.best(values.values()) else ""
 
 
 def _image(plotted: Path, name: str, alt: str) -> str:
     data = base64.b64encode((plotted / f"{name}.png").read_bytes()).decode()
     return f"<p><img alt='{html.escape(alt)}' src='data:image/png;base64,{data}'></p>"
-
-
-def _steps(evaluation: Evaluation) -> list[int]:
-    return sorted({cell.steps for cell in evaluation.cells})
-
-
-def _row(evaluation: Evaluation, name: str) -> list[Cell]:
-    return sorted((cell for cell in evaluation.cells if cell.method == name), key=lambda cell: cell.steps)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

@@ -9,7 +9,7 @@ import torch
 
 from ddm.artifacts import digest, read_json, sha256, write_artifact, write_json, write_tensors
 from ddm.bundle import MANIFEST, read_bundle, write_bundle
-from ddm.errors import ArtifactError, ConfigError
+from ddm.errors import ArtifactError
 from ddm.learning import Batches
 from ddm.partition import Partition
 from ddm.randomness import Use, seed_of
@@ -18,7 +18,7 @@ from router.learning import PosteriorLearning, RouterLearning
 from router.networks import DerivativeNet
 from serve import SampleConfig, load
 from serve.pictures import contact_sheet, to_uint8, write_png
-from train.config import STAGES, Config, claim, plain
+from train.config import STAGES, Config, EvaluateConfig, claim, plain
 from train.evaluate import evaluate
 from train.expert_stage import expert_stem, fitted_facts, train_experts
 from train.fit import fit
@@ -31,12 +31,8 @@ log = logging.getLogger(__name__)
 def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     """Run the stages in their order. Raises a `DdmError` that says what to mend."""
     if "evaluate" in stages:
-        config.evaluate.check_files()
-        if config.sample.grid == "own":
-            raise ConfigError(
-                "sample.grid must not be own for the stage evaluate, which compares several numbers of steps, got 'own'"
-            )
-        config.check_plan(*config.evaluate.steps, config.evaluate.reference_steps)
+        config.evaluate.check_files("evaluate")
+        config.samplers(config.evaluate, "evaluate")
     claim(config)
     does: dict[str, Callable[[Config], None]] = {
         "partition": partition,
@@ -178,22 +174,24 @@ def sample(config: Config) -> None:
 
 def evaluate_run(config: Config) -> None:
     """Train the monolith that the table compares with, if it is wanted, then measure."""
-    monolith = monolith_of(config)
-    if monolith is not None:
-        log.info("monolith   one model on all pictures, in %s", monolith.folder)
-        run(monolith, ("partition", "expert", "bundle"))
-    evaluate(config, monolith)
+    evaluate(config, train_monolith(config, config.evaluate))
 
 
-def monolith_of(config: Config) -> Config | None:
-    """The run with `partition.k=1` of the row DDIM: the same network and, unless told otherwise, as many pictures seen."""
+def train_monolith(config: Config, own: EvaluateConfig) -> Config | None:
+    """The run with `partition.k=1` of the row DDIM, trained; None where no such row is wanted.
+
+    The same network and, unless `monolith_steps` says otherwise, as many pictures seen as all experts together.
+    """
     cut = Partition.read(config.folder / "partition")
-    steps = config.expert.steps * cut.k if config.evaluate.monolith_steps is None else config.evaluate.monolith_steps
-    if steps == 0 or cut.k == 1:
+    steps = config.expert.steps * cut.k if own.monolith_steps is None else own.monolith_steps
+    if steps == 0 or cut.k == 1 or "DDIM" not in own.methods:
         return None
-    return replace(
+    monolith = replace(
         config,
         run=str(config.folder / "monolith"),
         partition=replace(config.partition, k=1),
         expert=replace(config.expert, steps=steps, index=None),
     )
+    log.info("monolith   one model on all pictures, in %s", monolith.folder)
+    run(monolith, ("partition", "expert", "bundle"))
+    return monolith

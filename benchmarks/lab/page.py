@@ -15,9 +15,6 @@ from train.plots import STYLE, save
 COLOURS = METHODS | {  # the policies that have no row in a run's table
     "stochastic": METHODS["MoG-a"],
     "fixed": METHODS["Naive"],
-    "adaptive": "#882255",
-    "top-2": "#DDAADD",
-    "nucleus": "#AA9900",
 }
 
 

@@ -1,0 +1,62 @@
+"""The rows of the table: who moves the picture, and where alpha comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ddm.artifacts import sha256
+from ddm.bundle import MANIFEST
+from train.config import Config
+
+MEANING = {
+    "DDIM": "one model on all pictures",
+    "Naive": "one expert, drawn from the shares and kept",
+    "MoG-a": "each step one expert, drawn from the posterior net's alpha",
+    "MoG-da": "each step one expert, drawn from the integrated alpha",
+    "balanced": "each step one expert, with error feedback",
+    "controlled": "balanced, with Gaussians standing in for the experts not asked",
+    "adaptive": "controlled, with a second expert where alpha is undecided",
+    "top-1": "each step the likeliest expert",
+    "top-2": "each step the two likeliest, weighted by alpha",
+    "nucleus": "each step the likeliest that carry 0.9 of alpha",
+    "full": "each step all experts, weighted by alpha",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: its name, the run it samples, the version of its bundle, and its settings of `sample`."""
+
+    name: str
+    run: str
+    version: str
+    settings: dict[str, Any]
+
+
+def methods(config: Config, monolith: Config | None, names: Sequence[str], k: int) -> list[Method]:
+    """The rows of these names; those of a mixture only where there are several clusters, DDIM only where there is a monolith.
+
+    What is not the paper's takes alpha from the config's own source. `control` is off but for those that are named after it.
+    """
+
+    def row(name: str, of: Config, **settings: Any) -> Method:
+        plain = {"source": config.sample.source, "control": "none", "temperature": 1.0, "clusters": {}}
+        return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), {**plain, **settings})
+
+    if k == 1:
+        return [row("DDIM", config, source="prior", policy="full")]
+    known = {
+        "Naive": row("Naive", config, source="prior", policy="fixed"),
+        "MoG-a": row("MoG-a", config, source="posterior", policy="stochastic"),
+        "MoG-da": row("MoG-da", config, source="combined", policy="stochastic"),
+        "balanced": row("balanced", config, policy="balanced"),
+        "controlled": row("controlled", config, policy="balanced", control="gaussian"),
+        "adaptive": row("adaptive", config, policy="adaptive", control="gaussian"),
+        "top-1": row("top-1", config, policy="top_k", top_k=1),
+        "top-2": row("top-2", config, policy="top_k", top_k=2),
+        "nucleus": row("nucleus", config, policy="nucleus", nucleus_p=0.9),
+        "full": row("full", config, policy="full"),
+    }
+    if monolith is not None:
+        known["DDIM"] = row("DDIM", monolith, source="prior", policy="full")
+    return [known[name] for name in names if name in known]
