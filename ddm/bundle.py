@@ -1,6 +1,7 @@
 """A bundle: a folder with all that sampling needs, held together by a manifest that names every artifact by SHA-256."""
 
 import shutil
+import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ddm.artifacts import read_artifact, read_json, sha256, write_json
+from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from ddm.errors import ArtifactError
+from ddm.gaussian import MOMENTS
 from ddm.partition import Partition
 
 FORMAT = "ddm-bundle-1"
@@ -67,6 +69,27 @@ def write_bundle(folder: Path, partition: Partition, experts: list[Path], router
         folder.rename(old)
     scratch.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_half(bundle: Path, folder: Path) -> None:
+    """Write the bundle `folder`, with the weights of another in half precision: half as large, to give away.
+
+    What is no network's matrix or kernel stays as it is: norms, biases, shares, the clusters' Gaussians. Raises `ArtifactError`.
+    """
+    whole = read_bundle(bundle)
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as scratch:
+        stems = []
+        for artifact in [*whole.experts, *([whole.router] if whole.router else [])]:
+            tensors = {
+                name: tensor.half()
+                if tensor.ndim > 1 and tensor.is_floating_point() and name not in MOMENTS
+                else tensor
+                for name, tensor in artifact.tensors.items()
+            }
+            stems.append(Path(scratch) / artifact.stem.name)
+            write_artifact(stems[-1], tensors, {**artifact.facts, "half_of": whole.version})
+        experts, router = stems[: whole.partition.k], stems[whole.partition.k :]
+        write_bundle(folder, whole.partition, experts, router[0] if router else None)
 
 
 def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:

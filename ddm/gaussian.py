@@ -36,8 +36,11 @@ class Gaussians:
         a, s, _, _ = self.schedule(t.to(x) if t.ndim else t).beside(m[None])  # [] or [B, 1, 1]
         f = a * v / (a**2 * v + s**2)  # [K, n] or [B, K, n]
         weight = weight.to(x)[:, None]
-        mixed = (weight @ (m - a * f * m) + weight @ f * cosine(x).flatten(1)[:, None])[:, 0]
-        return cosine(mixed.reshape(x.shape), inverse=True)
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # the networks may be in bfloat16, not what stands in for them
+            mixed = (weight @ (m - a * f * m) + weight @ f * cosine(x).flatten(1)[:, None])[:, 0]
+            return cosine(mixed.reshape(x.shape), inverse=True)
 
 
 def moments(images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:

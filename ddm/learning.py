@@ -39,9 +39,17 @@ class FitConfig:
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> Any:
         """The optimizer and its schedule, as `LightningModule.configure_optimizers` returns them."""
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=True)
+        scaled = (
+            self.precision == "16-mixed"
+        )  # gradients that are scaled in float16 must be clipped before a fused step
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=not scaled)
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / (self.warmup_steps + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+    def clip(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Clip the gradients' norm; Lightning's own way refuses a fused optimizer in mixed precision."""
+        if self.gradient_clip > 0:
+            nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
 
 
 def scaled(images: Tensor) -> Tensor:

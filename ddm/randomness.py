@@ -52,7 +52,10 @@ def _words(seed: int | Tensor, use: Use, index: Tensor, step: int | Tensor, coun
     counter = (
         block,
         index[:, None] & _MASK,
-        torch.as_tensor(step, device=index.device).reshape(-1, 1),
+        # A number is filled in: to copy it to a device would wait for all that the device has still to do.
+        (step.to(index.device) if isinstance(step, Tensor) else torch.full((1,), step, device=index.device)).reshape(
+            -1, 1
+        ),
         (index[:, None] >> 32 & 0xFFFFFF) << 8 | int(use),
     )
     words = philox(counter, (key & _MASK, key >> 32 & _MASK))

@@ -53,7 +53,7 @@ class ExpertLearning(pl.LightningModule):
         self.denoiser, self.batches, self.config = denoiser, batches, config
         self.levels = nn.Buffer(training_times(config.times, config.t_min, denoiser.schedule), persistent=False)
         if config.compile:
-            denoiser.network.compile()
+            denoiser.network.compile(dynamic=False)  # once for all experts of a process: they differ in weights alone
 
     def at(self, level: Tensor) -> Tensor:
         """The times below which the shares `level` `[B]` in (0, 1) of all training times lie."""
@@ -76,3 +76,6 @@ class ExpertLearning(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.config.adam(self.denoiser.parameters())
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.config.clip(optimizer.param_groups[0]["params"])

@@ -38,7 +38,7 @@ class _RouterLearning(pl.LightningModule):
         self.posterior, self.batches, self.config = posterior, batches, config
         self.cluster = nn.Buffer(cluster, persistent=False)
         if config.compile:
-            posterior.scorer.compile()
+            posterior.scorer.compile(dynamic=False)
 
     def on_fit_start(self) -> None:
         self.batches.images = self.batches.images.to(self.device)
@@ -53,6 +53,9 @@ class _RouterLearning(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.config.adam(self.parameters())
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.config.clip(optimizer.param_groups[0]["params"])
 
 
 class PosteriorLearning(_RouterLearning):
@@ -82,16 +85,16 @@ class RouterLearning(_RouterLearning):
     ) -> None:
         super().__init__(posterior, batches, cluster, config)
         self.derivative = derivative
+        self.edges = nn.Buffer(torch.tensor([config.t_min, *config.bands, 1.0]), persistent=False)
         if config.compile:
-            derivative.scorers.apply(lambda part: part.compile() if isinstance(part, Scorer) else None)
+            derivative.scorers.apply(lambda part: part.compile(dynamic=False) if isinstance(part, Scorer) else None)
 
     def training_step(self, _: Any, __: int) -> Tensor:
         # Counted on from stage 1, so that its batches are not seen again.
         step = self.config.switch_step + self.global_step
-        edges = torch.tensor([self.config.t_min, *self.config.bands, 1.0], device=self.device)
         place = 3 * self.batches.times(step)
         band = place.long().clamp_max(2)
-        t = edges[band] + (edges[band + 1] - edges[band]) * (place - band)
+        t = self.edges[band] + (self.edges[band + 1] - self.edges[band]) * (place - band)
         x0, label, eps, x = self.noisy(step, t)
         schedule, k = self.posterior.scorer.schedule, len(self.posterior.log_pi)
         alpha, dalpha = exact_posterior_rate(x0, eps, t, self.batches.images, self.cluster, schedule, k)

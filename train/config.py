@@ -39,6 +39,13 @@ class ExpertStageConfig(ExpertConfig):
 
 
 @dataclass
+class BundleConfig:
+    """The stage `bundle`."""
+
+    half: bool = False  # also bundle-half/, in half precision, to give away
+
+
+@dataclass
 class SampleStageConfig(SampleConfig):
     """The stage `sample`: how many pictures, from which seed."""
 
@@ -163,6 +170,7 @@ class Config:
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp_linear"})
     expert: ExpertStageConfig = field(default_factory=ExpertStageConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    bundle: BundleConfig = field(default_factory=BundleConfig)
     sample: SampleStageConfig = field(default_factory=SampleStageConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     table: TableConfig = field(default_factory=TableConfig)
@@ -257,6 +265,7 @@ _FREE = {
     "data.download",
     "expert.index",
     "expert.workers",
+    "bundle.half",
     "expert.checkpoint_every",
     "router.checkpoint_every",
 }

@@ -18,6 +18,8 @@ from train.methods import Method
 from train.pool import Tell, run_jobs
 from train.progress import bar
 
+_WORTH_A_PROCESS = 100_000  # expert evaluations: with fewer, starting processes costs more time than they save
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -77,7 +79,8 @@ class Draws:
         if not todo:
             return
         with bar("evaluate: drawing", sum(cost for cost, _ in todo)) as advance:
-            results = run_jobs(partial(_work, self), todo, min(workers, len(todo)), advance)
+            few = sum(cost for cost, _ in todo) < _WORTH_A_PROCESS
+            results = run_jobs(partial(_work, self), todo, 1 if few else min(workers, len(todo)), advance)
         for (_, draw), result in zip(todo, results, strict=True):
             if isinstance(result, Exception):
                 raise DdmError(f"drawing {draw.name} failed: {result}") from result

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddm.artifacts import digest, read_json, sha256, write_json
 from ddm.bundle import MANIFEST
+from ddm.errors import require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
 from train.config import Config, EvaluateConfig, plain
@@ -54,6 +55,7 @@ class Measurement:
         own.check_files(section)
         self.cut = Partition.read(config.folder / "partition")
         self.methods = methods(config, monolith, own.methods, self.cut.k)
+        require(len(self.methods) > 0, f"{section}.methods", "name a row besides DDIM without a monolith", own.methods)
         self.samplers = {name: plain(sampler) for name, sampler in config.samplers(own, section).items()}
         self.draws = Draws(self.folder / "draws", config.device, own.precision, own.batch)
         self.cells = [
@@ -66,7 +68,7 @@ class Measurement:
         mixture = Method(
             "reference",
             config.run,
-            self.methods[-1].version,
+            sha256(config.folder / "bundle" / MANIFEST),
             {"source": "posterior", "policy": "full", "control": "none"},
         )
         first, settings = next(iter(self.samplers.items()))

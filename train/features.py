@@ -1,8 +1,9 @@
 """What pictures are judged by: features, and where there is a classifier, its logits. Every figure is named after them."""
 
+import hashlib
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class FeatureNetwork:
         for part in images.split(batch):
             answer = self.network((part.expand(-1, 3, -1, -1) if self.rgb else part).to(self.device))
             parts = answer if isinstance(answer, tuple) else (answer,)
-            features.append(parts[0].float())
+            features.append(parts[0].float().cpu())  # for singular values in float64, a GPU's are the slower ones
             logits += [parts[1].float().cpu()] if len(parts) > 1 else []
             advance(len(part))
         return Judged(torch.cat(features), torch.cat(logits) if logits else None)
@@ -72,6 +73,11 @@ def script_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.pt")) if path.is_dir() else [path]
 
 
+_classifiers: dict[
+    Hashable, nn.Module
+] = {}  # by what they were trained on: ablations ask for the same one again and again
+
+
 def _trained_classifier(pictures: dict[str, Tensor], seed: int, device: str) -> FeatureNetwork:
     labels = pictures.get("labels", pictures["cluster"])
     if int(labels.max()) == 0:
@@ -79,8 +85,13 @@ def _trained_classifier(pictures: dict[str, Tensor], seed: int, device: str) -> 
             "evaluate.features must hold inception or a TorchScript file for pictures of one class, got 'classifier'"
         )
     what = f"a small classifier trained on half of the pictures ({int(labels.max()) + 1} classes)"
-    network = _classifier(pictures["images"], labels, seed, device)
-    return FeatureNetwork("classifier", what, network, rgb=False, device=device)
+    contents = (
+        hashlib.sha256(tensor.contiguous().numpy().tobytes()).digest() for tensor in (pictures["images"], labels)
+    )
+    key = (*contents, seed, device)
+    if key not in _classifiers:
+        _classifiers[key] = _classifier(pictures["images"], labels, seed, device)
+    return FeatureNetwork("classifier", what, _classifiers[key], rgb=False, device=device)
 
 
 def script_network(key: str, path: str, device: str) -> FeatureNetwork:

@@ -37,6 +37,25 @@ class _Losses(Callback):
             self.sum, self.count = 0.0, 0
 
 
+class _Averaging(WeightAveraging):
+    """Lightning's, where the module trains, and without what it asks of the device at every step, which would wait for it."""
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False)
+        self.decay = decay
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)  # it was copied before Lightning moved the module
+        self.averages, self.current = [*self._average_model.parameters()], [*pl_module.parameters()]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        update = get_ema_multi_avg_fn(self.decay if trainer.global_step > 1 else 0.0)  # it begins at the first step's
+        update(self.averages, self.current, 0)
+
+
 def fit(
     module: pl.LightningModule, steps: int, config: FitConfig, folder: Path, accelerator: str, report: Report
 ) -> None:
@@ -59,19 +78,19 @@ def fit(
         ),
     ]
     if config.ema_decay > 0:
-        callbacks.insert(0, WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)))
+        callbacks.insert(0, _Averaging(config.ema_decay))
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
             max_steps=steps,
             max_epochs=-1,
             precision=config.precision,
-            gradient_clip_val=config.gradient_clip or None,
             callbacks=callbacks,
             logger=False,
             enable_progress_bar=False,

@@ -6,7 +6,7 @@ from typing import Any
 
 from ddm.artifacts import sha256
 from ddm.bundle import MANIFEST
-from train.config import Config
+from train.config import PAPER, Config
 
 MEANING = {
     "DDIM": "one model on all pictures",
@@ -36,12 +36,15 @@ class Method:
 def methods(config: Config, monolith: Config | None, names: Sequence[str], k: int) -> list[Method]:
     """The rows of these names; those of a mixture only where there are several clusters, DDIM only where there is a monolith.
 
-    What is not the paper's takes alpha from the config's own source. `control` is off but for those that are named after it.
+    What is not the paper's takes alpha from the config's own source, at its temperature. `control` is off but for `controlled`
+    and `adaptive`.
     """
 
     def row(name: str, of: Config, **settings: Any) -> Method:
-        plain = {"source": config.sample.source, "control": "none", "temperature": 1.0, "clusters": {}}
-        return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), {**plain, **settings})
+        paper = name in PAPER
+        alpha = {"source": config.sample.source, "temperature": 1.0 if paper else config.sample.temperature}
+        usual = {**alpha, "control": "none", "clusters": {}}
+        return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), {**usual, **settings})
 
     if k == 1:
         return [row("DDIM", config, source="prior", policy="full")]

@@ -200,5 +200,5 @@ def _log_steps(axes: Axes, evaluation: Evaluation) -> None:
     steps = evaluation.steps
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(n) for n in steps])
-    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("steps N")

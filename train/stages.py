@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ddm.artifacts import digest, read_json, sha256, write_artifact, write_json, write_tensors
-from ddm.bundle import MANIFEST, read_bundle, write_bundle
+from ddm.bundle import MANIFEST, read_bundle, write_bundle, write_half
 from ddm.errors import ArtifactError
 from ddm.learning import Batches
 from ddm.partition import Partition
@@ -136,19 +136,20 @@ def bundle(config: Config) -> None:
     router_stem = config.folder / "router" / "router"
     has_router = cut.k > 1 and router_stem.with_suffix(".json").exists()
     stems = experts + ([router_stem] if has_router else [])
-    folder = config.folder / "bundle"
-    if (folder / MANIFEST).exists():
-        listed = read_json(folder / MANIFEST).get("artifacts", {})
-        if sorted(listed.values()) == sorted(sha256(stem.with_suffix(".json")) for stem in stems):
-            log.info("bundle     up to date")
-            return
-    write_bundle(folder, cut, experts, router_stem if has_router else None)
-    log.info(
-        "bundle     %d experts%s, version %s",
-        cut.k,
-        " and their router" if has_router else " without a router",
-        read_bundle(folder).version[:12],
-    )
+    folder, half = config.folder / "bundle", config.folder / "bundle-half"
+    listed = read_json(folder / MANIFEST).get("artifacts", {}) if (folder / MANIFEST).exists() else {}
+    if sorted(listed.values()) == sorted(sha256(stem.with_suffix(".json")) for stem in stems):
+        log.info("bundle     up to date")
+    else:
+        write_bundle(folder, cut, experts, router_stem if has_router else None)
+        made = f"{cut.k} experts{' and their router' if has_router else ' without a router'}"
+        log.info("bundle     %s, version %s", made, read_bundle(folder).version[:12])
+    if config.bundle.half and not (
+        half.exists() and read_json(half / "expert-00.json").get("half_of") == sha256(folder / MANIFEST)
+    ):
+        write_half(folder, half)
+        size = sum(file.stat().st_size for file in half.iterdir()) / 1e6
+        log.info("bundle     in half precision, %.1f MB: %s", size, half)
 
 
 def sample(config: Config) -> None:

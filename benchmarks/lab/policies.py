@@ -214,8 +214,8 @@ not, so few paths make most of E: the intervals above are wide, and on CIFAR-10 
 
 **Kept**: `control=gaussian`, the default. Over these calls it is better than `balanced` on every bed, if not in every cell; it is
 exact where clusters are Gaussian, costs no call and remembers nothing; on trained digits it halves E at 10 and 25 steps
-([results](../results.md)). `adaptive` is kept for a number of steps that is given: on mixtures its calls are better spent on
-more steps of `balanced`, on the finite sets of CIFAR-10 they are not.
+([results](../results/digits.md)). `adaptive` is kept for a number of steps that is given: on mixtures its calls are better spent
+on more steps of `balanced`, on the finite sets of CIFAR-10 they are not.
 
 **Not kept**: last words beside the Gaussians, which on all that is not Gaussian is the best of all at 25 and 50 calls, but
 needs K pictures of memory for every path, which a server would have to carry along; it is the first to come back to. Last

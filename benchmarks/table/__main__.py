@@ -8,6 +8,7 @@ resumes. The section `table` of the config says what is measured. --page writes 
 """
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def main(words: list[str]) -> int:
             write_page(Path(options["--page"]))
         elif set(options) <= {"--out"} and len(paths) == 1 and len(rest) + len(options) == len(words):
             config = load_config(Path(paths[0]), [word for word in rest if "=" in word])
-            write_page(make(config, Path(paths[0]), Path(options.get("--out", RESULTS))))
+            command = shlex.join(["python", "-m", "benchmarks.table", *rest])
+            write_page(make(config, command, Path(options.get("--out", RESULTS))))
         else:
             raise ConfigError(f"give one config, key=value words and --out=FOLDER, or --page=FILE alone; got {words}")
     except DdmError as error:

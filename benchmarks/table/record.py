@@ -17,8 +17,8 @@ from train.evaluate import Measurement
 from train.stages import run, train_monolith
 
 
-def make(config: Config, path: Path, folder: Path) -> Path:
-    """The record of the table of a config, which was read from `path`, and its pictures: `folder/NAME.json`.
+def make(config: Config, command: str, folder: Path) -> Path:
+    """The record of the table of a config, made by that command, and its pictures: `folder/NAME.json`.
 
     Raises a `DdmError` that says what to mend.
     """
@@ -34,7 +34,7 @@ def make(config: Config, path: Path, folder: Path) -> Path:
     facts = asdict(evaluation)
     del facts["config"]
     record = {
-        "command": f"python -m benchmarks.table configs/{path.name}",
+        "command": command,
         "config": settled(config),
         "config_hash": digest(settled(config)),
         "data": {"pictures": sum(measured.cut.sizes), "shape": measured.cut.shape, "partition": measured.cut.hash},

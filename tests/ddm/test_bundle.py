@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddm.artifacts import read_json, read_tensors, sha256, write_artifact, write_json, write_tensors
-from ddm.bundle import read_bundle, write_bundle
+from ddm.bundle import read_bundle, write_bundle, write_half
 from ddm.errors import ArtifactError
 from ddm.partition import Partition
 
@@ -297,3 +297,25 @@ def test_an_expert_of_another_number_is_refused_alone_too(run: Run) -> None:
     write_json(run.bundle / "manifest.json", manifest)
     with pytest.raises(ArtifactError, match="expert-01.json does not belong here: it is expert 0, not 1"):
         read_bundle(run.bundle, only=["expert-01"])
+
+
+def test_a_half_bundle_holds_half_the_bytes_and_leaves_what_is_no_matrix(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    tensors = {
+        "kernel": torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),
+        "bias": torch.tensor([1e-7, 1.0]),
+        "gaussian.variance": torch.full((1, 2, 2), 1e-7),
+        "count": torch.tensor([[3]]),
+    }
+    for k in range(2):
+        write_artifact(run.experts[k], tensors, run.facts(index=k))
+    run.write()
+    write_half(run.bundle, tmp_path / "half")
+    half = read_bundle(tmp_path / "half")
+    assert half.version != read_bundle(run.bundle).version == half.experts[0].facts["half_of"]
+    for name, tensor in half.experts[1].tensors.items():
+        expected = tensors[name].half() if name == "kernel" else tensors[name]
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor, expected)
+    assert half.router is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "experts", "half", "partition", "router"]

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import linregress
+from torch import Tensor, nn
 
 from ddm.errors import ConfigError
-from ddm.measures import power_law_fit, sliced_w2, trajectory_error
+from ddm.measures import FrechetDistance, Neighbours, neighbours, power_law_fit, sliced_w2, trajectory_error
 
 
 def test_trajectory_error_is_the_mean_square_of_the_differences() -> None:
@@ -58,6 +60,109 @@ def test_sliced_w2_refuses_sets_of_unequal_sizes() -> None:
     message = "sliced_w2: the second set must have the shape (4, 2) of the first, got (5, 2)"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         sliced_w2(torch.zeros(4, 2), torch.zeros(5, 2))
+
+
+def cloud(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
+    """Points of a Gaussian whose axes are neither even nor those of the space."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d, d, generator=generator) * torch.linspace(0.1, 2, d)
+    return torch.randn(n, d, generator=generator) @ mixing + shift
+
+
+def closed_form(mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other: np.ndarray) -> float:
+    """`|m - m'|^2 + tr(S + S' - 2 (S^(1/2) S' S^(1/2))^(1/2))`, with scipy's root of S."""
+    root = sqrtm(covariance).real
+    cross = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
+    return float(((mean - other_mean) ** 2).sum() + np.trace(covariance) + np.trace(other) - 2 * cross)
+
+
+@pytest.mark.parametrize("n", [200, 12, 2], ids=["n above d", "n below d", "two points"])
+def test_the_frechet_distance_is_the_closed_form_and_that_of_torchmetrics(n: int) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
+
+    real, drawn = cloud(300, 20, seed=0), cloud(n, 20, seed=1, shift=0.5)
+    found = FrechetDistance.to(real)(drawn)
+    moments = [part for x in (real, drawn) for part in (x.double().numpy().mean(0), np.cov(x.double().numpy().T))]
+    assert found == pytest.approx(closed_form(*moments), rel=1e-6)
+
+    class Given(nn.Module):
+        num_features = 20
+
+        def forward(self, features: Tensor) -> Tensor:
+            return features
+
+    metric = FrechetInceptionDistance(Given()).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(drawn.double(), real=False)
+    assert found == pytest.approx(float(metric.compute()), rel=1e-4)  # it takes roots of what rounding left of zeros
+
+
+def test_the_frechet_distance_between_two_gaussians_on_one_axis_is_by_hand() -> None:
+    # N(1, 4) and points of mean 3 and variance 9: (1 - 3)^2 + (2 - 3)^2
+    distance = FrechetDistance(torch.tensor([1.0]), torch.tensor([[4.0]]))
+    assert distance(torch.tensor([[0.0], [3.0], [6.0]])) == pytest.approx(5.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [500, 30])
+def test_the_frechet_distance_of_a_set_to_itself_is_zero_and_to_its_own_mean_and_covariance(n: int) -> None:
+    points = cloud(n, 50, seed=3, shift=7)
+    size = float(points.var(dim=0).sum())
+    assert abs(FrechetDistance.to(points)(points)) < 1e-6 * size
+    mean, covariance = np.mean(points.double().numpy(), 0), np.cov(points.double().numpy().T)
+    given = FrechetDistance(torch.from_numpy(mean), torch.from_numpy(covariance))
+    other = cloud(n, 50, seed=4)
+    assert abs(given(points)) < 1e-6 * size
+    assert given(other) == pytest.approx(FrechetDistance.to(points)(other), rel=1e-9)
+
+
+def by_loops(real: np.ndarray, drawn: np.ndarray, k: int) -> Neighbours:
+    """The three shares, a point at a time."""
+
+    def radius(points: np.ndarray, i: int) -> float:
+        return sorted(math.dist(points[i], other) for j, other in enumerate(points) if j != i)[k - 1]
+
+    reach_real = [radius(real, i) for i in range(len(real))]
+    reach_drawn = [radius(drawn, j) for j in range(len(drawn))]
+    precision = [any(math.dist(x, y) <= reach for x, reach in zip(real, reach_real, strict=True)) for y in drawn]
+    recall = [any(math.dist(x, y) <= reach for y, reach in zip(drawn, reach_drawn, strict=True)) for x in real]
+    coverage = [any(math.dist(x, y) <= reach for y in drawn) for x, reach in zip(real, reach_real, strict=True)]
+    return Neighbours(*(float(np.mean(share)) for share in (precision, recall, coverage)))
+
+
+@pytest.mark.parametrize(("k", "counts"), [(1, (40, 40)), (3, (50, 30)), (5, (25, 60))])
+def test_precision_recall_and_coverage_are_those_counted_a_point_at_a_time(k: int, counts: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, drawn = (torch.randn(n, 3, generator=generator) for n in counts)
+    drawn = 0.9 * drawn + 0.7
+    found = neighbours(real, drawn, k)
+    assert [*found] == pytest.approx([*by_loops(real.double().numpy(), drawn.double().numpy(), k)], abs=1e-6)
+    assert len({*found}) == 3  # or the test could not tell them apart
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_two_sets_drawn_alike_have_a_coverage_of_1_less_2_to_the_minus_k(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, drawn = torch.randn(2000, 4, generator=generator), torch.randn(2000, 4, generator=generator)
+    assert neighbours(real, drawn, k).coverage == pytest.approx(1 - 2**-k, abs=0.02)
+
+
+def test_a_lost_mode_lowers_recall_and_coverage_and_not_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, drawn = torch.randn(600, 3, generator=generator), torch.randn(600, 3, generator=generator)
+    whole = neighbours(real, drawn)
+    third = torch.arange(600) % 3 == 0  # of the real pictures, a mode far away that is never drawn
+    lost = neighbours(real + 50 * third[:, None], drawn)
+    assert lost.precision == pytest.approx(whole.precision, abs=0.02)
+    assert lost.recall == pytest.approx(whole.recall * 2 / 3, abs=0.02)
+    assert lost.coverage == pytest.approx(whole.coverage * 2 / 3, abs=0.02)
+
+
+@pytest.mark.parametrize("counts", [(5, 20), (20, 5)])
+def test_neighbours_refuse_a_set_of_k_points_or_fewer(counts: tuple[int, int]) -> None:
+    message = f"neighbours: the points must be more than k = 5 a set, got {counts}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        neighbours(torch.zeros(counts[0], 2), torch.zeros(counts[1], 2))
+    assert len(neighbours(torch.randn(6, 2), torch.randn(6, 2))) == 3
 
 
 def test_power_law_fit_recovers_an_exact_law() -> None:

@@ -2,15 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import expit
+from scipy.stats import kstest, norm
 from torch import Tensor, nn
 
 from ddm.learning import Batches
 from ddm.randomness import Use, normal
 from ddm.schedules import Coeffs, VPLinear, schedule
-from experts.denoiser import Denoiser, ExpertConfig, LossWeight
-from experts.learning import ExpertLearning, denoising_loss, loss_weight
+from experts.denoiser import Denoiser, ExpertConfig, LossWeight, Times
+from experts.learning import ExpertLearning, denoising_loss, loss_weight, training_times
 from experts.unet import UNetConfig
 
 T_MIN = 0.02
@@ -132,6 +135,58 @@ def test_a_step_s_loss_weights_each_picture_by_its_own_time(kind: LossWeight) ->
     weight = {"constant": torch.ones_like(snr), "snr": snr, "min_snr": snr.clamp(max=2.0)}[kind]
     assert loss == pytest.approx(float((weight * 0.25**2).mean()), rel=1e-4)
     assert asked(spied(answer=1.0, value=255, loss_weight=kind), 4)[2] == 0  # the right picture costs nothing
+
+
+def quantile(kind: Times, level: np.ndarray, t_min: float) -> np.ndarray:
+    """The times below which these shares of all training times lie, for vp_linear with beta from 0.1 to 20."""
+    match kind:
+        case "uniform":
+            return t_min + (1 - t_min) * level
+        case "logit_normal":
+            return expit(norm.ppf(level)).clip(t_min)
+        case "uniform_log_snr":  # log snr = -log(e^B - 1) with B = 0.1 t + 19.9 t^2 / 2, solved for t
+            high, low = (-np.log(np.expm1(0.1 * t + 19.9 * t**2 / 2)) for t in (t_min, 1.0))
+            b = np.log1p(np.exp(-(high + (low - high) * level)))
+            return (-0.1 + np.sqrt(0.01 + 2 * 19.9 * b)) / 19.9
+
+
+KINDS: list[Times] = ["uniform", "uniform_log_snr", "logit_normal"]
+
+
+@pytest.mark.parametrize("t_min", [1e-3, 0.02])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_times_lie_at_the_even_levels_of_their_distribution(kind: Times, t_min: float) -> None:
+    times = training_times(kind, t_min, schedule("vp_linear"), points=200)
+    assert times.shape == (201,) and times.dtype == torch.float32
+    expected = torch.from_numpy(quantile(kind, np.linspace(0, 1, 201), t_min)).float()
+    torch.testing.assert_close(times, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "vp_cosine", "rectified_flow", "edm", "ve_exponential"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_in_0_to_1_become_times_in_t_min_to_1_that_rise_with_them(kind: Times, name: str) -> None:
+    learning = spied(times=kind)
+    learning.levels = training_times(kind, T_MIN, schedule(name))
+    level = torch.cat([torch.tensor([1e-12, 1e-7, 1 - 1e-9]), torch.rand(5000)]).sort().values
+    assert level[-1] == 1  # in float32, as one of Batches.times may be
+    times = learning.at(level)
+    assert times.min() >= T_MIN and times.max() <= 1
+    assert (times.diff() >= 0).all() and (times.diff() > 0).float().mean() > 0.95
+    assert times[0] < T_MIN + 1e-3 and times[-1] > 0.999
+    between = np.interp(level.double().numpy(), np.linspace(0, 1, 1001), learning.levels.double().numpy())
+    torch.testing.assert_close(times.double(), torch.from_numpy(between), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_expert_learns_at_the_times_of_its_config(kind: Times) -> None:
+    learning = spied(times=kind)
+    times = torch.cat([asked(learning, step)[1] for step in range(50)]).double().numpy()  # 400, stratified
+    level = np.linspace(0, 1, 4001)
+    assert kstest(times, lambda t: np.interp(t, quantile(kind, level, T_MIN), level)).statistic < 0.04
+    for other in KINDS:
+        if other != kind:
+            steps = quantile(other, level, T_MIN)
+            assert kstest(times, lambda t, steps=steps: np.interp(t, steps, level)).statistic > 0.1, other
 
 
 @pytest.mark.parametrize("parameterization", ["raw", "preconditioned"])

@@ -527,3 +527,80 @@ def test_rows_that_are_held_keep_choice_and_policy_and_the_others_go_on() -> Non
     _, all_held = router.route(x, t, memory, draw, held=True)
     assert all_held.chosen.equal(memory.chosen)
     assert router.route(x, t, memory, draw, held=True)[0].equal(alpha)
+
+
+# Temperature
+
+
+def undecided() -> Tensor:
+    """alpha `[200, 4]` over the simplex, some of it 0, one row certain and one even."""
+    alpha = torch.rand(200, 4, generator=torch.Generator().manual_seed(0)) ** 3
+    alpha[::5, 1] = 0
+    alpha[7], alpha[8] = torch.tensor([0.0, 0.0, 1.0, 0.0]), torch.full((4,), 0.25)
+    return alpha / alpha.sum(dim=1, keepdim=True)
+
+
+def cooled(temperature: float, weights: list[float] | None = None, alive: list[bool] | None = None) -> Tensor:
+    """What a router makes of `undecided()`."""
+    given = undecided()
+    weight = None if weights is None else torch.tensor(weights)
+    router = Router(Forgetful(lambda x, t: given), policy("full"), PI, weight, temperature)
+    x, half = torch.zeros(len(given), 1), torch.full((len(given),), 0.5)
+    there = None if alive is None else torch.tensor(alive)
+    return router.route(x, torch.tensor(0.5), router.start(x, half), half, alive=there)[0]
+
+
+def test_a_temperature_of_1_is_bit_identical_to_none() -> None:
+    assert cooled(1.0).equal(undecided())
+    assert cooled(1.0, [1.0, 2.0, 0.0, 1.0]).equal(cooled(1, [1.0, 2.0, 0.0, 1.0]))
+    oracle, x, t = mixture(), noise(20), torch.tensor(0.9)
+    for rule in ("full", "stochastic"):
+        plain, same, warm = (
+            routed(oracle, rule, **more)(x, t) for more in ({}, {"temperature": 1.0}, {"temperature": 9.0})
+        )
+        assert plain.equal(same)
+        assert not plain.equal(warm)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 0.9, 2.0, 100.0])
+def test_alpha_is_raised_to_1_over_the_temperature_and_renormalized_and_what_is_0_stays_0(temperature: float) -> None:
+    power = undecided().double().numpy() ** (1 / temperature)
+    found = cooled(temperature)
+    expected = torch.from_numpy(power / power.sum(axis=1, keepdims=True))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)  # 1e-7 of log alpha, times 1 / 0.01
+    assert found[undecided() == 0].eq(0).all()
+    assert found[7].tolist() == [0, 0, 1, 0]
+    assert (found.argmax(dim=1) == undecided().argmax(dim=1)).all()
+
+
+def test_a_low_temperature_makes_the_likeliest_expert_certain_and_a_high_one_makes_all_that_can_be_alike() -> None:
+    two = undecided().topk(2, dim=1).values
+    clear = two[:, 0] > 1.2 * two[:, 1]  # 1.2^-100 is 1e-8
+    assert clear.sum() > 150
+    torch.testing.assert_close(cooled(0.01).amax(dim=1)[clear], torch.ones(int(clear.sum())))
+    some = (undecided() > 0.01).all(dim=1)
+    torch.testing.assert_close(cooled(100.0)[some], torch.full((int(some.sum()), 4), 0.25), rtol=0, atol=0.01)
+
+
+def test_weights_and_who_is_alive_come_after_the_temperature() -> None:
+    weights, alive = [2.0, 0.5, 1.0, 0.0], [True, True, False, True]
+    power = undecided().double() ** 2 * torch.tensor(weights)
+    torch.testing.assert_close(cooled(0.5, weights).double(), power / power.sum(dim=1, keepdim=True), rtol=1e-4, atol=0)
+    left = undecided().double() ** 2 * torch.tensor(alive)
+    rows = left.sum(dim=1) > 0  # where only one who is away is likely, the others stand alone
+    torch.testing.assert_close(
+        cooled(0.5, alive=alive)[rows].double(), (left / left.sum(dim=1, keepdim=True))[rows], rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("rule", ["full", "balanced"])
+def test_the_temperature_is_for_the_policy_and_alpha_s_own_path_goes_on_without_it(rule: str) -> None:
+    plain, _ = router_of(rule)
+    cold = Router(plain.source, plain.policy, plain.pi, temperature=0.5)
+    x, half = 2 * noise(5).double(), torch.full((5,), 0.5, dtype=torch.float64)
+    before, after = plain.start(x, half), cold.start(x, half)
+    for t in torch.linspace(1, 0.2, 5, dtype=torch.float64):
+        alpha, before = plain.route(x, t, before, half)
+        colder, after = cold.route(x, t, after, half)
+        torch.testing.assert_close(colder, alpha**2 / (alpha**2).sum(dim=1, keepdim=True))
+        torch.testing.assert_close(after.source, before.source, rtol=0, atol=0)

@@ -107,7 +107,7 @@ def test_b64_json_holds_a_png_each_and_says_what_they_are(server: Server, model:
 
 
 def test_a_trace_is_that_of_load_and_sample_in_npz_and_in_json(server: Server, model: Model) -> None:
-    given = {"seed": 2, "steps": 3, "policy": "adaptive", "budget": 2.0, "source": "posterior"}
+    given = {"seed": 2, "steps": 3, "policy": "adaptive", "budget": 2.0, "source": "posterior", "temperature": 0.7}
     expected, trace = model.sample(4, trace=True, **given)
     found = arrays(server.ask("/v1/samples", {**given, "n": 4, "trace": True, "format": "npz"}))
     assert set(found) == {"images", "seed", "first_index", "t", "alpha", "chosen", "calls"}
@@ -310,6 +310,8 @@ def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
         ({"seed": -1}, "seed must be a whole number in [0, 9223372036854775808), got -1"),
         ({"seed": 2**63 - 1}, "seed must be in [0, 2^63 - n), got 9223372036854775807"),
         ({"nucleus_p": 0}, "nucleus_p must be a number in [1e-06, 1], got 0"),
+        ({"temperature": 0.001}, "temperature must be a number in [0.01, 100], got 0.001"),
+        ({"temperature": "1"}, "temperature must be a number in [0.01, 100], got '1'"),
         ({"pull": float("nan")}, "pull must be a number in [0, 1000000], got nan"),
         ({"clip": 1}, "clip must be true or false, got 1"),
         ({"format": "gif"}, "format must be one of png webp npz b64_json, got 'gif'"),

@@ -152,6 +152,8 @@ EVERYTHING: list[dict[str, Any]] = [
     {"sampler": "accelerated_ode", "policy": "nucleus", "source": "posterior"},
     {"sampler": "ddpm", "policy": "stochastic", "control": "none"},
     {"policy": "top_k", "top_k": 2, "clip": False},
+    {"policy": "stochastic", "temperature": 0.2},
+    {"policy": "full", "temperature": 5.0, "source": "posterior"},
     {"policy": "full", "grid": "quadratic", "t_min": 0.05},
     {"steps": 1},
 ]

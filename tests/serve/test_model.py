@@ -240,6 +240,10 @@ def test_a_clipped_picture_differs_only_where_it_would_leave_the_range(small_run
         ({"grid": "even"}, "sample.grid must be one of uniform_t .*, got 'even'"),
         ({"policy": "top_k", "top_k": 0}, "sample.top_k must be at least 1, got 0"),
         ({"policy": "nucleus", "nucleus_p": 1.5}, r"sample.nucleus_p must be in \(0, 1\], got 1.5"),
+        ({"temperature": 0}, r"sample.temperature must be in \[0.01, 100\], got 0"),
+        ({"temperature": 0.009}, r"sample.temperature must be in \[0.01, 100\], got 0.009"),
+        ({"temperature": 101}, r"sample.temperature must be in \[0.01, 100\], got 101"),
+        ({"temperature": math.nan}, r"sample.temperature must be in \[0.01, 100\], got nan"),
         ({"step": 3}, "sample has no setting 'step'; it takes steps, sampler"),
         ({"seed": -1}, "sample.seed must be"),
         ({"first_index": -1}, "sample.first_index must be a whole number, at least 0, got -1"),
@@ -257,6 +261,7 @@ def test_bad_settings_are_refused_by_name(small_run: Path, settings: dict[str, o
         ({"budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
         ({"order": 4}, "sample.order must be 2 or 3, got 4"),
         ({"control": "best"}, "sample.control must be one of none gaussian, got 'best'"),
+        ({"temperature": -1.0}, r"sample.temperature must be in \[0.01, 100\], got -1.0"),
         ({"t_min": 1.0}, r"sample.t_min must be in \[0, 0.999\], got 1.0"),
     ],
 )
@@ -339,6 +344,18 @@ def test_weights_of_clusters_multiply_alpha_and_equal_ones_change_nothing(small_
     torch.testing.assert_close(weighted, left / left.sum(dim=1, keepdim=True))
     same = dict.fromkeys((first, second, third), 7.0)
     torch.testing.assert_close(model.sample(3, steps=4, clusters=same), model.sample(3, steps=4), rtol=0, atol=1e-5)
+
+
+def test_the_temperature_raises_alpha_to_its_inverse_and_1_is_bit_identical_to_none(small_run: Path) -> None:
+    model = load(small_run)
+    settings = {"steps": 4, "source": "posterior", "trace": True}
+    (images, plain), (same, _) = (model.sample(6, **settings, **more) for more in ({}, {"temperature": 1.0}))
+    assert images.equal(same)
+    for temperature in (0.25, 4.0):
+        cooled, trace = model.sample(6, **settings, temperature=temperature)
+        power = plain.alpha[0].double() ** (1 / temperature)  # at the first step all are at the same noise
+        torch.testing.assert_close(trace.alpha[0].double(), power / power.sum(dim=1, keepdim=True), rtol=1e-4, atol=0)
+        assert (cooled - images).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

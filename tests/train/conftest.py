@@ -1,19 +1,57 @@
 """What several tests of `train` need."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 
 class Means(torch.nn.Module):
+    def __init__(self, side: int = 4) -> None:
+        super().__init__()
+        self.side = side
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.avg_pool2d(images.float() / 255, 4).flatten(1)
+        return torch.nn.functional.avg_pool2d(images.float() / 255, self.side).flatten(1)
 
 
 @pytest.fixture
-def means(tmp_path: Path) -> Path:
+def judge() -> Callable[..., Path]:
+    """`judge(path, side=4)`: write a TorchScript file whose features are the means of a picture's squares of that side."""
+
+    def written(path: Path, side: int = 4) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pytest.warns(Warning, match="torch.jit"):
+            torch.jit.script(Means(side)).save(path)
+        return path
+
+    return written
+
+
+@pytest.fixture
+def means(tmp_path: Path, judge: Callable[..., Path]) -> Path:
     """A TorchScript file whose features are the means of a picture's quarters: a judge that needs no training."""
-    with pytest.warns(Warning, match="torch.jit"):
-        torch.jit.script(Means()).save(tmp_path / "means.pt")
-    return tmp_path / "means.pt"
+    return judge(tmp_path / "means.pt")
+
+
+def means_of(images: torch.Tensor, side: int = 4) -> np.ndarray:
+    """The features of `judge` by numpy, `[N, d]`: grey pictures are shown to networks in three equal channels."""
+    n, channels, height, width = images.shape
+    squares = images.double().numpy().reshape(n, channels, height // side, side, width // side, side) / 255
+    return np.broadcast_to(squares.mean(axis=(3, 5)), (n, 3, height // side, width // side)).reshape(n, -1)
+
+
+def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+    """`|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))` by the symmetric root of S1, of two (mean, covariance)."""
+    (m1, s1), (m2, s2) = a, b
+    values, vectors = np.linalg.eigh(s1)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
+    return float(((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross)
+
+
+def gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of features `[N, d]`."""
+    return features.mean(axis=0), np.cov(features, rowvar=False)

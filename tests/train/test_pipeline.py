@@ -202,9 +202,11 @@ def test_a_run_with_the_schedule_and_the_grid_of_edm_goes_through_every_stage(
     small: Callable[..., Config], tmp_path: Path, means: Path
 ) -> None:
     folder = tmp_path / "edm"
-    run(small(folder, *FEWER, "schedule.name=edm", "sample.grid=edm", f"evaluate.features={means}"))
+    run(small(folder, *FEWER, "schedule.name=edm", "sample.grid=edm", f"evaluate.features=[{means}]"))
     record = json.loads((folder / "evaluate" / "record.json").read_text())
-    assert len(record["cells"]) == 14 and all(np.isfinite(cell["frechet"]) for cell in record["cells"])
+    assert len(record["cells"]) == 14 and all(
+        np.isfinite(cell["scores"]["means"]["frechet"]) for cell in record["cells"]
+    )
     assert all(np.isfinite(cell["trajectory_error"]) for cell in record["cells"])
     assert (folder / "report.html").exists()
     model = load(folder)

@@ -74,7 +74,7 @@ from train.__main__ import main
         ),
         (
             ["schedule={name: two_phase, steps: 3, c1: 1.0}", "sample.grid=own", "evaluate"],
-            "sample.grid must not be own for the stage evaluate, which compares several numbers of steps, got 'own'",
+            "sample.grid must not be own where several numbers of steps are compared, got 'own'",
         ),
         (["sample.steps=0"], "sample.steps must be in [1, 1000], got 0"),
         (["router.bands=[0.7,0.3]"], "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]"),
@@ -95,12 +95,45 @@ from train.__main__ import main
         ),
         (
             ["evaluate.features=no.pt"],
-            "evaluate.features must be classifier, inception, or a TorchScript file, got 'no.pt'",
+            "evaluate.features: Invalid value assigned",
         ),
         (
-            ["evaluate.features=inception"],
-            "evaluate.inception_weights must be a file for evaluate.features=inception, got None",
+            ["evaluate.features=[classifier, no.pt]"],
+            "evaluate.features must be of classifier, inception, TorchScript files and folders of them, got 'no.pt'",
         ),
+        (["evaluate.features=[]"], "evaluate.features must hold at least one network: such as [classifier], got []"),
+        (
+            ["evaluate.features=[inception]"],
+            "evaluate.inception_weights must be a file for inception among evaluate.features, got None",
+        ),
+        (
+            ["evaluate.features=[inception]", "evaluate.inception_weights=no.pth"],
+            "evaluate.inception_weights must be a file for inception among evaluate.features, got 'no.pth'",
+        ),
+        (["evaluate.seeds=0"], "evaluate.seeds must be in [1, 100], got 0"),
+        (["evaluate.methods=[]"], "evaluate.methods must name at least one method, got []"),
+        (["table.methods=[balanced, best]"], "table.methods must be one of DDIM Naive MoG-a MoG-da balanced"),
+        (["evaluate.precision=16-mixed"], "evaluate.precision: Invalid value '16-mixed', expected one of"),
+        (
+            ["evaluate.samplers={a: {}, b: {sampler: heum}}"],
+            "evaluate.samplers.b: sample.sampler must be one of euler ddim heun",
+        ),
+        (
+            ["evaluate.samplers={b: {sampler: unipc, order: 4}}"],
+            "evaluate.samplers.b: sample.order must be 2 or 3, got 4",
+        ),
+        (["evaluate.samplers={b: {stepz: 3}}"], "evaluate.samplers.b: stepz: Key 'stepz' not in 'SampleConfig'"),
+        (
+            ["evaluate.samplers={b: {grid: own}}"],
+            "evaluate.samplers.b: sample.grid must not be own where several numbers of steps are compared, got 'own'",
+        ),
+        (
+            ["schedule.name=edm", "evaluate.samplers={a: {}, b: {sampler: accelerated_ode}}"],
+            "evaluate.samplers.b: sample.sampler must be one of",
+        ),
+        (["evaluate.samplers={a/b: {}}"], "evaluate.samplers must have plain names, got 'a/b'"),
+        (["expert.times=often"], "expert.times: Invalid value 'often', expected one of"),
+        (["sample.temperature=0"], "sample.temperature must be in [0.01, 100], got 0"),
         (
             ["evaluate.reference_steps=3"],
             "evaluate.reference_steps must be in (4, 1000], above every evaluate.steps, got 3",

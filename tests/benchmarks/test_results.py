@@ -1,0 +1,103 @@
+"""Every figure in docs/results has its record, and every record fits the files beside it and the configs in the tree."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ablations
+from benchmarks.table.page import main_table, page
+from ddm.artifacts import digest, sha256
+from train.config import load_config, settled
+from train.record import Evaluation
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+def complaints(folder: Path) -> list[str]:
+    """What is wrong with a folder of results."""
+    found = []
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    tables = {name: record for name, record in records.items() if not name.startswith("ablations-")}
+    own = {file for record in tables.values() for file in record["files"]}
+    pages = {f"{name}.md" for name in tables} | {"README.md", "ablations.md"}
+    for path in sorted(folder.iterdir()):
+        known = own | pages | {f"{name}.json" for name in records}
+        if path.name not in known:
+            found.append(f"{path.name} has no record")
+    for name, record in tables.items():
+        for file, expected in record["files"].items():
+            if not (folder / file).exists() or sha256(folder / file) != expected:
+                found.append(f"{file} is not the one of {name}.json")
+        if (folder / f"{name}.md").read_text() != page(record, name):
+            found.append(f"{name}.md does not say what {name}.json does")
+        if digest(record["config"]) != record["config_hash"]:
+            found.append(f"the config in {name}.json does not have the hash there")
+    for name, record in records.items():
+        config, *words = shlex.split(record["command"])[3:]
+        if digest(settled(load_config(ROOT / config, words))) != record["config_hash"]:
+            found.append(f"{name}.json was made by another {config} than the one in the tree")
+    if (folder / "ablations.md").read_text() != ablations.page(folder):
+        found.append("ablations.md does not say what its records do")
+    return found
+
+
+def test_every_figure_has_its_record() -> None:
+    assert complaints(RESULTS) == []
+
+
+def test_the_readme_shows_the_table_of_the_digits() -> None:
+    evaluation = Evaluation.of(json.loads((RESULTS / "digits.json").read_text()))
+    features, sampler = next(iter(evaluation.features)), next(iter(evaluation.samplers))
+    assert main_table(evaluation, features, sampler) in (ROOT / "README.md").read_text()
+
+
+def test_no_record_holds_a_path_of_a_machine() -> None:
+    for path in RESULTS.glob("*.json"):
+        assert not re.search(r'"/|[^.]\./|\.\./|~/', path.read_text()), path
+
+
+def _first_number(path: Path) -> None:
+    text = path.read_text()
+    place = next(re.finditer(r"\| \d+\.\d", text)).end()
+    path.write_text(text[: place - 1] + str((int(text[place - 1]) + 1) % 10) + text[place:])
+
+
+def _record(change: Callable[[dict], None]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+    def changed(path: Path) -> None:
+        record = json.loads(path.read_text())
+        change(record)
+        path.write_text(json.dumps(record))
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("digits.md", _first_number, "digits.md does not say what digits.json does"),
+        (
+            "digits.json",
+            _record(lambda r: r["cells"][0]["scores"]["classifier"].update(frechet=0.01)),
+            "digits.md does not",
+        ),
+        ("digits.json", _record(lambda r: r["config"].update({"expert.steps": 7})), "the config in digits.json"),
+        ("digits.json", _record(lambda r: r.update(config_hash="0")), "digits.json was made by another"),
+        ("digits-pictures.png", lambda path: path.write_bytes(path.read_bytes() + b"0"), "digits-pictures.png is not"),
+        ("digits-real.png", lambda path: path.unlink(), "digits-real.png is not the one"),
+        ("more.png", lambda path: path.write_bytes(b"0"), "more.png has no record"),
+        ("better.md", lambda path: path.write_text("| FID | 1.0 |"), "better.md has no record"),
+        ("ablations.md", _first_number, "ablations.md does not say"),
+    ],
+)
+def test_what_does_not_fit_its_record_is_found(
+    file: str, change: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(RESULTS, tmp_path / "results"))
+    change(copy / file)
+    assert any(complaint.startswith(said) for complaint in complaints(copy))

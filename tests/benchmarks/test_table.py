@@ -1,0 +1,197 @@
+"""The table's command: what it makes, that it resumes, and that its page is a function of its record."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import ablations
+from benchmarks.table.__main__ import main
+from benchmarks.table.page import difference, page
+from ddm.artifacts import sha256
+from tests.conftest import SMALL
+from train.draws import Draws
+from train.record import Evaluation
+
+TABLE = "table={n: 20, seeds: 2, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20, samplers: {a: {}, b: {sampler: dpmpp_2m}}}"
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return ["configs/digits.yaml", *SMALL, TABLE, f"run={folder / 'tiny'}", f"--out={folder / 'results'}", *more]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small run and its results; it was cut off once on the way."""
+    folder = tmp_path_factory.mktemp("table")
+    draw, drawn = Draws.draw, []
+
+    def cut_off(self: Draws, *job: Any) -> None:
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        drawn.append(job[0].name)
+        draw(self, *job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Draws, "draw", cut_off)
+        assert main(words(folder)) == 130
+    files = sorted((folder / "tiny" / "table" / "draws").glob("*.safetensors"))
+    assert len(files) == 5
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert main(words(folder)) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in files}  # what was drawn is not drawn again
+    return folder
+
+
+@pytest.fixture
+def record(made: Path) -> Any:
+    return json.loads((made / "results" / "tiny.json").read_text())
+
+
+def test_every_method_is_there_with_every_sampler_step_and_seed(record: Any) -> None:
+    cells = {(c["method"], c["sampler"], c["steps"], c["seed"]) for c in record["cells"]}
+    methods = [
+        "DDIM",
+        "Naive",
+        "MoG-a",
+        "MoG-da",
+        "balanced",
+        "controlled",
+        "adaptive",
+        "top-1",
+        "top-2",
+        "nucleus",
+        "full",
+    ]
+    assert cells == {(m, s, n, seed) for m in methods for s in "ab" for n in (2, 4) for seed in (0, 1)}
+    assert len(record["cells"]) == len(cells)
+    calls = {c["method"]: c["calls"] for c in record["cells"] if c["steps"] == 4}
+    assert calls["DDIM"] == calls["balanced"] == calls["top-1"] == 4
+    assert calls["top-2"] == 8
+    assert calls["full"] == 12
+
+
+def test_monolith_and_experts_cost_the_same_and_the_router_is_counted(record: Any) -> None:
+    cost = record["compute"]
+    assert cost["experts"] == cost["monolith"] > cost["router"] > 0
+    seen = record["pictures_seen"]
+    assert seen["DDIM"] == seen["full"] == 3 * 12 * 12
+    # 12 noisy pictures a step with 240 real ones of 64 numbers: once in the 4 steps of stage 1, twice in the 6 of stage 2
+    assert cost["exact_targets"] == 2 * 12 * 240 * 64 * (4 + 2 * 6)
+
+
+def test_the_page_is_a_function_of_its_record(made: Path, tmp_path: Path, record: Any) -> None:
+    copy = tmp_path / "tiny.json"
+    copy.write_text((made / "results" / "tiny.json").read_text())
+    assert main([f"--page={copy}"]) == 0
+    assert (tmp_path / "tiny.md").read_text() == (made / "results" / "tiny.md").read_text() == page(record, "tiny")
+
+
+def test_every_picture_of_the_page_is_there_with_its_hash(made: Path, record: Any) -> None:
+    text = (made / "results" / "tiny.md").read_text()
+    shown = {part.split(")")[0] for part in text.split("](")[1:] if part.split(")")[0].endswith(".png")}
+    assert shown == set(record["files"])
+    assert all(sha256(made / "results" / file) == expected for file, expected in record["files"].items())
+
+
+def test_a_difference_is_taken_seed_by_seed(record: Any) -> None:
+    evaluation = Evaluation.of(record)
+    of = {
+        (c.method, c.seed): c.scores["classifier"].frechet
+        for c in evaluation.cells
+        if (c.steps, c.sampler) == (4, "b") and c.method in ("full", "Naive")
+    }
+    first, second = (of["Naive", seed] - of["full", seed] for seed in (0, 1))
+    mean, deviation = difference(evaluation, "Naive", "full", 4, "classifier", "b")
+    assert mean == pytest.approx((first + second) / 2)
+    assert deviation == pytest.approx(abs(first - second) / 2**0.5)
+
+
+def test_what_is_done_is_not_done_again(made: Path) -> None:
+    def times() -> dict[Path, int]:
+        kinds = (".safetensors", ".ckpt")
+        return {f: f.stat().st_mtime_ns for f in (made / "tiny").rglob("*") if f.suffix in kinds or "scores" in f.parts}
+
+    before = times()
+    assert main(words(made)) == 0
+    assert times() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["table.methods=[best]"], "table.methods must be one of DDIM Naive"),
+        (["table.samplers={x: {sampler: heum}}"], "table.samplers.x: sample.sampler must be one of"),
+        (["table.samplers={x: {stepz: 3}}"], "table.samplers.x: "),
+        (["table.features=[nowhere.pt]"], "table.features must be of classifier, inception, TorchScript files"),
+        (["--pages=1"], "give one config, key=value words and --out=FOLDER"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(tmp_path, *more)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_the_benchmarks_need_neither_ray_nor_a_server() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['ray', 'fastapi', 'uvicorn', 'prometheus_client', 'pydantic']));"
+        "import benchmarks.table.record, benchmarks.table.page, benchmarks.ablations"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_ablation_trains_only_what_it_touches(made: Path, tmp_path: Path) -> None:
+    """On the run that is there: another temperature trains nothing, another loss the experts alone."""
+    base = made / "tiny"
+    more = [*SMALL, TABLE, f"run={base}", f"--out={tmp_path}"]
+    assert ablations.main(["configs/digits.yaml", "temperature", "loss", *more]) == 0
+    record = json.loads((tmp_path / "ablations-tiny.json").read_text())
+    assert list(record["groups"]) == ["loss", "temperature"]
+    rows = {row["name"]: row for group in record["groups"].values() for row in group}
+    assert rows["expert.loss_weight=min_snr"]["default"]
+    assert len(rows["sample.temperature=0.5"]["cells"]["controlled-4"]) == 2
+
+    def same(part: str, word: str) -> bool:
+        for run in (made / "tiny-ablations").iterdir():
+            if word in (run / "config.yaml").read_text():
+                return (run / part).read_bytes() == (base / part).read_bytes()
+        raise AssertionError(word)
+
+    assert same("experts/00/expert.safetensors", "temperature: 0.5")
+    assert same("router/router.safetensors", "loss_weight: constant")
+    assert not same("experts/00/expert.safetensors", "loss_weight: constant")
+    assert "sample.temperature=0.5" in (tmp_path / "ablations.md").read_text()
+
+
+def test_the_bands_hold_a_third_of_the_energy_each(made: Path) -> None:
+    """Against finite differences of the exact alpha along the paths."""
+    import torch
+
+    from ddm.learning import Batches
+    from ddm.partition import Partition
+    from ddm.schedules import schedule
+    from router.targets import exact_posterior
+    from train.config import load_config
+
+    config = load_config(Path("configs/digits.yaml"), [*SMALL, f"run={made / 'tiny'}"])
+    cut = Partition.read(config.folder / "partition")
+    whole, process = cut.all(config.folder / "partition"), schedule("vp_linear")
+    batches = Batches(whole["images"], 256, 1)
+    x0, eps = batches.pictures(0)[0].double(), batches.noise(0).double()
+
+    def alpha(t: torch.Tensor) -> torch.Tensor:
+        a, s, _, _ = process(t)
+        return exact_posterior(a * x0 + s * eps, t, whole["images"], whole["cluster"], process).double()
+
+    times = torch.linspace(1e-3, 1, 201, dtype=torch.float64)
+    rates = torch.stack([alpha(t) for t in times]).diff(dim=0) / times.diff()[:, None, None]
+    share = rates.square().sum(dim=2).mean(dim=1).cumsum(dim=0)
+    for edge, part in zip(ablations.energy_bands(config), (1 / 3, 2 / 3), strict=True):
+        found = float(share[int((edge - 1e-3) / (1 - 1e-3) * 200)] / share[-1])
+        assert found == pytest.approx(part, abs=0.12)
