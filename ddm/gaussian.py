@@ -36,9 +36,8 @@ class Gaussians:
         a, s, _, _ = self.schedule(t.to(x) if t.ndim else t).beside(m[None])  # [] or [B, 1, 1]
         f = a * v / (a**2 * v + s**2)  # [K, n] or [B, K, n]
         weight = weight.to(x)[:, None]
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # the networks may be in bfloat16, not what stands in for them
+        # The networks may be in bfloat16, not what stands in for them.
+        with torch.autocast(x.device.type, enabled=False):
             mixed = (weight @ (m - a * f * m) + weight @ f * cosine(x).flatten(1)[:, None])[:, 0]
             return cosine(mixed.reshape(x.shape), inverse=True)
 

@@ -39,10 +39,8 @@ class FitConfig:
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> Any:
         """The optimizer and its schedule, as `LightningModule.configure_optimizers` returns them."""
-        scaled = (
-            self.precision == "16-mixed"
-        )  # gradients that are scaled in float16 must be clipped before a fused step
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=not scaled)
+        # A fused step takes float16's scale off the gradients by itself, too late for clipping them.
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=self.precision != "16-mixed")
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / (self.warmup_steps + 1)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 

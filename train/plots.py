@@ -39,10 +39,10 @@ STYLE: Any = {
 }
 
 
-def save(path: Path, figure: Figure) -> None:
+def save(path: Path, figure: Figure, dpi: int = 150) -> None:
     """Write a figure as PNG and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path, dpi=dpi, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -40,7 +40,7 @@ def run_jobs(work: Callable[[J, Tell], R], jobs: Sequence[J], workers: int, hear
     for i in range(workers):
         places.put(gpus()[i % len(gpus())] if gpus() else None)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, context, _start_worker, (news, threads, places)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), news, threads, places)) as pool:
         futures: list[Future[R]] = [pool.submit(_work, work, job) for job in jobs]
         try:
             pending = set(futures)
@@ -65,14 +65,13 @@ def _tried(work: Callable[[Any, Tell], R], job: Any, tell: Tell) -> R | Exceptio
 _tell: Tell  # in a worker process, the way to its parent
 
 
-def _start_worker(news: Any, threads: int, places: Any) -> None:
+def _start_worker(parent: int, news: Any, threads: int, places: Any) -> None:
     global _tell
     _tell = news.put
     if gpu := places.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when this process first asks for CUDA
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to answer
-    parent = os.getppid()
 
     def leave_with_parent() -> None:
         while os.getppid() == parent:

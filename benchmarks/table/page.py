@@ -100,8 +100,8 @@ def _distances(evaluation: Evaluation, features: str, sampler: str) -> str:
     of, settings = evaluation.features[features], evaluation.samplers[sampler]
     return f"""## Fréchet distance by {features}, sampler {sampler}
 
-By {of.what}, to {of.reference}. `sampler={settings["sampler"]} grid={settings["grid"]}`. Lower is better; in brackets the
-expert calls a picture.
+By {of.what}, to {of.reference}. `sampler={settings["sampler"]} grid={settings["grid"]}`.
+Lower is better; in brackets the expert calls a picture.
 
 {main_table(evaluation, features, sampler)}"""
 
@@ -208,11 +208,11 @@ None of them chosen: the first of seed 0.
 
 {record["best"]}, {middle} steps of {sampler}:
 
-![128 drawn pictures]({name}-pictures.png)
+![96 drawn pictures]({name}-pictures.png)
 
 Real ones:
 
-![64 real pictures]({name}-real.png)"""
+![48 real pictures]({name}-real.png)"""
 
 
 def _other(evaluation: Evaluation) -> str:

@@ -15,7 +15,7 @@ from train.plots import save
 from train.record import Evaluation
 from train.report import first_score
 
-_COLUMNS = 16
+_COLUMNS = 12
 
 
 def write(folder: Path, name: str, config: Config, measured: Measurement, evaluation: Evaluation) -> list[str]:
@@ -25,9 +25,9 @@ def write(folder: Path, name: str, config: Config, measured: Measurement, evalua
     made = []
     for steps in sorted({few, middle}):
         rows = {method: drawn[method, steps][:_COLUMNS] for method in evaluation.versions}
-        save(folder / f"{name}-methods-{steps}.png", _labelled(rows))
+        save(folder / f"{name}-methods-{steps}.png", _labelled(rows), dpi=100)
         made.append(f"{name}-methods-{steps}.png")
-    write_png(folder / f"{name}-pictures.png", contact_sheet(drawn[best(evaluation), middle][:128].split(_COLUMNS), 48))
+    write_png(folder / f"{name}-pictures.png", contact_sheet(drawn[best(evaluation), middle][: 8 * _COLUMNS].split(_COLUMNS), 48))
     whole = measured.cut.all(config.folder / "partition")
     any_real = torch.randperm(len(whole["images"]), generator=torch.Generator().manual_seed(0))[: 4 * _COLUMNS]
     write_png(folder / f"{name}-real.png", contact_sheet(whole["images"][any_real].split(_COLUMNS), 48))
@@ -54,7 +54,7 @@ def _labelled(rows: Mapping[str, Tensor]) -> Figure:
     """One row of pictures a method, with its name beside it."""
     sheet = contact_sheet(list(rows.values()), 48)
     high, wide = sheet.shape[1:]
-    figure, axes = plt.subplots(figsize=(wide / 100, high / 100), dpi=150)
+    figure, axes = plt.subplots(figsize=(wide / 100, high / 100))
     axes.imshow(sheet.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks([(i + 0.5) * high / len(rows) for i in range(len(rows))], list(rows))
     axes.tick_params(length=0)
