@@ -176,8 +176,8 @@ def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Con
     """A variant's config and figures: a run beside the base's, with what is the same copied from it."""
     config = load_config(path, words)
     steps = config.table.steps[:2]
-    half = replace(config.table, n=max(20, config.table.n // 2), methods=METHODS, samplers={}, steps=steps)
-    own = replace(half, trajectories=1, reference_steps=max(steps) + 1)  # nobody asks for the trajectory error
+    own = replace(config.table, methods=METHODS, samplers={}, steps=steps)
+    own = replace(own, trajectories=1, reference_steps=max(steps) + 1)  # nobody asks for the trajectory error
     if base is not None:
         here, there = settled(config), settled(base)
         for part, keys in _PARTS.items():

@@ -27,7 +27,10 @@ def write(folder: Path, name: str, config: Config, measured: Measurement, evalua
         rows = {method: drawn[method, steps][:_COLUMNS] for method in evaluation.versions}
         save(folder / f"{name}-methods-{steps}.png", _labelled(rows), dpi=100)
         made.append(f"{name}-methods-{steps}.png")
-    write_png(folder / f"{name}-pictures.png", contact_sheet(drawn[best(evaluation), middle][: 8 * _COLUMNS].split(_COLUMNS), 48))
+    write_png(
+        folder / f"{name}-pictures.png",
+        contact_sheet(drawn[best(evaluation), middle][: 8 * _COLUMNS].split(_COLUMNS), 48),
+    )
     whole = measured.cut.all(config.folder / "partition")
     any_real = torch.randperm(len(whole["images"]), generator=torch.Generator().manual_seed(0))[: 4 * _COLUMNS]
     write_png(folder / f"{name}-real.png", contact_sheet(whole["images"][any_real].split(_COLUMNS), 48))
