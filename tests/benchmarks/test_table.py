@@ -16,7 +16,7 @@ from tests.conftest import SMALL
 from train.draws import Draws
 from train.record import Evaluation
 
-TABLE = "table={n: 20, seeds: 2, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20, samplers: {a: {}, b: {sampler: dpmpp_2m}}}"
+TABLE = "table={n: 20, seeds: 2, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20}"
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -66,7 +66,7 @@ def test_every_method_is_there_with_every_sampler_step_and_seed(record: Any) -> 
         "nucleus",
         "full",
     ]
-    assert cells == {(m, s, n, seed) for m in methods for s in "ab" for n in (2, 4) for seed in (0, 1)}
+    assert cells == {(m, s, n, seed) for m in methods for s in ("ddim", "2M") for n in (2, 4) for seed in (0, 1)}
     assert len(record["cells"]) == len(cells)
     calls = {c["method"]: c["calls"] for c in record["cells"] if c["steps"] == 4}
     assert calls["DDIM"] == calls["balanced"] == calls["top-1"] == 4
@@ -102,10 +102,10 @@ def test_a_difference_is_taken_seed_by_seed(record: Any) -> None:
     of = {
         (c.method, c.seed): c.scores["classifier"].frechet
         for c in evaluation.cells
-        if (c.steps, c.sampler) == (4, "b") and c.method in ("full", "Naive")
+        if (c.steps, c.sampler) == (4, "2M") and c.method in ("full", "Naive")
     }
     first, second = (of["Naive", seed] - of["full", seed] for seed in (0, 1))
-    mean, deviation = difference(evaluation, "Naive", "full", 4, "classifier", "b")
+    mean, deviation = difference(evaluation, "Naive", "full", 4, "classifier", "2M")
     assert mean == pytest.approx((first + second) / 2)
     assert deviation == pytest.approx(abs(first - second) / 2**0.5)
 
