@@ -69,6 +69,16 @@ def _ema(power: float) -> Variant:
     )
 
 
+def _batches(factor: float) -> Variant:
+    """As many pictures in batches of another size."""
+
+    def words(config: Config) -> list[str]:
+        batch, steps = round(config.expert.batch * factor), round(config.expert.steps / factor)
+        return [f"expert.batch={batch}", f"expert.steps={steps}"]
+
+    return Variant(f"expert.batch × {factor:g}, expert.steps × {1 / factor:g}", words)
+
+
 @torch.inference_mode()
 def energy_bands(config: Config, pictures: int = 256, times: int = 64) -> list[float]:
     """The two times that cut `E |d alpha/dt|^2` over [t_min, 1] into thirds, measured on the training set."""
@@ -103,6 +113,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         "At which times an expert learns",
         [_set(f"expert.times={kind}") for kind in ("uniform", "uniform_log_snr", "logit_normal")],
     ),
+    "batch": ("As many pictures in smaller batches", [_batches(1 / 2), _batches(1 / 4)]),
     "ema": ("The average of the weights", [_set("expert.ema_decay=0.0"), _ema(4)]),
     "flips": (
         "Mirrored pictures",

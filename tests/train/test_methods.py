@@ -16,12 +16,12 @@ from train.methods import MEANING, methods
 from train.plots import COLOURS
 from train.stages import run, train_monolith
 
-PLAIN = {"control": "none", "temperature": 1.0, "clusters": {}}
+PLAIN = {"control": "none", "temperature": 2.0, "clusters": {}}
 ROWS: dict[str, dict[str, Any]] = {
-    "DDIM": {"source": "prior", "policy": "full"},
-    "Naive": {"source": "prior", "policy": "fixed"},
-    "MoG-a": {"source": "posterior", "policy": "stochastic"},
-    "MoG-da": {"source": "combined", "policy": "stochastic"},
+    "DDIM": {"source": "prior", "policy": "full", "temperature": 1.0},
+    "Naive": {"source": "prior", "policy": "fixed", "temperature": 1.0},
+    "MoG-a": {"source": "posterior", "policy": "stochastic", "temperature": 1.0},
+    "MoG-da": {"source": "combined", "policy": "stochastic", "temperature": 1.0},
     "balanced": {"source": "analytic", "policy": "balanced"},
     "controlled": {"source": "analytic", "policy": "balanced", "control": "gaussian"},
     "adaptive": {"source": "analytic", "policy": "adaptive", "control": "gaussian"},
@@ -32,7 +32,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_name_stands_for_its_settings_and_what_is_not_the_paper_s_takes_alpha_as_the_config_says(
+def test_a_name_stands_for_its_settings_and_what_is_not_the_paper_s_takes_alpha_and_its_temperature_from_the_config(
     small_run: Path, small: Callable[..., Config]
 ) -> None:
     words = ("sample.source=analytic", "sample.control=gaussian", "sample.policy=full", "sample.temperature=2")
