@@ -34,8 +34,9 @@ class FrechetDistance:
     """How far sets of points are from one Gaussian, given as `mean` `[d]` and `covariance` `[d, d]`.
 
     `|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))` for the mean m' and the covariance S' of the points (arXiv 1706.08500, equation
-    6). With `S = L L^T` and the centred points X `[n, d]` the root's trace is the nuclear norm of `X L / sqrt(n - 1)`, so that
-    nothing is lost where n < d and S' is singular. All of it in float64.
+    6). With `S = L L^T` and the centred points X `[n, d]` the root's trace is the sum of the singular values of
+    `X L / sqrt(n - 1)`, by the eigenvalues of its smaller Gram matrix, which is several times faster than by its SVD. All of it
+    in float64.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
@@ -53,7 +54,9 @@ class FrechetDistance:
         points = points.double().to(self.root.device)
         mean = points.mean(dim=0)
         spread = (points - mean) / (len(points) - 1) ** 0.5
-        cross = torch.linalg.svdvals(spread @ self.root).sum()
+        product = spread @ self.root
+        gram = product @ product.T if len(points) < len(self.root) else product.T @ product
+        cross = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
         return float((mean - self.mean).square().sum() + spread.square().sum() - 2 * cross) + self.trace
 
 
