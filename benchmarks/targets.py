@@ -71,9 +71,8 @@ def memory(root: str) -> None:
     x0 = pictures.images[:256].float() / 127.5 - 1
     eps, times = torch.randn(x0.shape), torch.linspace(1e-3, 1, 256)
     process = schedule("vp_linear")
-    exact_posterior_rate(
-        x0[:2], eps[:2], times[:2], pictures.images[:64], pictures.labels[:64], process
-    )  # libraries load
+    # Libraries load:
+    exact_posterior_rate(x0[:2], eps[:2], times[:2], pictures.images[:64], pictures.labels[:64], process)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # Linux
     exact_posterior_rate(x0, eps, times, pictures.images, pictures.labels, process)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

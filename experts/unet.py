@@ -27,9 +27,8 @@ class UNetConfig:
     def build(self, shape: Sequence[int]) -> "UNet":
         """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
         self.check(shape)
-        return UNet(shape, self).to(
-            memory_format=torch.channels_last
-        )  # what convolutions like, on CPUs as on tensor cores
+        # What convolutions like, on CPUs as on tensor cores:
+        return UNet(shape, self).to(memory_format=torch.channels_last)
 
 
 class Upsample(nn.Module):

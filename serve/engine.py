@@ -514,12 +514,11 @@ def _begin(places: list[tuple[Job, int]]) -> list[Path]:
     recipe = places[0][0].recipe
     index = torch.stack([job.index[place] for job, place in places])
     seed = torch.tensor([job.seed for job, _ in places], device=index.device)
-    steps = [
-        len(job.recipe.times) for job, _ in places
-    ]  # the draw of step n is number n + 1; number 0 is the policy's start
-    row = torch.arange(len(places), device=index.device).repeat_interleave(torch.tensor(steps, device=index.device))
-    number = torch.cat([torch.arange(count, device=index.device) for count in steps])
-    draws = uniform(seed[row], Use.CHOICE, index[row], number)[:, 0].split(steps)
+    # Step n draws number n + 1; number 0 is the policy's start.
+    numbers = [len(job.recipe.times) for job, _ in places]
+    row = torch.arange(len(places), device=index.device).repeat_interleave(torch.tensor(numbers, device=index.device))
+    number = torch.cat([torch.arange(count, device=index.device) for count in numbers])
+    draws = uniform(seed[row], Use.CHOICE, index[row], number)[:, 0].split(numbers)
     x = recipe.start(seed, index)
     memory = recipe.router.start(x, torch.stack([draw[0] for draw in draws]))
     return [

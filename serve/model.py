@@ -51,9 +51,7 @@ class SampleConfig:
     pull: float = 40.0  # for source=combined, towards the posterior net, a unit of t
     t_min: float = 0.0  # where the grid ends
     clip: bool = True  # bound the denoised pictures to [-1, 1], after mixing
-    clusters: dict[str, float] = field(
-        default_factory=dict
-    )  # what their shares are multiplied by; others 0; none for all
+    clusters: dict[str, float] = field(default_factory=dict)  # factors of their shares, 0 for others; none for all
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `sample.…` of a value that is unknown or out of range."""

@@ -56,9 +56,8 @@ def imports_in(source: str, file: str) -> list[Import]:
         if isinstance(node, ast.Import):
             found += [Import(file, node.lineno, name.name, None, name.asname) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
-            parents = (
-                file.split("/")[: -node.level] if node.level else []
-            )  # `from . import x` in ddm/y.py is `from ddm import x`
+            # `from . import x` in ddm/y.py is `from ddm import x`.
+            parents = file.split("/")[: -node.level] if node.level else []
             module = ".".join([*parents, *([node.module] if node.module else [])])
             found += [Import(file, node.lineno, module, name.name, name.asname) for name in node.names]
     return found

@@ -72,9 +72,8 @@ class EvaluateConfig:
     seeds: int = 1  # sampling seeds 0, 1, ...: with several there are error bars
     steps: list[int] = field(default_factory=lambda: [10, 25, 50, 100])
     methods: list[str] = field(default_factory=lambda: [*PAPER, "balanced", "controlled", "top-1", "full"])
-    samplers: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # NAME: {settings over sample}; none: sample's own
+    # NAME: {settings over sample}; none means sample's own:
+    samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
     # `classifier` (a small one, trained on the spot), `inception`, TorchScript files, or folders of them:
     features: list[str] = field(default_factory=lambda: ["classifier"])
     reference: str | None = (

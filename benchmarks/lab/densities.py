@@ -189,9 +189,8 @@ def pushed(walk: Walker, data: GaussianMixture, times: Tensor) -> tuple[Tensor, 
         end, slope = torch.cat([end, moved[:, 0]])[order], torch.cat([slope, moved[:, 1]])[order]
         if bool((slope <= 0).any()):
             return None
-        rising = torch.cat(
-            [torch.ones(1, dtype=torch.bool), end[1:] > end.cummax(0).values[:-1]]
-        )  # where starts differ at all
+        # Where starts differ at all:
+        rising = torch.cat([torch.ones(1, dtype=torch.bool), end[1:] > end.cummax(0).values[:-1]])
         start, end, slope = start[rising], end[rising], slope[rising]
         wide = (end.diff() > 1.5 * stds.min() / FINENESS) & (torch.maximum(p(end[1:]), p(end[:-1])) > math.log(1e-10))
         parts = torch.linspace(0, 1, 34, dtype=torch.float64)[1:-1]

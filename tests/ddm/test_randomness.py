@@ -76,9 +76,8 @@ def test_numbers_differ_across_seed_use_step_picture_and_place() -> None:
     index = torch.tensor([0, 1, 2, 256, 2**32, 2**32 + 1, 2**40])
     streams = list(product((0, 1, 2**32, 2**62 + 1), Use, (0, 1, 2, 1000)))
     numbers = torch.stack([uniform(seed, use, index, step, count=9) for seed, use, step in streams])
-    pairs = torch.stack([numbers[..., :-1], numbers[..., 1:]], dim=-1).flatten(
-        0, 2
-    )  # two words, so that none meet by chance
+    # Two words, so that none meet by chance:
+    pairs = torch.stack([numbers[..., :-1], numbers[..., 1:]], dim=-1).flatten(0, 2)
     assert len(pairs.unique(dim=0)) == len(pairs) == len(streams) * 7 * 8
 
 

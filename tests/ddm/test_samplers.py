@@ -275,9 +275,8 @@ def test_unipc_predicts_and_corrects_with_polynomials_in_log_snr(order: int) -> 
         places, values = [*places, there], [*values, answer(guess, t_next)]
         used = slice(max(0, n + 1 - order), n + 2)
         x = s_next * (x / s + line_integral(places[used], values[used], here, there))
-    assert_same(
-        walked("unipc", schedule("vp_linear"), times, order), guess
-    )  # the last step has no answer to correct it
+    # The last step has no answer to correct it:
+    assert_same(walked("unipc", schedule("vp_linear"), times, order), guess)
 
 
 @pytest.mark.parametrize("process", ["vp_linear", "rectified_flow", "edm"])

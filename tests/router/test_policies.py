@@ -50,10 +50,8 @@ def test_nucleus_chooses_the_fewest_that_carry_the_mass() -> None:
     assert choice(policy("nucleus", nucleus_p=0.51), alpha)[:2] == [[0, 1], [3]]
     assert choice(policy("nucleus", nucleus_p=0.875), alpha)[1] == [3]
     assert choice(policy("nucleus", nucleus_p=0.9), alpha)[1:] == [[0, 3], [0, 1, 2, 3]]
-    assert choice(policy("nucleus", nucleus_p=1.0), alpha)[:2] == [
-        [0, 1, 2, 3],
-        [0, 3],
-    ]  # never one that carries nothing
+    # Never one that carries nothing:
+    assert choice(policy("nucleus", nucleus_p=1.0), alpha)[:2] == [[0, 1, 2, 3], [0, 3]]
     assert all(len(row) == 1 for row in choice(policy("nucleus", nucleus_p=1e-6), alpha))
 
 
