@@ -76,9 +76,8 @@ class EvaluateConfig:
     samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
     # `classifier` (a small one, trained on the spot), `inception`, TorchScript files, or folders of them:
     features: list[str] = field(default_factory=lambda: ["classifier"])
-    reference: str | None = (
-        None  # distances are to REFERENCE.NETWORK.npz beside NETWORK.pt; null: to the run's pictures
-    )
+    # Distances are to REFERENCE.NETWORK.npz beside NETWORK.pt; null: to the run's pictures.
+    reference: str | None = None
     inception_weights: str | None = None  # for inception: pt_inception-2015-12-05-6726825d.pth
     trajectories: int = 64  # paths for the trajectory error, of seed 0
     reference_steps: int = 1000
