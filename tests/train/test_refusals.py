@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.conftest import SMALL
 from train.__main__ import main
+from train.config import Config
 
 
 @pytest.mark.parametrize(
@@ -232,3 +233,7 @@ def test_a_file_that_holds_a_list_is_no_config(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert main([str(tmp_path / "list.yaml")]) == 2
     assert "list.yaml must hold keys with values, and holds a list" in capsys.readouterr().err
+
+
+def test_what_a_config_leaves_out_makes_sense() -> None:
+    Config().check()
