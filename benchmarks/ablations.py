@@ -164,7 +164,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         [
             _set(f"sample.sampler={name}", f"sample.grid={grid}")
             for name, grids in {
-                "ddim": ("uniform_log_snr", "quadratic"),
+                "ddim": ("uniform_t", "uniform_log_snr", "quadratic"),
                 "dpmpp_2m": ("uniform_t", "uniform_log_snr", "quadratic"),
                 "unipc": ("uniform_t", "uniform_log_snr", "quadratic"),
             }.items()

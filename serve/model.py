@@ -38,7 +38,7 @@ class SampleConfig:
     """How pictures are drawn; the names are those of configs, code and HTTP."""
 
     steps: int = 25
-    sampler: str = "ddim"
+    sampler: str = "dpmpp_2m"
     grid: str = "uniform_t"
     source: str = "combined"
     policy: str = "balanced"

@@ -264,7 +264,7 @@ def test_the_service_describes_itself(server: Server, model: Model) -> None:
     assert card["shape"] == [1, 8, 8]
     assert card["shares"] == pytest.approx(model.pi.tolist())
     assert card["limits"] == {"n": 64, "steps": 250}
-    assert card["defaults"]["steps"] == 4 and card["defaults"]["sampler"] == "ddim"
+    assert card["defaults"]["steps"] == 4 and card["defaults"]["sampler"] == "dpmpp_2m"
     assert "heun" in card["choices"]["sampler"] and "nucleus" in card["choices"]["policy"]
 
 

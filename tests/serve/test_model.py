@@ -25,8 +25,8 @@ from serve.model import load_expert
 @pytest.mark.parametrize(
     ("policy", "sampler"),
     [
-        *((policy, "ddim") for policy in ("balanced", "adaptive", "stochastic", "fixed", "full")),
-        *(("balanced", sampler) for sampler in SAMPLERS if sampler != "ddim"),
+        *((policy, "dpmpp_2m") for policy in ("balanced", "adaptive", "stochastic", "fixed", "full")),
+        *(("balanced", sampler) for sampler in SAMPLERS if sampler != "dpmpp_2m"),
         ("adaptive", "heun"),
         ("stochastic", "ddpm"),
     ],
@@ -327,7 +327,8 @@ def test_an_only_cluster_is_its_expert_alone_and_asks_no_other(small_run: Path) 
             images, trace = model.sample(2, trace=True, clusters={name: 2.0}, **settings)
             start = normal(0, Use.START, torch.arange(2), 0, model.shape)
             with torch.inference_mode():
-                alone = sample(model.experts[k], start * model.schedule(torch.ones(())).s, model.schedule, steps=4)
+                at_one = start * model.schedule(torch.ones(())).s
+                alone = sample(model.experts[k], at_one, model.schedule, "dpmpp_2m", steps=4)
             assert trace.chosen.equal(torch.eye(3, dtype=torch.bool)[k].expand(4, 2, 3))
             assert trace.calls == 4 * 2
             torch.testing.assert_close(images, alone.float(), rtol=1e-4, atol=1e-4)

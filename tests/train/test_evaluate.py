@@ -35,7 +35,7 @@ def measured(config: Config) -> Evaluation:
     return Measurement(config, None, config.evaluate, "evaluate").make()
 
 
-def one(record: Evaluation, method: str = "balanced", steps: int = 4, sampler: str = "ddim", seed: int = 0) -> Cell:
+def one(record: Evaluation, method: str = "balanced", steps: int = 4, sampler: str = "dpmpp_2m", seed: int = 0) -> Cell:
     wanted = (method, steps, sampler, seed)
     (found,) = (cell for cell in record.cells if (cell.method, cell.steps, cell.sampler, cell.seed) == wanted)
     return found
@@ -70,7 +70,7 @@ def test_the_recorded_distance_is_that_of_the_drawn_pictures(small_run: Path, re
     (network,) = feature_networks(["classifier"], None, {name: part[order] for name, part in whole.items()}, 0, "cpu")
     features = [
         gaussian(network(images, lambda _: None).features.double().numpy())
-        for images in (whole["images"], drawn(small_run, "balanced-ddim-4-seed0"))
+        for images in (whole["images"], drawn(small_run, "balanced-dpmpp_2m-4-seed0"))
     ]
     assert one(record).scores["classifier"].frechet == pytest.approx(frechet(*features), rel=1e-3)
 
@@ -92,14 +92,14 @@ def test_the_recorded_trajectory_error_is_that_to_the_full_mixture(
         ends = model.sample(20, steps=steps, **settings)[:4]
         errors.append(trajectory_error(ends, reference))
         assert one(record, method, steps).trajectory_error == pytest.approx(errors[-1], rel=1e-3)
-    assert record.fits[method]["ddim"] == pytest.approx(power_law_fit([2, 4], errors), rel=1e-2)
+    assert record.fits[method]["dpmpp_2m"] == pytest.approx(power_law_fit([2, 4], errors), rel=1e-2)
 
 
 def test_all_methods_are_in_the_table_with_their_calls(record: Evaluation) -> None:
     calls = {(cell.method, cell.steps): cell.calls for cell in record.cells}
     single = {(name, n): n for name in NAMES[:-1] for n in (2, 4)}
     assert calls == {**single, ("full", 2): 6, ("full", 4): 12}
-    assert {(cell.sampler, cell.seed) for cell in record.cells} == {("ddim", 0)}
+    assert {(cell.sampler, cell.seed) for cell in record.cells} == {("dpmpp_2m", 0)}
     assert record.pictures_seen["DDIM"] == record.pictures_seen["full"] == 3 * 12 * 12  # the same compute
     assert one(record, "DDIM").trajectory_error is None  # another model has no path in common
 
@@ -118,7 +118,7 @@ def test_every_seed_draws_pictures_of_its_own_and_the_table_gives_their_mean_and
     words = ("evaluate.methods=[Naive, full]", "evaluate.seeds=3", f"evaluate.features=[{means}]")
     found = evaluate(small(copy, *words), None)
     assert len(found.cells) == 2 * 2 * 3 and found.seeds == 3
-    pictures = [drawn(copy, f"Naive-ddim-4-seed{seed}") for seed in range(3)]
+    pictures = [drawn(copy, f"Naive-dpmpp_2m-4-seed{seed}") for seed in range(3)]
     for seed, images in enumerate(pictures):
         assert (images.int() - expected(copy, seed, **NAIVE).int()).abs().max() <= 1
     assert not pictures[0].equal(pictures[1]) and not pictures[1].equal(pictures[2])
@@ -189,7 +189,7 @@ def test_each_sampler_draws_with_its_own_settings_above_those_of_sample(
         assert found.fits["balanced"][name] == pytest.approx(power_law_fit([2, 4], errors))  # type: ignore[arg-type]
     # The reference is walked by the first of them.
     reference = read_json(copy / "evaluate" / "draws" / "reference-a-8-seed0.json")
-    assert (reference["sampler"], reference["policy"], reference["source"]) == ("ddim", "full", "posterior")
+    assert (reference["sampler"], reference["policy"], reference["source"]) == ("dpmpp_2m", "full", "posterior")
 
 
 def test_what_was_measured_is_read_again_as_it_was_written(small_run: Path, record: Evaluation) -> None:
@@ -211,7 +211,7 @@ def test_a_kept_score_is_not_computed_again_unless_its_draw_or_its_features_chan
 ) -> None:
     network = judge(tmp_path / "own.pt", 4)
     words = [f"evaluate.features=[{network}]", "evaluate.methods=[Naive, balanced]"]
-    names = [f"{method}-ddim-{steps}-seed0" for method in ("Naive", "balanced") for steps in (2, 4)]
+    names = [f"{method}-dpmpp_2m-{steps}-seed0" for method in ("Naive", "balanced") for steps in (2, 4)]
 
     def kids(*more: str) -> list[float]:
         (copy / "evaluate" / "record.json").unlink(missing_ok=True)
@@ -264,11 +264,11 @@ def test_two_sections_are_measured_side_by_side(copy: Path, small: Callable[...,
 
 def test_the_precision_of_the_networks_is_in_the_record(copy: Path, small: Callable[..., Config], means: Path) -> None:
     words = (f"evaluate.features=[{means}]", "evaluate.methods=[Naive]")
-    single = drawn(copy, "Naive-ddim-4-seed0")
+    single = drawn(copy, "Naive-dpmpp_2m-4-seed0")
     found = measured(small(copy, *words, "evaluate.precision=bf16-mixed"))
     assert found.precision == "bf16-mixed"
-    assert read_json(copy / "evaluate" / "draws" / "Naive-ddim-4-seed0.json")["precision"] == "bf16-mixed"
-    apart = (drawn(copy, "Naive-ddim-4-seed0").float() - single.float()).abs()
+    assert read_json(copy / "evaluate" / "draws" / "Naive-dpmpp_2m-4-seed0.json")["precision"] == "bf16-mixed"
+    apart = (drawn(copy, "Naive-dpmpp_2m-4-seed0").float() - single.float()).abs()
     assert 0 < apart.mean() < 2  # of 255
     assert measured(small(copy, *words)).precision == "32-true"
 

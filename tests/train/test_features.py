@@ -41,7 +41,7 @@ def real(folder: Path) -> torch.Tensor:
 
 
 def drawn(folder: Path, method: str = "balanced", steps: int = 4) -> torch.Tensor:
-    return read_tensors(folder / "evaluate" / "draws" / f"{method}-ddim-{steps}-seed0.safetensors")["images"]
+    return read_tensors(folder / "evaluate" / "draws" / f"{method}-dpmpp_2m-{steps}-seed0.safetensors")["images"]
 
 
 def test_the_classifier_tells_digits_apart_that_it_never_saw() -> None:

@@ -120,9 +120,9 @@ def test_sampling_may_change_without_training_again(
     experts = _files(copy / "experts")
     run(small(copy, "sample.policy=stochastic", "sample.seed=7"), ["sample"])
     run(small(copy, "sample.control=none"), ["sample"])
-    assert (copy / "samples" / "combined-stochastic-ddim-3-seed7.png").exists()
-    assert (copy / "samples" / "combined-balanced-ddim-3-control=none-seed0.png").exists()
-    assert (copy / "samples" / "combined-balanced-ddim-3-seed0.png").exists()
+    assert (copy / "samples" / "combined-stochastic-dpmpp_2m-3-seed7.png").exists()
+    assert (copy / "samples" / "combined-balanced-dpmpp_2m-3-control=none-seed0.png").exists()
+    assert (copy / "samples" / "combined-balanced-dpmpp_2m-3-seed0.png").exists()
     assert _files(copy / "experts") == experts
 
 
@@ -212,7 +212,7 @@ def test_a_run_with_the_schedule_and_the_grid_of_edm_goes_through_every_stage(
     model = load(folder)
     assert model.schedule == schedule("edm")
     images, trace = model.sample(4, steps=4, grid="edm", trace=True)
-    drawn = read_tensors(folder / "samples" / "combined-balanced-ddim-4-grid=edm-seed0.safetensors")["images"]
+    drawn = read_tensors(folder / "samples" / "combined-balanced-dpmpp_2m-4-grid=edm-seed0.safetensors")["images"]
     assert torch.equal(to_uint8(images), drawn)
     torch.testing.assert_close(trace.t, time_grid("edm", 4, model.schedule)[:-1])
 
