@@ -125,8 +125,10 @@ def _claims(evaluation: Evaluation) -> str:
         ("controlled", "full", "one expert a step against all"),
         ("MoG-da", "MoG-a", "integrated alpha against the posterior net's"),
         ("MoG-da", "Naive", "mixing against one expert kept"),
+        ("Naive", "DDIM", "experts without a router against one model of the same compute"),
+        ("controlled", "DDIM", "and routed, one expert a step"),
     ]
-    routed = [m for m in evaluation.versions if m not in ("DDIM", "full", "top-2", "nucleus", "adaptive")]
+    routed = [m for m in evaluation.versions if m not in ("DDIM", "Naive", "full", "top-2", "nucleus", "adaptive")]
     text = []
     for features in evaluation.features:
         for sampler in evaluation.samplers:
@@ -140,7 +142,7 @@ def _claims(evaluation: Evaluation) -> str:
                 for n in evaluation.steps:
                     best = min(routed, key=lambda m, n=n: _mean(evaluation, m, n, features, sampler))  # type: ignore[misc]
                     cells.append(f"{_signed(difference(evaluation, best, 'DDIM', n, features, sampler))} ({best})")
-                rows.append(["the best with one expert a step − DDIM", *cells])
+                rows.append(["the best routed with one expert a step − DDIM", *cells])
             head = [f"{features}, {sampler}", *(f"{n} steps" for n in evaluation.steps)]
             text.append(table(head, rows))
     return (

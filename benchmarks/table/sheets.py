@@ -43,7 +43,7 @@ def shown_steps(evaluation: Evaluation) -> int:
 
 
 def best(evaluation: Evaluation) -> str:
-    """The method of one expert a step with the smallest Frechet distance at that number of steps, by the first features."""
+    """The routed method of one expert a step with the smallest Frechet distance at these steps, by the first features."""
     n = shown_steps(evaluation)
 
     def distance(method: str) -> float:
@@ -51,7 +51,7 @@ def best(evaluation: Evaluation) -> str:
         assert found is not None
         return found.mean
 
-    single = {cell.method for cell in evaluation.cells if cell.steps == n and cell.calls == n and cell.method != "DDIM"}
+    single = {cell.method for cell in evaluation.cells if cell.steps == n == cell.calls} - {"DDIM", "Naive"}
     return min(single or evaluation.versions, key=distance)
 
 
