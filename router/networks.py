@@ -39,7 +39,7 @@ class RouterConfig(FitConfig):
     """The router: its networks, their two training stages and the bands of t. `steps` counts both stages."""
 
     net: RouterNetConfig = field(default_factory=RouterNetConfig)
-    batch: int = 129
+    batch: int = 129  # a third for each band
     switch_step: int = 500  # stage 1 ends here
     label_weight: float = 1.0  # stage 1: of the cross-entropy
     posterior_weight: float = 1.0  # stage 1: of the squared error to the exact posterior

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.lab.page import table
 from benchmarks.table import paper
-from benchmarks.table.sheets import shown_steps
+from benchmarks.table.sheets import best, shown_steps
 from ddm.artifacts import read_json, sha256, write_json
 from train import plots
 from train.methods import MEANING
@@ -128,7 +128,6 @@ def _claims(evaluation: Evaluation) -> str:
         ("Naive", "DDIM", "experts without a router against one model of the same compute"),
         ("controlled", "DDIM", "and routed, one expert a step"),
     ]
-    routed = [m for m in evaluation.versions if m not in ("DDIM", "Naive", "full", "top-2", "nucleus", "adaptive")]
     text = []
     for features in evaluation.features:
         for sampler in evaluation.samplers:
@@ -137,24 +136,21 @@ def _claims(evaluation: Evaluation) -> str:
                 if {a, b} <= set(evaluation.versions):
                     found = [difference(evaluation, a, b, n, features, sampler) for n in evaluation.steps]
                     rows.append([f"{a} − {b}: {what}", *map(_signed, found)])
-            if "DDIM" in evaluation.versions and routed:
-                cells = []
-                for n in evaluation.steps:
-                    best = min(routed, key=lambda m, n=n: _mean(evaluation, m, n, features, sampler))  # type: ignore[misc]
-                    cells.append(f"{_signed(difference(evaluation, best, 'DDIM', n, features, sampler))} ({best})")
-                rows.append(["the best routed with one expert a step − DDIM", *cells])
+            if "DDIM" in evaluation.versions:
+                names = [(n, best(evaluation, n, features, sampler)) for n in evaluation.steps]
+                cells = [
+                    f"{_signed(difference(evaluation, name, 'DDIM', n, features, sampler))} ({name})"
+                    for n, name in names
+                    if name is not None
+                ]
+                if cells:
+                    rows.append(["the best routed with one expert a step − DDIM", *cells])
             head = [f"{features}, {sampler}", *(f"{n} steps" for n in evaluation.steps)]
             text.append(table(head, rows))
     return (
         "## Who beats whom\n\nDifferences of Fréchet distances, taken seed by seed; below 0 the first is better.\n\n"
         + "\n\n".join(text)
     )
-
-
-def _mean(evaluation: Evaluation, method: str, n: int, features: str, sampler: str) -> float:
-    found = evaluation.over_seeds(method, n, frechet(features), sampler)
-    assert found is not None
-    return found.mean
 
 
 def _signed(difference: tuple[float, float | None]) -> str:
@@ -208,13 +204,13 @@ None of them chosen: the first of seed 0.
 
 {rows}
 
-{record["best"]}, {middle} steps of {sampler}:
+{record["shown"]}, {middle} steps of {sampler}:
 
-![96 drawn pictures]({name}-pictures.png)
+![Drawn pictures]({name}-pictures.png)
 
 Real ones:
 
-![48 real pictures]({name}-real.png)"""
+![Real pictures]({name}-real.png)"""
 
 
 def _other(evaluation: Evaluation) -> str:

@@ -41,7 +41,7 @@ def make(config: Config, command: str, folder: Path) -> Path:
         "clusters": dict(zip(measured.cut.names, measured.cut.sizes, strict=True)),
         "compute": compute(config, measured.cut, monolith.expert.steps if monolith else None),
         "machine": machine(config.device),
-        "best": sheets.best(evaluation),
+        "shown": sheets.shown_method(evaluation),
         **rounded(facts),
         "files": {file: sha256(folder / file) for file in shown},
     }

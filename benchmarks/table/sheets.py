@@ -13,9 +13,9 @@ from train.config import Config
 from train.evaluate import Measurement
 from train.plots import save
 from train.record import Evaluation
-from train.report import first_score
 
 _COLUMNS = 12
+_SINGLE = ("MoG-a", "MoG-da", "balanced", "controlled", "top-1")  # routed, one expert a step
 
 
 def write(folder: Path, name: str, config: Config, measured: Measurement, evaluation: Evaluation) -> list[str]:
@@ -29,7 +29,7 @@ def write(folder: Path, name: str, config: Config, measured: Measurement, evalua
         made.append(f"{name}-methods-{steps}.png")
     write_png(
         folder / f"{name}-pictures.png",
-        contact_sheet(drawn[best(evaluation), middle][: 8 * _COLUMNS].split(_COLUMNS), 48),
+        contact_sheet(drawn[shown_method(evaluation), middle][: 8 * _COLUMNS].split(_COLUMNS), 48),
     )
     whole = measured.cut.all(config.folder / "partition")
     any_real = torch.randperm(len(whole["images"]), generator=torch.Generator().manual_seed(0))[: 4 * _COLUMNS]
@@ -42,17 +42,21 @@ def shown_steps(evaluation: Evaluation) -> int:
     return min(evaluation.steps, key=lambda n: abs(n - 25))
 
 
-def best(evaluation: Evaluation) -> str:
-    """The routed method of one expert a step with the smallest Frechet distance at these steps, by the first features."""
-    n = shown_steps(evaluation)
+def best(evaluation: Evaluation, steps: int, features: str, sampler: str) -> str | None:
+    """The routed method of one expert a step with the smallest Frechet distance; None where none was measured."""
 
     def distance(method: str) -> float:
-        found = evaluation.over_seeds(method, n, lambda cell: first_score(cell).frechet)
+        found = evaluation.over_seeds(method, steps, lambda cell: cell.scores[features].frechet, sampler)
         assert found is not None
         return found.mean
 
-    single = {cell.method for cell in evaluation.cells if cell.steps == n == cell.calls} - {"DDIM", "Naive"}
-    return min(single or evaluation.versions, key=distance)
+    return min((method for method in evaluation.versions if method in _SINGLE), key=distance, default=None)
+
+
+def shown_method(evaluation: Evaluation) -> str:
+    """The method whose pictures are shown: the best, by the first features and sampler."""
+    features, sampler = next(iter(evaluation.features)), next(iter(evaluation.samplers))
+    return best(evaluation, shown_steps(evaluation), features, sampler) or next(iter(evaluation.versions))
 
 
 def _labelled(rows: Mapping[str, Tensor]) -> Figure:
