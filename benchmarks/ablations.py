@@ -256,7 +256,8 @@ def page(folder: Path) -> str:
         "# Ablations",
         "What each choice is worth: one thing of a config changed, trained anew where that touches it, with as many pictures "
         "seen. Fréchet distances, lower is better; behind each the difference to the config as it is, seed by seed (below 0: "
-        "better). The first group says what chance alone does: a smaller difference means nothing.",
+        "better). Chance, where it is measured, is another seed of training: of what is trained anew, a smaller difference means "
+        "nothing.",
     ]
     for file in sorted(folder.glob("ablations-*.json")):
         parts.append(_section(file.stem.removeprefix("ablations-"), read_json(file)))
