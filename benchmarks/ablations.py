@@ -18,20 +18,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.lab.page import table
+from benchmarks.lab.markdown import table
 from benchmarks.table.__main__ import RESULTS
-from benchmarks.table.record import machine, rounded
+from benchmarks.table.measurements import machine, rounded
 from ddm.artifacts import digest, read_json, write_json
 from ddm.errors import ConfigError, DdmError
-from ddm.learning import Batches
+from ddm.training import Batches
 from ddm.partition import Partition
 from ddm.schedules import schedule
 from router.targets import exact_posterior_rate
-from train.config import Config, load_config, settled
-from train.evaluate import Measurement
-from train.record import Evaluation
-from train.report import first_score
-from train.stages import run
+from train.config import Config, load_config
+from train.run_folder import settled
+from train.evaluation.measure import Measurement
+from train.evaluation.results import Evaluation
+from train.evaluation.report import first_score
+from train.stages.run import run
 
 log = logging.getLogger("ablations")
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ddm.learning import scaled
+from ddm.training import scaled
 from ddm.schedules import Schedule
 
 MOMENTS = ("gaussian.mean", "gaussian.variance")  # their names in an expert's artifact

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddm.randomness import Use, normal, uniform
+from ddm.rng import Use, normal, uniform
 from ddm.schedules import Coeffs, Schedule, velocity
 
 

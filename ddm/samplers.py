@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddm.errors import ConfigError, one_of, require
 from ddm.grids import time_grid
-from ddm.randomness import Use, normal
+from ddm.rng import Use, normal
 from ddm.schedules import Coeffs, Schedule, gauss_legendre, velocity
 
 # (x [B, ...], t [] or [B] of any device and dtype) -> E[x0 | x_t = x] [B, ...]

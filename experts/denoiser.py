@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddm.errors import require
-from ddm.learning import FitConfig
+from ddm.training import FitConfig
 from ddm.schedules import Schedule
 from experts.unet import UNetConfig
 

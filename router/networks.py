@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ddm.blocks import Encoder, check_encoder, group_norm
 from ddm.errors import require
-from ddm.learning import FitConfig
+from ddm.training import FitConfig
 from ddm.schedules import Schedule
 
 

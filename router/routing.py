@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddm.randomness import Use, uniform
+from ddm.rng import Use, uniform
 from router import policies
 from router.policies import Policy
 from router.sources import Alpha, Forgetful, Source

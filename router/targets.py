@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddm.learning import scaled
+from ddm.training import scaled
 from ddm.schedules import Schedule
 
 _CHUNK = 4096  # pictures at a time

@@ -18,11 +18,11 @@ import torch
 import uvicorn
 
 from ddm.errors import ConfigError, DdmError
-from serve.api import build_app
-from serve.config import Settings, settings
-from serve.guard import Guard
-from serve.metrics import Prometheus
-from serve.service import Service
+from serve.http.app import build_app
+from serve.settings import Settings, settings
+from serve.http.middleware import Guard
+from serve.engine.metrics import Prometheus
+from serve.engine.service import Service
 
 log = logging.getLogger("serve")
 
@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
             raise ConfigError(f"give one run's folder or bundle, such as runs/digits, and key=value words; got {runs}")
         config = settings({"run": runs[0]}, [word for word in words if "=" in word])
         if config.serve.placement == "ray":
-            from serve.deployments import serve_on_ray  # Ray takes seconds to import
+            from serve.ray_app import serve_on_ray  # Ray takes seconds to import
 
             serve_on_ray(config)
         else:

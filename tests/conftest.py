@@ -45,7 +45,7 @@ def small() -> Callable[..., Config]:
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small run. Tests that change one copy it first."""
-    from train.stages import run  # here, because Lightning is slow to import and most tests do without
+    from train.stages.run import run# here, because Lightning is slow to import and most tests do without
 
     folder = tmp_path_factory.mktemp("runs") / "small"
     run(load_config(default_config(), [*SMALL, f"run={folder}"]))

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "train": {"configs", "ddm", "experts", "router", "serve"},
 }
 OURS = {*PACKAGES, "benchmarks", "tests"}
-RAY_MAY_BE_IN = {"serve/deployments.py", "train/cluster.py"}
+RAY_MAY_BE_IN = {"serve/ray_app.py", "train/cluster.py"}
 DDM_STANDS_ON = {"torch", "numpy", "safetensors"}
 NETWORK = {
     "asyncio",

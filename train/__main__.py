@@ -1,6 +1,6 @@
 """python -m train [CONFIG] [stage ...] [key=value ...]
 
-Stages: partition expert router bundle sample evaluate, in this order; none named means all. What is up to date is
+Stages: partition expert router bundle monolith sample evaluate, in this order; none named means all. What is up to date is
 skipped, what was cut off resumes. CONFIG is a YAML file; none named means the built-in digits. Every key of it can be
 given a value: expert.steps=1000 sample.policy=stochastic run=runs/another. One expert alone: expert expert.index=3.
 """
@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
                 f"a word must be a config (*.yaml), a stage ({' '.join(STAGES)}) or key=value, got {paths[-1]!r}"
             )
         config = load_config(Path(paths[0]) if paths else default_config(), overrides)
-        from train.stages import run  # here, so that a typo need not wait for Lightning
+        from train.stages.run import run# here, so that a typo need not wait for Lightning
 
         run(config, stages or STAGES)
     except DdmError as error:

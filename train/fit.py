@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ddm.learning import FitConfig
+from ddm.training import FitConfig
 
 Report = Callable[[int, float], None]  # told the steps done and the mean loss since the last word
 

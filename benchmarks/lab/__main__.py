@@ -7,7 +7,7 @@ import logging
 import time
 from pathlib import Path
 
-from benchmarks.lab.page import write
+from benchmarks.lab.markdown import write
 
 EXPERIMENTS = ("orders", "laws", "densities", "processes", "errors", "history", "routing", "policies", "bound")
 DOCS = Path(__file__).parents[2] / "docs" / "lab"

@@ -1,4 +1,4 @@
-"""The bound and the truth: the theorem of `ddm.theory` against measurement, for the routed Euler sampler."""
+"""The bound and the truth: the theorem of `benchmarks.lab.theory` against measurement, for the routed Euler sampler."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,12 +8,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.lab.page import Page, axes, table
+from benchmarks.lab.markdown import Page, axes, table
 from ddm.measures import power_law_fit, sliced_w2, trajectory_error
 from ddm.oracle import GaussianMixture
 from ddm.samplers import sample
 from ddm.schedules import schedule
-from ddm.theory import bound, constants, stability, step
+from benchmarks.lab.theory import bound, constants, stability, step
 from router.routing import RoutedDenoiser
 
 PATH = schedule("vp_linear")
@@ -136,7 +136,7 @@ def measure() -> dict[str, Any]:
 TEXT = """
 # The bound and the truth
 
-The theorem of `ddm.theory` against measurement, for the routed Euler sampler. Data in a ball of radius R in d dimensions,
+The theorem of `benchmarks.lab.theory` against measurement, for the routed Euler sampler. Data in a ball of radius R in d dimensions,
 in K clusters; N even steps from t = 1 to delta, each by one expert drawn from the router's weights (the policy `stochastic`).
 Where the router is within eps_router of the posterior (Euclidean, over its K weights) and the experts within eps_expert of
 exact, in root mean square over the sampler's own points,
@@ -145,7 +145,7 @@ exact, in root mean square over the sampler's own points,
                             S a(1) R       O(1/N)     O(1/sqrt N)    O(eps)
     W2(x_delta, x0)  <= sqrt((1 - a_delta)^2 R^2 + s_delta^2 d)                              the early stop
 
-with every constant explicit; the proof is in the docstrings of `ddm/theory.py`. A part adds up the errors that the steps make,
+with every constant explicit; the proof is in the docstrings of `benchmarks/lab/theory.py`. A part adds up the errors that the steps make,
 each times what the later steps may stretch it by. From t = 1 on, that is the stability factor, as N grows:
 
     S = (s_delta / s_1) exp(R^2/2 (a_delta^2/s_delta^2 - a_1^2/s_1^2))

@@ -26,7 +26,7 @@ from benchmarks.lab.laws import (
     kl,
     local_slopes,
 )
-from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
+from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.oracle import GaussianMixture
 from ddm.samplers import Denoiser, drive, sampler

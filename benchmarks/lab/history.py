@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lab.beds import Bed, mixture
-from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
-from benchmarks.lab.routing import errors_of, fitted, law
+from benchmarks.lab.testbeds import Bed, mixture
+from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
+from benchmarks.lab.selection import errors_of, fitted, law
 from ddm.samplers import Walk, drive, plan
 from router.routing import RoutedDenoiser
 

@@ -14,13 +14,13 @@ from scipy.stats import linregress
 from scipy.stats import t as student
 from torch import Tensor
 
-from benchmarks.lab.page import Page, table
+from benchmarks.lab.markdown import Page, table
 from ddm.measures import trajectory_error
 from ddm.oracle import GaussianMixture
-from ddm.randomness import Use, normal
+from ddm.rng import Use, normal
 from ddm.samplers import drive, sample, sampler, start
 from ddm.schedules import Schedule, schedule, velocity
-from train.plots import STYLE
+from train.evaluation.plots import STYLE
 
 PROCESSES = ("vp_linear", "vp_cosine", "rectified_flow", "edm")
 STEPS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 144)

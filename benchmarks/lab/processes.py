@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.lab.laws import Law, Tabled, affine, exact_denoiser, local_slopes, w2_square
-from benchmarks.lab.page import Page, axes, legend_below, steps_axis, table
+from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
 from ddm.samplers import sampler
 from ddm.schedules import Schedule, VEExponential, VEPolynomial, VPConstant, VPExponential, VPPolynomial
 

@@ -14,7 +14,7 @@ os.environ.setdefault(
 )  # the only switch by which Ray's own ports stay on this machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes share few cores
 
-from serve.deployments import RAY_ENV  # Ray reads its environment when it is imported
+from serve.ray_app import RAY_ENV  # Ray reads its environment when it is imported
 
 assert RAY_ENV
 

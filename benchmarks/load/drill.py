@@ -23,8 +23,8 @@ from benchmarks.load.client import Reply, ask, session
 from benchmarks.load.cluster import Deployed, deployed
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from serve import load
-from serve.model import bundle_folder
-from serve.pictures import to_uint8
+from serve.model.loading import bundle_folder
+from serve.model.images import to_uint8
 
 
 def other_weights(run: str, folder: Path) -> Path:

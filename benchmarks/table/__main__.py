@@ -28,8 +28,8 @@ def main(words: list[str]) -> int:
     rest = [word for word in words if not word.startswith("--")]
     paths = [word for word in rest if "=" not in word]
     try:
-        from benchmarks.table.page import write_page  # here, so that a typo need not wait for Lightning
-        from benchmarks.table.record import make
+        from benchmarks.table.results_page import write_page  # here, so that a typo need not wait for Lightning
+        from benchmarks.table.measurements import make
 
         if set(options) <= {"--page"} and options and not rest:
             write_page(Path(options["--page"]))

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablations
-from benchmarks.table.page import main_table, page
+from benchmarks.table.results_page import main_table, page
 from ddm.artifacts import digest, sha256
-from train.config import load_config, settled
-from train.record import Evaluation
+from train.config import load_config
+from train.run_folder import settled
+from train.evaluation.results import Evaluation
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"

@@ -10,11 +10,11 @@ import pytest
 
 from benchmarks import ablations
 from benchmarks.table.__main__ import main
-from benchmarks.table.page import difference, page
+from benchmarks.table.results_page import difference, page
 from ddm.artifacts import sha256
 from tests.conftest import SMALL
-from train.draws import Draws
-from train.record import Evaluation
+from train.evaluation.samples import Draws
+from train.evaluation.results import Evaluation
 
 TABLE = "table={n: 20, seeds: 2, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20}"
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 def test_the_benchmarks_need_neither_ray_nor_a_server() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['ray', 'fastapi', 'uvicorn', 'prometheus_client', 'pydantic']));"
-        "import benchmarks.table.record, benchmarks.table.page, benchmarks.ablations"
+        "import benchmarks.table.measurements, benchmarks.table.results_page, benchmarks.ablations"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -173,7 +173,7 @@ def test_the_bands_hold_a_third_of_the_energy_each(made: Path) -> None:
     """Against finite differences of the exact alpha along the paths."""
     import torch
 
-    from ddm.learning import Batches
+    from ddm.training import Batches
     from ddm.partition import Partition
     from ddm.schedules import schedule
     from router.targets import exact_posterior

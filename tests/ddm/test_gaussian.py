@@ -9,7 +9,7 @@ from torch import Tensor
 import ddm.gaussian
 from ddm.gaussian import Gaussians, cosine, moments
 from ddm.oracle import GaussianMixture
-from ddm.randomness import Use, normal
+from ddm.rng import Use, normal
 from ddm.schedules import Schedule, schedule
 
 SIZES = [(8, 8), (7, 7), (4, 6), (5, 3), (1, 4), (1, 1)]

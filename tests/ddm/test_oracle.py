@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ddm.oracle import GaussianMixture
-from ddm.randomness import Use, normal
+from ddm.rng import Use, normal
 from ddm.schedules import SCHEDULES, schedule
 
 TIMES = [0.02, 0.2, 0.5, 0.9]

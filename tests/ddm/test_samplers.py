@@ -18,7 +18,7 @@ from ddm.errors import ConfigError
 from ddm.grids import GRIDS, time_grid
 from ddm.measures import sliced_w2
 from ddm.oracle import GaussianMixture
-from ddm.randomness import Use, normal
+from ddm.rng import Use, normal
 from ddm.samplers import SAMPLERS, Noise, Sampler, Walk, drive, drive_async, plan, sample, sampler, start
 from ddm.schedules import SCHEDULES, Schedule, schedule, velocity
 

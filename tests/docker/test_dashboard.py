@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.metrics import METRICS, Prometheus
+from serve.engine.metrics import METRICS, Prometheus
 
 BOARD = json.loads((Path(__file__).resolve().parents[2] / "docker" / "grafana" / "ddm.json").read_text())
 PANELS: list[dict[str, Any]] = BOARD["panels"]

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
-from serve.config import settings
-from serve.guard import _OPEN
+from serve.settings import settings
+from serve.http.middleware import _OPEN
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"

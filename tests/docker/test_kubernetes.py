@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from serve.config import settings
+from serve.settings import settings
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 PARTS: dict[str, dict[str, Any]] = {

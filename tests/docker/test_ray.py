@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve.config import settings
+from serve.settings import settings
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 SERVE = yaml.safe_load((DOCKER / "serve.yaml").read_text())
@@ -76,7 +76,7 @@ def test_ray_up_knows_every_key() -> None:
 
 
 def ray_env() -> dict[str, str]:
-    """`RAY_ENV` of serve/deployments.py, read and not imported: that would change this process's environment."""
+    """`RAY_ENV` of serve/ray_app.py, read and not imported: that would change this process's environment."""
     tree = ast.parse((DOCKER.parent / "serve" / "deployments.py").read_text())
     (value,) = [
         node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RAY_ENV"

@@ -11,7 +11,7 @@ from ddm.gaussian import Gaussians
 from ddm.grids import time_grid
 from ddm.measures import sliced_w2, trajectory_error
 from ddm.oracle import GaussianMixture
-from ddm.randomness import Use, normal
+from ddm.rng import Use, normal
 from ddm.samplers import sample
 from ddm.schedules import schedule
 from router.policies import Policy, policy

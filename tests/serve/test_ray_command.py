@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.load.client import Tally, closed
 from benchmarks.load.server import free_port
 from serve import load
-from serve.pictures import to_uint8
+from serve.model.images import to_uint8
 
 
 def test_the_command_serves_on_ray_of_its_own_and_leaves_no_process_behind(small_run: Path) -> None:

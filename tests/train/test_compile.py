@@ -10,8 +10,8 @@ import torch
 
 from ddm.artifacts import read_artifact
 from train.config import Config
-from train.expert_stage import train_expert
-from train.stages import run
+from train.stages.expert import train_expert
+from train.stages.run import run
 
 WORDS = (
     "expert.unet={channels: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0}",

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ddm.errors import ConfigError, DataError
 from train.data import DataConfig, Pictures
-from train.partitioning import PartitionConfig, assign
+from train.clustering import PartitionConfig, assign
 
 
 def _picture(path: Path, value: int, size: tuple[int, int] = (8, 8)) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddm.learning import FitConfig
+from ddm.training import FitConfig
 from train.fit import fit
 
 

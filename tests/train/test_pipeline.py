@@ -14,10 +14,10 @@ from ddm.grids import time_grid
 from ddm.partition import Partition
 from ddm.schedules import schedule
 from serve import load
-from serve.pictures import to_uint8
+from serve.model.images import to_uint8
 from train.config import Config
-from train.expert_stage import train_expert
-from train.stages import run
+from train.stages.expert import train_expert
+from train.stages.run import run
 
 
 def _files(folder: Path) -> dict[str, tuple[int, str]]:

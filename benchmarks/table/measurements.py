@@ -1,0 +1,73 @@
+"""Making a table: train, draw, score; then the record, with a hash of everything that the figures stand on."""
+
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.table import sheets
+from benchmarks.table.compute import compute
+from ddm.artifacts import digest, read_json, sha256, write_json
+from train.config import Config
+from train.run_folder import settled
+from train.evaluation.measure import Measurement
+from train.stages.monolith import train_monolith
+from train.stages.run import run
+
+
+def make(config: Config, command: str, folder: Path) -> Path:
+    """The record of the table of a config, made by that command, and its pictures: `folder/NAME.json`.
+
+    Raises a `DdmError` that says what to mend.
+    """
+    own = config.table
+    own.check_files("table")
+    config.samplers(own, "table")
+    run(config, ("partition", "expert", "router", "bundle"))
+    monolith = train_monolith(config, own)
+    measured = Measurement(config, monolith, own, "table")
+    evaluation = measured.make()
+    name = config.folder.name
+    shown = sheets.write(folder, name, config, measured, evaluation)
+    facts = asdict(evaluation)
+    del facts["config"]
+    record = {
+        "command": command,
+        "config": settled(config),
+        "config_hash": digest(settled(config)),
+        "data": {"pictures": sum(measured.cut.sizes), "shape": measured.cut.shape, "partition": measured.cut.hash},
+        "clusters": dict(zip(measured.cut.names, measured.cut.sizes, strict=True)),
+        "compute": compute(config, measured.cut, monolith.expert.steps if monolith else None),
+        "machine": machine(config.device),
+        "shown": sheets.shown_method(evaluation),
+        **rounded(facts),
+        "files": {file: sha256(folder / file) for file in shown},
+    }
+    write_json(folder / f"{name}.json", record)
+    return folder / f"{name}.json"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What it ran on."""
+    found = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores of {platform.machine()}"
+    packages = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
+    return {"device": found, "python": platform.python_version(), **packages}
+
+
+def rounded(facts: Any) -> Any:
+    """Plain data with numbers to six digits, which is more than is known of any of them."""
+    if isinstance(facts, dict):
+        return {key: rounded(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [rounded(value) for value in facts]
+    return float(f"{facts:.6g}") if isinstance(facts, float) else facts
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record. Raises `ArtifactError` where it is missing or no JSON."""
+    found: dict[str, Any] = read_json(path)
+    return found

@@ -1,0 +1,81 @@
+"""How one expert learns: from its cluster's pictures and nothing else."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from ddm.grids import time_grid
+from ddm.training import Batches
+from ddm.schedules import Coeffs, Schedule
+from experts.denoiser import Denoiser, ExpertConfig, LossWeight, Times
+
+
+def loss_weight(kind: LossWeight, c: Coeffs, gamma: float) -> Tensor:
+    """The weight of `|D - x0|^2` at each time: 1, `a^2/s^2`, or `min(a^2/s^2, gamma)` (arXiv 2303.09556, section 3.4)."""
+    snr = (c.a / c.s).square()
+    match kind:
+        case "constant":
+            return torch.ones_like(snr)
+        case "snr":
+            return snr
+        case "min_snr":
+            return snr.clamp_max(gamma)
+
+
+def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 1000) -> Tensor:
+    """The times at which `points + 1` even levels of their distribution lie, rising in [t_min, 1], float32 `[points + 1]`.
+
+    `uniform`: even in t. `uniform_log_snr`: even in log a^2/s^2, so many near the data. `logit_normal`: the logit of t is a
+    standard normal number (arXiv 2403.03206, equation 19), so few at either end.
+    """
+    match kind:
+        case "uniform":
+            return torch.linspace(t_min, 1, points + 1)
+        case "uniform_log_snr":
+            return time_grid("uniform_log_snr", points, schedule, t_min).flip(0).float()
+        case "logit_normal":
+            level = torch.linspace(0, 1, points + 1, dtype=torch.float64)
+            return torch.special.ndtri(level).sigmoid().clamp_min(t_min).float()
+
+
+def denoising_loss(denoised: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
+    """`mean_b weight_b mean |D_b - x0_b|^2`: a scalar, for `[B, C, H, W]` pictures and weights `[B]`."""
+    return (weight * (denoised - x0).square().flatten(1).mean(dim=1)).mean()
+
+
+class ExpertLearning(pl.LightningModule):
+    """Lightning's view of one expert. The loader only counts steps: the batch of step n is a function of (seed, n)."""
+
+    def __init__(self, denoiser: Denoiser, batches: Batches, config: ExpertConfig) -> None:
+        super().__init__()
+        self.denoiser, self.batches, self.config = denoiser, batches, config
+        self.levels = nn.Buffer(training_times(config.times, config.t_min, denoiser.schedule), persistent=False)
+        if config.compile:
+            denoiser.network.compile(dynamic=False)  # once for all experts of a process: they differ in weights alone
+
+    def at(self, level: Tensor) -> Tensor:
+        """The times below which the shares `level` `[B]` in (0, 1) of all training times lie."""
+        place = level * (len(self.levels) - 1)
+        low = place.long().clamp_max(len(self.levels) - 2)
+        return torch.lerp(self.levels[low], self.levels[low + 1], place - low)
+
+    def on_fit_start(self) -> None:
+        self.batches.images = self.batches.images.to(self.device)
+
+    def training_step(self, _: Any, __: int) -> Tensor:
+        n, batches = self.global_step, self.batches
+        batches.seed_dropout(n)
+        x0, _place = batches.pictures(n)
+        t = self.at(batches.times(n))
+        c = self.denoiser.schedule(t)
+        a, s, _, _ = c.beside(x0)
+        denoised = self.denoiser(a * x0 + s * batches.noise(n), t)
+        return denoising_loss(denoised, x0, loss_weight(self.config.loss_weight, c, self.config.min_snr_gamma))
+
+    def configure_optimizers(self) -> Any:
+        return self.config.adam(self.denoiser.parameters())
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.config.clip(optimizer.param_groups[0]["params"])

@@ -1,0 +1,105 @@
+"""How the router learns, in two stages.
+
+Stage 1: the posterior net, by cross-entropy on the cluster label plus squared error to the exact posterior. Stage 2: the
+posterior net by squared error alone, and three derivative nets, each on its own band of t, by squared error to the exact
+derivative along the path. A squared error's minimum is the target's mean given x_t, which is what sampling needs.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddm.training import Batches
+from router.networks import DerivativeNet, PosteriorNet, RouterConfig, Scorer
+from router.targets import exact_posterior, exact_posterior_rate
+
+
+def posterior_loss(
+    logits: Tensor, alpha: Tensor, label: Tensor, label_weight: float, posterior_weight: float
+) -> Tensor:
+    """`label_weight CE(logits, label) + posterior_weight mean_b |softmax(logits) - alpha|^2`, for `[B, K]` and `[B]`."""
+    error = (logits.softmax(dim=1) - alpha).square().sum(dim=1).mean()
+    return label_weight * F.cross_entropy(logits, label) + posterior_weight * error
+
+
+def rate_loss(rate: Tensor, target: Tensor) -> Tensor:
+    """`mean_b |dalpha_theta - dalpha/dt|^2`: a scalar, for `[B, K]`."""
+    return (rate - target).square().sum(dim=1).mean()
+
+
+class _RouterLearning(pl.LightningModule):
+    """What both stages share: the whole training set on the device, and the noisy pictures of step n."""
+
+    def __init__(self, posterior: PosteriorNet, batches: Batches, cluster: Tensor, config: RouterConfig) -> None:
+        super().__init__()
+        self.posterior, self.batches, self.config = posterior, batches, config
+        self.cluster = nn.Buffer(cluster, persistent=False)
+        if config.compile:
+            posterior.scorer.compile(dynamic=False)
+
+    def on_fit_start(self) -> None:
+        self.batches.images = self.batches.images.to(self.device)
+
+    def noisy(self, step: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x0, its cluster label, eps and x_t of a step, at the times `[B]`."""
+        self.batches.seed_dropout(step)
+        x0, place = self.batches.pictures(step)
+        eps = self.batches.noise(step)
+        a, s, _, _ = self.posterior.scorer.schedule(t).beside(x0)
+        return x0, self.cluster[place], eps, a * x0 + s * eps
+
+    def configure_optimizers(self) -> Any:
+        return self.config.adam(self.parameters())
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.config.clip(optimizer.param_groups[0]["params"])
+
+
+class PosteriorLearning(_RouterLearning):
+    """Stage 1: the posterior net, from labels and the exact posterior, at times even in [t_min, 1]."""
+
+    def training_step(self, _: Any, __: int) -> Tensor:
+        t = self.config.t_min + (1 - self.config.t_min) * self.batches.times(self.global_step)
+        _x0, label, _eps, x = self.noisy(self.global_step, t)
+        alpha = exact_posterior(
+            x, t, self.batches.images, self.cluster, self.posterior.scorer.schedule, len(self.posterior.log_pi)
+        )
+        return posterior_loss(
+            self.posterior.logits(x, t), alpha, label, self.config.label_weight, self.config.posterior_weight
+        )
+
+
+class RouterLearning(_RouterLearning):
+    """Stage 2: the posterior net and the derivative nets, a third of the times in each band."""
+
+    def __init__(
+        self,
+        posterior: PosteriorNet,
+        derivative: DerivativeNet,
+        batches: Batches,
+        cluster: Tensor,
+        config: RouterConfig,
+    ) -> None:
+        super().__init__(posterior, batches, cluster, config)
+        self.derivative = derivative
+        self.edges = nn.Buffer(torch.tensor([config.t_min, *config.bands, 1.0]), persistent=False)
+        if config.compile:
+            derivative.scorers.apply(lambda part: part.compile(dynamic=False) if isinstance(part, Scorer) else None)
+
+    def training_step(self, _: Any, __: int) -> Tensor:
+        # Counted on from stage 1, so that its batches are not seen again.
+        step = self.config.switch_step + self.global_step
+        place = 3 * self.batches.times(step)
+        band = place.long().clamp_max(2)
+        t = self.edges[band] + (self.edges[band + 1] - self.edges[band]) * (place - band)
+        x0, label, eps, x = self.noisy(step, t)
+        schedule, k = self.posterior.scorer.schedule, len(self.posterior.log_pi)
+        alpha, dalpha = exact_posterior_rate(x0, eps, t, self.batches.images, self.cluster, schedule, k)
+        # The times are stratified, row j in the j-th of B equal parts: the first third of the rows is band 0.
+        thirds = zip(x.chunk(3), t.chunk(3), strict=True)
+        rate = torch.cat([self.derivative.band(b, x_b, t_b) for b, (x_b, t_b) in enumerate(thirds)])
+        loss = posterior_loss(self.posterior.logits(x, t), alpha, label, 0.0, 1.0)
+        return loss + self.config.rate_weight * rate_loss(rate, dalpha)

@@ -1,0 +1,1 @@
+"""The HTTP API, the OpenAI-compatible API and the page."""

@@ -1,0 +1,1 @@
+"""A trained bundle that samples in this process: parameters, loading, the model."""

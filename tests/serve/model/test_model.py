@@ -1,0 +1,471 @@
+import json
+import math
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
+from ddm.errors import ArtifactError, ConfigError
+from ddm.gaussian import moments
+from ddm.partition import Partition
+from ddm.rng import Use, normal
+from ddm.samplers import SAMPLERS, drive, sample
+from ddm.samplers import start as walk_of
+from ddm.schedules import schedule
+from router.policies import POLICIES
+from router.sources import SOURCES
+from serve import SampleConfig, load
+from serve.model.loading import load_expert
+
+
+@pytest.mark.parametrize(
+    ("policy", "sampler"),
+    [
+        *((policy, "dpmpp_2m") for policy in ("balanced", "adaptive", "stochastic", "fixed", "full")),
+        *(("balanced", sampler) for sampler in SAMPLERS if sampler != "dpmpp_2m"),
+        ("adaptive", "heun"),
+        ("stochastic", "ddpm"),
+    ],
+)
+def test_a_picture_is_the_same_alone_and_among_others(small_run: Path, policy: str, sampler: str) -> None:
+    model = load(small_run)
+    settings = {"seed": 0, "steps": 6, "policy": policy, "sampler": sampler, "control": "gaussian"}
+    many, traced = model.sample(8, trace=True, **settings)
+    one, alone = model.sample(1, first_index=3, trace=True, **settings)
+    assert torch.equal(traced.chosen[:, 3], alone.chosen[:, 0])
+    assert torch.allclose(many[3], one[0], atol=1e-4)
+    assert (many[3] - many[4]).abs().max() > 0.05
+
+
+def test_the_size_of_the_batch_changes_no_picture(small_run: Path) -> None:
+    model = load(small_run)
+    whole, by_three = (model.sample(8, seed=1, steps=5, batch=batch) for batch in (8, 3))
+    assert torch.allclose(whole, by_three, atol=1e-4)
+
+
+def test_another_seed_gives_other_pictures(small_run: Path) -> None:
+    model = load(small_run)
+    assert (model.sample(2, seed=0, steps=3) - model.sample(2, seed=1, steps=3)).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_source_goes_with_every_policy(small_run: Path, source: str, policy: str) -> None:
+    images, trace = load(small_run).sample(3, steps=4, source=source, policy=policy, trace=True)
+    assert images.dtype == torch.float32
+    assert images.shape == (3, 1, 8, 8)
+    assert images.isfinite().all()
+    assert images.abs().max() <= 1
+    assert torch.allclose(trace.alpha.sum(dim=2), torch.ones(4, 3), atol=1e-5)
+    assert trace.calls == int(trace.chosen.sum())
+
+
+def test_a_trace_counts_one_call_a_step_or_one_an_expert(small_run: Path) -> None:
+    model = load(small_run)
+    assert model.sample(5, steps=4, policy="balanced", trace=True)[1].calls == 5 * 4
+    assert model.sample(5, steps=4, policy="full", trace=True)[1].calls == 5 * 4 * 3
+    assert model.sample(5, steps=4, policy="top_k", top_k=2, trace=True)[1].calls == 5 * 4 * 2
+
+
+def calls_of(sampler: str, steps: int) -> int:
+    """Denoiser calls in so many steps to t = 0: the last one needs no second."""
+    return 2 * steps - 1 if sampler in ("heun", "accelerated_ode") else steps
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_goes_with_every_policy_and_its_calls_are_counted(small_run: Path, sampler: str) -> None:
+    model, n, steps = load(small_run), 2, 3
+    calls = calls_of(sampler, steps)
+    for policy in POLICIES:
+        images, trace = model.sample(n, steps=steps, sampler=sampler, policy=policy, trace=True)
+        assert images.isfinite().all() and images.abs().max() <= 1, policy
+        assert (images[0] - images[1]).abs().max() > 0.05, policy
+        assert len(trace.t) == calls and trace.calls == int(trace.chosen.sum())
+        match policy:
+            case "full":
+                assert trace.calls == n * calls * 3
+            case "nucleus":
+                assert n * calls <= trace.calls <= n * calls * 3
+            case "adaptive":  # a second expert in one of the three steps at most
+                assert n * calls <= trace.calls <= n * (calls + math.ceil(calls / steps))
+            case _:
+                assert trace.calls == n * calls, policy
+
+
+def test_a_choice_is_held_within_a_step_of_two_calls_and_drawn_anew_in_the_next(small_run: Path) -> None:
+    _, trace = load(small_run).sample(8, steps=5, sampler="heun", policy="stochastic", source="prior", trace=True)
+    first, second = trace.chosen[0:8:2], trace.chosen[1:8:2]
+    assert first.equal(second)
+    assert not any(one.equal(other) for one, other in pairwise(trace.chosen[0:9:2]))
+
+
+def test_adaptive_takes_as_many_calls_as_its_budget_where_nothing_is_decided(small_run: Path) -> None:
+    model = load(small_run)
+    for budget, calls in ((1.0, 8), (1.25, 10), (1.5, 12), (2.0, 16)):
+        settings = {"steps": 8, "source": "prior", "policy": "adaptive", "budget": budget}
+        assert model.sample(3, trace=True, **settings)[1].calls == 3 * calls
+
+
+def test_the_order_of_unipc_is_heard_where_there_are_answers_enough_for_it(small_run: Path) -> None:
+    model = load(small_run)
+    for steps, differs in ((2, False), (6, True)):
+        settings = {"steps": steps, "sampler": "unipc", "source": "prior", "policy": "full"}
+        third, second = (model.sample(2, order=order, **settings) for order in (3, 2))
+        assert ((third - second).abs().max() > 1e-4) == differs
+        assert torch.equal(model.sample(2, **settings), third)  # the default
+
+
+def test_the_gaussians_are_those_of_the_clusters_in_their_order(small_run: Path) -> None:
+    model, cut = load(small_run), Partition.read(small_run / "partition")
+    for k in range(3):
+        mean, variance = moments(cut.cluster(small_run / "partition", k)["images"])
+        torch.testing.assert_close(model.gaussians.means[k], mean)
+        torch.testing.assert_close(model.gaussians.variances[k], variance)
+    assert model.gaussians.schedule == model.schedule
+    assert (model.gaussians.means[0] - model.gaussians.means[1]).abs().max() > 0.1
+
+
+def test_one_step_with_control_is_one_without_and_the_gaussians_answer_to_what_is_left_of_alpha(
+    small_run: Path,
+) -> None:
+    model = load(small_run)
+    settings = {"steps": 1, "clip": False, "source": "prior", "policy": "balanced"}
+    plain, trace = model.sample(4, trace=True, control="none", **settings)
+    controlled = model.sample(4, control="gaussian", **settings)
+    noise = normal(0, Use.START, torch.arange(4), 0, model.shape)
+    x = noise * model.schedule(torch.ones(())).s
+    left = trace.alpha[0] - trace.chosen[0].float()
+    expected = plain + model.gaussians.mix(x, torch.ones(()), left)
+    torch.testing.assert_close(controlled, expected, rtol=1e-4, atol=1e-5)
+    assert (controlled - plain).abs().max() > 0.1
+
+
+def test_the_control_is_on_unless_told_otherwise_and_never_for_fixed_or_for_all(small_run: Path) -> None:
+    model = load(small_run)
+
+    def both(policy: str) -> tuple[Tensor, Tensor]:
+        plain, controlled = (model.sample(4, steps=4, policy=policy, control=c) for c in ("none", "gaussian"))
+        assert torch.equal(controlled, model.sample(4, steps=4, policy=policy))
+        return plain, controlled
+
+    assert SampleConfig().control == "gaussian"
+    assert torch.equal(*both("fixed"))
+    assert torch.allclose(*both("full"), atol=1e-5)
+    for policy in ("balanced", "adaptive", "stochastic", "top_k"):
+        plain, controlled = both(policy)
+        assert (plain - controlled).abs().max() > 1e-2, policy
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "said"),
+    [
+        (
+            "rectified_flow",
+            "ddpm",
+            r"sample.sampler must be one of euler ddim heun dpmpp_2m unipc for RectifiedFlow.*got 'ddpm'",
+        ),
+        ("rectified_flow", "accelerated_ode", "it divides by a; got 'accelerated_ode'"),
+        ("edm", "accelerated_sde", r"where a\^2 \+ s\^2 is 6401 at t = 1: it needs 1; got 'accelerated_sde'"),
+    ],
+)
+def test_a_sampler_that_the_schedule_does_not_define_is_refused_before_anything_is_drawn(
+    small_run: Path, name: str, sampler: str, said: str
+) -> None:
+    model = load(small_run)
+    model.schedule = schedule(name)
+    called: list[int] = []
+    with pytest.raises(ConfigError, match=said):
+        model.sample(1, sampler=sampler, steps=4, progress=called.append)
+    with pytest.raises(ConfigError, match=said):
+        model.settings(sampler=sampler, steps=4)
+    assert not called
+    assert model.settings(sampler="ddim", steps=4).steps == 4
+
+
+def without(bundle: Path, name: str, tensor: str) -> None:
+    """Write an artifact of a bundle anew without one of its tensors, with all hashes right."""
+    tensors, facts = read_artifact(bundle / name)
+    del tensors[tensor]
+    write_artifact(bundle / name, tensors, {key: value for key, value in facts.items() if key != "sha256"})
+    manifest = read_json(bundle / "manifest.json")
+    manifest["artifacts"][name] = sha256(bundle / f"{name}.json")
+    write_json(bundle / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize("tensor", ["gaussian.mean", "gaussian.variance"])
+def test_an_expert_without_the_moments_of_its_cluster_is_refused_by_name(
+    small_run: Path, tmp_path: Path, tensor: str
+) -> None:
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    without(bundle, "expert-02", tensor)
+    with pytest.raises(
+        ArtifactError,
+        match=rf"expert-02.safetensors is not of this version: it has no tensor {tensor}, so train it anew$",
+    ):
+        load(bundle)
+
+
+def test_a_bundle_carried_away_gives_the_same_pictures(small_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_run / "bundle", tmp_path / "elsewhere")
+    there, here = load(tmp_path / "elsewhere"), load(small_run)
+    assert there.version == here.version
+    assert torch.equal(there.sample(2, steps=3), here.sample(2, steps=3))
+    with pytest.raises(ConfigError, match="source=analytic needs the training pictures"):
+        there.sample(1, source="analytic")
+
+
+def test_a_clipped_picture_differs_only_where_it_would_leave_the_range(small_run: Path) -> None:
+    model = load(small_run)
+    free = model.sample(4, steps=1, clip=False)
+    assert torch.allclose(model.sample(4, steps=1, clip=True), free.clamp(-1, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, r"sample.steps must be in \[1, 1000\], got 0"),
+        ({"steps": 2.5}, r"sample.steps must be in \[1, 1000\], got 2.5"),
+        ({"sampler": "eular"}, "sample.sampler must be one of euler ddim heun .*, got 'eular'"),
+        ({"policy": "best"}, "sample.policy must be one of full top_k .* adaptive, got 'best'"),
+        ({"policy": "adaptive", "budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
+        ({"control": "best"}, "sample.control must be one of none gaussian, got 'best'"),
+        ({"order": 4}, "sample.order must be 2 or 3, got 4"),
+        ({"sampler": "unipc", "order": 1}, "sample.order must be 2 or 3, got 1"),
+        ({"grid": "own"}, r"sample.grid must not be own for VPLinear.*, which has no steps of its own"),
+        ({"source": "oracle"}, "sample.source must be one of prior .*, got 'oracle'"),
+        ({"grid": "even"}, "sample.grid must be one of uniform_t .*, got 'even'"),
+        ({"policy": "top_k", "top_k": 0}, "sample.top_k must be at least 1, got 0"),
+        ({"policy": "nucleus", "nucleus_p": 1.5}, r"sample.nucleus_p must be in \(0, 1\], got 1.5"),
+        ({"temperature": 0}, r"sample.temperature must be in \[0.01, 100\], got 0"),
+        ({"temperature": 0.009}, r"sample.temperature must be in \[0.01, 100\], got 0.009"),
+        ({"temperature": 101}, r"sample.temperature must be in \[0.01, 100\], got 101"),
+        ({"temperature": math.nan}, r"sample.temperature must be in \[0.01, 100\], got nan"),
+        ({"step": 3}, "sample has no setting 'step'; it takes steps, sampler"),
+        ({"seed": -1}, "sample.seed must be"),
+        ({"first_index": -1}, "sample.first_index must be a whole number, at least 0, got -1"),
+        ({"batch": 0}, "sample.batch must be a whole number, at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(small_run: Path, settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(small_run).sample(1, **settings)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
+        ({"order": 4}, "sample.order must be 2 or 3, got 4"),
+        ({"control": "best"}, "sample.control must be one of none gaussian, got 'best'"),
+        ({"temperature": -1.0}, r"sample.temperature must be in \[0.01, 100\], got -1.0"),
+        ({"t_min": 1.0}, r"sample.t_min must be in \[0, 0.999\], got 1.0"),
+    ],
+)
+def test_settings_are_refused_without_a_model_at_hand(settings: dict[str, object], said: str) -> None:
+    SampleConfig().check()
+    with pytest.raises(ConfigError, match=said):
+        SampleConfig(**settings).check()  # type: ignore[arg-type]
+
+
+def test_a_path_ends_at_t_min_with_the_noise_that_is_left_there(small_run: Path) -> None:
+    model = load(small_run)
+    settings = {"steps": 9, "policy": "top_k", "source": "prior", "control": "none", "clip": False}
+    images, trace = model.sample(3, t_min=0.1, trace=True, **settings)
+    torch.testing.assert_close(trace.t, torch.linspace(1, 0.1, 10, dtype=torch.float64)[:-1])
+    assert (images - model.sample(3, **settings)).abs().max() > 0.05
+
+
+def test_no_pictures_are_refused(small_run: Path) -> None:
+    with pytest.raises(ConfigError, match="sample.n must be a whole number, at least 1, got 0"):
+        load(small_run).sample(0)
+
+
+def test_a_changed_weight_is_refused_with_file_and_hashes(small_run: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    path = bundle / "expert-01.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ArtifactError, match=r"expert-01.safetensors is damaged or foreign: its SHA-256 is \w{64}, expected \w{64}"
+    ):
+        load(bundle)
+
+
+def test_an_expert_of_another_run_is_refused_even_with_its_hash_in_the_manifest(
+    small_run: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    facts = json.loads((bundle / "expert-01.json").read_text())
+    (bundle / "expert-01.json").write_text(json.dumps({**facts, "partition": "0" * 64}))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["artifacts"]["expert-01"] = sha256(bundle / "expert-01.json")
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="expert-01.json does not belong to this bundle: its partition is '000"):
+        load(bundle)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nothing is no folder"):
+        load(tmp_path / "nothing")
+    with pytest.raises(ArtifactError, match=r"manifest.json is missing"):
+        load(tmp_path)
+
+
+# Clusters, and the parts that serving takes
+
+
+def test_an_only_cluster_is_its_expert_alone_and_asks_no_other(small_run: Path) -> None:
+    model = load(small_run)
+    for k, name in enumerate(model.names):
+        for policy in ("full", "balanced", "top_k"):
+            settings = {"steps": 4, "policy": policy, "control": "none", "clip": False}
+            images, trace = model.sample(2, trace=True, clusters={name: 2.0}, **settings)
+            start = normal(0, Use.START, torch.arange(2), 0, model.shape)
+            with torch.inference_mode():
+                at_one = start * model.schedule(torch.ones(())).s
+                alone = sample(model.experts[k], at_one, model.schedule, "dpmpp_2m", steps=4)
+            assert trace.chosen.equal(torch.eye(3, dtype=torch.bool)[k].expand(4, 2, 3))
+            assert trace.calls == 4 * 2
+            torch.testing.assert_close(images, alone.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_clusters_multiply_alpha_and_equal_ones_change_nothing(small_run: Path) -> None:
+    model = load(small_run)
+    first, second, third = model.names
+    settings = {"steps": 1, "policy": "full", "source": "posterior", "trace": True}
+    plain, weighted = (
+        model.sample(3, **settings, **more)[1].alpha[0] for more in ({}, {"clusters": {first: 3.0, third: 0.5}})
+    )
+    left = plain * torch.tensor([3.0, 0.0, 0.5])
+    torch.testing.assert_close(weighted, left / left.sum(dim=1, keepdim=True))
+    same = dict.fromkeys((first, second, third), 7.0)
+    torch.testing.assert_close(model.sample(3, steps=4, clusters=same), model.sample(3, steps=4), rtol=0, atol=1e-5)
+
+
+def test_the_temperature_raises_alpha_to_its_inverse_and_1_is_bit_identical_to_none(small_run: Path) -> None:
+    model = load(small_run)
+    settings = {"steps": 4, "source": "posterior", "trace": True}
+    (images, plain), (same, _) = (model.sample(6, **settings, **more) for more in ({}, {"temperature": 1.0}))
+    assert images.equal(same)
+    for temperature in (0.25, 4.0):
+        cooled, trace = model.sample(6, **settings, temperature=temperature)
+        power = plain.alpha[0].double() ** (1 / temperature)  # at the first step all are at the same noise
+        torch.testing.assert_close(trace.alpha[0].double(), power / power.sum(dim=1, keepdim=True), rtol=1e-4, atol=0)
+        assert (cooled - images).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("clusters", "said"),
+    [
+        ({"nobody": 1.0}, "sample.clusters must be one of .*, got 'nobody'"),
+        ({"": 1.0}, "sample.clusters must be one of .*, got ''"),
+    ],
+)
+def test_a_cluster_that_there_is_not_is_refused_with_the_list(
+    small_run: Path, clusters: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load(small_run).settings(clusters=clusters)
+    assert error.value.key == "sample.clusters"
+    assert all(name in str(error.value) for name in load(small_run).names)
+
+
+@pytest.mark.parametrize("weights", [[0.0], [-1.0], [math.nan], [math.inf], [1.0, -1.0], [0.0, 0.0]])
+def test_weights_of_clusters_that_make_no_sense_are_refused(small_run: Path, weights: list[float]) -> None:
+    model = load(small_run)
+    with pytest.raises(ConfigError, match="sample.clusters must have finite weights of at least 0, not all 0"):
+        model.settings(clusters=dict(zip(model.names, weights, strict=False)))
+
+
+def test_an_expert_read_alone_answers_as_the_one_of_the_whole_and_no_other_file_is_needed(
+    small_run: Path, tmp_path: Path
+) -> None:
+    model = load(small_run)
+    x, t = torch.randn(2, *model.shape), torch.tensor([0.9, 0.2])
+    for k in range(3):
+        bundle = tmp_path / f"{k}"
+        bundle.mkdir()
+        for name in ("manifest.json", f"expert-{k:02d}.json", f"expert-{k:02d}.safetensors"):
+            shutil.copyfile(small_run / "bundle" / name, bundle / name)
+        expert, version = load_expert(bundle, k)
+        assert version == model.version
+        assert not expert.training and not any(p.requires_grad for p in expert.parameters())
+        torch.testing.assert_close(expert(x, t), model.experts[k](x, t))
+    assert load_expert(small_run, 1)[1] == model.version
+
+
+def test_an_expert_that_there_is_not_or_that_is_damaged_is_refused_by_name(small_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="bundle has no expert 3, it has 3"):
+        load_expert(small_run, 3)
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    without(bundle, "expert-02", "gaussian.mean")
+    with pytest.raises(
+        ArtifactError, match="expert-02.safetensors is not of this version: it has no tensor gaussian.mean"
+    ):
+        load_expert(bundle, 2)
+    path = bundle / "expert-01.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ArtifactError, match="expert-01.safetensors is damaged or foreign"):
+        load_expert(bundle, 1)
+    assert load_expert(bundle, 0)
+
+
+def test_a_model_without_its_experts_routes_as_the_whole_one(small_run: Path) -> None:
+    whole, bare = load(small_run), load(small_run, experts=False)
+    assert bare.experts == [] and len(whole.experts) == 3
+    assert bare.version == whole.version and bare.names == whole.names
+    x, half = torch.randn(2, *whole.shape), torch.full((2,), 0.5, dtype=torch.float64)
+    for source in SOURCES:
+        routed = []
+        for model in (whole, bare):
+            router = model.recipe(model.settings(source=source)).router
+            alpha, memory = router.route(x, torch.tensor(1.0), router.start(x, half), half)
+            routed.append((alpha, router.route(x, torch.tensor(0.6), memory, half)[0]))
+        torch.testing.assert_close(routed[0], routed[1])
+    torch.testing.assert_close(bare.gaussians.means, whole.gaussians.means)
+
+
+def test_a_bundle_with_a_damaged_expert_is_refused_without_experts_too(small_run: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    path = bundle / "expert-01.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ArtifactError, match="expert-01.safetensors is damaged or foreign"):
+        load(bundle, experts=False)
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "unipc", "euler_maruyama", "accelerated_sde"])
+def test_a_recipe_walks_a_picture_as_the_samplers_do(small_run: Path, name: str) -> None:
+    model = load(small_run)
+    recipe = model.recipe(model.settings(sampler=name, steps=5, grid="quadratic", t_min=0.02))
+    index = torch.tensor([4, 9])
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return x.sin() * (1 - t.to(x).reshape(-1, *(1,) * (x.ndim - 1)))
+
+    start = normal(3, Use.START, index, 0, model.shape) * model.schedule(torch.ones(())).s
+    torch.testing.assert_close(recipe.start(3, index), start)
+    found, calls = drive(recipe.walk(recipe.start(3, index), 3, index), denoise)
+    by_hand = walk_of(start, model.schedule, name, 5, "quadratic", seed=3, index=index, t_min=0.02)
+    expected, _ = drive(by_hand, denoise)
+    torch.testing.assert_close(found, expected)
+    assert calls == (10 if name == "heun" else 5)
+
+
+def test_a_recipe_is_the_same_for_the_same_settings_and_keeps_nothing_of_those_who_follow_it(small_run: Path) -> None:
+    model = load(small_run)
+    recipe = model.recipe(model.settings(steps=3))
+    assert model.recipe(model.settings(steps=3)) is recipe
+    other = model.recipe(model.settings(steps=4, sampler="heun"))
+    assert other is not recipe and other.router is recipe.router
+    assert model.recipe(model.settings(steps=3, pull=1.0)).router is not recipe.router
+    for seed in range(5):
+        model.sample(2, seed=seed, steps=3)
+    assert recipe.schedule.cache_info().currsize <= 4  # the times of its grid
+    for top_k in range(1, 200):
+        model.recipe(model.settings(policy="top_k", top_k=top_k))
+    assert len(model._recipes) <= 64 and len(model._routers) <= 64

@@ -1,0 +1,128 @@
+"""docker/serve.yaml, deployed on a Ray cluster of several nodes on this machine: the pictures of `load(run).sample`, whatever dies."""
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from benchmarks.load.client import Reply, ask, closed, session
+from benchmarks.load.cluster import Deployed, deployed
+from benchmarks.load.drill import differences, other_weights
+from serve import load
+from serve.model.images import to_uint8
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own, which are many
+
+
+@pytest.fixture(scope="module")
+def bundles(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("bundles")
+    return Path(shutil.copytree(small_run / "bundle", folder / "one")), other_weights(str(small_run), folder / "two")
+
+
+@pytest.fixture(scope="module")
+def service(bundles: tuple[Path, Path]) -> Iterator[Deployed]:
+    with deployed(str(bundles[0]), nodes=3, slots=1) as found:
+        yield found
+
+
+def expected(bundle: Path, n: int, **settings: Any) -> dict[str, Tensor]:
+    model = load(bundle)
+    return {model.version: to_uint8(model.sample(n, **settings)).permute(0, 2, 3, 1)}
+
+
+def asked(service: Deployed, clients: int, requests: int, **settings: Any) -> list[Reply]:
+    tally = asyncio.run(closed(service.url, clients, requests, settings))
+    assert [reply.said for reply in tally.replies if reply.status != 200] == []
+    return tally.replies
+
+
+def test_each_expert_has_a_node_of_its_own_and_the_sampling_service_another(service: Deployed) -> None:
+    found = service.replicas()
+    assert sorted(found) == ["expert-00", "expert-01", "expert-02", "sampling"]
+    nodes = [node for there in found.values() for _, node in there]
+    assert len(nodes) == len(set(nodes)) == 4
+
+
+def test_the_pictures_are_those_of_load_alone_and_among_64(service: Deployed, bundles: tuple[Path, Path]) -> None:
+    wanted = expected(bundles[0], 64)
+    assert max(differences(asked(service, 1, 3), wanted)) == 0
+    assert max(differences(asked(service, 64, 64), wanted)) <= 1
+
+
+def test_the_choices_of_expert_are_those_of_load(service: Deployed, bundles: tuple[Path, Path]) -> None:
+    async def traced() -> Any:
+        async with session(service.url) as client:
+            body = {"n": 5, "seed": 3, "trace": True, "format": "b64_json", "policy": "stochastic", "sampler": "heun"}
+            async with client.post("/v1/samples", json=body) as response:
+                return await response.json()
+
+    _, trace = load(bundles[0]).sample(5, seed=3, trace=True, policy="stochastic", sampler="heun")
+    answer = asyncio.run(traced())
+    assert answer["trace"]["chosen"] == trace.chosen.int().tolist()
+    assert answer["calls"] == trace.calls
+    np.testing.assert_allclose(answer["trace"]["alpha"], trace.alpha, atol=1e-4)
+
+
+def test_a_replica_that_is_killed_on_the_way_costs_time_and_nothing_else(
+    service: Deployed, bundles: tuple[Path, Path]
+) -> None:
+    wanted = expected(bundles[0], 48, steps=40)
+
+    async def work() -> list[Reply]:
+        loading = asyncio.create_task(closed(service.url, 16, 48, {"steps": 40}))
+        await asyncio.sleep(0.5)
+        for name in ("expert-01", "expert-00"):
+            found = await asyncio.to_thread(service.replicas)
+            os.kill(found[name][0][0], signal.SIGKILL)
+        return (await loading).replies
+
+    replies = asyncio.run(work())
+    assert [reply.said for reply in replies if reply.status != 200] == []
+    assert len(replies) == 48
+    assert max(differences(replies, wanted)) <= 1
+
+
+def test_a_switch_of_weights_drops_nothing_and_each_answer_names_the_version_whose_pixels_it_has(
+    service: Deployed, bundles: tuple[Path, Path]
+) -> None:
+    service.wait()
+    wanted = expected(bundles[0], 64) | expected(bundles[1], 64)
+    process = service.replicas()["sampling"]
+
+    async def work() -> tuple[list[Reply], list[Reply]]:
+        loading = asyncio.create_task(closed(service.url, 16, 64, {}))
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(service.deploy, str(bundles[1]))
+        during = (await loading).replies
+        async with session(service.url) as client:
+            while (last := await ask(client, 0, {})).version != load(bundles[1]).version:
+                assert last.status == 200
+            return during, [await ask(client, index, {}) for index in range(8)]
+
+    during, after = asyncio.run(work())
+    assert [reply.said for reply in [*during, *after] if reply.status != 200] == []
+    assert max(differences([*during, *after], wanted)) <= 1
+    assert {reply.version for reply in after} == {load(bundles[1]).version}
+    assert service.replicas()["sampling"] == process
+    first, second = wanted.values()
+    assert int((first.int() - second.int()).abs().amax(dim=(1, 2, 3)).min()) > 2  # they would be told apart
+
+
+def test_neither_a_large_body_nor_the_headers_of_ray_get_past_the_proxy(service: Deployed) -> None:
+    async def work() -> tuple[int, int]:
+        async with session(service.url) as client:
+            async with client.post("/v1/samples", data=b" " * 200_000) as large:
+                pass
+            hurry = {"x-request-timeout-seconds": "0.001"}
+            async with client.post("/v1/samples", json={"seed": 0}, headers=hurry) as hurried:
+                return large.status, hurried.status
+
+    assert asyncio.run(work()) == (413, 200)

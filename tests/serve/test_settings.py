@@ -1,0 +1,129 @@
+"""The keys of `python -m serve`: every refusal names its key."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ddm.errors import ConfigError
+from serve.settings import Settings, settings
+from serve.model.params import SampleConfig
+
+RUN = {"run": "runs/digits"}
+
+
+def test_words_stand_above_the_tree_and_the_tree_above_the_defaults() -> None:
+    found = settings(
+        {**RUN, "serve": {"port": 9000, "limits": {"n": 8}}, "sample": {"steps": 9}},
+        ["serve.port=9001", "sample.clusters={a: 2, b: 0.5}", "serve.ray.resources={slot: 1}"],
+    )
+    expected = Settings(run="runs/digits")
+    expected.serve.port, expected.serve.limits.n = 9001, 8
+    expected.sample = SampleConfig(steps=9, clusters={"a": 2.0, "b": 0.5})
+    expected.serve.ray.resources = {"slot": 1.0}
+    assert found == expected
+
+
+def test_the_defaults_are_safe_and_make_sense_themselves() -> None:
+    found = settings(RUN)
+    assert (found.serve.host, found.serve.open, found.serve.token_file) == ("127.0.0.1", False, None)
+    assert found.token() is None
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "said"),
+    [
+        ("run=''", "run", "run must be a run's folder or a bundle's, got ''"),
+        ("serve.port=65536", "serve.port", "must be in [0, 65535], got 65536"),
+        ("serve.port=-1", "serve.port", "must be in [0, 65535], got -1"),
+        ("serve.port=web", "serve.port", "'web'"),
+        ("serve.port=null", "serve.port", "None"),
+        ("serve.port", "serve.port", "None"),
+        ("serve.prot=80", "serve.prot", "Key 'prot' not in 'ServeConfig'"),
+        ("server.port=80", "server", "Key 'server' not in 'Settings'"),
+        ("serve=3", "serve", "int is not a subclass of ServeConfig"),
+        ("serve.limits=3", "serve.limits", "int is not a subclass of LimitsConfig"),
+        ("serve.placement=moon", "serve.placement", "'moon'"),
+        ("serve.degraded=maybe", "serve.degraded", "'maybe'"),
+        ("serve.open=perhaps", "serve.open", "'perhaps'"),
+        ("serve.max_batch=0", "serve.max_batch", "must be above 0, got 0"),
+        ("serve.max_active=0", "serve.max_active", "must be above 0, got 0"),
+        ("serve.call_timeout_s=0", "serve.call_timeout_s", "must be above 0, got 0"),
+        ("serve.retry_s=.nan", "serve.retry_s", "must be above 0, got nan"),
+        ("serve.limits.n=0", "serve.limits.n", "must be above 0, got 0"),
+        ("serve.limits.steps=-1", "serve.limits.steps", "must be above 0, got -1"),
+        ("serve.limits.body_bytes=0", "serve.limits.body_bytes", "must be above 0, got 0"),
+        ("serve.limits.body_timeout_s=0", "serve.limits.body_timeout_s", "must be above 0, got 0"),
+        ("serve.limits.pending=0", "serve.limits.pending", "must be above 0, got 0"),
+        ("serve.limits.deadline_s=-2", "serve.limits.deadline_s", "must be above 0, got -2"),
+        ("serve.ray.replicas=0", "serve.ray.replicas", "must be above 0, got 0"),
+        ("serve.ray.services=0", "serve.ray.services", "must be above 0, got 0"),
+        ("serve.ray.gpus=-1", "serve.ray.gpus", "must be at least 0, got -1"),
+        ("serve.ray.cpus=-1", "serve.ray.cpus", "must be at least 0, got -1"),
+        ("serve.ray.service_cpus=-1", "serve.ray.service_cpus", "must be at least 0, got -1"),
+        ("serve.ray.max_replicas=0", "serve.ray.max_replicas", "must be at least serve.ray.replicas, got 0"),
+        ("serve.ray.resources={a: b}", "serve.ray.resources.a", "'b'"),
+        ("serve.ray.resources={a", "serve.ray.resources", "while parsing"),
+        ("run=[", "run", "while parsing"),
+        ("sample.steps=0", "sample.steps", "must be in [1, 1000], got 0"),
+        ("sample.sampler=best", "sample.sampler", "must be one of euler"),
+        ("sample.clusters=[1]", "sample.clusters", "incompatible"),
+        ("sample.clusters={a: -1}", "sample.clusters", "must have finite weights of at least 0"),
+        ("sample.clusters={a: .inf}", "sample.clusters", "must have finite weights of at least 0"),
+        ("sample.clusters={a: 0}", "sample.clusters", "not all 0"),
+    ],
+)
+def test_a_word_that_makes_no_sense_is_refused_by_its_key(word: str, key: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
+        settings(RUN, ["serve.max_batch=32", word])
+    assert error.value.key == key
+    assert str(error.value).startswith(key)
+
+
+def test_a_tree_that_makes_no_sense_is_refused_by_its_key() -> None:
+    for tree, key in (
+        ({}, "run"),
+        ({"run": None}, "run"),
+        ({**RUN, "serve": 3}, "serve"),
+        ({**RUN, "serve": {"port": "web"}}, "serve.port"),
+        ({**RUN, "serve": {"limits": {"m": 1}}}, "serve.limits.m"),
+        ({**RUN, "simple": {}}, "simple"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            settings(tree)
+        assert error.value.key == key
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org", ""])
+def test_a_host_beyond_this_machine_is_refused_without_a_token_unless_told_to(host: str) -> None:
+    tree = {**RUN, "serve": {"host": host}}
+    with pytest.raises(ConfigError, match="serve.host must be this machine's own .* unless serve.token_file") as error:
+        settings(tree)
+    assert error.value.key == "serve.host"
+    assert settings(tree, ["serve.open=true"]).serve.host == host
+    assert settings(tree, ["serve.token_file=token"]).serve.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_this_machine_s_own_hosts_need_no_token(host: str) -> None:
+    assert settings(RUN, [f"serve.host={host}"]).serve.host == host
+
+
+def test_the_token_is_what_its_file_holds_and_a_file_without_one_is_refused_by_key(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    config = settings(RUN, [f"serve.token_file={path}"])
+
+    def refused() -> None:
+        with pytest.raises(ConfigError, match="serve.token_file must be a file with a token") as error:
+            config.token()
+        assert error.value.key == "serve.token_file"
+
+    refused()
+    for content in (b"", b" \n", b"\xff\xfe\x80"):
+        path.write_bytes(content)
+        refused()
+    path.write_text("  s3cret\n")
+    assert config.token() == "s3cret"
+    path.unlink()
+    path.mkdir()
+    refused()

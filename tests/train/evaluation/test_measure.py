@@ -1,0 +1,291 @@
+"""What an evaluation records, beside the same figures computed another way, and what it does not compute twice."""
+
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddm.artifacts import read_json, read_tensors, sha256, write_json
+from ddm.errors import ConfigError
+from ddm.measures import power_law_fit, trajectory_error
+from ddm.partition import Partition
+from serve import load
+from serve.model.images import to_uint8
+from tests.train.conftest import frechet, gaussian, means_of
+from train.config import Config
+from train.evaluation.measure import Measurement, evaluate
+from train.evaluation.features import feature_networks
+from train.evaluation.results import Cell, Evaluation, Score
+from train.evaluation.report import shown
+
+Judge = Callable[..., Path]
+NAMES = ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "controlled", "top-1", "full")
+NAIVE = {"source": "prior", "policy": "fixed", "control": "none"}
+BALANCED = {"source": "combined", "policy": "balanced", "control": "none"}
+
+
+def measured(config: Config) -> Evaluation:
+    return Measurement(config, None, config.evaluate, "evaluate").make()
+
+
+def one(record: Evaluation, method: str = "balanced", steps: int = 4, sampler: str = "dpmpp_2m", seed: int = 0) -> Cell:
+    wanted = (method, steps, sampler, seed)
+    (found,) = (cell for cell in record.cells if (cell.method, cell.steps, cell.sampler, cell.seed) == wanted)
+    return found
+
+
+def drawn(folder: Path, name: str) -> torch.Tensor:
+    return read_tensors(folder / "evaluate" / "draws" / f"{name}.safetensors")["images"]
+
+
+def expected(run: Path, seed: int = 0, steps: int = 4, **settings: Any) -> torch.Tensor:
+    return to_uint8(load(run).sample(20, seed=seed, steps=steps, **settings))
+
+
+def real(folder: Path) -> torch.Tensor:
+    return Partition.read(folder / "partition").all(folder / "partition")["images"]
+
+
+@pytest.fixture
+def copy(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of the small run, with its draws."""
+    return shutil.copytree(small_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def record(small_run: Path) -> Evaluation:
+    return Evaluation.read(small_run / "evaluate" / "record.json")
+
+
+def test_the_recorded_distance_is_that_of_the_drawn_pictures(small_run: Path, record: Evaluation) -> None:
+    whole = Partition.read(small_run / "partition").all(small_run / "partition")
+    order = whole["index"].argsort()
+    (network,) = feature_networks(["classifier"], None, {name: part[order] for name, part in whole.items()}, 0, "cpu")
+    features = [
+        gaussian(network(images, lambda _: None).features.double().numpy())
+        for images in (whole["images"], drawn(small_run, "balanced-dpmpp_2m-4-seed0"))
+    ]
+    assert one(record).scores["classifier"].frechet == pytest.approx(frechet(*features), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("MoG-a", {"source": "posterior", "policy": "stochastic", "control": "none"}),
+        ("balanced", BALANCED),
+        ("controlled", {"source": "combined", "policy": "balanced", "control": "gaussian"}),
+    ],
+)
+def test_the_recorded_trajectory_error_is_that_to_the_full_mixture(
+    small_run: Path, record: Evaluation, method: str, settings: dict[str, Any]
+) -> None:
+    model, errors = load(small_run), []
+    reference = model.sample(4, steps=8, source="posterior", policy="full")
+    for steps in (2, 4):
+        ends = model.sample(20, steps=steps, **settings)[:4]
+        errors.append(trajectory_error(ends, reference))
+        assert one(record, method, steps).trajectory_error == pytest.approx(errors[-1], rel=1e-3)
+    assert record.fits[method]["dpmpp_2m"] == pytest.approx(power_law_fit([2, 4], errors), rel=1e-2)
+
+
+def test_all_methods_are_in_the_table_with_their_calls(record: Evaluation) -> None:
+    calls = {(cell.method, cell.steps): cell.calls for cell in record.cells}
+    single = {(name, n): n for name in NAMES[:-1] for n in (2, 4)}
+    assert calls == {**single, ("full", 2): 6, ("full", 4): 12}
+    assert {(cell.sampler, cell.seed) for cell in record.cells} == {("dpmpp_2m", 0)}
+    assert record.pictures_seen["DDIM"] == record.pictures_seen["full"] == 3 * 12 * 12  # the same compute
+    assert one(record, "DDIM").trajectory_error is None  # another model has no path in common
+
+
+def test_the_report_needs_no_other_file(small_run: Path) -> None:
+    page = (small_run / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)='(?!data:)", page)
+    assert page.count("data:image/png;base64,") == 9
+    for name in (*NAMES, "a small classifier trained on half"):
+        assert name in page
+
+
+def test_every_seed_draws_pictures_of_its_own_and_the_table_gives_their_mean_and_deviation(
+    copy: Path, small: Callable[..., Config], means: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("evaluate.methods=[Naive, full]", "evaluate.seeds=3", f"evaluate.features=[{means}]")
+    found = evaluate(small(copy, *words), None)
+    assert len(found.cells) == 2 * 2 * 3 and found.seeds == 3
+    pictures = [drawn(copy, f"Naive-dpmpp_2m-4-seed{seed}") for seed in range(3)]
+    for seed, images in enumerate(pictures):
+        assert (images.int() - expected(copy, seed, **NAIVE).int()).abs().max() <= 1
+    assert not pictures[0].equal(pictures[1]) and not pictures[1].equal(pictures[2])
+    of_real = gaussian(means_of(real(copy)))
+    distances = [frechet(of_real, gaussian(means_of(images))) for images in pictures]
+    spread = found.over_seeds("Naive", 4, lambda cell: cell.scores["means"].frechet)
+    assert spread == pytest.approx((statistics.mean(distances), statistics.stdev(distances)), rel=1e-3)
+    errors = found.over_seeds("Naive", 4, lambda cell: cell.trajectory_error)
+    assert errors is not None and errors.deviation is None  # paths are those of seed 0
+    assert errors.mean == one(found, "Naive").trajectory_error
+    assert [one(found, "Naive", seed=seed).trajectory_error for seed in (1, 2)] == [None, None]
+    text = shown(spread, ".2f")
+    assert text == f"{statistics.mean(distances):.2f} ± {statistics.stdev(distances):.2f}"
+    assert text in (copy / "report.html").read_text() and text in capsys.readouterr().out
+
+
+def test_one_seed_has_no_deviation_and_what_was_not_measured_no_mean(record: Evaluation) -> None:
+    alone = record.over_seeds("Naive", 4, lambda cell: cell.scores["classifier"].frechet)
+    assert alone == (one(record, "Naive").scores["classifier"].frechet, None)
+    assert shown(alone, ".1f") == f"{alone[0]:.1f}"  # type: ignore[index]
+    assert record.over_seeds("DDIM", 4, lambda cell: cell.trajectory_error) is None
+    assert shown(None, ".1f") == "–"
+    assert record.over_seeds("Naive", 4, lambda cell: 1.0, sampler="heun") is None
+
+
+def test_a_mean_over_seeds_is_of_one_method_one_number_of_steps_and_one_sampler() -> None:
+    cells = [
+        Cell(method, sampler, steps, seed, 100 * (method == "b") + 10 * steps + (sampler == "y") + seed**2, None, {})
+        for method in "ab"
+        for sampler in "xy"
+        for steps in (2, 3)
+        for seed in range(3)
+    ]
+    table = Evaluation({}, {}, {}, {}, {"x": {}, "y": {}}, 20, 3, "32-true", cells, {})
+    deviation = statistics.stdev([0, 1, 4])
+    for method, steps, sampler, base in (("a", 2, None, 20), ("b", 3, "x", 130), ("b", 2, "y", 121)):
+        spread = table.over_seeds(method, steps, lambda cell: cell.calls, sampler)
+        assert spread == pytest.approx((base + 5 / 3, deviation))
+
+
+def test_each_sampler_draws_with_its_own_settings_above_those_of_sample(
+    copy: Path, small: Callable[..., Config], means: Path
+) -> None:
+    samplers = "evaluate.samplers={a: {}, b: {sampler: dpmpp_2m, grid: uniform_log_snr}}"
+    words = (
+        "sample.t_min=0.01",
+        "sample.steps=9",
+        f"evaluate.features=[{means}]",
+        "evaluate.methods=[Naive, balanced]",
+    )
+    found = evaluate(small(copy, *words, samplers), None)
+    own = {"t_min": 0.01, **BALANCED}
+    settings: dict[str, dict[str, Any]] = {"a": own, "b": {"sampler": "dpmpp_2m", "grid": "uniform_log_snr", **own}}
+    for name, given in settings.items():
+        images = drawn(copy, f"balanced-{name}-4-seed0")
+        assert (images.int() - expected(copy, **given).int()).abs().max() <= 1
+        cell = one(found, sampler=name)
+        distance = frechet(gaussian(means_of(real(copy))), gaussian(means_of(images)))
+        assert cell.scores["means"].frechet == pytest.approx(distance, rel=1e-3)
+        spread = found.over_seeds("balanced", 4, lambda cell: cell.scores["means"].frechet, name)
+        assert spread == (cell.scores["means"].frechet, None)
+    assert not drawn(copy, "balanced-a-4-seed0").equal(drawn(copy, "balanced-b-4-seed0"))
+    assert list(found.samplers) == ["a", "b"]
+    assert [found.samplers[name]["grid"] for name in "ab"] == ["uniform_t", "uniform_log_snr"]
+    assert found.samplers["b"]["sampler"] == "dpmpp_2m" and found.samplers["b"]["t_min"] == 0.01
+    for name in "ab":
+        errors = [one(found, steps=n, sampler=name).trajectory_error for n in (2, 4)]
+        assert found.fits["balanced"][name] == pytest.approx(power_law_fit([2, 4], errors))  # type: ignore[arg-type]
+    # The reference is walked by the first of them.
+    reference = read_json(copy / "evaluate" / "draws" / "reference-a-8-seed0.json")
+    assert (reference["sampler"], reference["policy"], reference["source"]) == ("dpmpp_2m", "full", "posterior")
+
+
+def test_what_was_measured_is_read_again_as_it_was_written(small_run: Path, record: Evaluation) -> None:
+    facts = json.loads((small_run / "evaluate" / "record.json").read_text())
+    assert Evaluation.of({**facts, "and": "more"}) == record
+    assert isinstance(one(record).scores["classifier"], Score)
+    assert record.config["run"] == str(small_run)
+    assert record.versions["full"] == sha256(small_run / "bundle" / "manifest.json")
+
+
+def forged(folder: Path, name: str) -> None:
+    """Put a figure into a kept score that no computation gives."""
+    kept = read_json(folder / "evaluate" / "scores" / f"{name}.json")
+    write_json(folder / "evaluate" / "scores" / f"{name}.json", {**kept, "score": {**kept["score"], "kid": -77.0}})
+
+
+def test_a_kept_score_is_not_computed_again_unless_its_draw_or_its_features_changed(
+    copy: Path, small: Callable[..., Config], tmp_path: Path, judge: Judge
+) -> None:
+    network = judge(tmp_path / "own.pt", 4)
+    words = [f"evaluate.features=[{network}]", "evaluate.methods=[Naive, balanced]"]
+    names = [f"{method}-dpmpp_2m-{steps}-seed0" for method in ("Naive", "balanced") for steps in (2, 4)]
+
+    def kids(*more: str) -> list[float]:
+        (copy / "evaluate" / "record.json").unlink(missing_ok=True)
+        found = measured(small(copy, *words, *more))
+        return [one(found, name.split("-")[0], int(name.split("-")[2])).scores["own"].kid for name in names]
+
+    true = kids()
+    assert -77.0 not in true
+    for name in names:
+        forged(copy, f"{name}-own")
+    assert kids() == [-77.0] * 4
+    changed = kids("sample.t_min=0.02")  # other pictures
+    assert -77.0 not in changed and changed != true
+    assert kids() == true
+    forged(copy, f"{names[0]}-own")
+    assert kids("evaluate.seeds=2")[0] == -77.0  # the draws of seed 0 are the same
+    judge(tmp_path / "own.pt", 2)  # other features, of the same name
+    others = kids()
+    assert -77.0 not in others and others != true
+
+
+def test_a_record_of_the_same_is_read_and_anything_else_is_measured_anew(
+    copy: Path, small: Callable[..., Config], tmp_path: Path, judge: Judge
+) -> None:
+    network, path = judge(tmp_path / "own.pt"), copy / "evaluate" / "record.json"
+    words = [f"evaluate.features=[{network}]", "evaluate.methods=[Naive]"]
+    first = measured(small(copy, *words))
+    write_json(path, {**read_json(path), "n": 12345})
+    assert measured(small(copy, *words)).n == 12345
+    for more in (["evaluate.steps=[2, 3]"], ["evaluate.precision=bf16-mixed"], ["sample.clip=false"]):
+        config = small(copy, *words, *more)
+        assert not Measurement(config, None, config.evaluate, "evaluate").is_made()
+    assert measured(small(copy, *words, "evaluate.steps=[2, 3]")).n == 20
+    assert measured(small(copy, *words)) == first
+    judge(network, 2)
+    assert measured(small(copy, *words)) != first
+
+
+def test_two_sections_are_measured_side_by_side(copy: Path, small: Callable[..., Config], means: Path) -> None:
+    before = (copy / "evaluate" / "record.json").read_bytes()
+    config = small(copy, f"evaluate.features=[{means}]")
+    own = replace(config.table, n=20, seeds=1, steps=[2, 3], methods=["top-1"], features=[str(means)], trajectories=2)
+    found = Measurement(config, None, replace(own, reference_steps=4), "table").make()
+    assert {cell.method for cell in found.cells} == {"top-1"}
+    assert (copy / "table" / "record.json").exists()
+    assert (copy / "evaluate" / "record.json").read_bytes() == before
+    with pytest.raises(ConfigError, match="table.features must hold at least one network"):
+        Measurement(config, None, replace(own, features=[]), "table")
+
+
+def test_the_precision_of_the_networks_is_in_the_record(copy: Path, small: Callable[..., Config], means: Path) -> None:
+    words = (f"evaluate.features=[{means}]", "evaluate.methods=[Naive]")
+    single = drawn(copy, "Naive-dpmpp_2m-4-seed0")
+    found = measured(small(copy, *words, "evaluate.precision=bf16-mixed"))
+    assert found.precision == "bf16-mixed"
+    assert read_json(copy / "evaluate" / "draws" / "Naive-dpmpp_2m-4-seed0.json")["precision"] == "bf16-mixed"
+    apart = (drawn(copy, "Naive-dpmpp_2m-4-seed0").float() - single.float()).abs()
+    assert 0 < apart.mean() < 2  # of 255
+    assert measured(small(copy, *words)).precision == "32-true"
+
+
+def test_the_reference_is_the_run_s_own_mixture_in_whatever_order_the_rows_are_asked_for(
+    small_run: Path, small: Callable[..., Config]
+) -> None:
+    own, other = (sha256(folder / "bundle" / "manifest.json") for folder in (small_run, small_run / "monolith"))
+    assert own != other
+    for rows in ("full, DDIM", "DDIM, full", "DDIM"):
+        config = small(small_run, f"evaluate.methods=[{rows}]")
+        measurement = Measurement(config, small(small_run / "monolith", "partition.k=1"), config.evaluate, "evaluate")
+        assert measurement.reference.method.run == str(small_run)
+        assert measurement.reference.method.version == own
+
+
+def test_rows_that_there_are_none_of_are_refused_by_name(small_run: Path, small: Callable[..., Config]) -> None:
+    config = small(small_run, "evaluate.methods=[DDIM]", "evaluate.monolith_steps=0")
+    with pytest.raises(ConfigError, match=r"evaluate.methods must .*, got \['DDIM'\]"):
+        Measurement(config, None, config.evaluate, "evaluate")

@@ -1,0 +1,1 @@
+"""What measures: samples, features, scores, the report."""

@@ -1,0 +1,33 @@
+"""Running the stages of a run in their order."""
+
+from collections.abc import Callable, Sequence
+
+from train.config import STAGES, Config
+from train.run_folder import claim
+from train.stages.bundle import make_bundle
+from train.stages.evaluate import evaluate_stage
+from train.stages.expert import train_experts
+from train.stages.monolith import train_monolith
+from train.stages.partition import make_partition
+from train.stages.router import train_router
+from train.stages.sample import sample_images
+
+
+def run(config: Config, stages: Sequence[str] = STAGES) -> None:
+    """Run the stages in their order. Raises a `DdmError` that says what to mend."""
+    if "evaluate" in stages:
+        config.evaluate.check_files("evaluate")
+        config.samplers(config.evaluate, "evaluate")
+    claim(config)
+    does: dict[str, Callable[[Config], object]] = {
+        "partition": make_partition,
+        "expert": train_experts,
+        "router": train_router,
+        "bundle": make_bundle,
+        "monolith": lambda config: train_monolith(config, config.evaluate),
+        "sample": sample_images,
+        "evaluate": evaluate_stage,
+    }
+    for stage in STAGES:
+        if stage in stages:
+            does[stage](config)
