@@ -23,15 +23,15 @@ from benchmarks.table.__main__ import RESULTS
 from benchmarks.table.measurements import machine, rounded
 from ddm.artifacts import digest, read_json, write_json
 from ddm.errors import ConfigError, DdmError
-from ddm.training import Batches
 from ddm.partition import Partition
 from ddm.schedules import schedule
+from ddm.training import Batches
 from router.targets import exact_posterior_rate
 from train.config import Config, load_config
-from train.run_folder import settled
 from train.evaluation.measure import Measurement
-from train.evaluation.results import Evaluation
 from train.evaluation.report import first_score
+from train.evaluation.results import Evaluation
+from train.run_folder import settled
 from train.stages.run import run
 
 log = logging.getLogger("ablations")
@@ -71,7 +71,7 @@ def _ema(power: float) -> Variant:
 
 
 def _batches(factor: float) -> Variant:
-    """As many pictures in batches of another size."""
+    """As many images in batches of another size."""
 
     def words(config: Config) -> list[str]:
         batch, steps = round(config.expert.batch * factor), round(config.expert.steps / factor)
@@ -81,16 +81,18 @@ def _batches(factor: float) -> Variant:
 
 
 @torch.inference_mode()
-def energy_bands(config: Config, pictures: int = 256, times: int = 64) -> list[float]:
+def energy_bands(config: Config, images: int = 256, times: int = 64) -> list[float]:
     """The two times that cut `E |d alpha/dt|^2` over [t_min, 1] into thirds, measured on the training set."""
     cut = Partition.read(config.folder / "partition")
     whole = cut.all(config.folder / "partition")
-    process, batches = schedule(**config.schedule), Batches(whole["images"], pictures, 0)
-    x0, _place = batches.pictures(0)
+    process, batches = schedule(**config.schedule), Batches(whole["images"], images, 0)
+    x0, _place = batches.x0(0)
     low = config.router.t_min
     at = low + (1 - low) * (torch.arange(times, dtype=torch.float64) + 0.5) / times
     energy = [
-        exact_posterior_rate(x0, batches.noise(step), t, whole["images"], whole["cluster"], process, cut.k)[1]
+        exact_posterior_rate(
+            x0, batches.noise(step), t, whole["images"], whole["cluster"], process, cut.k
+        )[1]
         .square()
         .sum(dim=1)
         .mean()
@@ -114,10 +116,10 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         "At which times an expert learns",
         [_set(f"expert.times={kind}") for kind in ("uniform", "uniform_log_snr", "logit_normal")],
     ),
-    "batch": ("As many pictures in smaller batches", [_batches(1 / 2), _batches(1 / 4)]),
+    "batch": ("As many images in smaller batches", [_batches(1 / 2), _batches(1 / 4)]),
     "ema": ("The average of the weights", [_set("expert.ema_decay=0.0"), _ema(4)]),
     "flips": (
-        "Mirrored pictures",
+        "Mirrored images",
         [Variant("data.flip the other way", lambda config: [f"data.flip={not config.data.flip}"])],
     ),
     "dropout": ("Dropout", [_set("expert.unet.dropout=0.0"), _set("expert.unet.dropout=0.1")]),
@@ -126,9 +128,12 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         [
             Variant(
                 "by k-means instead",
-                lambda config: ["partition.by=kmeans", f"partition.k={Partition.read(config.folder / 'partition').k}"],
+                lambda config: [
+                    "partition.by=kmeans",
+                    f"partition.k={Partition.read(config.folder / 'partition').k}",
+                ],
             ),
-            # The same number of pictures seen by all experts together.
+            # The same number of images seen by all experts together.
             *(
                 Variant(
                     f"K = {k}",
@@ -145,17 +150,25 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         "What the posterior net learns from",
         [_set("router.posterior_weight=0.0"), _set("router.label_weight=0.0")],
     ),
-    "router": ("The size of the router", [_times("router.net.channels", 0.5), _times("router.net.channels", 2)]),
+    "router": (
+        "The size of the router",
+        [_times("router.net.channels", 0.5), _times("router.net.channels", 2)],
+    ),
     "bands": (
         "The edges of the derivative nets' bands",
         [
             Variant(
                 "a third of the energy of d alpha/dt each",
-                lambda config: [f"router.bands=[{','.join(f'{t:.3f}' for t in energy_bands(config))}]"],
+                lambda config: [
+                    f"router.bands=[{','.join(f'{t:.3f}' for t in energy_bands(config))}]"
+                ],
             )
         ],
     ),
-    "temperature": ("Temperature of alpha", [_set(f"sample.temperature={value}") for value in (0.5, 0.8, 1.25)]),
+    "temperature": (
+        "Temperature of alpha",
+        [_set(f"sample.temperature={value}") for value in (0.5, 0.8, 1.25)],
+    ),
     "source": (
         "Where alpha comes from",
         [_set(f"sample.source={name}") for name in ("posterior", "analytic", "prior")],
@@ -175,21 +188,23 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
 }
 
 
-# Which parts of a run are of the same config and pictures, so that a variant need not train them again.
+# Which parts of a run are of the same config and images, so that a variant need not train them again.
 _PARTS = {
     "partition": ("seed", "data.", "partition."),
     "experts": ("seed", "data.", "partition.", "schedule.", "expert."),
     "router": ("seed", "data.", "partition.", "schedule.", "router."),
 }
-METHODS = ["controlled"]
+METHODS = ["balanced-cv"]
 
 
 def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Config, Evaluation]:
     """A variant's config and figures: a run beside the base's, with what is the same copied from it."""
     config = load_config(path, words)
     steps = config.table.steps[:2]
-    own = replace(config.table, methods=METHODS, samplers={}, steps=steps)
-    own = replace(own, trajectories=1, reference_steps=max(steps) + 1)  # nobody asks for the trajectory error
+    cfg = replace(config.table, methods=METHODS, samplers={}, steps=steps)
+    cfg = replace(
+        cfg, trajectories=1, reference_steps=max(steps) + 1
+    )  # nobody asks for the trajectory error
     if base is not None:
         here, there = settled(config), settled(base)
         for part, keys in _PARTS.items():
@@ -197,7 +212,7 @@ def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Con
             if same and not (config.folder / part).exists() and (base.folder / part).exists():
                 shutil.copytree(base.folder / part, config.folder / part)
     run(config, ("partition", "expert", "router", "bundle"))
-    return config, Measurement(config, None, own, "ablation").make()
+    return config, Measurement(config, None, cfg, "ablation").make()
 
 
 def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Path) -> Path:
@@ -219,7 +234,9 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
                 continue
             log.info("%s: %s", name, variant.name)
             slug = digest(words)[:8]
-            _config, found = measured(path, [*overrides, *words, f"run={home / f'{name}-{slug}'}"], base)
+            _config, found = measured(
+                path, [*overrides, *words, f"run={home / f'{name}-{slug}'}"], base
+            )
             rows[name].append({"name": variant.name, "words": words, "cells": _cells(found)})
         record = {
             "command": shlex.join(["python", "-m", "benchmarks.ablations", str(path), *overrides]),
@@ -228,7 +245,7 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
             "n": evaluation.n,
             "seeds": evaluation.seeds,
             "sampler": base.sample.sampler,
-            "pictures_seen": evaluation.pictures_seen[METHODS[0]],
+            "images_seen": evaluation.images_seen[METHODS[0]],
             "machine": machine(base.device),
             "base": _cells(evaluation),
             "groups": {group: rows[group] for group in GROUPS if group in rows},
@@ -255,7 +272,7 @@ def page(folder: Path) -> str:
     """`ablations.md`, from the records in the folder."""
     parts = [
         "# Ablations",
-        "What each choice is worth: one thing of a config changed, trained anew where that touches it, with as many pictures "
+        "What each choice is worth: one thing of a config changed, trained anew where that touches it, with as many images "
         "seen. Fréchet distances, lower is better; behind each the difference to the config as it is, seed by seed (below 0: "
         "better). Chance, where it is measured, is another seed of training: of what is trained anew, a smaller difference means "
         "nothing.",
@@ -269,10 +286,18 @@ def _section(name: str, record: dict[str, Any]) -> str:
     base, columns = record["base"], list(record["base"])
     head = ["", *(column.replace("-", ", ") + " steps" for column in columns)]
     parts = [
-        f"## {name}\n\n    {record['command']}\n\n{record['n']} pictures a cell and seed, {record['seeds']} seeds, "
+        f"## {name}\n\n    {record['command']}\n\n{record['n']} images a cell and seed, {record['seeds']} seeds, "
         f"`sampler={record['sampler']}`; features: {record['features']}. "
-        f"All experts together saw {record['pictures_seen']:,} pictures.",
-        table(head, [["the config as it is", *(f"{mean(base[c]):.2f} ± {_deviation(base[c]):.2f}" for c in columns)]]),
+        f"All experts together saw {record['images_seen']:,} images.",
+        table(
+            head,
+            [
+                [
+                    "the config as it is",
+                    *(f"{mean(base[c]):.2f} ± {_deviation(base[c]):.2f}" for c in columns),
+                ]
+            ],
+        ),
     ]
     for group, rows in record["groups"].items():
         body = []
@@ -283,7 +308,9 @@ def _section(name: str, record: dict[str, Any]) -> str:
             cells = []
             for c in columns:
                 change = [b - a for a, b in zip(base[c], row["cells"][c], strict=True)]
-                cells.append(f"{mean(row['cells'][c]):.2f} ({mean(change):+.2f} ± {_deviation(change):.2f})")
+                cells.append(
+                    f"{mean(row['cells'][c]):.2f} ({mean(change):+.2f} ± {_deviation(change):.2f})"
+                )
             body.append([row["name"], *cells])
         parts.append(table([GROUPS[group][0], *head[1:]], body))
     return "\n\n".join(parts)
@@ -304,7 +331,11 @@ def main(words: list[str]) -> int:
     paths = [Path(word) for word in rest if "=" not in word and word.endswith((".yaml", ".yml"))]
     names = [word for word in rest if "=" not in word and not word.endswith((".yaml", ".yml"))]
     try:
-        if not set(options) <= {"--out", "--page"} or len(rest) + len(options) != len(words) or len(paths) > 1:
+        if (
+            not set(options) <= {"--out", "--page"}
+            or len(rest) + len(options) != len(words)
+            or len(paths) > 1
+        ):
             raise ConfigError(
                 f"give at most one config, names of groups, key=value words, --out or --page; got {words}"
             )

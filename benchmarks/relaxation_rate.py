@@ -14,7 +14,7 @@ from rich.table import Table
 from ddm.measures import trajectory_error
 from serve import load
 
-PULLS, STEPS, PATHS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0), (10, 25, 50, 100), 128
+RELAXATION_RATES, STEPS, PATHS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0), (10, 25, 50, 100), 128
 
 
 def main(run: str) -> None:
@@ -22,11 +22,24 @@ def main(run: str) -> None:
     model = load(run)
     reference = model.sample(PATHS, steps=1000, source="posterior", policy="full")
     table = Table(title=f"E(N), {PATHS} paths of {run}", box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("policy", "pull", *(f"{n} steps" for n in STEPS)):
+    for name in ("policy", "relaxation_rate", *(f"{n} steps" for n in STEPS)):
         table.add_column(name, justify="left" if name == "policy" else "right")
-    for policy, pull in track([(policy, pull) for policy in ("balanced", "stochastic") for pull in PULLS]):
-        ends = [model.sample(PATHS, steps=n, source="combined", policy=policy, pull=pull) for n in STEPS]
-        table.add_row(policy, f"{pull:g}", *(f"{trajectory_error(x, reference):.4f}" for x in ends))
+    for policy, relaxation_rate in track(
+        [
+            (policy, relaxation_rate)
+            for policy in ("balanced", "stochastic")
+            for relaxation_rate in RELAXATION_RATES
+        ]
+    ):
+        ends = [
+            model.sample(
+                PATHS, steps=n, source="combined", policy=policy, relaxation_rate=relaxation_rate
+            )
+            for n in STEPS
+        ]
+        table.add_row(
+            policy, f"{relaxation_rate:g}", *(f"{trajectory_error(x, reference):.4f}" for x in ends)
+        )
     Console(width=100).print(table)
 
 

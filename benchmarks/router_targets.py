@@ -1,7 +1,7 @@
 """python -m benchmarks.router_targets [DATA]
 
 The router's exact targets on CIFAR-10 (in DATA, default: data): largest difference to an independent float64 computation
-over 10,000 pictures at many times, and memory and time of one call with 256 queries over all 50,000.
+over 10,000 images at many times, and memory and time of one call with 256 queries over all 50,000.
 """
 
 import resource
@@ -25,16 +25,19 @@ def brute_force(
     x, dx = a * x0 + s * eps, da * x0 + ds * eps
     products, rates, square = x @ points.T, dx @ points.T, points.square().sum(dim=1)
     distance = x.square().sum(dim=1, keepdim=True) - 2 * a * products + a**2 * square
-    g = -((x * dx).sum(dim=1, keepdim=True) - a * rates - da * products + a * da * square) / s**2 + distance * ds / s**3
+    g = (
+        -((x * dx).sum(dim=1, keepdim=True) - a * rates - da * products + a * da * square) / s**2
+        + distance * ds / s**3
+    )
     r = (-distance / 2 / s**2).softmax(dim=1)
     return r @ member, (r * (g - (r * g).sum(dim=1, keepdim=True))) @ member
 
 
 def main(root: str) -> None:
     """Measure and print."""
-    pictures = DataConfig(name="cifar10", root=root).build()
-    assert pictures.labels is not None
-    images, labels, process = pictures.images, pictures.labels, schedule("vp_linear")
+    real = DataConfig(name="cifar10", root=root).build()
+    assert real.labels is not None
+    images, labels, process = real.images, real.labels, schedule("vp_linear")
     few, generator = 10_000, torch.Generator().manual_seed(0)
     points = (images[:few].double() / 127.5 - 1).flatten(1)
     member = torch.nn.functional.one_hot(labels[:few], 10).double()
@@ -47,36 +50,50 @@ def main(root: str) -> None:
         got = exact_posterior_rate(x0, eps, times, images[:few], labels[:few], process)
         a, s, _, _ = process(times.double())
         at_x = exact_posterior(
-            (a[:, None] * x0 + s[:, None] * eps).double(), times, images[:few], labels[:few], process
+            (a[:, None] * x0 + s[:, None] * eps).double(),
+            times,
+            images[:few],
+            labels[:few],
+            process,
         )
-        found = [(at_x - alpha).abs().max(), (got[0] - alpha).abs().max(), (got[1] - dalpha).abs().max()]
+        found = [
+            (at_x - alpha).abs().max(),
+            (got[0] - alpha).abs().max(),
+            (got[1] - dalpha).abs().max(),
+        ]
         worst = torch.maximum(worst, torch.tensor([float(f) for f in found]))
         print(
             f"t = {t:<6g} largest |dalpha| {dalpha.abs().max():8.2e}; difference: alpha {found[1]:.1e}, dalpha {found[2]:.1e}"
         )
-    print(f"largest difference: posterior {worst[0]:.1e}, alpha beside its rate {worst[1]:.1e}, rate {worst[2]:.1e}")
+    print(
+        f"largest difference: posterior {worst[0]:.1e}, alpha beside its rate {worst[1]:.1e}, rate {worst[2]:.1e}"
+    )
     del points, member
     x0 = images[:256].float() / 127.5 - 1
     eps, times = torch.randn(x0.shape, generator=generator), torch.linspace(1e-3, 1, 256)
     exact_posterior_rate(x0, eps, times, images, labels, process)
     began = time.perf_counter()
     exact_posterior_rate(x0, eps, times, images, labels, process)
-    print(f"256 queries over {len(images)} pictures: {time.perf_counter() - began:.1f} s")
+    print(f"256 queries over {len(images)} real: {time.perf_counter() - began:.1f} s")
 
 
 def memory(root: str) -> None:
     """The peak of a process that makes one call and no other, less what it held before."""
-    pictures = DataConfig(name="cifar10", root=root).build()
-    assert pictures.labels is not None
-    x0 = pictures.images[:256].float() / 127.5 - 1
+    images = DataConfig(name="cifar10", root=root).build()
+    assert images.labels is not None
+    x0 = images.images[:256].float() / 127.5 - 1
     eps, times = torch.randn(x0.shape), torch.linspace(1e-3, 1, 256)
     process = schedule("vp_linear")
     # Libraries load:
-    exact_posterior_rate(x0[:2], eps[:2], times[:2], pictures.images[:64], pictures.labels[:64], process)
+    exact_posterior_rate(
+        x0[:2], eps[:2], times[:2], images.images[:64], images.labels[:64], process
+    )
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # Linux
-    exact_posterior_rate(x0, eps, times, pictures.images, pictures.labels, process)
+    exact_posterior_rate(x0, eps, times, images.images, images.labels, process)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"a call of 256 queries: peak memory beyond the data at most {(peak - before) / 2**30:.2f} GiB")
+    print(
+        f"a call of 256 queries: peak memory beyond the data at most {(peak - before) / 2**30:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":

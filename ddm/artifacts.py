@@ -53,14 +53,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
-    scratch.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    scratch.write_bytes(
+        save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    )
     scratch.replace(path)
 
 
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
     """Read tensors. Raises `ArtifactError` naming the file where it is missing, damaged, or not the one expected."""
     if expected_sha256 is not None and (found := sha256(path)) != expected_sha256:
-        raise ArtifactError(f"{path} is damaged or foreign: its SHA-256 is {found}, expected {expected_sha256}")
+        raise ArtifactError(
+            f"{path} is damaged or foreign: its SHA-256 is {found}, expected {expected_sha256}"
+        )
     try:
         return load_file(path)
     except FileNotFoundError as error:
@@ -76,14 +80,18 @@ def write_artifact(stem: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
     write_json(stem.with_suffix(".json"), {**facts, "sha256": sha256(weights)})
 
 
-def read_artifact(stem: Path, expected_sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_artifact(
+    stem: Path, expected_sha256: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the facts of an artifact; `expected_sha256` is that of its JSON.
 
     Raises `ArtifactError` naming the file, the hash found and the hash expected.
     """
     path = stem.with_suffix(".json")
     if expected_sha256 is not None and (found := sha256(path)) != expected_sha256:
-        raise ArtifactError(f"{path} is damaged or foreign: its SHA-256 is {found}, expected {expected_sha256}")
+        raise ArtifactError(
+            f"{path} is damaged or foreign: its SHA-256 is {found}, expected {expected_sha256}"
+        )
     facts = read_json(path)
     if not isinstance(facts, dict) or "sha256" not in facts:
         raise ArtifactError(f"{path} is not the description of an artifact: it has no key 'sha256'")

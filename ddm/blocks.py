@@ -32,7 +32,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        self.layers = nn.Sequential(nn.Linear(channels, 6 * channels), nn.SiLU(), nn.Linear(6 * channels, 2 * channels))
+        self.layers = nn.Sequential(
+            nn.Linear(channels, 6 * channels), nn.SiLU(), nn.Linear(6 * channels, 2 * channels)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.channels // 2
@@ -62,7 +64,9 @@ class ResidualBlock(nn.Module):
     Followed by self-attention where `attention` is set. `[B, in, H, W]`, `[B, 2c]` -> `[B, out, H, W]`.
     """
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, attention: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, dropout: float, attention: bool
+    ) -> None:
         super().__init__()
         self.norm1 = group_norm(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -112,7 +116,9 @@ class Encoder(nn.Module):
                 side //= 2
             for _ in range(blocks):
                 out = channels * multiplier
-                self.stages.append(ResidualBlock(width, out, 2 * channels, dropout, side in attention))
+                self.stages.append(
+                    ResidualBlock(width, out, 2 * channels, dropout, side in attention)
+                )
                 self.widths.append(out)
                 width = out
 
@@ -120,15 +126,27 @@ class Encoder(nn.Module):
         embedding = self.embed(t.to(x.dtype).expand(len(x)))
         maps = [self.stem(x)]
         for stage in self.stages:
-            maps.append(stage(maps[-1], embedding) if isinstance(stage, ResidualBlock) else stage(maps[-1]))
+            maps.append(
+                stage(maps[-1], embedding) if isinstance(stage, ResidualBlock) else stage(maps[-1])
+            )
         return maps, embedding
 
 
 def check_encoder(
-    section: str, channels: int, multipliers: Sequence[int], blocks: int, dropout: float, shape: Sequence[int]
+    section: str,
+    channels: int,
+    multipliers: Sequence[int],
+    blocks: int,
+    dropout: float,
+    shape: Sequence[int],
 ) -> None:
-    """Refuse sizes that make no network, naming the key `section.…`; `shape` is the pictures' `[C, H, W]`."""
-    require(channels >= 4 and channels % 4 == 0, f"{section}.channels", "be a positive multiple of 4", channels)
+    """Refuse sizes that make no network, naming the key `section.…`; `shape` is the images' `[C, H, W]`."""
+    require(
+        channels >= 4 and channels % 4 == 0,
+        f"{section}.channels",
+        "be a positive multiple of 4",
+        channels,
+    )
     require(
         all(m >= 1 for m in multipliers) and len(multipliers) > 0,
         f"{section}.multipliers",
@@ -139,4 +157,9 @@ def check_encoder(
     require(0 <= dropout < 1, f"{section}.dropout", "be in [0, 1)", dropout)
     halvings = 2 ** (len(multipliers) - 1)
     fits = shape[1] == shape[2] and shape[1] % halvings == 0
-    require(fits, f"{section}.multipliers", f"halve a square picture of {shape[1]} x {shape[2]} evenly", multipliers)
+    require(
+        fits,
+        f"{section}.multipliers",
+        f"halve a square image of {shape[1]} x {shape[2]} evenly",
+        multipliers,
+    )

@@ -38,7 +38,9 @@ class Bundle:
     version: str  # the SHA-256 of the manifest: it changes with any weight
 
 
-def write_bundle(folder: Path, partition: Partition, experts: list[Path], router: Path | None) -> None:
+def write_bundle(
+    folder: Path, partition: Partition, experts: list[Path], router: Path | None
+) -> None:
     """Copy artifacts (stems, the experts in the order of their clusters) into `folder` and write its manifest last.
 
     The old bundle stays in place until the new one is whole. Raises `ArtifactError` where they do not belong together.
@@ -46,7 +48,9 @@ def write_bundle(folder: Path, partition: Partition, experts: list[Path], router
     scratch, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    stems = {f"expert-{k:02d}": stem for k, stem in enumerate(experts)} | ({"router": router} if router else {})
+    stems = {f"expert-{k:02d}": stem for k, stem in enumerate(experts)} | (
+        {"router": router} if router else {}
+    )
     for name, stem in stems.items():
         for suffix in (".json", ".safetensors"):
             try:
@@ -55,7 +59,9 @@ def write_bundle(folder: Path, partition: Partition, experts: list[Path], router
                 raise ArtifactError(f"{stem.with_suffix(suffix)} is missing") from error
     facts = read_json(scratch / "expert-00.json")
     if not isinstance(facts, dict) or "schedule" not in facts:
-        raise ArtifactError(f"{experts[0].with_suffix('.json')} does not describe an expert: it has no key 'schedule'")
+        raise ArtifactError(
+            f"{experts[0].with_suffix('.json')} does not describe an expert: it has no key 'schedule'"
+        )
     manifest = {
         "format": FORMAT,
         "schedule": facts["schedule"],
@@ -100,7 +106,9 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
     path = folder / MANIFEST
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is not the manifest of a bundle: its format must be {FORMAT!r}")
+        raise ArtifactError(
+            f"{path} is not the manifest of a bundle: its format must be {FORMAT!r}"
+        )
     partition = Partition.from_facts(manifest.get("partition"), path)
     listed, schedule = manifest.get("artifacts"), manifest.get("schedule")
     if not isinstance(listed, dict) or not isinstance(schedule, dict):
@@ -116,7 +124,11 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
             continue
         stem = folder / name
         tensors, facts = read_artifact(stem, expected)
-        for key, value in (("shape", partition.shape), ("schedule", schedule), ("partition", partition.hash)):
+        for key, value in (
+            ("shape", partition.shape),
+            ("schedule", schedule),
+            ("partition", partition.hash),
+        ):
             if facts.get(key) != value:
                 raise ArtifactError(
                     f"{stem}.json does not belong to this bundle: its {key} is {facts.get(key)!r}, the manifest's {value!r}"
@@ -129,5 +141,9 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
                 f"{expert.stem}.json does not belong here: it is expert {expert.facts.get('index')!r}, not {k}"
             )
     return Bundle(
-        partition, schedule, [found[name] for name in wanted if name in found], found.get("router"), sha256(path)
+        partition,
+        schedule,
+        [found[name] for name in wanted if name in found],
+        found.get("router"),
+        sha256(path),
     )

@@ -2,7 +2,7 @@
 
 DdmError
  ├── ConfigError     a key, an argument or a combination of them that makes no sense
- ├── DataError       pictures or labels that are missing, unreadable or too few
+ ├── DataError       images or labels that are missing, unreadable or too few
  └── ArtifactError   a file of a run or bundle that is missing, damaged, or belongs to something else
 """
 
@@ -22,7 +22,7 @@ class ConfigError(DdmError, ValueError):
 
 
 class DataError(DdmError):
-    """Pictures or labels that are missing, unreadable or too few."""
+    """Images or labels that are missing, unreadable or too few."""
 
 
 class ArtifactError(DdmError):

@@ -7,19 +7,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ddm.training import scaled
 from ddm.schedules import Schedule
+from ddm.training import to_float
 
 MOMENTS = ("gaussian.mean", "gaussian.variance")  # their names in an expert's artifact
-_CHUNK = 1024  # pictures at a time
+_CHUNK = 1024  # images at a time
 
 
 @dataclass(frozen=True)
 class Gaussians:
-    """K Gaussians, each with its cluster's mean and a covariance that is diagonal in the cosine basis of pictures.
+    """K Gaussians, each with its cluster's mean and a covariance that is diagonal in the cosine basis of images.
 
-    Cosines are close to the principal components of natural pictures, whose statistics hardly depend on the place. `means` and
-    `variances` are `[K, ...]` in that basis; data that are no pictures, `[K, d]`, keep their own.
+    Cosines are close to the principal components of natural images, whose statistics hardly depend on the place. `means` and
+    `variances` are `[K, ...]` in that basis; data that are no images, `[K, d]`, keep their own.
     """
 
     means: Tensor
@@ -33,7 +33,9 @@ class Gaussians:
         """
         m, v = (part.to(x).flatten(1) for part in (self.means, self.variances))  # [K, n]
         # One time for all stays a number on the CPU, so that no step waits for a device.
-        a, s, _, _ = self.schedule(t.to(x) if t.ndim else t).beside(m[None])  # [] or [B, 1, 1]
+        a, s, _, _ = self.schedule(t.to(x) if t.ndim else t).broadcast_to(
+            m[None]
+        )  # [] or [B, 1, 1]
         f = a * v / (a**2 * v + s**2)  # [K, n] or [B, K, n]
         weight = weight.to(x)[:, None]
         # The networks may be in bfloat16, not what stands in for them.
@@ -43,15 +45,15 @@ class Gaussians:
 
 
 def moments(images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a cluster in the cosine basis, float32, of a picture's shape; `flip` adds the mirror images.
+    """Mean and variance of a cluster in the cosine basis, float32, of an image's shape; `flip` adds the mirror images.
 
     images `[N, C, H, W]`, uint8 or float in [-1, 1].
     """
     first = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
     second = first.clone()
     for chunk in images.split(_CHUNK):
-        for pictures in (chunk, chunk.flip(3)) if flip else (chunk,):
-            y = cosine(scaled(pictures).double())
+        for batch in (chunk, chunk.flip(3)) if flip else (chunk,):
+            y = cosine(to_float(batch).double())
             first, second = first + y.sum(dim=0), second + y.square().sum(dim=0)
     count = len(images) * (2 if flip else 1)
     mean = first / count

@@ -13,7 +13,11 @@ GRIDS = ("uniform_t", "uniform_log_snr", "quadratic", "edm", "own")
 
 
 def time_grid(
-    name: str | Sequence[float] | Tensor, steps: int, schedule: Schedule, t_min: float = 0.0, t_max: float = 1.0
+    name: str | Sequence[float] | Tensor,
+    steps: int,
+    schedule: Schedule,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
 ) -> Tensor:
     """The times `[steps + 1]`, float64 on the CPU, from `t_max` down to `t_min`; or the times given in place of a name.
 
@@ -40,9 +44,11 @@ def time_grid(
         case "uniform_log_snr":
             return _even(lambda log_sigma: log_sigma, lambda y: y, steps, schedule, t_min, t_max)
         case "edm":
-            return _even(lambda y: (y / 7).exp(), lambda y: 7 * y.log(), steps, schedule, t_min, t_max)
+            return _even(
+                lambda y: (y / 7).exp(), lambda y: 7 * y.log(), steps, schedule, t_min, t_max
+            )
         case "own":
-            return _own(steps, schedule, t_min, t_max)
+            return _expert_config(steps, schedule, t_min, t_max)
         case _:
             raise one_of("sample.grid", name, GRIDS)
 
@@ -63,7 +69,9 @@ def _even(
 
     clean = t_min if t_min > 0 else min(1e-3, t_max / 2)
     noisy = (
-        t_max if schedule(torch.tensor(t_max, dtype=torch.float64)).a > 1e-9 else max(t_max - 1e-3, (clean + t_max) / 2)
+        t_max
+        if schedule(torch.tensor(t_max, dtype=torch.float64)).a > 1e-9
+        else max(t_max - 1e-3, (clean + t_max) / 2)
     )
     ends = torch.tensor([noisy, clean], dtype=torch.float64)
     count = steps + 1 - (t_min == 0)
@@ -90,10 +98,17 @@ def _given(times: Tensor, steps: int) -> Tensor:
     return times
 
 
-def _own(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
+def _expert_config(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
     if not isinstance(schedule, TwoPhase):
-        raise ConfigError(f"sample.grid must not be own for {schedule}, which has no steps of its own")
-    require(steps == schedule.steps, "sample.steps", f"be schedule.steps = {schedule.steps} for sample.grid=own", steps)
+        raise ConfigError(
+            f"sample.grid must not be own for {schedule}, which has no steps of its own"
+        )
+    require(
+        steps == schedule.steps,
+        "sample.steps",
+        f"be schedule.steps = {schedule.steps} for sample.grid=own",
+        steps,
+    )
     first, last = round(t_max * steps), round(t_min * steps)
     whole = abs(t_max * steps - first) + abs(t_min * steps - last) < 1e-9
     require(whole, "sample.t_min", f"be one of the steps n / {steps} for sample.grid=own", t_min)

@@ -20,7 +20,10 @@ def sliced_w2(x: Tensor, y: Tensor, projections: int = 256, seed: int = 0) -> fl
     `sqrt(E_u W2^2(u.x, u.y))`; in one dimension W2 pairs the sorted values. Raises `ConfigError` for unequal sizes.
     """
     require(
-        x.shape == y.shape, "sliced_w2: the second set", f"have the shape {tuple(x.shape)} of the first", tuple(y.shape)
+        x.shape == y.shape,
+        "sliced_w2: the second set",
+        f"have the shape {tuple(x.shape)} of the first",
+        tuple(y.shape),
     )
     generator = torch.Generator().manual_seed(seed)
     u = torch.nn.functional.normalize(
@@ -57,7 +60,10 @@ class FrechetDistance:
         product = spread @ self.root
         gram = product @ product.T if len(points) < len(self.root) else product.T @ product
         cross = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
-        return float((mean - self.mean).square().sum() + spread.square().sum() - 2 * cross) + self.trace
+        return (
+            float((mean - self.mean).square().sum() + spread.square().sum() - 2 * cross)
+            + self.trace
+        )
 
 
 class Neighbours(NamedTuple):
@@ -68,21 +74,26 @@ class Neighbours(NamedTuple):
     coverage: float  # of the real points whose own ball holds a drawn point: a lost mode shows here
 
 
-def neighbours(real: Tensor, drawn: Tensor, k: int = 5) -> Neighbours:
+def neighbours(real: Tensor, sample_categorical: Tensor, k: int = 5) -> Neighbours:
     """Precision and recall (arXiv 1904.06991, equation 2) and coverage (arXiv 2002.09797, equation 6) of points `[n, d]`.
 
     A point's ball reaches to the k-th nearest other point of its own set. Two sets drawn alike, of the same size, have a
     coverage of `1 - 2^-k`. Raises `ConfigError` for a set of k points or fewer.
     """
     require(
-        min(len(real), len(drawn)) > k, "neighbours: the points", f"be more than k = {k} a set", (len(real), len(drawn))
+        min(len(real), len(sample_categorical)) > k,
+        "neighbours: the points",
+        f"be more than k = {k} a set",
+        (len(real), len(sample_categorical)),
     )
 
     def radii(points: Tensor) -> Tensor:
-        return torch.cdist(points, points).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
+        return (
+            torch.cdist(points, points).kthvalue(k + 1, dim=1).values
+        )  # the nearest is the point itself
 
-    apart = torch.cdist(real, drawn)
-    in_real, in_drawn = apart <= radii(real)[:, None], apart <= radii(drawn)
+    apart = torch.cdist(real, sample_categorical)
+    in_real, in_drawn = apart <= radii(real)[:, None], apart <= radii(sample_categorical)
     shares = in_real.any(dim=0), in_drawn.any(dim=1), in_real.any(dim=1)
     return Neighbours(*(float(share.float().mean()) for share in shares))
 
@@ -103,9 +114,17 @@ def power_law_fit(steps: Sequence[int], errors: Sequence[float]) -> PowerLaw:
         "be of equal length, at least 2",
         (len(steps), len(errors)),
     )
-    require(len(set(steps)) >= 2, "power_law_fit: steps", "hold at least two different numbers", list(steps))
+    require(
+        len(set(steps)) >= 2,
+        "power_law_fit: steps",
+        "hold at least two different numbers",
+        list(steps),
+    )
     require(min(errors) > 0, "power_law_fit: errors", "be positive", min(errors))
-    x, y = torch.tensor(steps, dtype=torch.float64).log(), torch.tensor(errors, dtype=torch.float64).log()
+    x, y = (
+        torch.tensor(steps, dtype=torch.float64).log(),
+        torch.tensor(errors, dtype=torch.float64).log(),
+    )
     x_c, y_c = x - x.mean(), y - y.mean()
     slope = (x_c @ y_c) / (x_c @ x_c)
     residual, total = (y_c - slope * x_c).square().sum(), y_c.square().sum()

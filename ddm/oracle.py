@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddm.rng import Use, normal, uniform
+from ddm.rng import RngStream, normal, uniform
 from ddm.schedules import Coeffs, Schedule, velocity
 
 
@@ -36,7 +36,9 @@ class GaussianMixture:
         d_variance = 2 * c.a * c.da * self.stds.to(x) ** 2 + 2 * c.s * c.ds
         d_residual = v - c.da * self.means.to(x)
         d_log_p = (
-            residual**2 * d_variance / 2 / variance**2 - residual * d_residual / variance - d_variance / 2 / variance
+            residual**2 * d_variance / 2 / variance**2
+            - residual * d_residual / variance
+            - d_variance / 2 / variance
         )
         alpha, rate = self.posterior(x, t), d_log_p.sum(dim=2)
         return alpha * (rate - (alpha * rate).sum(dim=1, keepdim=True))
@@ -53,17 +55,21 @@ class GaussianMixture:
         """n exact draws of x0, float32 `[n, d]`."""
         index = torch.arange(n)
         edges = self.weights.double().cumsum(0)[:-1].contiguous()
-        k = torch.bucketize(uniform(seed, Use.BATCH, index)[:, 0], edges)
-        return self.means[k].float() + self.stds[k].float() * normal(seed, Use.NOISE, index, 0, self.means.shape[1:])
+        k = torch.bucketize(uniform(seed, RngStream.BATCH, index)[:, 0], edges)
+        return self.means[k].float() + self.stds[k].float() * normal(
+            seed, RngStream.NOISE, index, 0, self.means.shape[1:]
+        )
 
     def marginal(self, n: int, t: float, seed: int) -> Tensor:
-        """n exact draws of x_t, float32 `[n, d]`; the noise at t = 1 is that with which picture i starts a path."""
+        """n exact draws of x_t, float32 `[n, d]`; the noise at t = 1 is that with which image i starts a path."""
         a, s, _, _ = self.schedule(torch.tensor(t))
-        return a * self.sample(n, seed) + s * normal(seed, Use.START, torch.arange(n), 0, self.means.shape[1:])
+        return a * self.sample(n, seed) + s * normal(
+            seed, RngStream.START, torch.arange(n), 0, self.means.shape[1:]
+        )
 
     def _moments(self, x: Tensor, t: Tensor) -> tuple[Coeffs, Tensor, Tensor]:
         """Coefficients shaped for `[B, K, d]`, `x - a m_k`, and `a^2 std_k^2 + s^2`."""
-        c = self.schedule(t.to(x)).beside(x[:, None])
+        c = self.schedule(t.to(x)).broadcast_to(x[:, None])
         return c, x[:, None] - c.a * self.means.to(x), (c.a * self.stds.to(x)) ** 2 + c.s**2
 
     def _denoised(self, x: Tensor, t: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ from ddm.errors import ArtifactError, DataError
 
 @dataclass(frozen=True)
 class Partition:
-    """What is known of a partition without its pictures: the clusters' names, sizes and files' SHA-256.
+    """What is known of a partition without its images: the clusters' names, sizes and files' SHA-256.
 
     On disk a folder: `partition.json` and `cluster-00.safetensors` ... with `images` (uint8 `[n, C, H, W]`), `index` (int64
     `[n]`, the place in the data set) and, where the data set has them, `labels` (int64 `[n]`).
     """
 
-    shape: list[int]  # of one picture, [C, H, W]
+    shape: list[int]  # of one image, [C, H, W]
     names: list[str]
     sizes: list[int]
     hashes: list[str]
@@ -32,7 +32,7 @@ class Partition:
 
     @property
     def pi(self) -> Tensor:
-        """The clusters' shares of the pictures, float32 `[K]`."""
+        """The clusters' shares of the images, float32 `[K]`."""
         return torch.tensor(self.sizes) / sum(self.sizes)
 
     @property
@@ -46,14 +46,14 @@ class Partition:
     ) -> "Partition":
         """Cut `images` (uint8 `[N, C, H, W]`) by `cluster` (int64 `[N]`, values below `len(names)`) and write the folder.
 
-        Raises `DataError` naming a cluster without pictures.
+        Raises `DataError` naming a cluster without images.
         """
         sizes = torch.bincount(cluster, minlength=len(names)).tolist()
         assert len(sizes) == len(names)
         for k, size in enumerate(sizes):
             if size == 0:
                 raise DataError(
-                    f"cluster {k} ({names[k]}) of {len(names)} has no pictures: every cluster needs at least one"
+                    f"cluster {k} ({names[k]}) of {len(names)} has no images: every cluster needs at least one"
                 )
         hashes = []
         for k in range(len(names)):
@@ -78,12 +78,16 @@ class Partition:
     def from_facts(facts: Any, path: Path) -> "Partition":
         """The partition that plain data from the file `path` describes. Raises `ArtifactError` where it does not."""
         try:
-            partition = Partition(**{key: facts[key] for key in ("shape", "names", "sizes", "hashes")})
+            partition = Partition(
+                **{key: facts[key] for key in ("shape", "names", "sizes", "hashes")}
+            )
             found, expected = partition.hash, facts["hash"]
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path} does not describe a partition: {error!r}") from error
         if found != expected:
-            raise ArtifactError(f"{path} is damaged: the hash of its partition is {found}, it says {expected}")
+            raise ArtifactError(
+                f"{path} is damaged: the hash of its partition is {found}, it says {expected}"
+            )
         return partition
 
     @staticmethod

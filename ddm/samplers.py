@@ -1,6 +1,6 @@
 """Samplers as generators that know nothing of networks, batches or servers.
 
-A sampler asks for denoised pictures and gets them: `x0 = yield x, t`. Whoever runs it decides how the answer comes
+A sampler asks for denoised images and gets them: `x0 = yield x, t`. Whoever runs it decides how the answer comes
 about: `drive` calls a denoiser in a loop, `drive_async` awaits one that may be anywhere. Both count the calls.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddm.errors import ConfigError, one_of, require
 from ddm.grids import time_grid
-from ddm.rng import Use, normal
+from ddm.rng import RngStream, normal
 from ddm.schedules import Coeffs, Schedule, gauss_legendre, velocity
 
 # (x [B, ...], t [] or [B] of any device and dtype) -> E[x0 | x_t = x] [B, ...]
@@ -23,17 +23,17 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 Times = Tensor | Sequence[Tensor]  # falling, each `[]`, on the CPU
 Noise = Callable[[int], Tensor]  # the standard normal noise of step n, shaped like x
 # Yields (x, t), is sent the denoised x, returns x at the grid's end.
-Walk = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
+Trajectory = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
 
 
-def euler(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
+def euler(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
     """Euler's method on the probability-flow ODE, `x' = x + (t' - t) v(x, t)`: the sampler of the paper's routed ODE."""
     for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, (yield x, t), schedule(t))
     return x
 
 
-def ddim(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
+def ddim(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
     """`x' = a' D + (s'/s) (x - a D)` (arXiv 2010.02502, eq. 12 with sigma = 0): exact where D is constant over the step."""
     for t, t_next in pairwise(times):
         x = _towards((yield x, t), x, schedule(t), schedule(t_next))
@@ -49,17 +49,17 @@ def _towards(denoised: Tensor, x: Tensor, c: Coeffs, c_next: Coeffs) -> Tensor:
     return c_next.a * denoised + c_next.s / c.s * (x - c.a * denoised)
 
 
-def heun(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
+def heun(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
     """Heun's method on the ODE, the mean of the velocities at both ends (arXiv 2206.00364, algorithm 1).
 
-    A step to t = 0, where there is no velocity, is the denoised picture, at one call.
+    A step to t = 0, where there is no velocity, is the denoised image, at one call.
     """
     for t, t_next in pairwise(times):
         x = yield from _heun_step(x, schedule, t, t_next)
     return x
 
 
-def _heun_step(x: Tensor, schedule: Schedule, t: Tensor, t_next: Tensor) -> Walk:
+def _heun_step(x: Tensor, schedule: Schedule, t: Tensor, t_next: Tensor) -> Trajectory:
     c, c_next = schedule(t), schedule(t_next)
     denoised = yield x, t
     if c_next.s == 0:
@@ -69,7 +69,7 @@ def _heun_step(x: Tensor, schedule: Schedule, t: Tensor, t_next: Tensor) -> Walk
     return x + (t_next - t) / 2 * (v + velocity(x_next, (yield x_next, t_next), c_next))
 
 
-def dpmpp_2m(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
+def dpmpp_2m(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolated to the middle of the step in lambda = log a/s.
 
     The first step, and one to t = 0 where lambda is infinite, are DDIM's.
@@ -80,12 +80,16 @@ def dpmpp_2m(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
         c, c_next = schedule(t), schedule(t_next)
         denoised = yield x, t
         h = _lambda(c_next) - _lambda(c)
-        middle = denoised if last is None or c_next.s == 0 else denoised + h / (2 * h_last) * (denoised - last)
+        middle = (
+            denoised
+            if last is None or c_next.s == 0
+            else denoised + h / (2 * h_last) * (denoised - last)
+        )
         x, last, h_last = _towards(middle, x, c, c_next), denoised, h
     return x
 
 
-def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int = 3) -> Walk:
+def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int = 3) -> Trajectory:
     """UniPC of that order (arXiv 2302.04867, algorithms 1 and 2 for data prediction), one call a step.
 
     The predictor passes a polynomial in lambda = log a/s through the last `order` answers; once the next answer is there, the
@@ -103,7 +107,9 @@ def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int 
         if before is not None:
             x = _towards(_mean(answers, places, places[-2], here), before[0], before[1], c)
         before = (x, c)
-        middle = denoised if c_next.s == 0 else _mean(answers[-order:], places[-order:], here, there)
+        middle = (
+            denoised if c_next.s == 0 else _mean(answers[-order:], places[-order:], here, there)
+        )
         x = _towards(middle, x, c, c_next)
     return x
 
@@ -113,20 +119,25 @@ def _lambda(c: Coeffs) -> Tensor:
     return c.a.clamp_min(1e-150).log() - c.s.log()
 
 
-def _mean(answers: Sequence[Tensor], places: Sequence[Tensor], here: Tensor, there: Tensor) -> Tensor:
+def _mean(
+    answers: Sequence[Tensor], places: Sequence[Tensor], here: Tensor, there: Tensor
+) -> Tensor:
     """The mean over a step, weighted by `d rho = d e^lambda`, of the polynomial through the answers at their places."""
     (z, w), h = gauss_legendre(16), there - here
     w = (h * (z - 1)).exp() * w
     powers = torch.arange(len(answers), dtype=here.dtype)[:, None]
     moments = (w * z**powers).sum(dim=1) / w.sum()
     weights = torch.linalg.solve(((torch.stack(list(places)) - here) / h) ** powers, moments)
-    return sum((weight * answer for weight, answer in zip(weights, answers, strict=True)), torch.zeros_like(answers[0]))
+    return sum(
+        (weight * answer for weight, answer in zip(weights, answers, strict=True)),
+        torch.zeros_like(answers[0]),
+    )
 
 
-def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
+def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
     """Euler and Maruyama's method on the reverse SDE `dx = (f x - g^2 score) dt + g dW` (arXiv 2011.13456, eq. 6).
 
-    `f = da/a`, `g^2 = 2 s (ds - f s)`. A step to t = 0 is the denoised picture.
+    `f = da/a`, `g^2 = 2 s (ds - f s)`. A step to t = 0 is the denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -135,15 +146,19 @@ def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) ->
             return denoised
         f, dt = c.da / c.a, t_next - t
         g_square = 2 * c.s * (c.ds - f * c.s)
-        x = x + dt * (f * x - g_square * _score(x, denoised, c)) + (-dt * g_square).sqrt() * noise(n)
+        x = (
+            x
+            + dt * (f * x - g_square * _score(x, denoised, c))
+            + (-dt * g_square).sqrt() * noise(n)
+        )
     return x
 
 
-def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
+def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
     """DDPM, `Y' = (Y + beta score) / sqrt(1 - beta) + sqrt(beta / (1 - beta)) Z` with the step's own beta (arXiv 2006.11239).
 
     For any process `sqrt(1 - beta)` is the ratio r = a/a' and `beta` the noise that the step added, `s^2 - r^2 s'^2`. A step
-    to t = 0 is the denoised picture.
+    to t = 0 is the denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -156,7 +171,7 @@ def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
     return x
 
 
-def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
+def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
     """The accelerated ODE sampler of arXiv 2403.03852, eq. 12: DDIM, and a correction by the change of the score.
 
     With n growing toward the noise and `alpha_n` the step's ratio of a^2 (no posterior):
@@ -165,7 +180,7 @@ def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -
         Y' = (Y + (1 - alpha_n)/2 score_n(Y)
               + (1 - alpha_n)^2 / (4 (1 - alpha_(n+1))) (score_n(Y) - sqrt(alpha_(n+1)) score_(n+1)(Y-))) / sqrt(alpha_n)
 
-    The first step has no n + 1 and is Heun's; one to t = 0 is the denoised picture.
+    The first step has no n + 1 and is Heun's; one to t = 0 is the denoised image.
     """
     x = yield from _heun_step(x, schedule, times[0], times[1])
     for t_last, t, t_next in zip(times, times[1:], times[2:], strict=False):
@@ -181,13 +196,13 @@ def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -
     return x
 
 
-def accelerated_sde(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Walk:
+def accelerated_sde(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
     """The accelerated SDE sampler of arXiv 2403.03852, eq. 15, with `alpha_n` the step's ratio of a^2 (no posterior).
 
         Y+ = Y + sqrt((1 - alpha_n)/2) Z;  Y' = (Y+ + (1 - alpha_n) score_n(Y+) + sqrt((1 - alpha_n)/2) Z') / sqrt(alpha_n)
 
     Its law is of order 2 where the score is linear, and of order 1 elsewhere: asking at Y+ moves the mean of the step by the
-    score's curvature. A step to t = 0 is the denoised picture.
+    score's curvature. A step to t = 0 is the denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -213,7 +228,7 @@ class Sampler:
     where it is defined: on any schedule, where there is `signal` (a > 0), or where variance is `preserved` as well.
     """
 
-    walk: Callable[[Tensor, Schedule, Times, Noise], Walk]
+    trajectory: Callable[[Tensor, Schedule, Times, Noise], Trajectory]
     order: int
     calls_per_step: int = 1
     needs: Literal["nothing", "signal", "preserved"] = "nothing"
@@ -250,11 +265,20 @@ def sampler(name: str, order: int = 3) -> Sampler:
         raise one_of("sample.sampler", name, SAMPLERS)
     require(order in (2, 3), "sample.order", "be 2 or 3", order)
     found = _SAMPLERS[name]
-    return replace(found, walk=partial(unipc, order=order), order=order) if name == "unipc" else found
+    return (
+        replace(found, trajectory=partial(unipc, order=order), order=order)
+        if name == "unipc"
+        else found
+    )
 
 
-def plan(
-    name: str, steps: int, grid: str | Sequence[float] | Tensor, schedule: Schedule, t_min: float = 0.0, order: int = 3
+def plan_steps(
+    name: str,
+    steps: int,
+    grid: str | Sequence[float] | Tensor,
+    schedule: Schedule,
+    t_min: float = 0.0,
+    order: int = 3,
 ) -> tuple[Sampler, Tensor]:
     """A sampler and the times that it walks, on the CPU so that no step waits for a device to learn its time.
 
@@ -264,30 +288,34 @@ def plan(
     lacking = method.lacks(schedule, times)
     if lacking:
         defined = [other for other in SAMPLERS if not sampler(other).lacks(schedule, times)]
-        raise ConfigError(f"sample.sampler must be one of {' '.join(defined)} for {schedule}, {lacking}; got {name!r}")
+        raise ConfigError(
+            f"sample.sampler must be one of {' '.join(defined)} for {schedule}, {lacking}; got {name!r}"
+        )
     return method, times
 
 
-def drive(walk: Walk, denoise: Denoiser) -> tuple[Tensor, int]:
+def drive(trajectory: Trajectory, denoise: Denoiser) -> tuple[Tensor, int]:
     """Run a sampler to its end with a denoiser at hand. Returns its result and the number of calls made."""
     calls = 0
     try:
-        x, t = next(walk)
+        x, t = next(trajectory)
         while True:
             calls += 1
-            x, t = walk.send(denoise(x, t))
+            x, t = trajectory.send(denoise(x, t))
     except StopIteration as end:
         return end.value, calls
 
 
-async def drive_async(walk: Walk, denoise: Callable[[Tensor, Tensor], Awaitable[Tensor]]) -> tuple[Tensor, int]:
+async def drive_async(
+    trajectory: Trajectory, denoise: Callable[[Tensor, Tensor], Awaitable[Tensor]]
+) -> tuple[Tensor, int]:
     """`drive`, for a denoiser that must be awaited."""
     calls = 0
     try:
-        x, t = next(walk)
+        x, t = next(trajectory)
         while True:
             calls += 1
-            x, t = walk.send(await denoise(x, t))
+            x, t = trajectory.send(await denoise(x, t))
     except StopIteration as end:
         return end.value, calls
 
@@ -303,18 +331,18 @@ def start(
     index: Tensor | None = None,
     t_min: float = 0.0,
     order: int = 3,
-) -> Walk:
+) -> Trajectory:
     """A sampler ready to be driven from `x` `[B, ...]` at t = 1.
 
-    The noise of step n is that of the pictures `index` (default 0 ... B-1) of the seed. Raises what `plan` raises.
+    The noise of step n is that of the images `index` (default 0 ... B-1) of the seed. Raises what `plan` raises.
     """
     index = torch.arange(len(x), device=x.device) if index is None else index
-    method, times = plan(sampler_name, steps, grid, schedule, t_min, order)
+    method, times = plan_steps(sampler_name, steps, grid, schedule, t_min, order)
 
     def noise(step: int) -> Tensor:
-        return normal(seed, Use.STEP, index, step, x.shape[1:]).to(x.dtype)
+        return normal(seed, RngStream.STEP, index, step, x.shape[1:]).to(x.dtype)
 
-    return method.walk(x, schedule, times, noise)
+    return method.trajectory(x, schedule, times, noise)
 
 
 def sample(
@@ -334,4 +362,6 @@ def sample(
 
     Raises `ConfigError` for an unknown sampler or grid, steps below 1, or a sampler that the schedule does not define.
     """
-    return drive(start(x, schedule, sampler, steps, grid, seed=seed, t_min=t_min, order=order), denoiser)[0]
+    return drive(
+        start(x, schedule, sampler, steps, grid, seed=seed, t_min=t_min, order=order), denoiser
+    )[0]

@@ -26,8 +26,8 @@ class Coeffs(NamedTuple):
     da: Tensor
     ds: Tensor
 
-    def beside(self, x: Tensor) -> "Coeffs":
-        """The same coefficients, shaped to multiply pictures `[B, ...]`."""
+    def broadcast_to(self, x: Tensor) -> "Coeffs":
+        """The same coefficients, shaped to multiply images `[B, ...]`."""
         return Coeffs(*(c.reshape(c.shape + (1,) * (x.ndim - 1)) if c.ndim else c for c in self))
 
 
@@ -81,7 +81,12 @@ class VPLinear:
 
     def __post_init__(self) -> None:
         require(self.beta_min > 0, "schedule.beta_min", "be above 0", self.beta_min)
-        require(self.beta_max >= self.beta_min, "schedule.beta_max", "be at least schedule.beta_min", self.beta_max)
+        require(
+            self.beta_max >= self.beta_min,
+            "schedule.beta_max",
+            "be at least schedule.beta_min",
+            self.beta_max,
+        )
 
     def __call__(self, t: Tensor) -> Coeffs:
         slope = self.beta_max - self.beta_min
@@ -97,7 +102,9 @@ class VPPolynomial(_Positive):
     rho: float = 2.0
 
     def __call__(self, t: Tensor) -> Coeffs:
-        return _preserving(-_power_integral(t, self.b, self.c, self.rho) / 2, (self.b + self.c * t) ** self.rho)
+        return _preserving(
+            -_power_integral(t, self.b, self.c, self.rho) / 2, (self.b + self.c * t) ** self.rho
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,9 @@ class VPExponential(_Positive):
     c: float = 6.5
 
     def __call__(self, t: Tensor) -> Coeffs:
-        return _preserving(-self.b / (2 * self.c) * torch.expm1(self.c * t), self.b * (self.c * t).exp())
+        return _preserving(
+            -self.b / (2 * self.c) * torch.expm1(self.c * t), self.b * (self.c * t).exp()
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,9 @@ class VEExponential(_Positive):
     c: float = 8.5
 
     def __call__(self, t: Tensor) -> Coeffs:
-        return _exploding(self.b**2 / (2 * self.c) * torch.expm1(2 * self.c * t), self.b * (self.c * t).exp())
+        return _exploding(
+            self.b**2 / (2 * self.c) * torch.expm1(2 * self.c * t), self.b * (self.c * t).exp()
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,9 @@ class VEPolynomial(_Positive):
     rho: float = 2.0
 
     def __call__(self, t: Tensor) -> Coeffs:
-        return _exploding(_power_integral(t, self.b, self.c, 2 * self.rho), (self.b + self.c * t) ** self.rho)
+        return _exploding(
+            _power_integral(t, self.b, self.c, 2 * self.rho), (self.b + self.c * t) ** self.rho
+        )
 
 
 @dataclass(frozen=True)
@@ -191,7 +204,9 @@ class TwoPhase:
         )
         require(self.c0 > 0, "schedule.c0", "be above 0", self.c0)
         highest = self.steps / math.log(self.steps)
-        require(0 < self.c1 < highest, "schedule.c1", f"be in (0, T / log T = {highest:.4g})", self.c1)
+        require(
+            0 < self.c1 < highest, "schedule.c1", f"be in (0, T / log T = {highest:.4g})", self.c1
+        )
 
     @cached_property
     def betas(self) -> Tensor:
@@ -204,14 +219,18 @@ class TwoPhase:
 
     @cached_property
     def _log_a(self) -> Tensor:
-        return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-self.betas).cumsum(0) / 2])
+        return torch.cat(
+            [torch.zeros(1, dtype=torch.float64), torch.log1p(-self.betas).cumsum(0) / 2]
+        )
 
     def __call__(self, t: Tensor) -> Coeffs:
         place = t.double() * self.steps
         n = place.detach().floor().clamp(0, self.steps - 1)
         below, above = (self._log_a.to(t.device)[(n + i).long()] for i in (0, 1))
         log_a = below + (place - n) * (above - below)
-        return Coeffs(*(c.to(t.dtype) for c in _preserving(log_a, 2 * self.steps * (below - above))))
+        return Coeffs(
+            *(c.to(t.dtype) for c in _preserving(log_a, 2 * self.steps * (below - above)))
+        )
 
 
 @dataclass(frozen=True)
@@ -279,7 +298,7 @@ def velocity(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
     Affine in D with weights that do not depend on it, so a mixture of denoisers with weights that sum to one is the same
     mixture of velocities: the decomposition on which the routed sampler stands.
     """
-    a, s, da, ds = c.beside(x)
+    a, s, da, ds = c.broadcast_to(x)
     return ds / s * x + (da - a * ds / s) * denoised
 
 
@@ -309,11 +328,18 @@ def regularity(schedule: Schedule, t_min: float = 1e-3, t_max: float = 1.0) -> R
 
     Raises `ConfigError` for times not in 0 < t_min < t_max <= 1.
     """
-    require(0 < t_min < t_max <= 1, "regularity: t_min and t_max", "be in 0 < t_min < t_max <= 1", (t_min, t_max))
+    require(
+        0 < t_min < t_max <= 1,
+        "regularity: t_min and t_max",
+        "be in 0 < t_min < t_max <= 1",
+        (t_min, t_max),
+    )
     t = torch.linspace(t_min, t_max, 4097, dtype=torch.float64)
     c, start, failures = schedule(t), schedule(torch.zeros((), dtype=torch.float64)), []
     if abs(float(start.a) - 1) > 1e-12 or abs(float(start.s)) > 1e-12:
-        failures.append(f"a(0) must be 1 and s(0) 0, they are {float(start.a):g} and {float(start.s):g}")
+        failures.append(
+            f"a(0) must be 1 and s(0) 0, they are {float(start.a):g} and {float(start.s):g}"
+        )
     if not all(part.isfinite().all() for part in c):
         failures.append(f"a, s and their derivatives must be finite on [{t_min:g}, {t_max:g}]")
     for name, rule, falling, may_stand in (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddm.errors import require
-from ddm.rng import Use, normal, seed_of, uniform
+from ddm.rng import RngStream, derive_seed, normal, uniform
 
 
 @dataclass
@@ -23,25 +23,39 @@ class FitConfig:
     gradient_clip: float = 1.0  # largest norm of the gradient; 0 for no limit
     ema_decay: float = 0.999  # 0 keeps the raw weights
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    compile: bool = False  # by torch.compile: a minute before the first step, and faster steps on a GPU
+    compile: bool = (
+        False  # by torch.compile: a minute before the first step, and faster steps on a GPU
+    )
     checkpoint_every: int = 1000  # steps between checkpoints to resume from
     t_min: float = 1e-3  # times are drawn from [t_min, 1]
 
     def check(self, section: str) -> None:
         """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
         for key in ("steps", "batch", "checkpoint_every"):
-            require(getattr(self, key) >= 1, f"{section}.{key}", "be at least 1", getattr(self, key))
-        require(self.learning_rate > 0, f"{section}.learning_rate", "be above 0", self.learning_rate)
-        require(self.warmup_steps >= 0, f"{section}.warmup_steps", "be at least 0", self.warmup_steps)
-        require(self.gradient_clip >= 0, f"{section}.gradient_clip", "be at least 0", self.gradient_clip)
+            require(
+                getattr(self, key) >= 1, f"{section}.{key}", "be at least 1", getattr(self, key)
+            )
+        require(
+            self.learning_rate > 0, f"{section}.learning_rate", "be above 0", self.learning_rate
+        )
+        require(
+            self.warmup_steps >= 0, f"{section}.warmup_steps", "be at least 0", self.warmup_steps
+        )
+        require(
+            self.gradient_clip >= 0, f"{section}.gradient_clip", "be at least 0", self.gradient_clip
+        )
         require(0 <= self.ema_decay < 1, f"{section}.ema_decay", "be in [0, 1)", self.ema_decay)
         require(0 < self.t_min < 1, f"{section}.t_min", "be in (0, 1)", self.t_min)
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> Any:
         """The optimizer and its schedule, as `LightningModule.configure_optimizers` returns them."""
         # A fused step takes float16's scale off the gradients by itself, too late for clipping them.
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=self.precision != "16-mixed")
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / (self.warmup_steps + 1)))
+        optimizer = torch.optim.Adam(
+            parameters, lr=self.learning_rate, fused=self.precision != "16-mixed"
+        )
+        warmup = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda n: min(1.0, (n + 1) / (self.warmup_steps + 1))
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -50,43 +64,49 @@ class FitConfig:
             nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
 
 
-def scaled(images: Tensor) -> Tensor:
-    """uint8 pictures as float32 in [-1, 1]; float pictures as they are."""
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]; float images as they are."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 @dataclass
 class Batches:
-    """Training pictures (uint8 `[N, C, H, W]`, on the device that trains) and what step n makes of them."""
+    """Training images (uint8 `[N, C, H, W]`, on the device that trains) and what step n makes of them."""
 
     images: Tensor
     batch: int
     seed: int
-    flip: bool = False  # mirror every picture with probability 1/2
+    flip: bool = False  # mirror every image with probability 1/2
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Batches":
-        return copy.copy(self)  # Lightning's averaging copies its module; the pictures need not be there twice
+        return copy.copy(
+            self
+        )  # Lightning's averaging copies its module; the images need not be there twice
 
-    def pictures(self, step: int) -> tuple[Tensor, Tensor]:
-        """The pictures of a step, `[B, C, H, W]` in [-1, 1], and their places among all, int64 `[B]`."""
-        place = (uniform(self.seed, Use.BATCH, self._rows, step)[:, 0] * len(self.images)).long()
-        x0 = scaled(self.images[place])
+    def x0(self, step: int) -> tuple[Tensor, Tensor]:
+        """The images of a step, `[B, C, H, W]` in [-1, 1], and their places among all, int64 `[B]`."""
+        place = (
+            uniform(self.seed, RngStream.BATCH, self._rows, step)[:, 0] * len(self.images)
+        ).long()
+        x0 = to_float(self.images[place])
         if self.flip:
-            mirrored = uniform(self.seed, Use.FLIP, self._rows, step)[:, 0] < 0.5
+            mirrored = uniform(self.seed, RngStream.FLIP, self._rows, step)[:, 0] < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         return x0, place
 
     def times(self, step: int) -> Tensor:
         """Numbers in (0, 1), float32 `[B]`, one in each of B equal intervals: even times with less noise than B free draws."""
-        return ((self._rows + uniform(self.seed, Use.TIME, self._rows, step)[:, 0]) / self.batch).float()
+        return (
+            (self._rows + uniform(self.seed, RngStream.TIME, self._rows, step)[:, 0]) / self.batch
+        ).float()
 
     def noise(self, step: int) -> Tensor:
         """The noise of a step, `[B, C, H, W]`."""
-        return normal(self.seed, Use.NOISE, self._rows, step, self.images.shape[1:])
+        return normal(self.seed, RngStream.NOISE, self._rows, step, self.images.shape[1:])
 
     def seed_dropout(self, step: int) -> None:
         """Make torch's own generator, from which dropout draws, a function of (seed, step)."""
-        torch.manual_seed(seed_of(self.seed, Use.DROPOUT, step))
+        torch.manual_seed(derive_seed(self.seed, RngStream.DROPOUT, step))
 
     @property
     def _rows(self) -> Tensor:

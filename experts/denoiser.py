@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ddm.errors import require
-from ddm.training import FitConfig
 from ddm.schedules import Schedule
+from ddm.training import FitConfig
 from experts.unet import UNetConfig
 
 Parameterization = Literal["raw", "preconditioned"]
@@ -26,16 +26,18 @@ class ExpertConfig(FitConfig):
     sigma_data: float = 0.5  # the root mean square of a pixel in [-1, 1], for `preconditioned`
     loss_weight: LossWeight = "constant"
     min_snr_gamma: float = 5.0
-    times: Times = "uniform"  # of the noisy pictures it learns from
+    times: Times = "uniform"  # of the noisy images it learns from
 
     def check(self, section: str) -> None:
         """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
         super().check(section)
         require(self.sigma_data > 0, f"{section}.sigma_data", "be above 0", self.sigma_data)
-        require(self.min_snr_gamma > 0, f"{section}.min_snr_gamma", "be above 0", self.min_snr_gamma)
+        require(
+            self.min_snr_gamma > 0, f"{section}.min_snr_gamma", "be above 0", self.min_snr_gamma
+        )
 
     def build(self, shape: Sequence[int], schedule: Schedule) -> "Denoiser":
-        """A fresh expert for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+        """A fresh expert for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
         return Denoiser(self.unet.build(shape), schedule, self.parameterization, self.sigma_data)
 
 
@@ -50,7 +52,11 @@ class Denoiser(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, schedule: Schedule, parameterization: Parameterization, sigma_data: float
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization,
+        sigma_data: float,
     ) -> None:
         super().__init__()
         self.network, self.schedule = network, schedule
@@ -60,8 +66,12 @@ class Denoiser(nn.Module):
         t = t.to(x)
         if self.parameterization == "raw":
             return self.network(x, t).to(x.dtype)
-        a, s, _, _ = self.schedule(t).beside(x)
+        a, s, _, _ = self.schedule(t).broadcast_to(x)
         variance = self.sigma_data**2
         total = a**2 * variance + s**2
-        c_in, c_skip, c_out = torch.rsqrt(total), a * variance / total, s * self.sigma_data * torch.rsqrt(total)
+        c_in, c_skip, c_out = (
+            torch.rsqrt(total),
+            a * variance / total,
+            s * self.sigma_data * torch.rsqrt(total),
+        )
         return c_skip * x + c_out * self.network(c_in * x, t).to(x.dtype)

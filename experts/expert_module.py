@@ -1,4 +1,4 @@
-"""How one expert learns: from its cluster's pictures and nothing else."""
+"""How one expert learns: from its cluster's images and nothing else."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ddm.grids import time_grid
-from ddm.training import Batches
 from ddm.schedules import Coeffs, Schedule
+from ddm.training import Batches
 from experts.denoiser import Denoiser, ExpertConfig, LossWeight, Times
 
 
@@ -41,7 +41,7 @@ def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 
 
 
 def denoising_loss(denoised: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
-    """`mean_b weight_b mean |D_b - x0_b|^2`: a scalar, for `[B, C, H, W]` pictures and weights `[B]`."""
+    """`mean_b weight_b mean |D_b - x0_b|^2`: a scalar, for `[B, C, H, W]` images and weights `[B]`."""
     return (weight * (denoised - x0).square().flatten(1).mean(dim=1)).mean()
 
 
@@ -51,9 +51,13 @@ class ExpertLearning(pl.LightningModule):
     def __init__(self, denoiser: Denoiser, batches: Batches, config: ExpertConfig) -> None:
         super().__init__()
         self.denoiser, self.batches, self.config = denoiser, batches, config
-        self.levels = nn.Buffer(training_times(config.times, config.t_min, denoiser.schedule), persistent=False)
+        self.levels = nn.Buffer(
+            training_times(config.times, config.t_min, denoiser.schedule), persistent=False
+        )
         if config.compile:
-            denoiser.network.compile(dynamic=False)  # once for all experts of a process: they differ in weights alone
+            denoiser.network.compile(
+                dynamic=False
+            )  # once for all experts of a process: they differ in weights alone
 
     def at(self, level: Tensor) -> Tensor:
         """The times below which the shares `level` `[B]` in (0, 1) of all training times lie."""
@@ -67,12 +71,14 @@ class ExpertLearning(pl.LightningModule):
     def training_step(self, _: Any, __: int) -> Tensor:
         n, batches = self.global_step, self.batches
         batches.seed_dropout(n)
-        x0, _place = batches.pictures(n)
+        x0, _place = batches.x0(n)
         t = self.at(batches.times(n))
         c = self.denoiser.schedule(t)
-        a, s, _, _ = c.beside(x0)
+        a, s, _, _ = c.broadcast_to(x0)
         denoised = self.denoiser(a * x0 + s * batches.noise(n), t)
-        return denoising_loss(denoised, x0, loss_weight(self.config.loss_weight, c, self.config.min_snr_gamma))
+        return denoising_loss(
+            denoised, x0, loss_weight(self.config.loss_weight, c, self.config.min_snr_gamma)
+        )
 
     def configure_optimizers(self) -> Any:
         return self.config.adam(self.denoiser.parameters())

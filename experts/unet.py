@@ -17,15 +17,17 @@ class UNetConfig:
     channels: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
     blocks: int = 2  # residual blocks a level
-    attention: list[int] = field(default_factory=lambda: [16])  # sides of the feature maps that get self-attention
+    attention: list[int] = field(
+        default_factory=lambda: [16]
+    )  # sides of the feature maps that get self-attention
     dropout: float = 0.1
 
     def check(self, shape: Sequence[int], section: str = "expert.unet") -> None:
-        """Raise `ConfigError` naming the key of a size that cannot be for pictures `[C, H, W]`."""
+        """Raise `ConfigError` naming the key of a size that cannot be for images `[C, H, W]`."""
         check_encoder(section, self.channels, self.multipliers, self.blocks, self.dropout, shape)
 
     def build(self, shape: Sequence[int]) -> "UNet":
-        """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+        """A fresh network for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
         self.check(shape)
         # What convolutions like, on CPUs as on tensor cores:
         return UNet(shape, self).to(memory_format=torch.channels_last)
@@ -54,7 +56,9 @@ class UNet(nn.Module):
         self.encoder = Encoder(shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout)
         skips = list(self.encoder.widths)
         width, embedding = skips[-1], 2 * c.channels
-        attends = len(c.attention) > 0  # as in DDPM, also in the middle of a network that attends anywhere
+        attends = (
+            len(c.attention) > 0
+        )  # as in DDPM, also in the middle of a network that attends anywhere
         self.middle = nn.ModuleList(
             [
                 ResidualBlock(width, width, embedding, c.dropout, attention=attends),
@@ -65,11 +69,17 @@ class UNet(nn.Module):
         for level in reversed(range(len(c.multipliers))):
             side, out = shape[-1] // 2**level, c.channels * c.multipliers[level]
             for _ in range(c.blocks + 1):
-                self.stages.append(ResidualBlock(width + skips.pop(), out, embedding, c.dropout, side in c.attention))
+                self.stages.append(
+                    ResidualBlock(
+                        width + skips.pop(), out, embedding, c.dropout, side in c.attention
+                    )
+                )
                 width = out
             if level > 0:
                 self.stages.append(Upsample(width))
-        self.head = nn.Sequential(group_norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, shape[0], 3, padding=1)))
+        self.head = nn.Sequential(
+            group_norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, shape[0], 3, padding=1))
+        )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         maps, embedding = self.encoder(x, t)
@@ -77,5 +87,9 @@ class UNet(nn.Module):
         for block in self.middle:
             h = block(h, embedding)
         for stage in self.stages:
-            h = stage(h) if isinstance(stage, Upsample) else stage(torch.cat([h, maps.pop()], dim=1), embedding)
+            h = (
+                stage(h)
+                if isinstance(stage, Upsample)
+                else stage(torch.cat([h, maps.pop()], dim=1), embedding)
+            )
         return self.head(h)

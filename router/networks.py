@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ddm.blocks import Encoder, check_encoder, group_norm
 from ddm.errors import require
-from ddm.training import FitConfig
 from ddm.schedules import Schedule
+from ddm.training import FitConfig
 
 
 @dataclass
@@ -21,15 +21,17 @@ class RouterNetConfig:
     channels: int = 64
     multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
     blocks: int = 1  # residual blocks a level
-    attention: list[int] = field(default_factory=lambda: [8])  # sides of the feature maps that get self-attention
+    attention: list[int] = field(
+        default_factory=lambda: [8]
+    )  # sides of the feature maps that get self-attention
     dropout: float = 0.0
 
     def check(self, shape: Sequence[int], section: str = "router.net") -> None:
-        """Raise `ConfigError` naming the key of a size that cannot be for pictures `[C, H, W]`."""
+        """Raise `ConfigError` naming the key of a size that cannot be for images `[C, H, W]`."""
         check_encoder(section, self.channels, self.multipliers, self.blocks, self.dropout, shape)
 
     def build(self, shape: Sequence[int], clusters: int, schedule: Schedule) -> "Scorer":
-        """A fresh network for pictures `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+        """A fresh network for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
         self.check(shape)
         return Scorer(shape, clusters, schedule, self)
 
@@ -44,7 +46,9 @@ class RouterConfig(FitConfig):
     label_weight: float = 1.0  # stage 1: of the cross-entropy
     posterior_weight: float = 1.0  # stage 1: of the squared error to the exact posterior
     rate_weight: float = 1.0  # stage 2: of the derivative nets' squared error
-    bands: list[float] = field(default_factory=lambda: [0.3, 0.7])  # the two times between the three bands
+    bands: list[float] = field(
+        default_factory=lambda: [0.3, 0.7]
+    )  # the two times between the three bands
 
     def check(self, section: str) -> None:
         """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
@@ -56,7 +60,9 @@ class RouterConfig(FitConfig):
             self.switch_step,
         )
         for key in ("label_weight", "posterior_weight", "rate_weight"):
-            require(getattr(self, key) >= 0, f"{section}.{key}", "be at least 0", getattr(self, key))
+            require(
+                getattr(self, key) >= 0, f"{section}.{key}", "be at least 0", getattr(self, key)
+            )
         require(
             self.label_weight + self.posterior_weight > 0,
             f"{section}.label_weight",
@@ -64,11 +70,20 @@ class RouterConfig(FitConfig):
             0,
         )
         rising = len(self.bands) == 2 and self.t_min < self.bands[0] < self.bands[1] < 1
-        require(rising, f"{section}.bands", f"be two rising times in ({section}.t_min, 1)", self.bands)
-        require(self.batch % 3 == 0, f"{section}.batch", "be a multiple of 3, a third for each band", self.batch)
+        require(
+            rising, f"{section}.bands", f"be two rising times in ({section}.t_min, 1)", self.bands
+        )
+        require(
+            self.batch % 3 == 0,
+            f"{section}.batch",
+            "be a multiple of 3, a third for each band",
+            self.batch,
+        )
 
-    def build(self, shape: Sequence[int], pi: Tensor, schedule: Schedule) -> "tuple[PosteriorNet, DerivativeNet]":
-        """A fresh router for pictures `[C, H, W]` in clusters of shares `pi` `[K]`. Raises `ConfigError` naming a bad size."""
+    def build(
+        self, shape: Sequence[int], pi: Tensor, schedule: Schedule
+    ) -> "tuple[PosteriorNet, DerivativeNet]":
+        """A fresh router for images `[C, H, W]` in clusters of shares `pi` `[K]`. Raises `ConfigError` naming a bad size."""
         scorer = self.net.build(shape, len(pi), schedule)
         return PosteriorNet(scorer, pi), DerivativeNet.from_trunk(scorer, self.bands)
 
@@ -79,7 +94,9 @@ class Scorer(nn.Module):
     x is divided by `sqrt(a^2 + s^2)`, so that the network sees numbers of size 1 under every schedule.
     """
 
-    def __init__(self, shape: Sequence[int], clusters: int, schedule: Schedule, config: RouterNetConfig) -> None:
+    def __init__(
+        self, shape: Sequence[int], clusters: int, schedule: Schedule, config: RouterNetConfig
+    ) -> None:
         super().__init__()
         c = config
         self.schedule = schedule
@@ -91,7 +108,7 @@ class Scorer(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         t = t.to(x)
-        a, s, _, _ = self.schedule(t).beside(x)
+        a, s, _, _ = self.schedule(t).broadcast_to(x)
         maps, _ = self.trunk(x * torch.rsqrt(a**2 + s**2), t)
         return self.head(F.silu(self.norm(maps[-1])).mean(dim=(2, 3))).to(x.dtype)
 
@@ -142,7 +159,9 @@ class DerivativeNet(nn.Module):
         if t.ndim == 0:
             return self.band(int(sum(t >= edge for edge in self.edges)), x, t)
         t = t.to(x.device)  # where the rows are picked
-        band = torch.bucketize(t.contiguous(), torch.tensor(self.edges, device=t.device, dtype=t.dtype), right=True)
+        band = torch.bucketize(
+            t.contiguous(), torch.tensor(self.edges, device=t.device, dtype=t.dtype), right=True
+        )
         rows = [(band == b).nonzero()[:, 0] for b in range(len(self.scorers))]
         rates = [self.band(b, x[r], t[r]) for b, r in enumerate(rows) if len(r)]
         return torch.empty_like(torch.cat(rates)).index_copy_(0, torch.cat(rows), torch.cat(rates))

@@ -1,4 +1,4 @@
-"""Who moves the picture, given alpha: at each step a policy chooses a set of experts.
+"""Who moves the image, given alpha: at each step a policy chooses a set of experts.
 
 The chosen experts are mixed with alpha's weights, renormalized over the set, so a policy is nothing but its choice.
 What it remembers is a tensor with a row a trajectory, handed in and out: state belongs to trajectories, not to policies.
@@ -27,7 +27,7 @@ class Policy(Protocol):
         ...
 
 
-def drawn(p: Tensor, draw: Tensor) -> Tensor:
+def sample_categorical(p: Tensor, draw: Tensor) -> Tensor:
     """One expert a row, drawn from `p` `[B, K]` by uniform numbers `[B]` in (0, 1): bool `[B, K]`, never where p is 0."""
     mass = p.double().cumsum(dim=1)
     k = (mass <= draw[:, None] * mass[:, -1:]).sum(dim=1)
@@ -38,7 +38,9 @@ def weights(alpha: Tensor, chosen: Tensor) -> Tensor:
     """The share of each chosen expert in the mixture, `[B, K]`: alpha renormalized over the chosen, even where it is 0 there."""
     weight = torch.where(chosen, alpha, 0)
     total = weight.sum(dim=1, keepdim=True)
-    return torch.where(total > 0, weight / total, chosen / chosen.sum(dim=1, keepdim=True)).to(alpha)
+    return torch.where(total > 0, weight / total, chosen / chosen.sum(dim=1, keepdim=True)).to(
+        alpha
+    )
 
 
 def one_hot(k: Tensor, like: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class Fixed:
     """One expert drawn from pi at t = 1 and kept: ancestral sampling of the mixture, the paper's Naive."""
 
     def start(self, pi: Tensor, draw: Tensor) -> Tensor:
-        return drawn(pi, draw).to(pi)
+        return sample_categorical(pi, draw).to(pi)
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         return state > 0, state
@@ -97,7 +99,7 @@ class Stochastic(_Stateless):
     """One expert drawn from alpha, independently at every step: the paper's algorithm. On average, the full step."""
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-        return drawn(alpha, draw), state
+        return sample_categorical(alpha, draw), state
 
 
 class Balanced:
@@ -109,7 +111,7 @@ class Balanced:
     """
 
     def start(self, pi: Tensor, draw: Tensor) -> Tensor:
-        return drawn(pi, draw).to(pi) - pi
+        return sample_categorical(pi, draw).to(pi) - pi
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         credit = state + alpha
@@ -134,7 +136,9 @@ class Adaptive(Balanced):
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         credit, saved = state[:, :-1] + alpha, state[:, -1:] + self.budget - 1
-        spend = (saved > 1 - 1e-4) & (alpha.amax(dim=1, keepdim=True) < self.decided)  # sums of floats: 0.4 + 0.6 < 1
+        spend = (saved > 1 - 1e-4) & (
+            alpha.amax(dim=1, keepdim=True) < self.decided
+        )  # sums of floats: 0.4 + 0.6 < 1
         first = one_hot(credit.argmax(dim=1), alpha)
         second = one_hot(credit.masked_fill(first, -torch.inf).argmax(dim=1), alpha)
         chosen = first | (second & spend)

@@ -31,9 +31,11 @@ def rate_loss(rate: Tensor, target: Tensor) -> Tensor:
 
 
 class _RouterLearning(pl.LightningModule):
-    """What both stages share: the whole training set on the device, and the noisy pictures of step n."""
+    """What both stages share: the whole training set on the device, and the noisy images of step n."""
 
-    def __init__(self, posterior: PosteriorNet, batches: Batches, cluster: Tensor, config: RouterConfig) -> None:
+    def __init__(
+        self, posterior: PosteriorNet, batches: Batches, cluster: Tensor, config: RouterConfig
+    ) -> None:
         super().__init__()
         self.posterior, self.batches, self.config = posterior, batches, config
         self.cluster = nn.Buffer(cluster, persistent=False)
@@ -46,9 +48,9 @@ class _RouterLearning(pl.LightningModule):
     def noisy(self, step: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x0, its cluster label, eps and x_t of a step, at the times `[B]`."""
         self.batches.seed_dropout(step)
-        x0, place = self.batches.pictures(step)
+        x0, place = self.batches.x0(step)
         eps = self.batches.noise(step)
-        a, s, _, _ = self.posterior.scorer.schedule(t).beside(x0)
+        a, s, _, _ = self.posterior.scorer.schedule(t).broadcast_to(x0)
         return x0, self.cluster[place], eps, a * x0 + s * eps
 
     def configure_optimizers(self) -> Any:
@@ -65,10 +67,19 @@ class PosteriorLearning(_RouterLearning):
         t = self.config.t_min + (1 - self.config.t_min) * self.batches.times(self.global_step)
         _x0, label, _eps, x = self.noisy(self.global_step, t)
         alpha = exact_posterior(
-            x, t, self.batches.images, self.cluster, self.posterior.scorer.schedule, len(self.posterior.log_pi)
+            x,
+            t,
+            self.batches.images,
+            self.cluster,
+            self.posterior.scorer.schedule,
+            len(self.posterior.log_pi),
         )
         return posterior_loss(
-            self.posterior.logits(x, t), alpha, label, self.config.label_weight, self.config.posterior_weight
+            self.posterior.logits(x, t),
+            alpha,
+            label,
+            self.config.label_weight,
+            self.config.posterior_weight,
         )
 
 
@@ -87,7 +98,9 @@ class RouterLearning(_RouterLearning):
         self.derivative = derivative
         self.edges = nn.Buffer(torch.tensor([config.t_min, *config.bands, 1.0]), persistent=False)
         if config.compile:
-            derivative.scorers.apply(lambda part: part.compile(dynamic=False) if isinstance(part, Scorer) else None)
+            derivative.scorers.apply(
+                lambda part: part.compile(dynamic=False) if isinstance(part, Scorer) else None
+            )
 
     def training_step(self, _: Any, __: int) -> Tensor:
         # Counted on from stage 1, so that its batches are not seen again.
@@ -97,7 +110,9 @@ class RouterLearning(_RouterLearning):
         t = self.edges[band] + (self.edges[band + 1] - self.edges[band]) * (place - band)
         x0, label, eps, x = self.noisy(step, t)
         schedule, k = self.posterior.scorer.schedule, len(self.posterior.log_pi)
-        alpha, dalpha = exact_posterior_rate(x0, eps, t, self.batches.images, self.cluster, schedule, k)
+        alpha, dalpha = exact_posterior_rate(
+            x0, eps, t, self.batches.images, self.cluster, schedule, k
+        )
         # The times are stratified, row j in the j-th of B equal parts: the first third of the rows is band 0.
         thirds = zip(x.chunk(3), t.chunk(3), strict=True)
         rate = torch.cat([self.derivative.band(b, x_b, t_b) for b, (x_b, t_b) in enumerate(thirds)])

@@ -6,7 +6,7 @@ x = a x0 + s eps, u_i = x0 - x_i and q = a/s, all dependence on time is in q:
     log w_i = -(q^2/2) |u_i|^2 - q u_i.eps + const          g_i = d log w_i / dt = -dq/dt (q |u_i|^2 + u_i.eps)
 
 which is DESIGN's `g_i` after its terms in |eps|^2, equal for all i, have cancelled by hand rather than in floating point.
-The sums run over chunks of the pictures with an online softmax, in float64: where |dalpha| is 30, float32 products of 3072
+The sums run over chunks of the images with an online softmax, in float64: where |dalpha| is 30, float32 products of 3072
 coordinates leave an error of 4e-4 (TF32 far more), and float64 is neither subject to TF32 settings nor to autocast.
 """
 
@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddm.training import scaled
 from ddm.schedules import Schedule
+from ddm.training import to_float
 
-_CHUNK = 4096  # pictures at a time
+_CHUNK = 4096  # images at a time
 
 
 class _Chunk(NamedTuple):
-    """Products of B queries with M pictures, float64: `|x_i|^2` `[M]`, and a `[B, M]` of dot products for each query."""
+    """Products of B queries with M images, float64: `|x_i|^2` `[M]`, and a `[B, M]` of dot products for each query."""
 
     square: Tensor
     dots: list[Tensor]
@@ -46,7 +46,13 @@ def exact_posterior(
 
 
 def exact_posterior_rate(
-    x0: Tensor, eps: Tensor, t: Tensor, images: Tensor, labels: Tensor, schedule: Schedule, k: int | None = None
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    schedule: Schedule,
+    k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(alpha, dalpha)` at `x_t = a x0 + s eps`, float32 `[B, K]` each; rows sum to 1 and to 0.
 
@@ -78,7 +84,7 @@ def _online(
     k: int | None,
     log_weight: Callable[[_Chunk], tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over all pictures, summed by cluster, in one pass; and the same with each weight's log-derivative g.
+    """Softmax over all chunk, summed by cluster, in one pass; and the same with each weight's log-derivative g.
 
     Returns alpha and `sum_{i in k} r_i (g_i - sum_j r_j g_j)`.
     """
@@ -87,10 +93,12 @@ def _online(
     best = flat[0].new_full((len(flat[0]), 1), -torch.inf)
     mass = best.new_zeros(len(best), count)
     moment = torch.zeros_like(mass)
-    for pictures, label in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
-        points = scaled(pictures.to(best.device)).double().flatten(1)
+    for chunk, label in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        points = to_float(chunk.to(best.device)).double().flatten(1)
         member = torch.nn.functional.one_hot(label.to(best.device), count).double()
-        log_w, g = log_weight(_Chunk(points.square().sum(dim=1), [query @ points.T for query in flat]))
+        log_w, g = log_weight(
+            _Chunk(points.square().sum(dim=1), [query @ points.T for query in flat])
+        )
         new_best = torch.maximum(best, log_w.max(dim=1, keepdim=True).values)
         decay, w = (best - new_best).exp(), (log_w - new_best).exp()
         mass = mass * decay + w @ member

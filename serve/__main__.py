@@ -18,11 +18,11 @@ import torch
 import uvicorn
 
 from ddm.errors import ConfigError, DdmError
-from serve.http.app import build_app
-from serve.settings import Settings, settings
-from serve.http.middleware import Guard
 from serve.engine.metrics import Prometheus
 from serve.engine.service import Service
+from serve.http.app import build_app
+from serve.http.middleware import LimitsMiddleware
+from serve.settings import Settings, settings
 
 log = logging.getLogger("serve")
 
@@ -38,7 +38,9 @@ def main(words: list[str]) -> int:
     try:
         runs = [word for word in words if "=" not in word]
         if len(runs) != 1:
-            raise ConfigError(f"give one run's folder or bundle, such as runs/digits, and key=value words; got {runs}")
+            raise ConfigError(
+                f"give one run's folder or bundle, such as runs/digits, and key=value words; got {runs}"
+            )
         config = settings({"run": runs[0]}, [word for word in words if "=" in word])
         if config.serve.placement == "ray":
             from serve.ray_app import serve_on_ray  # Ray takes seconds to import
@@ -61,10 +63,12 @@ def serve_here(config: Settings) -> None:
         "OMP_NUM_THREADS" not in os.environ
     ):  # a core is left for the loop; without one they stop each other all the time
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    with _bound(serve.host, serve.port) as listening:  # first, so that a port that is taken is said at once
+    with _bound(
+        serve.host, serve.port
+    ) as listening:  # first, so that a port that is taken is said at once
         service = Service(config, metrics)
         gc.freeze()  # what is here now stays: collections need not look at it again
-        app = Guard(
+        app = LimitsMiddleware(
             build_app(service),
             token,
             serve.limits.body_bytes,
@@ -72,9 +76,10 @@ def serve_here(config: Settings) -> None:
             lambda kind: metrics.count("rejections", reason=kind),
         )
         # h11 bounds the headers of a request; there are no websockets.
-        _Server(service, uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False)).run(
-            [listening]
-        )
+        _Server(
+            service,
+            uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False),
+        ).run([listening])
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -100,16 +105,16 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hear, self._reload)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._spawn, self._reload)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         log.info("http://%s  (the API: /docs; ctrl-C ends it)", address)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._hear(self._end)
+        self._spawn(self._end)
         await super().shutdown(sockets)
 
-    def _hear(self, what: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def _spawn(self, what: Callable[[], Coroutine[Any, Any, None]]) -> None:
         task = asyncio.create_task(what())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)

@@ -38,15 +38,18 @@ from torch import Tensor  # noqa: E402
 
 from ddm.bundle import read_bundle  # noqa: E402
 from ddm.errors import ArtifactError, ConfigError  # noqa: E402
-from serve.http.app import build_app  # noqa: E402
-from serve.settings import Settings, settings  # noqa: E402
-from serve.engine.scheduler import UnavailableError  # noqa: E402
-from serve.http.middleware import Guard  # noqa: E402
+from serve.engine.expert import UnavailableError  # noqa: E402
 from serve.engine.local_expert import Runner  # noqa: E402
 from serve.engine.metrics import METRICS, Metrics  # noqa: E402
-from serve.model.loading import bundle_folder, load_expert
-from serve.model.model import picked_device  # noqa: E402
 from serve.engine.service import Service  # noqa: E402
+from serve.http.app import build_app  # noqa: E402
+from serve.http.middleware import LimitsMiddleware  # noqa: E402
+from serve.model.loading import (
+    bundle_folder,
+    load_expert,
+    picked_device,  # noqa: E402
+)
+from serve.settings import Settings, settings  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,9 @@ class ExpertReplica:
 
     async def denoise(self, folder: str, version: str, x: np.ndarray, t: np.ndarray) -> np.ndarray:
         """x float32 `[B, C, H, W]`, t `[B]` -> the denoised x, by the weights of that version of the bundle in `folder`."""
-        return await asyncio.get_running_loop().run_in_executor(self.turn, self._denoise, folder, version, x, t)
+        return await asyncio.get_running_loop().run_in_executor(
+            self.turn, self._denoise, folder, version, x, t
+        )
 
     async def where(self) -> tuple[int, str]:
         """Its process and node; that it answers says that it is alive."""
@@ -76,7 +81,9 @@ class ExpertReplica:
             raise ArtifactError(
                 f"{folder} no longer holds version {version}: keep a bundle until its requests are done"
             )
-        return self.runners[version](torch.tensor(x), torch.tensor(t)).numpy()  # copies: what arrives may be read-only
+        return self.runners[version](
+            torch.tensor(x), torch.tensor(t)
+        ).numpy()  # copies: what arrives may be read-only
 
     def _load(self, folder: str) -> str:
         denoiser, version = load_expert(folder, self.k, self.device)
@@ -89,13 +96,17 @@ class ExpertReplica:
 class RayExpert:
     """An expert's deployment, as the engine asks it."""
 
-    def __init__(self, name: str, handle: DeploymentHandle[Any], folder: Path, version: str, calls: int) -> None:
+    def __init__(
+        self, name: str, handle: DeploymentHandle[Any], folder: Path, version: str, calls: int
+    ) -> None:
         self.name, self.handle, self.folder, self.version = name, handle, str(folder), version
         self.calls, self.turn = calls, asyncio.Semaphore(calls)
 
     async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         arrays = x.cpu().numpy(), t.to("cpu", torch.float32).numpy()
-        return torch.tensor(await _answer(self.handle.denoise.remote(self.folder, self.version, *arrays)))
+        return torch.tensor(
+            await _answer(self.handle.denoise.remote(self.folder, self.version, *arrays))
+        )
 
     async def check(self) -> None:
         await _answer(self.handle.where.remote())
@@ -125,22 +136,30 @@ class Sampling:
         def connect(model: Any, folder: Path, turn: asyncio.Semaphore) -> list[RayExpert]:
             if len(model.names) != len(experts):
                 raise ConfigError(
-                    f"run must have {len(experts)} experts, as many as are deployed, got {len(model.names)}", "run"
+                    f"run must have {len(experts)} experts, as many as are deployed, got {len(model.names)}",
+                    "run",
                 )
             ray_config = self.settings.serve.ray
             calls = ray_config.max_replicas or ray_config.replicas
-            return [RayExpert(name, handle, folder, model.version, calls) for name, handle in experts.items()]
+            return [
+                RayExpert(name, handle, folder, model.version, calls)
+                for name, handle in experts.items()
+            ]
 
         self.service = Service(self.settings, RayMetrics(), connect)
 
     def __serve_build_asgi_app__(self) -> Any:
         limits = self.settings.serve.limits
-        return Guard(build_app(self.service), self.settings.token(), limits.body_bytes, limits.body_timeout_s)
+        return LimitsMiddleware(
+            build_app(self.service), self.settings.token(), limits.body_bytes, limits.body_timeout_s
+        )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """New weights, without a restart: `user_config: {run: FOLDER}`."""
         if set(user_config) != {"run"}:
-            raise ConfigError(f"user_config must have the one key run, got {sorted(user_config)}", "user_config")
+            raise ConfigError(
+                f"user_config must have the one key run, got {sorted(user_config)}", "user_config"
+            )
         await self.service.switch(user_config["run"])
 
 
@@ -182,7 +201,7 @@ def proxy_middlewares() -> list[Middleware]:
     limits = Settings().serve.limits
     body_bytes = int(os.environ.get("DDM_BODY_BYTES", limits.body_bytes))
     body_timeout_s = float(os.environ.get("DDM_BODY_TIMEOUT_S", limits.body_timeout_s))
-    return [Middleware(Guard, body_bytes=body_bytes, body_timeout_s=body_timeout_s)]
+    return [Middleware(LimitsMiddleware, body_bytes=body_bytes, body_timeout_s=body_timeout_s)]
 
 
 def build(args: dict[str, Any]) -> ray_serve.Application:
@@ -231,7 +250,13 @@ def _deployment(kind: type, name: str) -> ray_serve.Deployment:
 def _scale(replicas: int, most: int | None) -> dict[str, Any]:
     if most is None:
         return {"num_replicas": replicas}
-    return {"autoscaling_config": {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": 1}}
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas,
+            "max_replicas": most,
+            "target_ongoing_requests": 1,
+        }
+    }
 
 
 def serve_on_ray(config: Settings) -> None:
@@ -261,7 +286,8 @@ def serve_on_ray(config: Settings) -> None:
             http_options={
                 "host": serve.host,
                 "port": serve.port,
-                "request_timeout_s": serve.limits.deadline_s + 30,  # the service's own deadline comes first
+                "request_timeout_s": serve.limits.deadline_s
+                + 30,  # the service's own deadline comes first
             },
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
@@ -283,4 +309,6 @@ def _cpus_here(config: Settings) -> int:
     ray_config = config.serve.ray
     k = read_bundle(bundle_folder(config.run), only=()).partition.k
     wanted = k * (ray_config.max_replicas or ray_config.replicas) * ray_config.cpus
-    return max(os.cpu_count() or 1, int(np.ceil(wanted + ray_config.services * ray_config.service_cpus)))
+    return max(
+        os.cpu_count() or 1, int(np.ceil(wanted + ray_config.services * ray_config.service_cpus))
+    )

@@ -15,12 +15,12 @@ from serve.model.params import SampleConfig
 class LimitsConfig:
     """What one request, and all of them together, may ask for."""
 
-    n: int = 64  # pictures a request
+    n: int = 64  # images a request
     steps: int = 250
     body_bytes: int = 65_536
     body_timeout_s: float = 10.0  # for a request's body to arrive
-    pending: int = 100_000  # pictures times steps, accepted and still to come; beyond it 429
-    deadline_s: float = 300.0  # from a request to its last picture; beyond it 504
+    pending: int = 100_000  # image steps, accepted and still to come; beyond it 429
+    deadline_s: float = 300.0  # from a request to its last image; beyond it 504
 
 
 @dataclass
@@ -48,8 +48,8 @@ class ServeConfig:
     placement: Literal["local", "ray"] = "local"
     device: str = "auto"  # auto is cuda where there is one
     compile: bool = False
-    max_batch: int = 64  # pictures a call of an expert
-    max_active: int = 256  # pictures on their way at once
+    max_batch: int = 64  # images a call of an expert
+    max_active: int = 256  # images on their way at once
     call_timeout_s: float = 30.0
     retry_s: float = 60.0  # how long an expert may be unreachable before it counts as away
     degraded: Literal["fail", "renormalize"] = "fail"
@@ -72,15 +72,25 @@ class Settings:
         self.sample.check()
         require(0 <= serve.port < 65536, "serve.port", "be in [0, 65535]", serve.port)
         for section, key, config in (
-            *(("serve", key, serve) for key in ("max_batch", "max_active", "call_timeout_s", "retry_s")),
+            *(
+                ("serve", key, serve)
+                for key in ("max_batch", "max_active", "call_timeout_s", "retry_s")
+            ),
             *(("serve.limits", key, limits) for key in vars(limits)),
             *(("serve.ray", key, ray) for key in ("replicas", "services")),
         ):
-            require(getattr(config, key) > 0, f"{section}.{key}", "be above 0", getattr(config, key))
+            require(
+                getattr(config, key) > 0, f"{section}.{key}", "be above 0", getattr(config, key)
+            )
         for key in ("gpus", "cpus", "service_cpus"):
             require(getattr(ray, key) >= 0, f"serve.ray.{key}", "be at least 0", getattr(ray, key))
         most = ray.max_replicas
-        require(most is None or most >= ray.replicas, "serve.ray.max_replicas", "be at least serve.ray.replicas", most)
+        require(
+            most is None or most >= ray.replicas,
+            "serve.ray.max_replicas",
+            "be at least serve.ray.replicas",
+            most,
+        )
         guarded = serve.token_file is not None or serve.open
         require(
             guarded or _is_loopback(serve.host),

@@ -1,4 +1,4 @@
-"""What several test files need: a small run, trained once a session, and the real picture sets where they are."""
+"""What several test files need: a small run, trained once a session, and the real image sets where they are."""
 
 import os
 from collections.abc import Callable
@@ -39,13 +39,17 @@ def one_thread() -> None:
 @pytest.fixture
 def small() -> Callable[..., Config]:
     """`small(run, *overrides)`: the config of a run on the digits that takes seconds."""
-    return lambda folder, *overrides: load_config(default_config(), [*SMALL, f"run={folder}", *overrides])
+    return lambda folder, *overrides: load_config(
+        default_config(), [*SMALL, f"run={folder}", *overrides]
+    )
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small run. Tests that change one copy it first."""
-    from train.stages.run import run# here, because Lightning is slow to import and most tests do without
+    from train.stages.run import (
+        run,  # here, because Lightning is slow to import and most tests do without
+    )
 
     folder = tmp_path_factory.mktemp("runs") / "small"
     run(load_config(default_config(), [*SMALL, f"run={folder}"]))
@@ -54,7 +58,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of the real picture sets; the test skips where there is none."""
+    """The folder of the real image sets; the test skips where there is none."""
     folder = Path(os.environ.get("DDM_DATA", "data"))
     if not (folder / "cifar-10-batches-py").is_dir() or not (folder / "celeba_hq").is_dir():
         pytest.skip(f"needs CIFAR-10 and CelebA-HQ in {folder} (DDM_DATA)")

@@ -54,12 +54,16 @@ def imports_in(source: str, file: str) -> list[Import]:
     found = []
     for node in ast.walk(ast.parse(source, file)):
         if isinstance(node, ast.Import):
-            found += [Import(file, node.lineno, name.name, None, name.asname) for name in node.names]
+            found += [
+                Import(file, node.lineno, name.name, None, name.asname) for name in node.names
+            ]
         elif isinstance(node, ast.ImportFrom):
             # `from . import x` in ddm/y.py is `from ddm import x`.
             parents = file.split("/")[: -node.level] if node.level else []
             module = ".".join([*parents, *([node.module] if node.module else [])])
-            found += [Import(file, node.lineno, module, name.name, name.asname) for name in node.names]
+            found += [
+                Import(file, node.lineno, module, name.name, name.asname) for name in node.names
+            ]
     return found
 
 
@@ -68,7 +72,9 @@ def files_of(package: str) -> list[str]:
 
 
 def imports_of(package: str) -> list[Import]:
-    return [found for file in files_of(package) for found in imports_in((ROOT / file).read_text(), file)]
+    return [
+        found for file in files_of(package) for found in imports_in((ROOT / file).read_text(), file)
+    ]
 
 
 def test_the_walk_sees_imports_of_every_form() -> None:
@@ -87,7 +93,11 @@ def test_the_walk_sees_imports_of_every_form() -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_one_way(package: str) -> None:
-    assert [found for found in imports_of(package) if found.top in OURS - MAY_IMPORT[package] - {package}] == []
+    assert [
+        found
+        for found in imports_of(package)
+        if found.top in OURS - MAY_IMPORT[package] - {package}
+    ] == []
 
 
 def test_ddm_stands_on_torch_numpy_and_safetensors_alone() -> None:
@@ -97,7 +107,9 @@ def test_ddm_stands_on_torch_numpy_and_safetensors_alone() -> None:
 
 def test_ray_is_imported_only_where_it_is_served_or_clustered() -> None:
     everything = [found for package in PACKAGES for found in imports_of(package)]
-    assert [found for found in everything if found.top == "ray" and found.file not in RAY_MAY_BE_IN] == []
+    assert [
+        found for found in everything if found.top == "ray" and found.file not in RAY_MAY_BE_IN
+    ] == []
 
 
 def test_ray_serve_is_never_called_serve() -> None:
@@ -107,21 +119,31 @@ def test_ray_serve_is_never_called_serve() -> None:
 
 
 def test_nothing_that_is_served_imports_lightning() -> None:
-    assert [found for found in imports_of("serve") if found.top in ("lightning", "pytorch_lightning")] == []
+    assert [
+        found for found in imports_of("serve") if found.top in ("lightning", "pytorch_lightning")
+    ] == []
 
 
 def test_no_module_is_named_like_a_top_level_package() -> None:
-    used = {found.top for package in PACKAGES for found in imports_of(package)} - set(sys.stdlib_module_names)
+    used = {found.top for package in PACKAGES for found in imports_of(package)} - set(
+        sys.stdlib_module_names
+    )
     modules = [Path(file) for package in PACKAGES for file in files_of(package)]
     named = [path if path.name != "__init__.py" else path.parent for path in modules]
-    nested = [path for path in named if len(path.parts) > 1]  # a package itself has the name that it has
+    nested = [
+        path for path in named if len(path.parts) > 1
+    ]  # a package itself has the name that it has
     assert [str(path) for path in nested if path.stem in used | OURS] == []
 
 
 def test_import_serve_loads_neither_ray_nor_lightning() -> None:
     code = "import sys, serve; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())

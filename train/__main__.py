@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
                 f"a word must be a config (*.yaml), a stage ({' '.join(STAGES)}) or key=value, got {paths[-1]!r}"
             )
         config = load_config(Path(paths[0]) if paths else default_config(), overrides)
-        from train.stages.run import run# here, so that a typo need not wait for Lightning
+        from train.stages.run import run  # here, so that a typo need not wait for Lightning
 
         run(config, stages or STAGES)
     except DdmError as error:

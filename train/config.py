@@ -9,17 +9,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import configs
-from ddm.errors import ArtifactError, ConfigError, one_of, require
-from ddm.samplers import plan
+from ddm.errors import ConfigError, one_of, require
+from ddm.samplers import plan_steps
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
 from router.networks import RouterConfig
 from serve import SampleConfig
 from serve.model.config_merge import filled
 from serve.model.loading import picked_device
+from train.clustering import PartitionConfig
 from train.data import DataConfig
 from train.evaluation.features import script_files
-from train.clustering import PartitionConfig
 
 STAGES = ("partition", "expert", "router", "bundle", "monolith", "sample", "evaluate")
 
@@ -34,8 +34,18 @@ class ExpertStageConfig(ExpertConfig):
     def check(self, section: str) -> None:
         """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
         super().check(section)
-        require(self.index is None or self.index >= 0, f"{section}.index", "be at least 0, or null for all", self.index)
-        require(self.workers is None or self.workers >= 1, f"{section}.workers", "be at least 1, or null", self.workers)
+        require(
+            self.index is None or self.index >= 0,
+            f"{section}.index",
+            "be at least 0, or null for all",
+            self.index,
+        )
+        require(
+            self.workers is None or self.workers >= 1,
+            f"{section}.workers",
+            "be at least 1, or null",
+            self.workers,
+        )
 
 
 @dataclass
@@ -47,7 +57,7 @@ class BundleConfig:
 
 @dataclass
 class SampleStageConfig(SampleConfig):
-    """The stage `sample`: how many pictures, from which seed."""
+    """The stage `sample`: how many images, from which seed."""
 
     n: int = 64
     seed: int = 0
@@ -60,28 +70,32 @@ class SampleStageConfig(SampleConfig):
 
 
 PAPER = ("DDIM", "Naive", "MoG-a", "MoG-da")
-METHODS = (*PAPER, "balanced", "controlled", "adaptive", "top-1", "top-2", "nucleus", "full")
+METHODS = (*PAPER, "balanced", "balanced-cv", "adaptive", "top-1", "top-2", "nucleus", "full")
 Precision = Literal["32-true", "bf16-mixed"]
 
 
 @dataclass
 class EvaluateConfig:
-    """What is measured: which methods and samplers, on how many pictures, and with whose features."""
+    """What is measured: which methods and samplers, on how many images, and with whose features."""
 
-    n: int = 1000  # pictures a method, sampler, number of steps and seed
+    n: int = 1000  # images a method, sampler, number of steps and seed
     seeds: int = 1  # sampling seeds 0, 1, ...: with several there are error bars
     steps: list[int] = field(default_factory=lambda: [10, 25, 50, 100])
-    methods: list[str] = field(default_factory=lambda: [*PAPER, "balanced", "controlled", "top-1", "full"])
+    methods: list[str] = field(
+        default_factory=lambda: [*PAPER, "balanced", "balanced-cv", "top-1", "full"]
+    )
     # NAME: {settings over sample}; none means sample's own:
     samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
     # `classifier` (a small one, trained on the spot), `inception`, TorchScript files, or folders of them:
     features: list[str] = field(default_factory=lambda: ["classifier"])
-    # Distances are to REFERENCE.NETWORK.npz beside NETWORK.pt; null: to the run's pictures.
+    # Distances are to REFERENCE.NETWORK.npz beside NETWORK.pt; null: to the run's images.
     reference: str | None = None
     inception_weights: str | None = None  # for inception: pt_inception-2015-12-05-6726825d.pth
     trajectories: int = 64  # paths for the trajectory error, of seed 0
     reference_steps: int = 1000
-    monolith_steps: int | None = None  # of the row DDIM's one model; null is as many as all experts; 0 for no row
+    monolith_steps: int | None = (
+        None  # of the row DDIM's one model; null is as many as all experts; 0 for no row
+    )
     batch: int = 256
     precision: Precision = "32-true"  # of the networks while drawing
 
@@ -101,7 +115,12 @@ class EvaluateConfig:
             if name not in METHODS:
                 raise one_of(f"{section}.methods", name, METHODS)
         for name in self.samplers:
-            require(name.replace("-", "").replace("_", "").isalnum(), f"{section}.samplers", "have plain names", name)
+            require(
+                name.replace("-", "").replace("_", "").isalnum(),
+                f"{section}.samplers",
+                "have plain names",
+                name,
+            )
         require(
             1 <= self.trajectories <= self.n,
             f"{section}.trajectories",
@@ -144,7 +163,10 @@ class EvaluateConfig:
                 )
             found += name in ("classifier", "inception") or len(script_files(Path(name)))
         require(
-            found > 0, f"{section}.features", "hold at least one network: such as [classifier]", list(self.features)
+            found > 0,
+            f"{section}.features",
+            "hold at least one network: such as [classifier]",
+            list(self.features),
         )
 
 
@@ -188,28 +210,33 @@ class Config:
         self.table.check("table")
         self.check_plan(self.sample, self.sample.steps)
 
-    def check_plan(self, own: SampleConfig, *steps: int) -> None:
+    def check_plan(self, cfg: SampleConfig, *steps: int) -> None:
         """Raise `ConfigError` where the sampler or the grid is not defined for the schedule at these numbers of steps."""
         for count in steps:
-            plan(own.sampler, count, own.grid, schedule(**self.schedule), own.t_min, own.order)
+            plan_steps(
+                cfg.sampler, count, cfg.grid, schedule(**self.schedule), cfg.t_min, cfg.order
+            )
 
-    def samplers(self, own: EvaluateConfig, section: str) -> dict[str, SampleConfig]:
+    def samplers(self, cfg: EvaluateConfig, section: str) -> dict[str, SampleConfig]:
         """The samplers that are compared, by name; `sample`'s own where none is named.
 
         Raises `ConfigError` naming the sampler and what of it cannot be.
         """
         usual = {field.name: getattr(self.sample, field.name) for field in fields(SampleConfig)}
         found = {}
-        for name, settings in (own.samplers or {self.sample.sampler: {}}).items():
+        for name, settings in (cfg.samplers or {self.sample.sampler: {}}).items():
             try:
                 one = filled(SampleConfig, usual, settings)
                 one.check()
                 require(
-                    one.grid != "own", "sample.grid", "not be own where several numbers of steps are compared", "own"
+                    one.grid != "own",
+                    "sample.grid",
+                    "not be own where several numbers of steps are compared",
+                    "own",
                 )
-                self.check_plan(one, *own.steps, own.reference_steps)
+                self.check_plan(one, *cfg.steps, cfg.reference_steps)
             except ConfigError as error:
-                if not own.samplers:
+                if not cfg.samplers:
                     raise
                 raise ConfigError(f"{section}.samplers.{name}: {error}") from error
             found[name] = one
@@ -244,8 +271,12 @@ def load_config(path: Path, overrides: Sequence[str]) -> Config:
     try:
         text = OmegaConf.load(path)
     except FileNotFoundError:
-        at_hand = " ".join(sorted(f"configs/{file.name}" for file in default_config().parent.glob("*.yaml")))
-        raise ConfigError(f"there is no config {path}; those that come with the program are {at_hand}") from None
+        at_hand = " ".join(
+            sorted(f"configs/{file.name}" for file in default_config().parent.glob("*.yaml"))
+        )
+        raise ConfigError(
+            f"there is no config {path}; those that come with the program are {at_hand}"
+        ) from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML file that can be read: {error}") from error
     if not isinstance(text, DictConfig):

@@ -1,4 +1,4 @@
-"""The data sets: real pictures as one uint8 tensor, with whatever labels or attributes they come with."""
+"""The data sets: real images as one uint8 tensor, with whatever labels or attributes they come with."""
 
 import hashlib
 import logging
@@ -25,22 +25,27 @@ _CELEBA_ATTRIBUTES = "CelebAMask-HQ-attribute-anno.txt"
 
 @dataclass
 class DataConfig:
-    """Which pictures: the set's name, where it lies, the side in pixels, and how many of them."""
+    """Which images: the set's name, where it lies, the side in pixels, and how many of them."""
 
     name: Literal["digits", "cifar10", "celeba_hq", "folder"] = "digits"
     root: str = "data"
     size: int = 64  # side in pixels for celeba_hq and folder; digits are 8, cifar10 is 32
     limit: int | None = None  # take only the first so many
-    flip: bool = False  # mirror pictures at random in training
+    flip: bool = False  # mirror images at random in training
     download: bool = False  # cifar10 only: fetch it where it is missing
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `data.…` of a value out of its range."""
         require(self.size >= 4, "data.size", "be at least 4 pixels", self.size)
-        require(self.limit is None or self.limit >= 1, "data.limit", "be at least 1, or null for all", self.limit)
+        require(
+            self.limit is None or self.limit >= 1,
+            "data.limit",
+            "be at least 1, or null for all",
+            self.limit,
+        )
 
-    def build(self) -> "Pictures":
-        """Load the pictures. Raises `DataError` saying what is missing and how to get it, or which picture is corrupt."""
+    def build(self) -> "ImageSet":
+        """Load the images. Raises `DataError` saying what is missing and how to get it, or which image is corrupt."""
         match self.name:
             case "digits":
                 return _digits(self)
@@ -53,7 +58,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageSet:
     """`images` uint8 `[N, C, H, W]`; `labels` int64 `[N]` and their names; `attributes` bool `[N, A]` and their names."""
 
     images: Tensor
@@ -64,7 +69,7 @@ class Pictures:
 
     @property
     def hash(self) -> str:
-        """The content hash of pictures, labels and attributes."""
+        """The content hash of images, labels and attributes."""
         parts = [self.images, self.labels, self.attributes]
         return digest([None if p is None else [list(p.shape), _digest_bytes(p)] for p in parts])
 
@@ -73,17 +78,19 @@ def _digest_bytes(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _digits(config: DataConfig) -> Pictures:
+def _digits(config: DataConfig) -> ImageSet:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
-    return Pictures(
-        images[: config.limit], torch.from_numpy(digits.target)[: config.limit].long(), [str(d) for d in range(10)]
+    return ImageSet(
+        images[: config.limit],
+        torch.from_numpy(digits.target)[: config.limit].long(),
+        [str(d) for d in range(10)],
     )
 
 
-def _cifar10(config: DataConfig) -> Pictures:
+def _cifar10(config: DataConfig) -> ImageSet:
     from torchvision.datasets import CIFAR10
 
     try:
@@ -94,66 +101,76 @@ def _cifar10(config: DataConfig) -> Pictures:
             "fetch it with data.download=true"
         ) from error
     images = torch.from_numpy(train.data[: config.limit]).permute(0, 3, 1, 2).contiguous()
-    return Pictures(images, torch.tensor(train.targets[: config.limit]), train.classes)
+    return ImageSet(images, torch.tensor(train.targets[: config.limit]), train.classes)
 
 
-def _celeba_hq(config: DataConfig) -> Pictures:
+def _celeba_hq(config: DataConfig) -> ImageSet:
     root = Path(config.root)
     root = root / "celeba_hq" if (root / "celeba_hq").is_dir() else root
     listing = root / _CELEBA_ATTRIBUTES
-    folder = next((root / name for name in ("images", "CelebA-HQ-img") if (root / name).is_dir()), None)
+    folder = next(
+        (root / name for name in ("images", "CelebA-HQ-img") if (root / name).is_dir()), None
+    )
     if folder is None or not listing.is_file():
         raise DataError(
-            f"CelebA-HQ is not in {root}: put its pictures into {root}/images (or CelebA-HQ-img) and {_CELEBA_ATTRIBUTES} beside "
+            f"CelebA-HQ is not in {root}: put its images into {root}/images (or CelebA-HQ-img) and {_CELEBA_ATTRIBUTES} beside "
             "them, as CelebAMask-HQ is distributed; any resolution will do"
         )
     _count, header, *rows = listing.read_text().splitlines()
     names = header.split()
     facts = dict(row.split(maxsplit=1) for row in rows if row.strip())
-    files = [path for path in _picture_files(folder) if path.name in facts or path.with_suffix(".jpg").name in facts][
-        : config.limit
-    ]
+    files = [
+        path
+        for path in _image_files(folder)
+        if path.name in facts or path.with_suffix(".jpg").name in facts
+    ][: config.limit]
     if not files:
-        raise DataError(f"{folder} holds no picture that {listing} lists")
+        raise DataError(f"{folder} holds no image that {listing} lists")
     values = [facts.get(path.name) or facts[path.with_suffix(".jpg").name] for path in files]
     attributes = torch.tensor([[value == "1" for value in row.split()] for row in values])
-    return Pictures(_resized(files, config.size, root / "cache"), attributes=attributes, attribute_names=names)
+    return ImageSet(
+        _resized(files, config.size, root / "cache"), attributes=attributes, attribute_names=names
+    )
 
 
-def _folder(config: DataConfig) -> Pictures:
+def _folder(config: DataConfig) -> ImageSet:
     root = Path(config.root)
     classes = (
-        sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "cache") if root.is_dir() else []
+        sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "cache")
+        if root.is_dir()
+        else []
     )
-    files = [path for name in classes for path in _picture_files(root / name)]
+    files = [path for name in classes for path in _image_files(root / name)]
     if not files:
         raise DataError(
-            f"{root} holds no pictures: data.name=folder takes one sub-folder a class, with PNG, JPEG or WebP files in it"
+            f"{root} holds no images: data.name=folder takes one sub-folder a class, with PNG, JPEG or WebP files in it"
         )
     if config.limit is not None:  # evenly over the classes
         files = files[:: max(1, len(files) // config.limit)][: config.limit]
     labels = torch.tensor([classes.index(path.parent.name) for path in files])
-    return Pictures(_resized(files, config.size, root / "cache"), labels, classes)
+    return ImageSet(_resized(files, config.size, root / "cache"), labels, classes)
 
 
-def _picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder, in the order of their numbers where their names are numbers."""
+def _image_files(folder: Path) -> list[Path]:
+    """The images in a folder, in the order of their numbers where their names are numbers."""
     files = (path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     return sorted(files, key=lambda path: (int(path.stem) if path.stem.isdigit() else 0, path.name))
 
 
 def _resized(files: list[Path], size: int, cache: Path) -> Tensor:
-    """The pictures at `size` x `size`, cut to a square about the middle; made once and kept in the folder `cache`."""
+    """The images at `size` x `size`, cut to a square about the middle; made once and kept in the folder `cache`."""
     listing = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     cached = cache / f"{size}-{digest(listing)[:16]}.safetensors"
     if cached.is_file():
         return read_tensors(cached)["images"]
-    with bar(f"pictures to {size} x {size}", len(files)) as advance, ThreadPoolExecutor() as pool:
+    with bar(f"images to {size} x {size}", len(files)) as advance, ThreadPoolExecutor() as pool:
         images = torch.stack(list(pool.map(_reader(size, advance), files)))
     try:
         write_tensors(cached, {"images": images})
     except OSError as error:
-        log.warning("%s cannot be written (%s): the pictures will be resized again next time", cached, error)
+        log.warning(
+            "%s cannot be written (%s): the images will be resized again next time", cached, error
+        )
     return images
 
 
@@ -169,7 +186,7 @@ def _reader(size: int, advance: Callable[[], None]) -> Callable[[Path], Tensor]:
                     (left, top, left + side, top + side),
                 )
         except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path} is no picture that can be read: {error}") from error
+            raise DataError(f"{path} is no image that can be read: {error}") from error
         advance()
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 

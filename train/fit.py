@@ -26,7 +26,12 @@ class _Losses(Callback):
         self.count = 0
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self.sum, self.count = self.sum + outputs["loss"].detach(), self.count + 1
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
@@ -50,14 +55,26 @@ class _Averaging(WeightAveraging):
         self.averages, self.current = [*self._average_model.parameters()], [*pl_module.parameters()]
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        update = get_ema_multi_avg_fn(self.decay if trainer.global_step > 1 else 0.0)  # it begins at the first step's
+        update = get_ema_multi_avg_fn(
+            self.decay if trainer.global_step > 1 else 0.0
+        )  # it begins at the first step's
         update(self.averages, self.current, 0)
 
 
 def fit(
-    module: pl.LightningModule, steps: int, config: FitConfig, folder: Path, accelerator: str, report: Report
+    module: pl.LightningModule,
+    steps: int,
+    config: FitConfig,
+    folder: Path,
+    accelerator: str,
+    report: Report,
 ) -> None:
     """Fit `module` for `steps` steps, leaving the averaged weights in it; resumes from `folder/resume.ckpt` where that exists.
 
@@ -69,12 +86,18 @@ def fit(
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         report(saved["global_step"], float("nan"))
         if saved["global_step"] >= steps:
-            module.load_state_dict(saved["state_dict"])  # the averaged weights, where there is an average
+            module.load_state_dict(
+                saved["state_dict"]
+            )  # the averaged weights, where there is an average
             return
     callbacks: list[Callback] = [
         _Losses(folder / "losses.txt", steps, report),
         ModelCheckpoint(
-            folder, "resume", every_n_train_steps=config.checkpoint_every, save_top_k=1, enable_version_counter=False
+            folder,
+            "resume",
+            every_n_train_steps=config.checkpoint_every,
+            save_top_k=1,
+            enable_version_counter=False,
         ),
     ]
     if config.ema_decay > 0:
@@ -84,7 +107,9 @@ def fit(
         warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        warnings.filterwarnings(
+            "ignore", "You're resuming from a checkpoint that ended before the epoch ended"
+        )
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
@@ -97,5 +122,12 @@ def fit(
             enable_model_summary=False,
         )
         # The loader only counts: a module makes the batch of step n from (seed, n).
-        trainer.fit(module, range(steps), ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-        trainer.save_checkpoint(checkpoint)  # so that whoever is cut off after this line has nothing to train again
+        trainer.fit(
+            module,
+            range(steps),
+            ckpt_path=checkpoint if checkpoint.exists() else None,
+            weights_only=True,
+        )
+        trainer.save_checkpoint(
+            checkpoint
+        )  # so that whoever is cut off after this line has nothing to train again

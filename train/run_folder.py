@@ -26,7 +26,9 @@ _FREE = {
 def settled(config: Config) -> dict[str, Any]:
     """What of a config decides what is learned and what `table` measures, flat: `expert.steps` ..."""
     flat = _flat({key: value for key, value in plain(config).items() if key != "evaluate"})
-    return {key: value for key, value in flat.items() if key not in {*_FREE, "sample.n", "sample.seed"}}
+    return {
+        key: value for key, value in flat.items() if key not in {*_FREE, "sample.n", "sample.seed"}
+    }
 
 
 def claim(config: Config) -> None:
@@ -41,10 +43,14 @@ def claim(config: Config) -> None:
             for c in (_saved(path), plain(config))
         )
         keys = [
-            key for key in sorted(there.keys() | here.keys()) if key not in _FREE and there.get(key) != here.get(key)
+            key
+            for key in sorted(there.keys() | here.keys())
+            if key not in _FREE and there.get(key) != here.get(key)
         ]
         if keys:
-            changes = "; ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys)
+            changes = "; ".join(
+                f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys
+            )
             raise ArtifactError(
                 f"{config.folder} was made by another config: {changes}. Give run=FOLDER for a new run, or repeat the old values"
             )
@@ -67,5 +73,9 @@ def _saved(path: Path) -> dict[str, Any]:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        leaves |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return leaves

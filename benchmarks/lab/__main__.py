@@ -9,7 +9,17 @@ from pathlib import Path
 
 from benchmarks.lab.markdown import write
 
-EXPERIMENTS = ("orders", "laws", "densities", "processes", "errors", "history", "routing", "policies", "bound")
+EXPERIMENTS = (
+    "orders",
+    "laws",
+    "densities",
+    "processes",
+    "errors",
+    "history",
+    "routing",
+    "policies",
+    "bound",
+)
 DOCS = Path(__file__).parents[2] / "docs" / "lab"
 
 log = logging.getLogger("lab")
@@ -17,11 +27,19 @@ log = logging.getLogger("lab")
 
 def main() -> None:
     """Each experiment is a module with `measure() -> numbers` for JSON, and `page(numbers) -> Page`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lab", description="Measure the laws of the samplers.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {' '.join(EXPERIMENTS)}; default all")
-    parser.add_argument("--out", type=Path, default=DOCS, help="the folder of the pages; default docs/lab")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lab", description="Measure the laws of the samplers."
+    )
     parser.add_argument(
-        "--draw", action="store_true", help="only write the pages again, from the numbers that are there"
+        "names", nargs="*", metavar="name", help=f"of {' '.join(EXPERIMENTS)}; default all"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=DOCS, help="the folder of the pages; default docs/lab"
+    )
+    parser.add_argument(
+        "--draw",
+        action="store_true",
+        help="only write the pages again, from the numbers that are there",
     )
     words = parser.parse_args()
     for name in words.names:
@@ -31,7 +49,11 @@ def main() -> None:
     for name in words.names or EXPERIMENTS:
         began = time.monotonic()
         experiment = importlib.import_module(f"benchmarks.lab.{name}")
-        numbers = json.loads((words.out / f"{name}.json").read_text()) if words.draw else experiment.measure()
+        numbers = (
+            json.loads((words.out / f"{name}.json").read_text())
+            if words.draw
+            else experiment.measure()
+        )
         write(words.out, name, numbers, experiment.page(numbers))
         log.info("%-10s %4.0f s: %s", name, time.monotonic() - began, words.out / f"{name}.md")
 

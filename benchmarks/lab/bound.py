@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.lab.markdown import Page, axes, table
+from benchmarks.lab.theory import bound, constants, stability, step
 from ddm.measures import power_law_fit, sliced_w2, trajectory_error
 from ddm.oracle import GaussianMixture
 from ddm.samplers import sample
 from ddm.schedules import schedule
-from benchmarks.lab.theory import bound, constants, stability, step
 from router.routing import RoutedDenoiser
 
 PATH = schedule("vp_linear")
@@ -52,13 +52,17 @@ class Data:
     def __init__(self, setting: Setting) -> None:
         self.setting, K, d = setting, setting.K, setting.d
         generator = torch.Generator().manual_seed(0)
-        centres = torch.nn.functional.normalize(torch.randn(K, 1, d, generator=generator, dtype=torch.float64), dim=2)
+        centres = torch.nn.functional.normalize(
+            torch.randn(K, 1, d, generator=generator, dtype=torch.float64), dim=2
+        )
         points = centres + 0.3 * torch.randn(K, 4, d, generator=generator, dtype=torch.float64)
         self.points = setting.R * torch.nn.functional.normalize(points, dim=2)  # [K, 4, d]
         self.mixture = self._mixture(self.points.flatten(0, 1))
 
     def _mixture(self, points: Tensor) -> GaussianMixture:
-        return GaussianMixture(torch.full((len(points),), 1 / len(points)), points, torch.zeros_like(points), PATH)
+        return GaussianMixture(
+            torch.full((len(points),), 1 / len(points)), points, torch.zeros_like(points), PATH
+        )
 
     def alpha(self, x: Tensor, t: Tensor) -> Tensor:
         """The posterior, pulled towards its least likely corner, which is at most sqrt(2) away, by eps_router."""
@@ -68,7 +72,10 @@ class Data:
 
     def expert(self, k: int) -> Any:
         """The exact denoiser of cluster k, off by eps_expert, the same way everywhere."""
-        exact, off = self._mixture(self.points[k]).denoise, self.setting.eps_expert / math.sqrt(self.setting.d)
+        exact, off = (
+            self._mixture(self.points[k]).denoise,
+            self.setting.eps_expert / math.sqrt(self.setting.d),
+        )
         return lambda x, t: exact(x, t) + off
 
     def measured(self, steps: tuple[int, ...]) -> tuple[list[dict[str, float]], dict[str, float]]:
@@ -80,20 +87,33 @@ class Data:
         """
         setting, generator, near = self.setting, torch.Generator().manual_seed(1), 1e-6
         a, s, _, _ = PATH(torch.tensor(1.0, dtype=torch.float64))
-        x0 = self.mixture.means[torch.randint(len(self.mixture.means), (TRAJECTORIES,), generator=generator)]
-        noise, way = (torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        x0 = self.mixture.means[
+            torch.randint(len(self.mixture.means), (TRAJECTORIES,), generator=generator)
+        ]
+        noise, way = (
+            torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in range(2)
+        )
         first = a * x0 + s * noise
         pairs = torch.cat([first, first + near * torch.nn.functional.normalize(way)])
-        ends = sample(self.mixture.denoise, pairs, PATH, "heun", 150, "uniform_log_snr", t_min=setting.delta)
-        exact, beside = ends.chunk(2)
-        stretch = (beside - exact).norm(dim=1) / near
-        experts, root_d, found = [self.expert(k) for k in range(setting.K)], math.sqrt(setting.d), []
+        ends = sample(
+            self.mixture.denoise, pairs, PATH, "heun", 150, "uniform_log_snr", t_min=setting.delta
+        )
+        exact, broadcast_to = ends.chunk(2)
+        stretch = (broadcast_to - exact).norm(dim=1) / near
+        experts, root_d, found = (
+            [self.expert(k) for k in range(setting.K)],
+            math.sqrt(setting.d),
+            [],
+        )
         for n in steps:
             routed = RoutedDenoiser(experts, self.alpha, "stochastic", seed=n)
             y = sample(routed, s * noise, PATH, "euler", n, "uniform_t", t_min=setting.delta)
             coupled = root_d * math.sqrt(trajectory_error(y, exact))
             found.append({"coupled": coupled, "floor": root_d * sliced_w2(y, exact)})
-        return found, {"stretch_rms": float(stretch.square().mean().sqrt()), "stretch_max": float(stretch.max())}
+        return found, {
+            "stretch_rms": float(stretch.square().mean().sqrt()),
+            "stretch_max": float(stretch.max()),
+        }
 
 
 def _promised(setting: Setting, steps: int) -> dict[str, Any]:
@@ -115,7 +135,7 @@ def _promised(setting: Setting, steps: int) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    """Bound and truth over N for every setting; over delta at one N; and the bound alone for pictures."""
+    """Bound and truth over N for every setting; over delta at one N; and the bound alone for images."""
 
     def run(setting: Setting, steps: tuple[int, ...]) -> dict[str, Any]:
         truths, stretch = Data(setting).measured(steps)
@@ -124,12 +144,14 @@ def measure() -> dict[str, Any]:
         S = stability(PATH, setting.R, setting.delta)
         return {**asdict(setting), "s": s, "stability": S, **stretch, "cells": cells}
 
-    pictures = Setting("CIFAR-10", math.sqrt(3072), 3072, 0.01, K=8)
+    images = Setting("CIFAR-10", math.sqrt(3072), 3072, 0.01, K=8)
     return {
         "trajectories": TRAJECTORIES,
         "over_steps": [run(setting, STEPS) for setting in SETTINGS],
-        "over_delta": [run(Setting("over delta", 1.0, 2, delta), (SWEEP_STEPS,)) for delta in DELTAS],
-        "pictures": {**_promised(pictures, 50), "stability": stability(PATH, pictures.R, pictures.delta)},
+        "over_delta": [
+            run(Setting("over delta", 1.0, 2, delta), (SWEEP_STEPS,)) for delta in DELTAS
+        ],
+        "images": {**_promised(images, 50), "stability": stability(PATH, images.R, images.delta)},
     }
 
 
@@ -177,7 +199,7 @@ factors.
 
 ## How near to the data it says anything
 
-R = 1, d = 2, N = {sweep_steps}. Bounded denoisers alone keep the distance below `trivial`, whoever moves the picture. The
+R = 1, d = 2, N = {sweep_steps}. Bounded denoisers alone keep the distance below `trivial`, whoever moves the image. The
 stretch is that of the exact flow from t = 1 to delta, of which S is the bound: its root mean square over {trajectories} paths,
 and the largest.
 
@@ -193,7 +215,13 @@ def _log(value: float | None) -> str:
 
 def _number(value: float) -> str:
     """Two digits, or a power of ten from 10,000 on."""
-    return f"{value:.2g}" if value < 100 else f"{value:,.0f}" if value < 1e4 else f"10^{math.log10(value):.1f}"
+    return (
+        f"{value:.2g}"
+        if value < 100
+        else f"{value:,.0f}"
+        if value < 1e4
+        else f"10^{math.log10(value):.1f}"
+    )
 
 
 def _ratio(cell: dict[str, Any]) -> float:
@@ -216,7 +244,11 @@ def page(numbers: dict[str, Any]) -> Page:
             [
                 [
                     f"{run['name']}: R = {run['R']:g}, d = {run['d']}, delta = {run['delta']:g}"
-                    + (f", eps {run['eps_router']:g} and {run['eps_expert']:g}" if run["eps_router"] else ""),
+                    + (
+                        f", eps {run['eps_router']:g} and {run['eps_expert']:g}"
+                        if run["eps_router"]
+                        else ""
+                    ),
                     *(_log(run["cells"][-1][part]) for part in (*PARTS, "sampling", "unstretched")),
                     _log(math.log10(run["cells"][-1]["coupled"])),
                     _log(run["stability"]),
@@ -225,7 +257,17 @@ def page(numbers: dict[str, Any]) -> Page:
             ],
         ),
         delta_table=table(
-            ["delta", "s / R", "coupling", "bound", "bound / coupling", "trivial", "stretch", "largest", "S"],
+            [
+                "delta",
+                "s / R",
+                "coupling",
+                "bound",
+                "bound / coupling",
+                "trivial",
+                "stretch",
+                "largest",
+                "S",
+            ],
             [
                 [
                     f"{run['delta']:g}",
@@ -244,7 +286,7 @@ def page(numbers: dict[str, Any]) -> Page:
         ),
         rising=_rising(runs),
         reading=_reading(runs).strip(),
-        verdict=_verdict(sweep, numbers["pictures"]).strip(),
+        verdict=_verdict(sweep, numbers["images"]).strip(),
     )
     return Page(text, {"truth": _figure(runs, sweep)})
 
@@ -259,11 +301,15 @@ def _interval(cell: dict[str, Any]) -> str:
 
 
 def _exponent(cells: list[dict[str, Any]]) -> str:
-    return f"{power_law_fit([c['steps'] for c in cells], [c['coupled'] for c in cells]).exponent:.2f}"
+    return (
+        f"{power_law_fit([c['steps'] for c in cells], [c['coupled'] for c in cells]).exponent:.2f}"
+    )
 
 
 def _rising(runs: list[dict[str, Any]]) -> str:
-    grown = [run["name"] for run in runs if run["cells"][-1]["sampling"] > run["cells"][0]["sampling"]]
+    grown = [
+        run["name"] for run in runs if run["cells"][-1]["sampling"] > run["cells"][0]["sampling"]
+    ]
     if not grown:
         return ""
     return (
@@ -274,7 +320,9 @@ def _rising(runs: list[dict[str, Any]]) -> str:
 
 def _reading(runs: list[dict[str, Any]]) -> str:
     made = [_unstretched(run) for run in runs]
-    (best, tightest), *_, (worst, loosest) = sorted((_ratio(run["cells"][-1]), run["name"]) for run in runs)
+    (best, tightest), *_, (worst, loosest) = sorted(
+        (_ratio(run["cells"][-1]), run["name"]) for run in runs
+    )
     return f"""
 The bound is {_number(best)} times the coupling at best ({tightest}), {_number(worst)} times at worst ({loosest}).
 The errors as made, unstretched, are {min(made):.1f} to {max(made):.1f} times the coupling: the local constants cost a
@@ -283,7 +331,7 @@ distribution much of the draws' noise cancels.
 """
 
 
-def _verdict(sweep: list[dict[str, Any]], pictures: dict[str, Any]) -> str:
+def _verdict(sweep: list[dict[str, Any]], images: dict[str, Any]) -> str:
     told = [run for run in sweep if run["cells"][0]["sampling"] < run["cells"][0]["trivial"]]
     last, nearest = (min(some, key=lambda run: run["s"]) for some in (told, sweep))
     return f"""
@@ -294,9 +342,9 @@ as a bound on the flow: two points at +-R attain it on the path that stays midwa
 {TRAJECTORIES:,} paths, to {len(sweep)} ends each, none was stretched by more than {max(run["stretch_max"] for run in sweep):.2g}.
 The theorem charges every path, at every step, for a place that hardly any path visits.
 
-For pictures as a whole it says nothing. CIFAR-10's lie in a ball of R = sqrt(3072), and with delta = 0.01 and
-{pictures["steps"]} steps the bound is 10^{pictures["sampling"]:.0f} (S = 10^{pictures["stability"]:,.0f}) against
-a trivial {10 ** pictures["trivial"]:.0f}. What the theorem establishes for them is the rate, and which errors add up and which
+For images as a whole it says nothing. CIFAR-10's lie in a ball of R = sqrt(3072), and with delta = 0.01 and
+{images["steps"]} steps the bound is 10^{images["sampling"]:.0f} (S = 10^{images["stability"]:,.0f}) against
+a trivial {10 ** images["trivial"]:.0f}. What the theorem establishes for them is the rate, and which errors add up and which
 average out. For a number one would need the stretch of the paths that are taken, not of the worst.
 """
 
@@ -306,11 +354,24 @@ def _figure(runs: list[dict[str, Any]], sweep: list[dict[str, Any]]) -> Figure:
     figure, (over_steps, over_delta) = axes(2)
     for run, colour in zip(runs[:3], ("#009E73", "#0072B2", "#D55E00"), strict=True):
         n = [c["steps"] for c in run["cells"]]
-        over_steps.plot(n, [c["coupled"] for c in run["cells"]], "o-", color=colour, markersize=4, label=run["name"])
+        over_steps.plot(
+            n,
+            [c["coupled"] for c in run["cells"]],
+            "o-",
+            color=colour,
+            markersize=4,
+            label=run["name"],
+        )
         over_steps.plot(n, [10 ** c["sampling"] for c in run["cells"]], "--", color=colour)
     over_steps.plot([], [], "o-", color="#555555", markersize=4, label="measured (coupling)")
     over_steps.plot([], [], "--", color="#555555", label="bound")
-    over_steps.set(xscale="log", yscale="log", xlabel="steps N", ylabel="distance from $x_\\delta$", ylim=(0.01, 200))
+    over_steps.set(
+        xscale="log",
+        yscale="log",
+        xlabel="steps N",
+        ylabel="distance from $x_\\delta$",
+        ylim=(0.01, 200),
+    )
     over_steps.set_xticks(STEPS, [str(n) for n in STEPS])
     over_steps.legend(loc="upper right", fontsize=8, ncols=2, frameon=False)
 
@@ -323,7 +384,9 @@ def _figure(runs: list[dict[str, Any]], sweep: list[dict[str, Any]]) -> Figure:
         ("measured (floor of W2)", [c["floor"] for c in cells], "v-", "#999999"),
     ):
         over_delta.plot(delta, values, style, color=colour, markersize=4, label=label)
-    over_delta.set(xscale="log", yscale="log", xlabel="end of the walk, delta: the data are to the right")
+    over_delta.set(
+        xscale="log", yscale="log", xlabel="end of the walk, delta: the data are to the right"
+    )
     over_delta.set_xticks(delta, [f"{x:g}" for x in delta])
     over_delta.invert_xaxis()
     over_delta.legend(loc="upper left", fontsize=8, frameon=False)

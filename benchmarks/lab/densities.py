@@ -33,7 +33,10 @@ from ddm.samplers import Denoiser, drive, sampler
 from ddm.schedules import Schedule, TwoPhase
 
 Density = Callable[[Tensor], Tensor]  # x -> log p(x)
-REACH, FINENESS = 9.0, 10  # the grid: so many standard deviations beyond the outer bumps, so many points to one
+REACH, FINENESS = (
+    9.0,
+    10,
+)  # the grid: so many standard deviations beyond the outer bumps, so many points to one
 NODES, WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(20))
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 
@@ -57,7 +60,9 @@ def log_density(data: GaussianMixture, t: Tensor, extra: float = 0.0) -> Density
 
     def log_p(x: Tensor) -> Tensor:
         z = (x[..., None] - means) / stds
-        return (data.weights.log() - stds.log() - z**2 / 2).logsumexp(-1) - math.log(2 * math.pi) / 2
+        return (data.weights.log() - stds.log() - z**2 / 2).logsumexp(-1) - math.log(
+            2 * math.pi
+        ) / 2
 
     return log_p
 
@@ -66,7 +71,9 @@ def support(data: GaussianMixture, t: Tensor) -> Tensor:
     """An even grid over all of p, fine beside its narrowest bump."""
     means, stds = _components(data, t)
     low, high = float((means - REACH * stds).min()), float((means + REACH * stds).max())
-    return torch.linspace(low, high, math.ceil((high - low) / float(stds.min()) * FINENESS), dtype=torch.float64)
+    return torch.linspace(
+        low, high, math.ceil((high - low) / float(stds.min()) * FINENESS), dtype=torch.float64
+    )
 
 
 def denoised(data: GaussianMixture, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +100,9 @@ def kl_of(log_p: Tensor, log_r: Tensor, x: Tensor) -> float:
     """`KL(p | q) = int q - p - p log q/p` from `log p` and `log q/p` at rising points x."""
     p, near = log_p.exp(), log_r.clamp_max(1)
     small = torch.where(
-        log_r.abs() < 0.01, log_r**2 / 2 + log_r**3 / 6 + log_r**4 / 24 + log_r**5 / 120, torch.expm1(near) - near
+        log_r.abs() < 0.01,
+        log_r**2 / 2 + log_r**3 / 6 + log_r**4 / 24 + log_r**5 / 120,
+        torch.expm1(near) - near,
     )
     return _integral(torch.where(log_r < 1, p * small, (log_p + log_r).exp() - p - p * log_r), x)
 
@@ -101,7 +110,11 @@ def kl_of(log_p: Tensor, log_r: Tensor, x: Tensor) -> float:
 def _passed(log_r: CubicSpline, p: Density, y: Tensor, log_weight: Tensor) -> Tensor:
     """`log` of the sum over Gauss and Hermite's nodes, the last axis, of q/p(y) p(y) e^log_weight."""
     inside = y.numpy().clip(log_r.x[0], log_r.x[-1])
-    return (torch.from_numpy(log_r(inside)) + p(y) + log_weight + WEIGHTS.log()).logsumexp(-1).clamp(-600, 600)
+    return (
+        (torch.from_numpy(log_r(inside)) + p(y) + log_weight + WEIGHTS.log())
+        .logsumexp(-1)
+        .clamp(-600, 600)
+    )
 
 
 def drawn(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,14 +128,17 @@ def drawn(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tens
     and the proposal, which is nearly the law of Y given Y', makes all but the first factor nearly constant. The accelerated
     sampler adds noise before it asks as well: one step more, from x_t to x_t plus noise, whose density is a mixture too.
     """
-    walk, first = sampler(name).walk, times[0]
+    trajectory, first = sampler(name).trajectory, times[0]
     y = support(data, first)
     log_r = -(y**2) / 2 - math.log(2 * math.pi) / 2 - log_density(data, first)(y)
     for n in range(len(times) - 1):
         t, t_next = times[n], times[n + 1]
         p, p_next, y_next = log_density(data, t), log_density(data, t_next), support(data, t_next)
-        r, spline = data.schedule(t).a / data.schedule(t_next).a, CubicSpline(y.numpy(), log_r.numpy())
-        before, after = _noise_of_step(walk, data, times[n : n + 2])
+        r, spline = (
+            data.schedule(t).a / data.schedule(t_next).a,
+            CubicSpline(y.numpy(), log_r.numpy()),
+        )
+        before, after = _noise_of_step(trajectory, data, times[n : n + 2])
         centre, width = r * y_next, r * after
         if before > 0:
             p_noisy, noisy = (
@@ -135,9 +151,14 @@ def drawn(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tens
             centre = centre - before**2 * score(data, centre, t)[0]
         points = centre[:, None] + width * NODES
         asked = points.reshape(-1, 1)
-        mean, _ = drive(walk(asked, data.schedule, times[n : n + 2], lambda _: torch.zeros(())), _answer(data))
+        mean, _ = drive(
+            trajectory(asked, data.schedule, times[n : n + 2], lambda _: torch.zeros(())),
+            _answer(data),
+        )
         off = (y_next[:, None] - mean.reshape(points.shape)) / after
-        log_r = _passed(spline, p, points, (NODES**2 - off**2) / 2 + r.log() - p_next(y_next)[:, None])
+        log_r = _passed(
+            spline, p, points, (NODES**2 - off**2) / 2 + r.log() - p_next(y_next)[:, None]
+        )
         y = y_next
     return y, log_r
 
@@ -156,7 +177,7 @@ def _answer(data: GaussianMixture) -> Denoiser:
     return denoise
 
 
-def _noise_of_step(walk: Walker, data: GaussianMixture, step: Tensor) -> tuple[float, float]:
+def _noise_of_step(trajectory: Walker, data: GaussianMixture, step: Tensor) -> tuple[float, float]:
     """The noise that a step adds to x before it asks the denoiser, and after."""
     zero, asked = torch.zeros(1, 1, dtype=torch.float64), []
 
@@ -164,12 +185,19 @@ def _noise_of_step(walk: Walker, data: GaussianMixture, step: Tensor) -> tuple[f
         asked.append(float(x))
         return torch.zeros_like(x)
 
-    drive(walk(zero, data.schedule, step, lambda n: torch.ones(()) * (n == 0)), answer)
-    last = drive(walk(zero, data.schedule, step, lambda n: torch.ones(()) * (n == 1 or asked[-1] == 0)), answer)[0]
+    drive(trajectory(zero, data.schedule, step, lambda n: torch.ones(()) * (n == 0)), answer)
+    last = drive(
+        trajectory(
+            zero, data.schedule, step, lambda n: torch.ones(()) * (n == 1 or asked[-1] == 0)
+        ),
+        answer,
+    )[0]
     return asked[0], float(last)
 
 
-def pushed(walk: Walker, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tensor] | None:
+def pushed(
+    trajectory: Walker, data: GaussianMixture, times: Tensor
+) -> tuple[Tensor, Tensor] | None:
     """Rising points over x's support at the last time, and log q/p there, for a deterministic sampler started from N(0, 1).
 
     In one dimension the exact flow keeps the distribution function, so `start = Phi^-1(F(y))` ends near y. Between bumps the
@@ -184,7 +212,9 @@ def pushed(walk: Walker, data: GaussianMixture, times: Tensor) -> tuple[Tensor, 
     start, end, slope = torch.empty(3, 0, dtype=torch.float64)
     for _ in range(12):
         x = torch.stack([new, torch.ones_like(new)], dim=1)
-        moved = drive(walk(x, data.schedule, times, lambda _: torch.zeros(())), _answer(data))[0]
+        moved = drive(
+            trajectory(x, data.schedule, times, lambda _: torch.zeros(())), _answer(data)
+        )[0]
         start, order = torch.cat([start, new]).sort()
         end, slope = torch.cat([end, moved[:, 0]])[order], torch.cat([slope, moved[:, 1]])[order]
         if bool((slope <= 0).any()):
@@ -192,7 +222,9 @@ def pushed(walk: Walker, data: GaussianMixture, times: Tensor) -> tuple[Tensor, 
         # Where starts differ at all:
         rising = torch.cat([torch.ones(1, dtype=torch.bool), end[1:] > end.cummax(0).values[:-1]])
         start, end, slope = start[rising], end[rising], slope[rising]
-        wide = (end.diff() > 1.5 * stds.min() / FINENESS) & (torch.maximum(p(end[1:]), p(end[:-1])) > math.log(1e-10))
+        wide = (end.diff() > 1.5 * stds.min() / FINENESS) & (
+            torch.maximum(p(end[1:]), p(end[:-1])) > math.log(1e-10)
+        )
         parts = torch.linspace(0, 1, 34, dtype=torch.float64)[1:-1]
         new = (start[:-1][wide, None] + start.diff()[wide, None] * parts).flatten()
         if len(new) == 0:
@@ -200,7 +232,13 @@ def pushed(walk: Walker, data: GaussianMixture, times: Tensor) -> tuple[Tensor, 
     return end, -(start**2) / 2 - math.log(2 * math.pi) / 2 - slope.log() - p(end)
 
 
-SAMPLERS = {"ddpm": 1, "accelerated_sde": 2, "ddim": 0, "accelerated_ode": 0, "dpmpp_2m": 0}  # draws a step
+SAMPLERS = {
+    "ddpm": 1,
+    "accelerated_sde": 2,
+    "ddim": 0,
+    "accelerated_ode": 0,
+    "dpmpp_2m": 0,
+}  # draws a step
 STEPS = (100, 200, 400, 800, 1600)
 WIDE, NARROW = 0.5, 0.1  # standard deviations whose laws are followed over T
 STDS = (0.5, 0.2, 0.1, 0.05, 0.03)
@@ -209,7 +247,11 @@ TOLERANCE = 0.1  # a cell whose total mass is off by more than this share of its
 
 def law_of(name: str, data: GaussianMixture, times: Tensor) -> tuple[float, float] | None:
     """KL(X | Y) at the last time and the defect of the total mass of q, which exact arithmetic leaves at 0."""
-    found = drawn(name, data, times) if SAMPLERS[name] else pushed(sampler(name).walk, data, times)
+    found = (
+        drawn(name, data, times)
+        if SAMPLERS[name]
+        else pushed(sampler(name).trajectory, data, times)
+    )
     if found is None:
         return None
     x, log_r = found
@@ -223,8 +265,13 @@ def smoothness(data: GaussianMixture, times: Tensor) -> dict[str, float]:
     for t in times[:: max(1, len(times) // 100)]:
         x = support(data, t)
         bend, order = score(data, x, t)[1].abs().sort(descending=True)
-        exceeded = (log_density(data, t)(x).exp() * (x[1] - x[0]))[order].cumsum(0) <= 1 / len(times)
-        supremum, relaxed = max(supremum, float(bend[0])), max(relaxed, float(bend[int(exceeded.sum())]))
+        exceeded = (log_density(data, t)(x).exp() * (x[1] - x[0]))[order].cumsum(0) <= 1 / len(
+            times
+        )
+        supremum, relaxed = (
+            max(supremum, float(bend[0])),
+            max(relaxed, float(bend[int(exceeded.sum())])),
+        )
     return {"supremum": supremum, "relaxed": relaxed}
 
 
@@ -242,7 +289,14 @@ def check(std: float, T: int) -> list[dict[str, Any]]:
     single = GaussianMixture(one, law.mean[:, None], std * one[:, None], data.schedule)
     rows = []
     for name, draws in SAMPLERS.items():
-        walked = affine(sampler(name).walk, exact_denoiser(law, data.schedule), data.schedule, times, draws, 1)
+        walked = affine(
+            sampler(name).trajectory,
+            exact_denoiser(law, data.schedule),
+            data.schedule,
+            times,
+            draws,
+            1,
+        )
         exact = float(kl(law.at(data.schedule(times[-1])), walked(Law(0 * one, one))))
         found = law_of(name, single, times)
         assert found is not None
@@ -258,7 +312,9 @@ def measure(
 ) -> dict[str, Any]:
     """KL over T for wide and narrow bumps; KL and smoothness over the bumps' width; and the check on one Gaussian."""
     over_steps, over_std = [], []
-    for (std, T), name in product([*product([WIDE], steps), *product([NARROW], steps[:-1])], samplers):
+    for (std, T), name in product(
+        [*product([WIDE], steps), *product([NARROW], steps[:-1])], samplers
+    ):
         over_steps.append({"std": std, "T": T, "sampler": name, **_cell(name, std, T)})
     middle = steps[len(steps) // 2]
     for std in stds:
@@ -286,22 +342,38 @@ def page(numbers: Mapping[str, Any]) -> Page:
     for name in names:
         row = [f"`{name}`"]
         for std in (WIDE, NARROW):
-            own = {c["T"]: c["kl"] for c in cells if c["sampler"] == name and c["std"] == std and c["kl"] is not None}
-            ends = sorted(own)[-2:]
-            row += [f"{own[ends[-1]]:.2g}", f"{local_slopes(ends, [own[T] for T in ends])[0]:.2f}"]
+            by_steps = {
+                c["T"]: c["kl"]
+                for c in cells
+                if c["sampler"] == name and c["std"] == std and c["kl"] is not None
+            }
+            ends = sorted(by_steps)[-2:]
+            row += [
+                f"{by_steps[ends[-1]]:.2g}",
+                f"{local_slopes(ends, [by_steps[T] for T in ends])[0]:.2f}",
+            ]
         rows.append(row)
     worst = max(abs(row["kl"] / row["exact"] - 1) for row in numbers["checks"])
     shown = [name for name in names if name in numbers["over_std"][0]["cells"]]
     T = numbers["over_std"][0]["T"]
     std_rows = [
         [f"{row['std']:g}", *(f"{row['L'][key]:.3g}" for key in ("supremum", "relaxed"))]
-        + [f"{kl:.3g}" if (kl := row["cells"][name]["kl"]) is not None else "folds" for name in shown]
+        + [
+            f"{kl:.3g}" if (kl := row["cells"][name]["kl"]) is not None else "folds"
+            for name in shown
+        ]
         for row in numbers["over_std"]
     ]
     first, last = numbers["over_std"][0], numbers["over_std"][-1]
     grown = (last["L"]["supremum"] / first["L"]["supremum"]) ** 2
     ratio = last["cells"]["ddpm"]["kl"] / first["cells"]["ddpm"]["kl"]
-    head = ("sampler", f"std {WIDE:g}: KL, T = {steps[-1]}", "slope", f"std {NARROW:g}: KL, T = {steps[-2]}", "slope")
+    head = (
+        "sampler",
+        f"std {WIDE:g}: KL, T = {steps[-1]}",
+        "slope",
+        f"std {NARROW:g}: KL, T = {steps[-2]}",
+        "slope",
+    )
     std_head = ("std", "L, supremum", "L, relaxed", *(f"KL of `{name}`" for name in shown))
     text = f"""
 # Densities
@@ -344,16 +416,33 @@ DDPM's KL {ratio:.1f} times. The steep places lie between the bumps, where nobod
 such laws has KL = d KL_1 exactly, linear in d, and never d L^2 or d^2. For these, many coordinates must decide together, as
 in a law whose posterior covariance has one eigenvalue of order d, and no product has.
 """
-    return Page(text, {"steps": _over_steps(cells, steps, names), "smoothness": _over_std(numbers["over_std"], shown)})
+    return Page(
+        text,
+        {
+            "steps": _over_steps(cells, steps, names),
+            "smoothness": _over_std(numbers["over_std"], shown),
+        },
+    )
 
 
-def _over_steps(cells: Sequence[Mapping[str, Any]], steps: Sequence[int], names: Sequence[str]) -> Figure:
+def _over_steps(
+    cells: Sequence[Mapping[str, Any]], steps: Sequence[int], names: Sequence[str]
+) -> Figure:
     figure, plots = axes(3, height=3.9)
     for axis, std in zip(plots[1:], (WIDE, NARROW), strict=True):
         for name in names:
-            own = [c for c in cells if c["sampler"] == name and c["std"] == std and c["kl"] is not None]
-            values = [c["kl"] for c in own]
-            axis.plot([c["T"] for c in own], values, "o-", color=METHODS[name].colour, label=name, markersize=4)
+            by_steps = [
+                c for c in cells if c["sampler"] == name and c["std"] == std and c["kl"] is not None
+            ]
+            values = [c["kl"] for c in by_steps]
+            axis.plot(
+                [c["T"] for c in by_steps],
+                values,
+                "o-",
+                color=METHODS[name].colour,
+                label=name,
+                markersize=4,
+            )
         axis.set(xscale="log", yscale="log", ylabel="KL(X | Y)", title=f"bumps of std {std:g}")
         axis.title.set_fontsize(10)
         steps_axis(axis, steps)
@@ -377,8 +466,14 @@ def _over_std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure
         place: dict[str, Any] = {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right"}
         left.annotate(key, (stds[-1], rows[-1]["L"][key] ** 2), color=colour, **place)
     for name in names:
-        own = [(row["std"], row["cells"][name]["kl"]) for row in rows if row["cells"][name]["kl"] is not None]
-        right.plot(*zip(*own, strict=True), "o-", color=METHODS[name].colour, label=name, markersize=4)
+        by_steps = [
+            (row["std"], row["cells"][name]["kl"])
+            for row in rows
+            if row["cells"][name]["kl"] is not None
+        ]
+        right.plot(
+            *zip(*by_steps, strict=True), "o-", color=METHODS[name].colour, label=name, markersize=4
+        )
     for axis, label in ((left, "L$^2$"), (right, f"KL(X | Y), T = {rows[0]['T']}")):
         axis.set(xscale="log", yscale="log", ylabel=label)
         steps_axis(axis, stds, "std of the bumps (narrower to the right)")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lab.testbeds import Bed, mixture
 from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
 from benchmarks.lab.selection import errors_of, fitted, law
-from ddm.samplers import Walk, drive, plan
+from benchmarks.lab.testbeds import Bed, mixture
+from ddm.samplers import Trajectory, drive, plan_steps
 from router.routing import RoutedDenoiser
 
 STEPS = (8, 16, 32, 64, 128)
@@ -26,11 +26,11 @@ WAYS = {  # a way: the sampler, its order, whether the history is an estimate of
 
 
 def restarted(bed: Bed, steps: int, policy: str) -> Tensor:
-    """DPM-Solver++(2M) whose history begins anew, with a step of DDIM's, for each picture whose expert has changed."""
+    """DPM-Solver++(2M) whose history begins anew, with a step of DDIM's, for each image whose expert has changed."""
     routed = RoutedDenoiser(bed.experts, bed.alpha, policy, 3, pi=bed.pi, trace=True)
-    _, times = plan("dpmpp_2m", steps, "uniform_t", bed.schedule)
+    _, times = plan_steps("dpmpp_2m", steps, "uniform_t", bed.schedule)
 
-    def walk(x: Tensor) -> Walk:
+    def trajectory(x: Tensor) -> Trajectory:
         last: tuple[Tensor, Tensor] | None = None
         for t, t_next in pairwise(times):
             c, c_next = bed.schedule(t), bed.schedule(t_next)
@@ -43,7 +43,7 @@ def restarted(bed: Bed, steps: int, policy: str) -> Tensor:
             x, last = c_next.a * middle + c_next.s / c.s * (x - c.a * middle), (denoised, here)
         return x
 
-    return drive(walk(bed.noise), routed)[0]
+    return drive(trajectory(bed.noise), routed)[0]
 
 
 def measure() -> dict[str, Any]:
@@ -53,16 +53,28 @@ def measure() -> dict[str, Any]:
     for bed in beds:
         reference = bed.reference()
         for policy in ("full", "balanced", "stochastic"):
-            for way, (sampler, order, control, _) in WAYS.items():
+            for way, (sampler, order, control_variate, _) in WAYS.items():
                 if sampler == "restarted":
                     ends = [restarted(bed, n, policy) for n in STEPS]
                 else:
                     half = 2 if sampler == "accelerated_ode" else 1
                     ends = [
-                        bed.walk(n // half, policy, sampler=sampler, order=order, control=control)[0] for n in STEPS
+                        bed.trajectory(
+                            n // half,
+                            policy,
+                            sampler=sampler,
+                            order=order,
+                            control_variate=control_variate,
+                        )[0]
+                        for n in STEPS
                     ]
                 errors = torch.stack([errors_of(end, reference) for end in ends])
-                row = {"bed": bed.name, "policy": policy, "way": way, "error": errors.mean(dim=1).tolist()}
+                row = {
+                    "bed": bed.name,
+                    "policy": policy,
+                    "way": way,
+                    "error": errors.mean(dim=1).tolist(),
+                }
                 rows.append(row | {"fit": fitted(list(STEPS), errors)})
     return {"calls": list(STEPS), "rows": rows}
 
@@ -75,9 +87,9 @@ def page(numbers: dict[str, Any]) -> Page:
         """# History: samplers that look back, when the expert changes between steps
 
 2M and UniPC pass a polynomial through their last answers. When one expert answers a step, those answers come from different
-experts. Three meanings of history were measured: **raw**, the answers as they came; **restarted**, where a picture whose
+experts. Three meanings of history were measured: **raw**, the answers as they came; **restarted**, where an image whose
 expert has changed takes a step of DDIM's; **the mixture's estimate**, where every answer is first corrected by the Gaussians
-that stand in for the experts not asked (`control=gaussian`). E is the mean square distance to the end of the full mixture's
+that stand in for the experts not asked (`control_variate=gaussian`). E is the mean square distance to the end of the full mixture's
 own path; one call a step, so columns are calls and steps alike; the accelerated ODE sampler, which asks the same expert
 twice a step and remembers nothing between steps, takes half as many. vp_linear, uniform in t; intervals are 95 %. On the first
 mixture the clusters are Gaussian, so the estimate is exact; on the second they are not. `full` asks all four experts.
@@ -88,7 +100,9 @@ mixture the clusters are Gaussian, so the estimate is exact; on the second they 
         for policy in ("full", "balanced", "stochastic"):
             mine = [row for row in rows if row["bed"] == bed and row["policy"] == policy]
             head = [f"{policy}", *(f"E at {n}" for n in calls), "p of N^-p"]
-            body = [[row["way"], *(f"{e:.2g}" for e in row["error"]), law(row["fit"])] for row in mine]
+            body = [
+                [row["way"], *(f"{e:.2g}" for e in row["error"]), law(row["fit"])] for row in mine
+            ]
             text.append(f"## {bed}: {policy}\n\n{table(head, body)}\n")
     text.append("![E over calls](history-e.png)\n")
     text.append(_verdict(rows, beds))
@@ -108,7 +122,7 @@ mixture the clusters are Gaussian, so the estimate is exact; on the second they 
         plot.set_xscale("log")
         plot.set_yscale("log")
         plot.set_title(policy, fontsize=10)
-        steps_axis(plot, calls, "expert calls a picture")
+        steps_axis(plot, calls, "NFE per image")
     plots[0].set_ylabel("E, mean square distance")
     legend_below(figure, plots[0], columns=4)
     return Page("\n".join(text), {"e": figure})
@@ -126,14 +140,16 @@ def _verdict(rows: list[dict[str, Any]], beds: list[str]) -> str:
             }
             base = mine["2M, restarted"]
             ways = ("ddim", "2M, raw history", "2M, the mixture's estimate")
-            body.append([bed, policy, *(f"{float((mine[way] - base).mean().exp()):.2g}" for way in ways)])
+            body.append(
+                [bed, policy, *(f"{float((mine[way] - base).mean().exp()):.2g}" for way in ways)]
+            )
     return f"""## What is kept
 
 E as a share of that of 2M restarted (geometric mean over the columns): below 1 is better than restarting.
 
 {table(["mixture", "policy", "ddim", "raw", "the mixture's estimate"], body)}
 
-Samplers keep **raw** history: they know nothing of experts, and need not. Where `control=gaussian`, the default, the answers are
+Samplers keep **raw** history: they know nothing of experts, and need not. Where `control_variate=gaussian`, the default, the answers are
 the mixture's estimate already, and history with them. The reason that raw history does no harm: a multistep sampler's result is
 a sum of answers with weights that change little from step to step, so the noise of the choices cancels in it as in DDIM's.
 """

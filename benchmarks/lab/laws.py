@@ -17,10 +17,10 @@ from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.measures import power_law_fit
 from ddm.oracle import GaussianMixture
-from ddm.samplers import Denoiser, Noise, Walk, drive, sampler
+from ddm.samplers import Denoiser, Noise, Trajectory, drive, sampler
 from ddm.schedules import Coeffs, Schedule, TwoPhase
 
-Walker = Callable[[Tensor, Schedule, Tensor, Noise], Walk]
+Walker = Callable[[Tensor, Schedule, Tensor, Noise], Trajectory]
 STEPS = (100, 200, 400, 800, 1600, 3200, 6400)
 DIMENSIONS = (1, 4, 16, 64, 256, 1024)
 BLOCK = 16  # the dimension of the claims; 1024 coordinates are 64 such Gaussians
@@ -68,7 +68,9 @@ class Affine(NamedTuple):
         return Law(self.A * start.mean + self.b, self.A**2 * start.variance + self.noise)
 
 
-def affine(walk: Walker, denoise: Denoiser, schedule: Schedule, times: Tensor, draws: int, d: int) -> Affine:
+def affine(
+    trajectory: Walker, denoise: Denoiser, schedule: Schedule, times: Tensor, draws: int, d: int
+) -> Affine:
     """Drive a sampler with probes, for a denoiser that is affine in each of d coordinates by itself.
 
     draws: the normal draws of a step; 0 for a deterministic sampler, which may remember its steps.
@@ -81,9 +83,11 @@ def affine(walk: Walker, denoise: Denoiser, schedule: Schedule, times: Tensor, d
 
     whole = Affine(torch.ones(d, dtype=torch.float64), *torch.zeros(2, d, dtype=torch.float64))
     for path in [times] if draws == 0 else [times[n : n + 2] for n in range(len(times) - 1)]:
-        ends = drive(walk(probes, schedule, path, noise), denoise)[0]
+        ends = drive(trajectory(probes, schedule, path, noise), denoise)[0]
         A, b = ends[1] - ends[0], ends[0]
-        whole = Affine(A * whole.A, A * whole.b + b, A**2 * whole.noise + (ends[2:] - b).square().sum(dim=0))
+        whole = Affine(
+            A * whole.A, A * whole.b + b, A**2 * whole.noise + (ends[2:] - b).square().sum(dim=0)
+        )
     return whole
 
 
@@ -95,7 +99,10 @@ def kl(p: Law, q: Law) -> Tensor:
     u = (p.variance - q.variance) / q.variance
     powers = torch.arange(2, 12, dtype=u.dtype)
     series = ((-u[:, None]) ** powers / powers).sum(dim=1)  # u - log(1 + u) = u^2/2 - u^3/3 + ...
-    return (torch.where(u.abs() < 0.03, series, u - torch.log1p(u)) + (p.mean - q.mean) ** 2 / q.variance) / 2
+    return (
+        torch.where(u.abs() < 0.03, series, u - torch.log1p(u))
+        + (p.mean - q.mean) ** 2 / q.variance
+    ) / 2
 
 
 def w2_square(p: Law, q: Law) -> Tensor:
@@ -104,7 +111,7 @@ def w2_square(p: Law, q: Law) -> Tensor:
     return (p.mean - q.mean) ** 2 + spread**2
 
 
-def ddim_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+def ddim_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Trajectory:
     """DDIM as arXiv 2408.02320 has it: `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`, alpha the step's ratio of a^2."""
     for t, t_next in pairwise(times):
         c, r = schedule(t), schedule(t).a / schedule(t_next).a
@@ -121,7 +128,7 @@ def local_slopes(steps: Sequence[int], errors: Sequence[float]) -> list[float]:
 class Method(NamedTuple):
     """A sampler of this page: how it walks, its draws a step, the power of 1/T and of d proven for its KL, and by whom."""
 
-    walk: Walker
+    trajectory: Walker
     draws: int
     T_power: int | None
     d_power: str
@@ -130,14 +137,23 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "ddpm": Method(sampler("ddpm").walk, 1, 2, "1 (L bounded)", "2510.27562: KL", "#0072B2"),
+    "ddpm": Method(sampler("ddpm").trajectory, 1, 2, "1 (L bounded)", "2510.27562: KL", "#0072B2"),
     "ddim as proven": Method(ddim_as_proven, 0, 2, "2", "2408.02320: TV d/T", "#D55E00"),
-    "ddim": Method(sampler("ddim").walk, 0, None, "-", "-", "#E69F00"),
-    "accelerated_ode": Method(sampler("accelerated_ode").walk, 0, 4, "poly", "2403.03852: TV 1/T^2", "#009E73"),
-    "accelerated_sde": Method(sampler("accelerated_sde").walk, 2, 2, "poly", "2403.03852: TV 1/T", "#CC79A7"),
-    "dpmpp_2m": Method(sampler("dpmpp_2m").walk, 0, None, "-", "-", "#000000"),
+    "ddim": Method(sampler("ddim").trajectory, 0, None, "-", "-", "#E69F00"),
+    "accelerated_ode": Method(
+        sampler("accelerated_ode").trajectory, 0, 4, "poly", "2403.03852: TV 1/T^2", "#009E73"
+    ),
+    "accelerated_sde": Method(
+        sampler("accelerated_sde").trajectory, 2, 2, "poly", "2403.03852: TV 1/T", "#CC79A7"
+    ),
+    "dpmpp_2m": Method(sampler("dpmpp_2m").trajectory, 0, None, "-", "-", "#000000"),
 }
-FLOORS = {"ddpm": 1.6, "ddim as proven": 1.4, "ddim": 1.4, "accelerated_sde": 3.3}  # least slopes, T = 1600 to 6400
+FLOORS = {
+    "ddpm": 1.6,
+    "ddim as proven": 1.4,
+    "ddim": 1.4,
+    "accelerated_sde": 3.3,
+}  # least slopes, T = 1600 to 6400
 
 
 def gaussian(d: int, seed: int) -> Law:
@@ -148,8 +164,10 @@ def gaussian(d: int, seed: int) -> Law:
 
 
 def decaying(d: int) -> Law:
-    """Standard deviations 1/i, the spectrum of pictures, means 0."""
-    return Law(torch.zeros(d, dtype=torch.float64), torch.arange(1, d + 1, dtype=torch.float64) ** -2)
+    """Standard deviations 1/i, the spectrum of images, means 0."""
+    return Law(
+        torch.zeros(d, dtype=torch.float64), torch.arange(1, d + 1, dtype=torch.float64) ** -2
+    )
 
 
 class Outcome(NamedTuple):
@@ -167,14 +185,16 @@ def outcome(method: Method, data: Law, steps: int) -> Outcome:
     times = time_grid("own", steps, schedule, t_min=1 / steps)
     tabled = Tabled(schedule, times)
     d = len(data.mean)
-    walked = affine(method.walk, exact_denoiser(data, tabled), tabled, times, method.draws, d)
+    walked = affine(method.trajectory, exact_denoiser(data, tabled), tabled, times, method.draws, d)
     first, true = data.at(tabled(times[0])), data.at(tabled(times[-1]))
     start = Law(torch.zeros_like(data.mean), torch.ones_like(data.mean))
     law = walked(start)
     return Outcome(kl(true, law), w2_square(true, law), kl(true, walked(first)), kl(first, start))
 
 
-def measure(steps: Sequence[int] = STEPS, dimensions: Sequence[int] = DIMENSIONS, seed: int = 0) -> dict[str, Any]:
+def measure(
+    steps: Sequence[int] = STEPS, dimensions: Sequence[int] = DIMENSIONS, seed: int = 0
+) -> dict[str, Any]:
     """KL and W2 in 16 dimensions over T, for as many Gaussians as the coordinates make; and KL over d at the T in the middle."""
     data, middle = gaussian(max(*dimensions, BLOCK), seed), steps[len(steps) // 2]
     over_steps, over_d = [], []
@@ -187,12 +207,17 @@ def measure(steps: Sequence[int] = STEPS, dimensions: Sequence[int] = DIMENSIONS
                     "T": T,
                     "kl": [float(block.sum()) for block in found.kl.split(BLOCK)],
                     "w2": float(found.w2_square[:BLOCK].sum().sqrt()),
-                    "kl_from_true": [float(block.sum()) for block in found.kl_from_true.split(BLOCK)],
+                    "kl_from_true": [
+                        float(block.sum()) for block in found.kl_from_true.split(BLOCK)
+                    ],
                     "kl_of_start": float(found.kl_of_start[:BLOCK].sum()),
                 }
             )
             if middle == T:
-                spectra = {"even": found.kl, "decaying": outcome(method, decaying(max(dimensions)), T).kl}
+                spectra = {
+                    "even": found.kl,
+                    "decaying": outcome(method, decaying(max(dimensions)), T).kl,
+                }
                 over_d += [
                     {"sampler": name, "spectrum": spectrum, "d": d, "kl": float(part[:d].sum())}
                     for spectrum, part in spectra.items()
@@ -201,13 +226,19 @@ def measure(steps: Sequence[int] = STEPS, dimensions: Sequence[int] = DIMENSIONS
     return {"block": BLOCK, "middle": middle, "over_steps": over_steps, "over_d": over_d}
 
 
-def slopes(numbers: Mapping[str, Any], name: str, key: str = "kl", first: int = 1600, last: int = 6400) -> list[float]:
+def slopes(
+    numbers: Mapping[str, Any], name: str, key: str = "kl", first: int = 1600, last: int = 6400
+) -> list[float]:
     """Of each Gaussian, `-d log KL / d log T` between two numbers of steps."""
     cells = {cell["T"]: cell[key] for cell in numbers["over_steps"] if cell["sampler"] == name}
-    return [local_slopes((first, last), pair)[0] for pair in zip(cells[first], cells[last], strict=True)]
+    return [
+        local_slopes((first, last), pair)[0] for pair in zip(cells[first], cells[last], strict=True)
+    ]
 
 
-def lead(numbers: Mapping[str, Any], loser: str, winner: str = "accelerated_ode", T: int = 800) -> list[float]:
+def lead(
+    numbers: Mapping[str, Any], loser: str, winner: str = "accelerated_ode", T: int = 800
+) -> list[float]:
     """Of each Gaussian, how many times smaller the winner's KL is."""
     cells = {cell["sampler"]: cell["kl"] for cell in numbers["over_steps"] if cell["T"] == T}
     return [a / b for a, b in zip(cells[loser], cells[winner], strict=True)]
@@ -226,23 +257,29 @@ def page(numbers: Mapping[str, Any]) -> Page:
     last = (steps[-3], steps[-1])
     rows, d_rows = [], []
     for name, method in METHODS.items():
-        own = {cell["T"]: cell for cell in cells if cell["sampler"] == name}
+        by_steps = {cell["T"]: cell for cell in cells if cell["sampler"] == name}
         rows.append(
             (
                 f"`{name}`",
                 method.proof,
                 str(method.T_power or "-"),
-                f"{own[numbers['middle']]['kl'][0]:.2g}",
+                f"{by_steps[numbers['middle']]['kl'][0]:.2g}",
                 spread(slopes(numbers, name, "kl", *last)),
                 spread(slopes(numbers, name, "kl_from_true", *last)),
-                f"{local_slopes(last, [own[T]['w2'] for T in last])[0]:.2f}",
+                f"{local_slopes(last, [by_steps[T]['w2'] for T in last])[0]:.2f}",
                 f"{FLOORS[name]}" if name in FLOORS else "-",
             )
         )
         fits = []
         for spectrum in ("even", "decaying"):
-            over = [cell for cell in numbers["over_d"] if cell["sampler"] == name and cell["spectrum"] == spectrum]
-            fits.append(f"{-power_law_fit([c['d'] for c in over], [c['kl'] for c in over]).exponent:.2f}")
+            over = [
+                cell
+                for cell in numbers["over_d"]
+                if cell["sampler"] == name and cell["spectrum"] == spectrum
+            ]
+            fits.append(
+                f"{-power_law_fit([c['d'] for c in over], [c['kl'] for c in over]).exponent:.2f}"
+            )
         d_rows.append((f"`{name}`", method.d_power, *fits))
     T = numbers["middle"]
     proven, exact = (spread(lead(numbers, name, T=T), ".0f") for name in ("ddim as proven", "ddim"))
@@ -291,7 +328,7 @@ slope is the one in that column. The stochastic samplers forget their start.
 ## In d
 
 The KL of a product is the sum of its coordinates', so for a spectrum that goes on as it began KL ~ d, whatever the sampler, and
-DDIM's d^2 is never met by Gaussians. Nor is a spectrum that decays like that of pictures, 1/i, cheaper: the two-phase schedule
+DDIM's d^2 is never met by Gaussians. Nor is a spectrum that decays like that of images, 1/i, cheaper: the two-phase schedule
 resolves all scales above s(1/T) = 1/T alike, and to most samplers a narrow coordinate costs about what a wide one does. To
 DDIM's proof's form and the accelerated ODE it costs more, the latter's curve turning up where 1/i nears the resolution.
 
@@ -304,17 +341,29 @@ DDIM's proof's form and the accelerated ODE it costs more, the latter's curve tu
 
 def _over_steps(cells: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> Figure:
     figure, pair = axes(2, height=4.2)
-    for axis, key, label in zip(pair, ("kl", "w2"), ("KL(X | Y), d = 16", "W2, d = 16"), strict=True):
+    for axis, key, label in zip(
+        pair, ("kl", "w2"), ("KL(X | Y), d = 16", "W2, d = 16"), strict=True
+    ):
         for name, method in METHODS.items():
-            own = [cell for cell in cells if cell["sampler"] == name]
-            values = [cell[key][0] if key == "kl" else cell[key] for cell in own]
-            axis.plot(steps, values, "o-", color=method.colour, label=name, markersize=3.5, linewidth=1.3)
+            by_steps = [cell for cell in cells if cell["sampler"] == name]
+            values = [cell[key][0] if key == "kl" else cell[key] for cell in by_steps]
+            axis.plot(
+                steps, values, "o-", color=method.colour, label=name, markersize=3.5, linewidth=1.3
+            )
             if key == "kl" and method.draws == 0:
-                axis.plot(steps, [cell["kl_from_true"][0] for cell in own], ":", color=method.colour, linewidth=1.2)
+                axis.plot(
+                    steps,
+                    [cell["kl_from_true"][0] for cell in by_steps],
+                    ":",
+                    color=method.colour,
+                    linewidth=1.2,
+                )
         axis.set(xscale="log", yscale="log", ylabel=label)
         steps_axis(axis, steps)
     start = [cell["kl_of_start"] for cell in cells if cell["sampler"] == "ddpm"]
-    pair[0].plot(steps, start, color="#BBBBBB", linewidth=6, alpha=0.7, label="the start's own KL", zorder=0)
+    pair[0].plot(
+        steps, start, color="#BBBBBB", linewidth=6, alpha=0.7, label="the start's own KL", zorder=0
+    )
     pair[0].plot([], [], ":", color="#555555", label="from the true x_1")
     for power, at in ((2, 1.2e-2), (4, 2e-11)):
         line = [at * (T / steps[-1]) ** -power for T in steps[-3:]]
@@ -335,12 +384,21 @@ def _over_d(numbers: Mapping[str, Any]) -> Figure:
     figure, pair = axes(2, height=3.9)
     for axis, spectrum in zip(pair, ("even", "decaying"), strict=True):
         for name, method in METHODS.items():
-            own = [c for c in numbers["over_d"] if c["sampler"] == name and c["spectrum"] == spectrum]
+            by_steps = [
+                c for c in numbers["over_d"] if c["sampler"] == name and c["spectrum"] == spectrum
+            ]
             axis.plot(
-                [c["d"] for c in own], [c["kl"] for c in own], "o-", color=method.colour, label=name, markersize=3.5
+                [c["d"] for c in by_steps],
+                [c["kl"] for c in by_steps],
+                "o-",
+                color=method.colour,
+                label=name,
+                markersize=3.5,
             )
         axis.set(xscale="log", yscale="log", ylabel=f"KL(X | Y), T = {numbers['middle']}")
-        steps_axis(axis, [c["d"] for c in own], "dimension d")
-        axis.set_title({"even": "stds even in [0.2, 1.2]", "decaying": "stds 1/i"}[spectrum], fontsize=10)
+        steps_axis(axis, [c["d"] for c in by_steps], "dimension d")
+        axis.set_title(
+            {"even": "stds even in [0.2, 1.2]", "decaying": "stds 1/i"}[spectrum], fontsize=10
+        )
     legend_below(figure, pair[0], 3)
     return figure

@@ -36,13 +36,17 @@ def write(folder: Path, name: str, numbers: Mapping[str, Any], page: Page) -> No
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)
+    )
 
 
 def axes(columns: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Figure, list[Axes]]:
     """A figure in the house's style, with that many plots side by side."""
     plt.rcParams.update(STYLE)
-    figure, grid = plt.subplots(1, columns, figsize=(width if columns == 1 else 5.2 * columns, height), squeeze=False)
+    figure, grid = plt.subplots(
+        1, columns, figsize=(width if columns == 1 else 5.2 * columns, height), squeeze=False
+    )
     return figure, list(grid[0])
 
 
@@ -58,5 +62,11 @@ def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
     figure.tight_layout()
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, fontsize=9, frameon=False
+        handles,
+        labels,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
     )

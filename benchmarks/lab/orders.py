@@ -1,6 +1,7 @@
 """How fast each deterministic sampler closes in on the ODE: error over steps and over expert calls, and the fitted order."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks.lab.markdown import Page, table
 from ddm.measures import trajectory_error
 from ddm.oracle import GaussianMixture
-from ddm.rng import Use, normal
+from ddm.rng import RngStream, normal
 from ddm.samplers import drive, sample, sampler, start
 from ddm.schedules import Schedule, schedule, velocity
 from train.evaluation.plots import STYLE
@@ -94,7 +95,9 @@ def _fit(cells: list[dict[str, Any]], floor: float) -> dict[str, float] | None:
     fitted = [cell for cell in cells if cell["steps"] >= FITTED_FROM and cell["median"] > floor]
     if len(fitted) < 4:
         return None
-    line = linregress(np.log([cell["steps"] for cell in fitted]), np.log([cell["median"] for cell in fitted]))
+    line = linregress(
+        np.log([cell["steps"] for cell in fitted]), np.log([cell["median"] for cell in fitted])
+    )
     width = float(student.ppf(0.975, len(fitted) - 2)) * float(line.stderr)
     order = -float(line.slope)
     return {
@@ -118,7 +121,10 @@ def measure() -> dict[str, Any]:
             return float(c.s / c.a) - NOISE_LEFT
 
         t_end = float(brentq(noise_left, 1e-6, 0.5))
-        x = path(torch.ones((), dtype=torch.float64)).s * normal(0, Use.START, torch.arange(POINTS), 0, (2,)).double()
+        x = (
+            path(torch.ones((), dtype=torch.float64)).s
+            * normal(0, RngStream.START, torch.arange(POINTS), 0, (2,)).double()
+        )
         exact = _exact_end(oracle, x, t_end)
         fine = sample(oracle.denoise, x, path, "unipc", 512, "uniform_log_snr", t_min=t_end)
         apart = float(_distances(fine, exact).median())
@@ -129,9 +135,14 @@ def measure() -> dict[str, Any]:
                     continue
                 cells = []
                 for steps in STEPS:
-                    walk = start(x, path, method.name, steps, grid, t_min=t_end, order=method.order)
-                    end, calls = drive(walk, oracle.denoise)
-                    error, middle = math.sqrt(trajectory_error(end, exact)), float(_distances(end, exact).median())
+                    trajectory = start(
+                        x, path, method.name, steps, grid, t_min=t_end, order=method.order
+                    )
+                    end, calls = drive(trajectory, oracle.denoise)
+                    error, middle = (
+                        math.sqrt(trajectory_error(end, exact)),
+                        float(_distances(end, exact).median()),
+                    )
                     cells.append({"steps": steps, "calls": calls, "error": error, "median": middle})
                 curves.append(
                     {
@@ -193,11 +204,15 @@ schedule. Heun and the accelerated ODE sampler call twice a step, so they have h
 
 def _grids(curves: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
     """The two rows of grids: their name, and each schedule's grid."""
-    coarse = {curve["schedule"]: curve["grid"] for curve in curves if curve["grid"] != "uniform_log_snr"}
+    coarse = {
+        curve["schedule"]: curve["grid"] for curve in curves if curve["grid"] != "uniform_log_snr"
+    }
     return [("uniform_log_snr", dict.fromkeys(coarse, "uniform_log_snr")), ("uniform_t", coarse)]
 
 
-def _find(curves: list[dict[str, Any]], process: str, grid: str, label: str) -> dict[str, Any] | None:
+def _find(
+    curves: list[dict[str, Any]], process: str, grid: str, label: str
+) -> dict[str, Any] | None:
     for curve in curves:
         if (curve["schedule"], curve["grid"], curve["sampler"]) == (process, grid, label):
             return dict(curve)
@@ -214,7 +229,9 @@ def _orders(curves: list[dict[str, Any]]) -> str:
         for grid_name, grid in _grids(curves):
             found = [_find(curves, process, grid[process], method.label) for process in PROCESSES]
             cells = [_order(curve["fit"]) if curve else "not defined" for curve in found]
-            rows.append([method.label, str(sampler(method.name, method.order).order), grid_name, *cells])
+            rows.append(
+                [method.label, str(sampler(method.name, method.order).order), grid_name, *cells]
+            )
     return table(["sampler", "declared", "grid", *map(_head, PROCESSES)], rows)
 
 
@@ -233,7 +250,11 @@ def _few_calls(curves: list[dict[str, Any]]) -> str:
             cells = []
             for process in PROCESSES:
                 curve = _find(curves, process, grid[process], method.label)
-                cells.append(" / ".join(f"{_error(curve, n):.2g}" for n in BUDGETS) if curve else "not defined")
+                cells.append(
+                    " / ".join(f"{_error(curve, n):.2g}" for n in BUDGETS)
+                    if curve
+                    else "not defined"
+                )
             rows.append([method.label, grid_name, *cells])
     return table(["sampler", "grid", *map(_head, PROCESSES)], rows)
 
@@ -243,12 +264,19 @@ def _notes(curves: list[dict[str, Any]]) -> str:
     for process in PROCESSES:
         words = []
         for calls in BUDGETS:
-            winner = min((c for c in curves if c["schedule"] == process), key=lambda c, n=calls: _error(c, n))  # type: ignore[misc]
-            words.append(f"{calls} calls `{winner['sampler']}` on `{winner['grid']}` ({_error(winner, calls):.2g})")
+            of_process = [curve for curve in curves if curve["schedule"] == process]
+            winner = min(of_process, key=partial(_error, calls=calls))
+            words.append(
+                f"{calls} calls `{winner['sampler']}` on `{winner['grid']}` ({_error(winner, calls):.2g})"
+            )
         best.append(f"- `{process}`: {', '.join(words)}.")
-        one, other = (_find(curves, process, grid[process], "unipc-3") for _, grid in _grids(curves))
+        one, other = (
+            _find(curves, process, grid[process], "unipc-3") for _, grid in _grids(curves)
+        )
         if one and other:
-            harmed.append(f"{_error(other, BUDGETS[1]) / _error(one, BUDGETS[1]):.1f} on `{process}`")
+            harmed.append(
+                f"{_error(other, BUDGETS[1]) / _error(one, BUDGETS[1]):.1f} on `{process}`"
+            )
     return f"""{chr(10).join(best)}
 
 The multistep samplers extrapolate in log SNR, and over a grid that is uneven in it they extrapolate far: with {BUDGETS[1]} calls
@@ -267,7 +295,14 @@ def _figure(curves: list[dict[str, Any]]) -> Figure:
     for axes in grid[:, 0]:
         axes.set_ylabel("error of the median path")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, -0.01))
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        ncols=len(labels),
+        frameon=False,
+        bbox_to_anchor=(0.5, -0.01),
+    )
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure
 

@@ -12,7 +12,14 @@ from matplotlib.figure import Figure
 from benchmarks.lab.laws import Law, Tabled, affine, exact_denoiser, local_slopes, w2_square
 from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
 from ddm.samplers import sampler
-from ddm.schedules import Schedule, VEExponential, VEPolynomial, VPConstant, VPExponential, VPPolynomial
+from ddm.schedules import (
+    Schedule,
+    VEExponential,
+    VEPolynomial,
+    VPConstant,
+    VPExponential,
+    VPPolynomial,
+)
 
 MEAN, STD = 1.0, 0.5  # of every coordinate of the data
 RATIOS = (6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0)  # sqrt(d) / eps
@@ -45,7 +52,9 @@ PROCESSES = (
     Process("VP, beta = 0.2 + t", _vp(0.2, 1, 1), True, 2, "#0072B2"),
     Process("VP, beta = (0.7 + t/2)^5", _vp(0.7, 0.5, 5), True, 2, "#56B4E9"),
     Process("VP, beta = 0.2 e^t", lambda T: VPExponential(0.2 * T, T), True, 2, "#009E73"),
-    Process("VE, g = 0.5 e^t", lambda T: VEExponential(0.5 * math.sqrt(T), T), False, 2, "#D55E00", "--"),
+    Process(
+        "VE, g = 0.5 e^t", lambda T: VEExponential(0.5 * math.sqrt(T), T), False, 2, "#D55E00", "--"
+    ),
     Process("VE, g = (0.5 + t)^2", _ve(0.5, 1, 2), False, 2 + 1 / 5, "#E69F00", "--"),
     Process("VE, g = 0.5 + t", _ve(0.5, 1, 1), False, 2 + 1 / 3, "#CC79A7", "--"),
     Process("VE, g = (0.5 + t)^(1/2)", _ve(0.5, 1, 0.5), False, 2 + 1 / 2, "#999999", "--"),
@@ -98,10 +107,12 @@ def best(process: Process, allowed: float, horizons: Sequence[float]) -> tuple[i
 
 
 def sampled(name: str, process: Process, horizon: float, steps: int) -> float:
-    """W2 of a coordinate by a sampler of the project, whose last step is the denoised picture."""
+    """W2 of a coordinate by a sampler of the project, whose last step is the denoised image."""
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     schedule = Tabled(process.at(horizon), times)
-    walked = affine(sampler(name).walk, exact_denoiser(_data(), schedule), schedule, times, 1, 1)
+    walked = affine(
+        sampler(name).trajectory, exact_denoiser(_data(), schedule), schedule, times, 1, 1
+    )
     s = schedule(times[0]).s[None]
     return float(w2_square(walked(Law(0 * s, s**2)), _data()).sqrt())
 
@@ -111,7 +122,9 @@ def horizons(process: Process, count: int = 40) -> list[float]:
 
     def left(T: float) -> float:
         c = process.at(T)(torch.ones((), dtype=torch.float64))
-        return float(c.a * STD**2 / (c.a**2 * STD**2 + c.s**2))  # how much of the start's error reaches the data
+        return float(
+            c.a * STD**2 / (c.a**2 * STD**2 + c.s**2)
+        )  # how much of the start's error reaches the data
 
     def where(level: float) -> float:
         low, high = 1e-3, 1e5
@@ -134,10 +147,21 @@ def measure(ratios: Sequence[float] = RATIOS, count: int = 40) -> dict[str, Any]
             steps, T = best(process, 1 / ratio, tried)
             cells.append({"ratio": ratio, "steps": steps, "T": T})
         for horizon in tried:
-            over.append((horizon, fewest(partial(exponential_integrator, process, horizon), 1 / middle, MOST)))
+            over.append(
+                (
+                    horizon,
+                    fewest(partial(exponential_integrator, process, horizon), 1 / middle, MOST),
+                )
+            )
         ours = {name: sampled(name, process, T, steps) * ratio for name in OURS}
         rows.append(
-            {"process": process.name, "upper": process.upper, "cells": cells, "over_horizon": over, "ours": ours}
+            {
+                "process": process.name,
+                "upper": process.upper,
+                "cells": cells,
+                "over_horizon": over,
+                "ours": ours,
+            }
         )
     return {"mean": MEAN, "std": STD, "middle": middle, "rows": rows}
 
@@ -194,7 +218,7 @@ rest of the reverse SDE, in even steps of [0, T], from N(0, s(T)^2) to t = 0. Th
 W2^2 of the product is d times that of a coordinate, so N depends on sqrt(d)/eps alone: one sweep of that ratio, "N at" below,
 is every d from 1 to 1024 at every eps, and the power of d is half that of 1/eps, exactly. Powers are least squares with 95%
 intervals, the bounds' are up to logarithms. The last two columns are W2/eps of the project's `euler_maruyama` and `ddpm` with the
-same T and N, at {ratios[-1]:g}; they end on the denoised picture, by which alone DDPM differs from the scheme on VE.
+same T and N, at {ratios[-1]:g}; they end on the denoised image, by which alone DDPM differs from the scheme on VE.
 
 {table(head, rows)}
 
@@ -243,8 +267,18 @@ def _figure(numbers: Mapping[str, Any]) -> Figure:
     ):
         line = [at * (ratio / ratios[0]) ** slope for ratio in ratios]
         left.plot(ratios, line, color="#BBBBBB", linewidth=4, zorder=0)
-        place: dict[str, Any] = {"xytext": (0, 14 if slope > 1 else -14), "ha": "right" if slope > 1 else "left"}
-        left.annotate(name, (ratios[3], line[3]), color="#666666", fontsize=9, textcoords="offset points", **place)
+        place: dict[str, Any] = {
+            "xytext": (0, 14 if slope > 1 else -14),
+            "ha": "right" if slope > 1 else "left",
+        }
+        left.annotate(
+            name,
+            (ratios[3], line[3]),
+            color="#666666",
+            fontsize=9,
+            textcoords="offset points",
+            **place,
+        )
     left.set(xscale="log", yscale="log", ylabel="fewest steps N")
     steps_axis(left, ratios, r"$\sqrt{d}\,/\,\varepsilon$")
     right.set(

@@ -51,7 +51,9 @@ def erring(data: Law, path: Schedule, shift: Tensor, slope: Tensor) -> Denoiser:
     return denoise
 
 
-def gaussian_errors(T: int, eps: Sequence[float], dimensions: Sequence[int]) -> list[dict[str, Any]]:
+def gaussian_errors(
+    T: int, eps: Sequence[float], dimensions: Sequence[int]
+) -> list[dict[str, Any]]:
     """KL and W2 of the erring samplers on the Gaussian of `laws`, to the truth and to what the sampler draws without the error.
 
     Coordinates go their own ways, so every d, kind and eps is a block of the coordinates of one walk; the first eps is 0.
@@ -59,21 +61,45 @@ def gaussian_errors(T: int, eps: Sequence[float], dimensions: Sequence[int]) -> 
     path = TwoPhase(T)
     times = time_grid("own", T, path, t_min=1 / T)
     blocks = [(d, kind, e) for d in dimensions for kind in KINDS for e in (0.0, *eps)]
-    data = Law(*(torch.cat(parts) for parts in zip(*(gaussian(d, seed=0) for d, _, _ in blocks), strict=True)))
+    data = Law(
+        *(
+            torch.cat(parts)
+            for parts in zip(*(gaussian(d, seed=0) for d, _, _ in blocks), strict=True)
+        )
+    )
     shift, slope = (
-        torch.cat([torch.full((d,), e * (kind == wanted) / math.sqrt(d), dtype=torch.float64) for d, kind, e in blocks])
+        torch.cat(
+            [
+                torch.full((d,), e * (kind == wanted) / math.sqrt(d), dtype=torch.float64)
+                for d, kind, e in blocks
+            ]
+        )
         for wanted in KINDS
     )
     tabled, cells = Tabled(path, times), []
-    true, start = data.at(tabled(times[-1])), Law(torch.zeros_like(data.mean), torch.ones_like(data.mean))
+    true, start = (
+        data.at(tabled(times[-1])),
+        Law(torch.zeros_like(data.mean), torch.ones_like(data.mean)),
+    )
     for name in SAMPLERS:
         method = METHODS[name]
-        law = affine(method.walk, erring(data, tabled, shift, slope), tabled, times, method.draws, len(data.mean))(
-            start
-        )
+        law = affine(
+            method.trajectory,
+            erring(data, tabled, shift, slope),
+            tabled,
+            times,
+            method.draws,
+            len(data.mean),
+        )(start)
         sizes = [d for d, _, _ in blocks]
-        parts = [Law(*pair) for pair in zip(law.mean.split(sizes), law.variance.split(sizes), strict=True)]
-        truths = [Law(*pair) for pair in zip(true.mean.split(sizes), true.variance.split(sizes), strict=True)]
+        parts = [
+            Law(*pair)
+            for pair in zip(law.mean.split(sizes), law.variance.split(sizes), strict=True)
+        ]
+        truths = [
+            Law(*pair)
+            for pair in zip(true.mean.split(sizes), true.variance.split(sizes), strict=True)
+        ]
         for first in range(0, len(blocks), len(eps) + 1):
             runs = slice(first + 1, first + 1 + len(eps))
             exact = parts[first]
@@ -83,7 +109,9 @@ def gaussian_errors(T: int, eps: Sequence[float], dimensions: Sequence[int]) -> 
                     "d": blocks[first][0],
                     "kind": blocks[first][1],
                     "floor": _distances(truths[first], exact),
-                    "to_truth": [_distances(t, p) for t, p in zip(truths[runs], parts[runs], strict=True)],
+                    "to_truth": [
+                        _distances(t, p) for t, p in zip(truths[runs], parts[runs], strict=True)
+                    ],
                     "moved": [_distances(exact, p) for p in parts[runs]],
                 }
             )
@@ -99,7 +127,9 @@ def quartet(path: Schedule, d: int = 8) -> GaussianMixture:
     generator = torch.Generator().manual_seed(0)
     means = 0.8 * torch.randn(4, d, generator=generator, dtype=torch.float64)
     stds = 0.5 + 0.3 * torch.rand(4, d, generator=generator, dtype=torch.float64)
-    return GaussianMixture(torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), means, stds, path)
+    return GaussianMixture(
+        torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), means, stds, path
+    )
 
 
 def routed_errors(
@@ -113,7 +143,9 @@ def routed_errors(
     K, d = oracle.means.shape
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(paths, d, generator=generator, dtype=torch.float64)
-    off = torch.nn.functional.normalize(torch.randn(K, d, generator=generator, dtype=torch.float64), dim=1)
+    off = torch.nn.functional.normalize(
+        torch.randn(K, d, generator=generator, dtype=torch.float64), dim=1
+    )
     exact = sample(oracle.denoise, x, oracle.schedule, "heun", 300, "uniform_log_snr", t_min=DELTA)
 
     def distance(policy: str, n: int, of_posterior: float, of_experts: float) -> float:
@@ -132,14 +164,26 @@ def routed_errors(
         for n in steps:
             floor = distance(policy, n, 0, 0)
             for kind, values in eps.items():
-                found = [distance(policy, n, *((e, 0) if kind == "posterior" else (0, e))) for e in values]
+                found = [
+                    distance(policy, n, *((e, 0) if kind == "posterior" else (0, e)))
+                    for e in values
+                ]
                 cells.append(
-                    {"policy": policy, "N": n, "kind": kind, "eps": list(values), "floor": floor, "error": found}
+                    {
+                        "policy": policy,
+                        "N": n,
+                        "kind": kind,
+                        "eps": list(values),
+                        "floor": floor,
+                        "error": found,
+                    }
                 )
     return cells
 
 
-def _shifted(expert: Callable[[Tensor, Tensor], Tensor], by: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _shifted(
+    expert: Callable[[Tensor, Tensor], Tensor], by: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, t: expert(x, t) + by
 
 
@@ -176,7 +220,9 @@ def quadrature_fit(eps: Sequence[float], errors: Sequence[float], floor: float) 
     def rest(log_C: float) -> Tensor:
         return (floor**2 + (math.exp(log_C) * e) ** 2).sqrt().log() - measured.log()
 
-    found = minimize_scalar(lambda log_C: float(rest(log_C).square().sum()), bounds=(-12, 12), method="bounded")
+    found = minimize_scalar(
+        lambda log_C: float(rest(log_C).square().sum()), bounds=(-12, 12), method="bounded"
+    )
     return Quadrature(math.exp(found.x), float(rest(found.x).abs().max().exp()))
 
 
@@ -186,18 +232,30 @@ def page(numbers: Mapping[str, Any]) -> Page:
     dimensions, rows = sorted({cell["d"] for cell in cells}), []
     small = [i for i, e in enumerate(eps) if e <= 0.1]
     for name, kind in product(SAMPLERS, KINDS):
-        own = {c["d"]: c for c in cells if c["sampler"] == name and c["kind"] == kind}
+        cfg = {c["d"]: c for c in cells if c["sampler"] == name and c["kind"] == kind}
         row = [f"`{name}`", kind]
         for key in ("kl", "w2"):
-            moved = {d: [_linear(own[d]["moved"][i], key) for i in small] for d in dimensions}
+            moved = {d: [_linear(cfg[d]["moved"][i], key) for i in small] for d in dimensions}
             C = [moved[d][0] / eps[0] for d in dimensions]
             power = -power_law_fit([eps[i] for i in small], moved[dimensions[-1]]).exponent
             row += [*(f"{value:.2f}" for value in C), f"{power:.2f}"]
-            row += [f"{-power_law_fit(dimensions, C).exponent:.2f}"] if len(dimensions) > 1 else ["-"]
-        rows.append([*row, f"{_linear(own[dimensions[-1]]['floor'], 'kl') / float(row[1 + len(dimensions)]):.2g}"])
+            row += (
+                [f"{-power_law_fit(dimensions, C).exponent:.2f}"] if len(dimensions) > 1 else ["-"]
+            )
+        rows.append(
+            [
+                *row,
+                f"{_linear(cfg[dimensions[-1]]['floor'], 'kl') / float(row[1 + len(dimensions)]):.2g}",
+            ]
+        )
     at_d = [f"d = {d}" for d in dimensions]
     head = ("sampler", "error", *(f"C of sqrt(KL/2), {d}" for d in at_d), "power of eps", "of d")
-    head += (*(f"C of W2, {d}" for d in at_d), "power of eps", "of d", f"eps at the floor, {at_d[-1]}")
+    head += (
+        *(f"C of W2, {d}" for d in at_d),
+        "power of eps",
+        "of d",
+        f"eps at the floor, {at_d[-1]}",
+    )
     routed, routed_rows = numbers["routed"], []
     steps = sorted({cell["N"] for cell in routed})
     for policy in dict.fromkeys(cell["policy"] for cell in routed):
@@ -206,8 +264,15 @@ def page(numbers: Mapping[str, Any]) -> Page:
         falls = f"{power_law_fit(steps, floors).exponent:.2f}" if len(steps) > 1 else "-"
         row = [f"`{policy}`", *(f"{floor:.3f}" for floor in floors), falls]
         for kind in ROUTED_EPS:
-            fits = [quadrature_fit(c["eps"], c["error"], c["floor"]) for c in own_cells if c["kind"] == kind]
-            row += [", ".join(f"{fit.C:.2f}" for fit in fits), f"{max(fit.worst for fit in fits):.2f}"]
+            fits = [
+                quadrature_fit(c["eps"], c["error"], c["floor"])
+                for c in own_cells
+                if c["kind"] == kind
+            ]
+            row += [
+                ", ".join(f"{fit.C:.2f}" for fit in fits),
+                f"{max(fit.worst for fit in fits):.2f}",
+            ]
         routed_rows.append(row)
     routed_head = ("policy", *(f"floor, N = {n}" for n in steps), "falls as 1/N to")
     routed_head += ("C of the posterior", "off by at most", "C of the experts", "off by at most")
@@ -267,16 +332,28 @@ def _gaussian(numbers: Mapping[str, Any]) -> Figure:
     figure, plots = axes(3, height=4.0)
     largest = max(cell["d"] for cell in numbers["gaussian"])
     eps = numbers["eps"]
-    for axis, (kind, key) in zip(plots, (("shift", "kl"), ("slope", "kl"), ("shift", "w2")), strict=True):
+    for axis, (kind, key) in zip(
+        plots, (("shift", "kl"), ("slope", "kl"), ("shift", "w2")), strict=True
+    ):
         for cell in numbers["gaussian"]:
             if cell["kind"] == kind and cell["d"] == largest:
                 colour = METHODS[cell["sampler"]].colour
                 values = [_linear(distances, key) for distances in cell["to_truth"]]
                 axis.plot(eps, values, "o-", color=colour, label=cell["sampler"], markersize=3.5)
         if key == "kl":
-            axis.plot(eps, [math.sqrt(largest) * e for e in eps], ":", color="#777777", label="sqrt(d) eps")
+            axis.plot(
+                eps,
+                [math.sqrt(largest) * e for e in eps],
+                ":",
+                color="#777777",
+                label="sqrt(d) eps",
+            )
         axis.plot(eps, eps, "--", color="#777777", linewidth=1, label="eps")
-        axis.set(xscale="log", yscale="log", ylabel="sqrt(KL/2) to the truth" if key == "kl" else "W2 to the truth")
+        axis.set(
+            xscale="log",
+            yscale="log",
+            ylabel="sqrt(KL/2) to the truth" if key == "kl" else "W2 to the truth",
+        )
         axis.set_xlabel("eps of the score")
         axis.set_title(f"{kind}, d = {largest}", fontsize=10)
     legend_below(figure, plots[0], 6)
@@ -289,16 +366,26 @@ def _routed(numbers: Mapping[str, Any]) -> Figure:
     steps = sorted({cell["N"] for cell in cells})
     for axis, kind in zip(plots, ROUTED_EPS, strict=True):
         for cell in (c for c in cells if c["kind"] == kind):
-            fit, width = quadrature_fit(cell["eps"], cell["error"], cell["floor"]), 1 + steps.index(cell["N"]) * 0.7
+            fit, width = (
+                quadrature_fit(cell["eps"], cell["error"], cell["floor"]),
+                1 + steps.index(cell["N"]) * 0.7,
+            )
             low, high = cell["eps"][0] / 2, cell["eps"][-1]
             line = [low * (high / low) ** (i / 50) for i in range(51)]
             colour = POLICIES[cell["policy"]]
             axis.plot(
-                line, [math.hypot(cell["floor"], fit.C * e) for e in line], color=colour, linewidth=width, alpha=0.55
+                line,
+                [math.hypot(cell["floor"], fit.C * e) for e in line],
+                color=colour,
+                linewidth=width,
+                alpha=0.55,
             )
             axis.plot(cell["eps"], cell["error"], "o", color=colour, markersize=4)
         axis.set(xscale="log", yscale="log", ylabel="distance to the exact path")
-        axis.set_title({"posterior": "error of the posterior", "experts": "error of the experts"}[kind], fontsize=10)
+        axis.set_title(
+            {"posterior": "error of the posterior", "experts": "error of the experts"}[kind],
+            fontsize=10,
+        )
         steps_axis(axis, ROUTED_EPS[kind], "eps")
     for policy in dict.fromkeys(cell["policy"] for cell in cells):
         plots[0].plot([], [], "o-", color=POLICIES[policy], label=policy)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lab.testbeds import Bed, mixture
 from benchmarks.lab.markdown import COLOURS, Page, axes, legend_below, steps_axis, table
+from benchmarks.lab.testbeds import Bed, mixture
 from ddm.measures import power_law_fit, sliced_w2
 from router.policies import Nucleus, Policy, TopK
 from router.sources import Alpha, Integrated, Source, prior
 
 CALLS = (10, 25, 50, 100)
-PULL = 40.0  # the default of `sample.pull`
+RELAXATION_RATE = 40.0  # the default of `sample.pull`
 
 
 def _beds() -> list[Bed]:
@@ -38,7 +38,7 @@ def _methods(bed: Bed) -> dict[str, tuple[str | Policy, bool, float]]:
         "stochastic": ("stochastic", False, 1),
         "balanced": ("balanced", False, 1),
         "adaptive": ("adaptive", False, 1.5),
-        "controlled": ("balanced", True, 1),
+        "balanced-cv": ("balanced", True, 1),
     }
 
 
@@ -49,18 +49,24 @@ def _sources(bed: Bed) -> dict[str, Alpha | Source]:
         "posterior": bed.alpha,
         "prior": prior(bed.pi),
         "derivative": Integrated(bed.rate, bed.pi),
-        "combined": Integrated(bed.rate, bed.pi, bed.alpha, PULL),
+        "combined": Integrated(bed.rate, bed.pi, bed.alpha, RELAXATION_RATE),
     }
 
 
 def fitted(steps: list[int], errors: Tensor, resamples: int = 200) -> dict[str, float]:
     """The exponent of mean errors `[steps, paths]` over steps, and its 95 % interval by resampling the paths."""
-    errors = errors.clamp_min(1e-12)  # paths over a finite set can end in the very same picture
+    errors = errors.clamp_min(1e-12)  # paths over a finite set can end in the very same image
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(errors.shape[1], (resamples, errors.shape[1]), generator=generator)
-    found = torch.tensor([power_law_fit(steps, errors[:, row].mean(dim=1).tolist()).exponent for row in rows])
+    found = torch.tensor(
+        [power_law_fit(steps, errors[:, row].mean(dim=1).tolist()).exponent for row in rows]
+    )
     low, high = found.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"exponent": power_law_fit(steps, errors.mean(dim=1).tolist()).exponent, "low": low, "high": high}
+    return {
+        "exponent": power_law_fit(steps, errors.mean(dim=1).tolist()).exponent,
+        "low": low,
+        "high": high,
+    }
 
 
 def errors_of(ends: Tensor, reference: Tensor) -> Tensor:
@@ -72,13 +78,18 @@ def measure() -> dict[str, Any]:
     """Every policy on every mixture at equal calls; every source on the first mixture."""
     beds, sources = [], []
     for bed in _beds():
-        reference, draws = bed.reference(), [bed.draw(seed) for seed in range(5)] if bed.draw else []
+        reference, draws = (
+            bed.reference(),
+            [bed.draw(seed) for seed in range(5)] if bed.draw else [],
+        )
         rows = []
-        for name, (policy, control, per_step) in _methods(bed).items():
+        for name, (policy, control_variate, per_step) in _methods(bed).items():
             steps = [max(1, round(calls / per_step)) for calls in CALLS]
-            walks = [bed.walk(n, policy, control=control) for n in steps]
+            walks = [bed.trajectory(n, policy, control_variate=control_variate) for n in steps]
             errors = torch.stack([errors_of(ends, reference) for ends, _ in walks])
-            distances = torch.tensor([[sliced_w2(ends, truth) for truth in draws] for ends, _ in walks])
+            distances = torch.tensor(
+                [[sliced_w2(ends, truth) for truth in draws] for ends, _ in walks]
+            )
             rows.append(
                 {
                     "method": name,
@@ -95,7 +106,7 @@ def measure() -> dict[str, Any]:
     reference = bed.reference()
     for policy in ("full", "stochastic", "balanced"):
         for name in _sources(bed):
-            ends = [bed.walk(n, policy, alpha=_sources(bed)[name])[0] for n in CALLS]
+            ends = [bed.trajectory(n, policy, alpha=_sources(bed)[name])[0] for n in CALLS]
             errors = torch.stack([errors_of(end, reference) for end in ends])
             sources.append(
                 {
@@ -117,13 +128,13 @@ def page(numbers: dict[str, Any]) -> Page:
     """Tables of E and sliced W2, and a plot a mixture."""
     calls = numbers["calls"]
     text = [
-        f"""# Routing: who should move the picture
+        f"""# Routing: who should move the image
 
 Exact experts and the exact posterior on Gaussian mixtures, so that all error is the sampler's and the policy's. E is the mean
 square distance, a number of the data, between where a path ends and where the full mixture's own path ends (UniPC-3, 500 steps).
-Every method gets the same **calls** a picture, {", ".join(map(str, calls))}: `full`, which asks all K experts, takes
+Every method gets the same **calls** an image, {", ".join(map(str, calls))}: `full`, which asks all K experts, takes
 calls/K steps, `top-2` calls/2, `adaptive` and `nucleus` calls/1.5 (nucleus asks as many as it needs: its true calls are in the
-JSON). `controlled` is `balanced` with `control=gaussian`: Gaussians stand in for the experts that are not asked, so where
+JSON). `balanced-cv` is `balanced` with `control_variate=gaussian`: Gaussians stand in for the experts that are not asked, so where
 clusters *are* Gaussians it is the full mixture at one call a step. DDIM, uniform in t. Intervals are 95 %, by resampling
 the paths. `python -m benchmarks.lab routing` makes this page.
 """
@@ -140,13 +151,16 @@ the paths. `python -m benchmarks.lab routing` makes this page.
             text.append(f"![E over calls](routing-{place}.png)\n")
             figures[str(place)] = _plot(bed)
     text.append(_summary(numbers))
-    rows = [[s["policy"], s["source"], *(f"{e:.2g}" for e in s["error"]), law(s["fit"])] for s in numbers["sources"]]
+    rows = [
+        [s["policy"], s["source"], *(f"{e:.2g}" for e in s["error"]), law(s["fit"])]
+        for s in numbers["sources"]
+    ]
     head = ["policy", "source", *(f"E at {n} steps" for n in calls), "p of N^-p"]
     text.append(
         f"""## Where alpha comes from: {numbers["beds"][0]["bed"]}
 
 The exact posterior; the prior; the posterior's exact rate integrated from the prior (`derivative`); and the same pulled to the
-posterior by {PULL:g} a unit of t (`combined`), which corrects what integration loses when one expert at a time takes the path
+posterior by {RELAXATION_RATE:g} a unit of t (`combined`), which corrects what integration loses when one expert at a time takes the path
 away from the mixture's.
 
 {table(head, rows)}
@@ -164,13 +178,18 @@ def _summary(numbers: dict[str, Any]) -> str:
     lines = []
     for bed in numbers["beds"]:
         rows = {row["method"]: row for row in bed["rows"]}
-        b, s, c = (rows[name]["error"] for name in ("balanced", "stochastic", "controlled"))
+        b, s, c = (rows[name]["error"] for name in ("balanced", "stochastic", "balanced-cv"))
         lines.append(
-            [bed["bed"], f"{s[2] / b[2]:.1f}", f"{s[3] / b[3]:.1f}", *(f"{b[i] / c[i]:.1f}" for i in range(len(b)))]
+            [
+                bed["bed"],
+                f"{s[2] / b[2]:.1f}",
+                f"{s[3] / b[3]:.1f}",
+                *(f"{b[i] / c[i]:.1f}" for i in range(len(b))),
+            ]
         )
     head = ["mixture", "at 50", "at 100", *(f"at {n}" for n in numbers["calls"])]
     return (
-        "## Times closer at equal calls\n\nFirst two columns: `balanced` over `stochastic`. The others: `controlled` over "
+        "## Times closer at equal calls\n\nFirst two columns: `balanced` over `stochastic`. The others: `balanced-cv` over "
         f"`balanced`.\n\n{table(head, lines)}\n"
     )
 
@@ -179,7 +198,15 @@ def _plot(bed: dict[str, Any]) -> Any:
     figure, (left, right) = axes(2, height=3.8)
     for row in bed["rows"]:
         colour = COLOURS.get(row["method"], "#666666")
-        left.plot(row["calls"], row["error"], "o-", color=colour, markersize=3.5, linewidth=1.2, label=row["method"])
+        left.plot(
+            row["calls"],
+            row["error"],
+            "o-",
+            color=colour,
+            markersize=3.5,
+            linewidth=1.2,
+            label=row["method"],
+        )
         right.errorbar(
             row["calls"],
             row["sliced_w2"],
@@ -192,7 +219,7 @@ def _plot(bed: dict[str, Any]) -> Any:
     for plot, label in ((left, "E, mean square distance"), (right, "sliced W2 to exact draws")):
         plot.set_xscale("log")
         plot.set_yscale("log")
-        steps_axis(plot, bed["rows"][-1]["steps"], "expert calls a picture")
+        steps_axis(plot, bed["rows"][-1]["steps"], "NFE per image")
         plot.set_ylabel(label)
     legend_below(figure, left, columns=5)
     return figure

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lab.testbeds import Bed, cifar10, mixture
 from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
 from benchmarks.lab.selection import errors_of, fitted, law
+from benchmarks.lab.testbeds import Bed, cifar10, mixture
 from ddm.grids import time_grid
 from ddm.measures import sliced_w2
 from ddm.samplers import sample
@@ -42,7 +42,9 @@ class Weighted(Balanced):
         weight, kept = float(self.weight[self.step]), float(self.kept[self.step])
         self.step += 1
         credit = kept * state + weight * alpha
-        chosen = torch.zeros_like(alpha, dtype=torch.bool).scatter_(1, credit.argmax(dim=1, keepdim=True), True)
+        chosen = torch.zeros_like(alpha, dtype=torch.bool).scatter_(
+            1, credit.argmax(dim=1, keepdim=True), True
+        )
         return chosen, credit - weight * chosen
 
 
@@ -61,9 +63,15 @@ class Remembering(RoutedDenoiser):
 
     def _mix(self, x: Tensor, t: Tensor, alpha: Tensor, chosen: Tensor) -> Tensor:
         c, rows, k = self.bed.schedule(t), torch.arange(len(x)), chosen.int().argmax(dim=1)
-        stand_ins = self.bed.stand_ins(x, t) if self.gaussian else self.bed.means.expand(len(x), *self.bed.means.shape)
+        stand_ins = (
+            self.bed.stand_ins(x, t)
+            if self.gaussian
+            else self.bed.means.expand(len(x), *self.bed.means.shape)
+        )
         self.rest = torch.zeros_like(stand_ins) if self.rest is None else self.rest
-        faded = (self.rho / float(c.a / c.s)).reshape(*self.rho.shape, *[1] * (x.ndim - 1)) * self.rest
+        faded = (self.rho / float(c.a / c.s)).reshape(
+            *self.rho.shape, *[1] * (x.ndim - 1)
+        ) * self.rest
         guesses, said = stand_ins + faded, super()._mix(x, t, alpha, chosen)
         self.rest[rows, k], self.rho[rows, k] = said - stand_ins[rows, k], float(c.a / c.s)
         mean = (alpha.reshape(*alpha.shape, *[1] * (x.ndim - 1)) * guesses).sum(dim=1)
@@ -92,11 +100,13 @@ def where_alpha_moves(bed: Bed, steps: int) -> Tensor:
 
 
 def _weighted(kind: str) -> Callable[[Bed, int], Tensor]:
-    return lambda bed, n: bed.walk(n, Weighted(bed, time_grid("uniform_t", n, bed.schedule), kind))[0]
+    return lambda bed, n: bed.trajectory(
+        n, Weighted(bed, time_grid("uniform_t", n, bed.schedule), kind)
+    )[0]
 
 
 def _alpha_grid(bed: Bed, n: int) -> Tensor:
-    return bed.walk(n, "balanced", grid=where_alpha_moves(bed, n))[0]
+    return bed.trajectory(n, "balanced", grid=where_alpha_moves(bed, n))[0]
 
 
 def _remembering(gaussian: bool) -> Callable[[Bed, int], Tensor]:
@@ -104,21 +114,33 @@ def _remembering(gaussian: bool) -> Callable[[Bed, int], Tensor]:
 
 
 TRIED: dict[str, tuple[Callable[[Bed, int], Tensor], str]] = {
-    "full, K calls a step": (lambda bed, n: bed.walk(n, "full")[0], "#009E73"),
-    "stochastic": (lambda bed, n: bed.walk(n, "stochastic")[0], "#56B4E9"),
-    "balanced": (lambda bed, n: bed.walk(n, "balanced")[0], "#D55E00"),
-    "balanced, control=gaussian": (lambda bed, n: bed.walk(n, "balanced", control=True)[0], "#E69F00"),
+    "full, K calls a step": (lambda bed, n: bed.trajectory(n, "full")[0], "#009E73"),
+    "stochastic": (lambda bed, n: bed.trajectory(n, "stochastic")[0], "#56B4E9"),
+    "balanced": (lambda bed, n: bed.trajectory(n, "balanced")[0], "#D55E00"),
+    "balanced, control_variate=gaussian": (
+        lambda bed, n: bed.trajectory(n, "balanced", control_variate=True)[0],
+        "#E69F00",
+    ),
     "balanced, last words": (_remembering(False), "#CC79A7"),
     "balanced, Gaussians and last words": (_remembering(True), "#0072B2"),
-    "stochastic, control=gaussian": (lambda bed, n: bed.walk(n, "stochastic", control=True)[0], ""),
-    "adaptive, 1.5 calls a step": (lambda bed, n: bed.walk(round(n / 1.5), "adaptive")[0], "#882255"),
+    "stochastic, control_variate=gaussian": (
+        lambda bed, n: bed.trajectory(n, "stochastic", control_variate=True)[0],
+        "",
+    ),
+    "adaptive, 1.5 calls a step": (
+        lambda bed, n: bed.trajectory(round(n / 1.5), "adaptive")[0],
+        "#882255",
+    ),
     "balanced, credit by share of x": (_weighted("share of x"), ""),
     "balanced, credit by log SNR": (_weighted("log SNR"), ""),
     "balanced, credit that forgets": (_weighted("forgetting"), ""),
     "balanced, steps where alpha moves": (_alpha_grid, ""),
-    "balanced, even in log SNR": (lambda bed, n: bed.walk(n, "balanced", grid="uniform_log_snr")[0], ""),
+    "balanced, even in log SNR": (
+        lambda bed, n: bed.trajectory(n, "balanced", grid="uniform_log_snr")[0],
+        "",
+    ),
 }
-ON_PICTURES = tuple(TRIED)[:8]
+ON_IMAGES = tuple(TRIED)[:8]
 
 
 def measure() -> dict[str, Any]:
@@ -132,13 +154,15 @@ def measure() -> dict[str, Any]:
     if (root / "cifar-10-batches-py").is_dir():
         bed = cifar10(root)
         reference = sample(bed.full, bed.noise, bed.schedule, "ddim", 500)
-        found.append(_rows(bed, ON_PICTURES, reference, [reference]))
+        found.append(_rows(bed, ON_IMAGES, reference, [reference]))
     else:
         log.info("policies: no CIFAR-10 in %s (DDM_DATA), only mixtures are measured", root)
     return {"calls": list(CALLS), "beds": found}
 
 
-def _rows(bed: Bed, names: tuple[str, ...], reference: Tensor, truths: list[Tensor]) -> dict[str, Any]:
+def _rows(
+    bed: Bed, names: tuple[str, ...], reference: Tensor, truths: list[Tensor]
+) -> dict[str, Any]:
     rows = []
     for name in names:
         ends = [TRIED[name][0](bed, n) for n in CALLS]
@@ -162,11 +186,11 @@ def page(numbers: dict[str, Any]) -> Page:
         """# Policies beyond the papers
 
 What can be better than `balanced` at one expert call a step? E is the mean square distance to the end of the mixture's own path;
-columns are expert calls a picture (`full` alone takes K times as many); DDIM. On CIFAR-10 an expert is the exact softmax average
-of its cluster's pictures, nothing is trained, and the path is the mixture's of 500 DDIM steps.
+columns are NFE per image (`full` alone takes K times as many); DDIM. On CIFAR-10 an expert is the exact softmax average
+of its cluster's images, nothing is trained, and the path is the mixture's of 500 DDIM steps.
 `DDM_DATA=data python -m benchmarks.lab policies` makes this page.
 
-- **control=gaussian**: a Gaussian a cluster (mean, and variances in the cosine basis) says what each expert not asked would say.
+- **control_variate=gaussian**: a Gaussian a cluster (mean, and variances in the cosine basis) says what each expert not asked would say.
 - **last words**: instead of it, or besides it, what an expert said at its last call, fading as the noise falls.
 - **adaptive**: a second expert where alpha is undecided, fewer steps.
 - **credit by ...**: the credit counts a step by how much of x it replaces, or by its share of log SNR, or forgets a tenth a step.
@@ -177,18 +201,31 @@ of its cluster's pictures, nothing is trained, and the path is the mixture's of 
     for plot, bed in zip(plots, numbers["beds"], strict=True):
         head = ["tried", *(f"E at {n}" for n in calls), "p of N^-p", "sliced W2 at 25"]
         body = [
-            [r["tried"], *(f"{e:.2g}" for e in r["error"]), law(r["fit"]), f"{r['sliced_w2'][1]:.3f}"]
+            [
+                r["tried"],
+                *(f"{e:.2g}" for e in r["error"]),
+                law(r["fit"]),
+                f"{r['sliced_w2'][1]:.3f}",
+            ]
             for r in bed["rows"]
         ]
         text.append(f"## {bed['bed']}\n\n{table(head, body)}\n")
         for row in bed["rows"]:
             colour = TRIED[row["tried"]][1]
             if colour:
-                plot.plot(calls, row["error"], "o-", color=colour, markersize=3.5, linewidth=1.2, label=row["tried"])
+                plot.plot(
+                    calls,
+                    row["error"],
+                    "o-",
+                    color=colour,
+                    markersize=3.5,
+                    linewidth=1.2,
+                    label=row["tried"],
+                )
         plot.set_xscale("log")
         plot.set_yscale("log")
         plot.set_title(bed["bed"], fontsize=9)
-        steps_axis(plot, calls, "expert calls a picture")
+        steps_axis(plot, calls, "NFE per image")
     plots[0].set_ylabel("E, mean square distance")
     legend_below(figure, plots[0], columns=4)
     text.append("![E over calls](policies-e.png)\n")
@@ -209,16 +246,16 @@ def _verdict(numbers: dict[str, Any]) -> str:
 
 {table(["tried", *(bed["bed"] for bed in numbers["beds"])], body)}
 
-Geometric mean over 10, 25 and 50 calls; above 1 is better than `balanced`. A path ends on another picture or cluster or it does
+Geometric mean over 10, 25 and 50 calls; above 1 is better than `balanced`. A path ends on another image or cluster or it does
 not, so few paths make most of E: the intervals above are wide, and on CIFAR-10 factors below 1.3 mean little.
 
-**Kept**: `control=gaussian`, the default. Over these calls it is better than `balanced` on every bed, if not in every cell; it is
+**Kept**: `control_variate=gaussian`, the default. Over these calls it is better than `balanced` on every bed, if not in every cell; it is
 exact where clusters are Gaussian, costs no call and remembers nothing; on trained digits it halves E at 10 and 25 steps
 ([results](../results/digits.md)). `adaptive` is kept for a number of steps that is given: on mixtures its calls are better spent
 on more steps of `balanced`, on the finite sets of CIFAR-10 they are not.
 
 **Not kept**: last words beside the Gaussians, which on all that is not Gaussian is the best of all at 25 and 50 calls, but
-needs K pictures of memory for every path, which a server would have to carry along; it is the first to come back to. Last
+needs K images of memory for every path, which a server would have to carry along; it is the first to come back to. Last
 words alone; a credit that weighs steps or forgets; grids even in log SNR for DDIM, or by where alpha moves, which helps
 on one mixture and not on the other, and has to be measured for each router.
 """

@@ -96,7 +96,9 @@ def constants(schedule: Schedule, R: float, d: int, K: int, t: Tensor) -> Consta
         offset=g * R,
         slope=b.abs(),
         moment=((a * R) ** 2 + s**2 * d).sqrt(),
-        time_derivative=dda.abs() * R + dds.abs() * root_d + g**2 / s * denoiser_rate(lam, R, root_d),
+        time_derivative=dda.abs() * R
+        + dds.abs() * root_d
+        + g**2 / s * denoiser_rate(lam, R, root_d),
         martingale=several * g * R,
         router=several * math.sqrt(K) * g * R,
         expert=g,
@@ -108,7 +110,10 @@ def _second_derivatives(schedule: Schedule, t: Tensor) -> list[Tensor]:
     with torch.enable_grad():
         t = t.detach().requires_grad_()
         # 0 t: a straight path has a da that does not depend on t, which autograd would refuse.
-        return [torch.autograd.grad((rate + 0 * t).sum(), t, retain_graph=True)[0] for rate in schedule(t)[2:]]
+        return [
+            torch.autograd.grad((rate + 0 * t).sum(), t, retain_graph=True)[0]
+            for rate in schedule(t)[2:]
+        ]
 
 
 def denoiser_rate(lam: Tensor, R: float, noise: Tensor | float) -> Tensor:
@@ -147,7 +152,11 @@ def step(schedule: Schedule, R: float, d: int, t: Tensor, t_next: Tensor) -> Ste
     # int_lam^lam' (lam' - mu) rate(mu) dmu, of a rate affine in mu: that at the weight's centre, a third of the way.
     of_denoiser = s_next * gained**2 / 2 * denoiser_rate(lam + gained / 3, R, root_d)
     kept = 1 - h * b
-    return Step(torch.maximum(kept.abs(), kept + h * g * lam / s * R**2), of_schedule + of_denoiser, kept.abs())
+    return Step(
+        torch.maximum(kept.abs(), kept + h * g * lam / s * R**2),
+        of_schedule + of_denoiser,
+        kept.abs(),
+    )
 
 
 def stability(schedule: Schedule, R: float, delta: float) -> float:
@@ -213,7 +222,9 @@ def bound(
         ]
     )
     reached = float(ends.s[0]) * math.sqrt(d)
-    for share, pushed in zip(kept.tolist(), (h * c.expert * (R + eps_expert)).tolist(), strict=True):
+    for share, pushed in zip(
+        kept.tolist(), (h * c.expert * (R + eps_expert)).tolist(), strict=True
+    ):
         reached = share * reached + pushed
     trivial = (reached + constants(schedule, R, d, K, times[-1]).moment).log()
     sums = [parts[:4].logsumexp(0), parts.logsumexp(0), trivial]

@@ -1,1 +1,1 @@
-"""Load on a service, on this machine: how fast it answers, and what becomes of its pictures when things die."""
+"""Load on a service, on this machine: how fast it answers, and what becomes of its images when things die."""

@@ -17,13 +17,13 @@ from PIL import Image
 
 @dataclass
 class Reply:
-    """One request: picture `index` of seed 0, when it was sent and answered, and with what."""
+    """One request: image `index` of seed 0, when it was sent and answered, and with what."""
 
     index: int
     sent_s: float
     seconds: float
     status: int
-    picture: np.ndarray | None = None  # uint8 [H, W] or [H, W, C]
+    image: np.ndarray | None = None  # uint8 [H, W] or [H, W, C]
     version: str = ""
     said: str = ""
 
@@ -36,14 +36,14 @@ class Tally:
     seconds: float = 0.0
 
     def row(self) -> dict[str, float]:
-        """Requests, failures, pictures a second, and latencies in ms."""
+        """Requests, failures, images a second, and latencies in ms."""
         took = np.array([reply.seconds for reply in self.replies]) * 1000
         failed = sum(reply.status != 200 for reply in self.replies)
         p50, p90, p99 = np.percentile(took, (50, 90, 99))
         return {
             "requests": len(self.replies),
             "failed": failed,
-            "pictures_per_s": (len(self.replies) - failed) / self.seconds,
+            "images_per_s": (len(self.replies) - failed) / self.seconds,
             "p50_ms": p50,
             "p90_ms": p90,
             "p99_ms": p99,
@@ -60,8 +60,8 @@ async def session(url: str) -> AsyncIterator[aiohttp.ClientSession]:
         yield client
 
 
-async def ask(client: aiohttp.ClientSession, index: int, settings: dict[str, Any]) -> Reply:
-    """One picture."""
+async def params(client: aiohttp.ClientSession, index: int, settings: dict[str, Any]) -> Reply:
+    """One image."""
     sent = time.perf_counter()
     body = {"n": 1, "seed": 0, "first_index": index, "format": "b64_json", **settings}
     try:
@@ -71,7 +71,9 @@ async def ask(client: aiohttp.ClientSession, index: int, settings: dict[str, Any
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         return Reply(index, sent, time.perf_counter() - sent, 0, said=repr(error))
     if reply.status == 200:
-        reply.picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(said["data"][0]["b64_json"]))))
+        reply.image = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(said["data"][0]["b64_json"])))
+        )
         reply.version = said["version"]
     else:
         reply.said = str(said)
@@ -79,13 +81,13 @@ async def ask(client: aiohttp.ClientSession, index: int, settings: dict[str, Any
 
 
 async def closed(url: str, clients: int, requests: int, settings: dict[str, Any]) -> Tally:
-    """That many clients, each asking for one picture as soon as it has the last."""
+    """That many clients, each asking for one image as soon as it has the last."""
     numbers: Iterator[int] = iter(range(requests))
     tally = Tally()
 
     async def one(client: aiohttp.ClientSession) -> None:
         for index in numbers:
-            tally.replies.append(await ask(client, index, settings))
+            tally.replies.append(await params(client, index, settings))
 
     async with session(url) as client:
         started = time.perf_counter()
@@ -105,7 +107,7 @@ async def opened(url: str, rate_per_s: float, requests: int, settings: dict[str,
             if index == requests:
                 break
             await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
-            tasks.append(asyncio.create_task(ask(client, index, settings)))
+            tasks.append(asyncio.create_task(params(client, index, settings)))
         tally.replies = list(await asyncio.gather(*tasks))
         tally.seconds = time.perf_counter() - started
     return tally

@@ -69,7 +69,11 @@ class Deployed:
         """Of each deployment, the process and node of its replicas that run."""
         found = self.client.get_serve_details()["applications"]["ddm"]["deployments"]
         return {
-            name: [(r["pid"], r["node_id"]) for r in deployment["replicas"] if r["state"] == "RUNNING" and r["pid"]]
+            name: [
+                (r["pid"], r["node_id"])
+                for r in deployment["replicas"]
+                if r["state"] == "RUNNING" and r["pid"]
+            ]
             for name, deployment in found.items()
         }
 
@@ -91,7 +95,12 @@ def deployed(run: str, nodes: int = 3, slots: int = 4, **serve: Any) -> Iterator
     )
     try:
         workers = [
-            cluster.add_node(wait=False, num_cpus=0, resources={"expert_slot": slots}, object_store_memory=80_000_000)
+            cluster.add_node(
+                wait=False,
+                num_cpus=0,
+                resources={"expert_slot": slots},
+                object_store_memory=80_000_000,
+            )
             for _ in range(nodes)
         ]
         cluster.wait_for_nodes()
@@ -111,7 +120,11 @@ def deployed(run: str, nodes: int = 3, slots: int = 4, **serve: Any) -> Iterator
         }
         config["logging_config"] = {"log_level": "WARNING", "enable_access_log": False}
         found = Deployed(
-            cluster, workers, f"http://127.0.0.1:{port}", config, ServeSubmissionClient(f"http://127.0.0.1:{dashboard}")
+            cluster,
+            workers,
+            f"http://127.0.0.1:{port}",
+            config,
+            ServeSubmissionClient(f"http://127.0.0.1:{dashboard}"),
         )
         found.deploy()
         found.wait()

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.load.client import Reply, ask, session
+from benchmarks.load.client import Reply, params, session
 from benchmarks.load.cluster import Deployed, deployed
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from serve import load
-from serve.model.loading import bundle_folder
 from serve.model.images import to_uint8
+from serve.model.loading import bundle_folder
 
 
 def other_weights(run: str, folder: Path) -> Path:
@@ -36,7 +36,11 @@ def other_weights(run: str, folder: Path) -> Path:
             tensors, facts = read_artifact(folder / name)
             last = [key for key in tensors if key.endswith("bias") and "head" in key][-1]
             tensors[last] = tensors[last] + 1
-            write_artifact(folder / name, tensors, {key: value for key, value in facts.items() if key != "sha256"})
+            write_artifact(
+                folder / name,
+                tensors,
+                {key: value for key, value in facts.items() if key != "sha256"},
+            )
             manifest["artifacts"][name] = sha256(folder / f"{name}.json")
     write_json(folder / "manifest.json", manifest)
     return folder
@@ -53,7 +57,9 @@ class Drill:
 
     def say(self, what: str) -> None:
         """Note what happened, when, and after how many answers."""
-        self.log.append(f"{time.perf_counter() - self.started:6.1f} s  {len(self.replies):4d} answers  {what}")
+        self.log.append(
+            f"{time.perf_counter() - self.started:6.1f} s  {len(self.replies):4d} answers  {what}"
+        )
         print(self.log[-1], flush=True)
 
     async def load(self) -> None:
@@ -62,7 +68,7 @@ class Drill:
 
         async def one(client: Any) -> None:
             for index in numbers:
-                self.replies.append(await ask(client, index, {}))
+                self.replies.append(await params(client, index, {}))
 
         async with session(self.service.url) as client:
             await asyncio.gather(*(one(client) for _ in range(self.clients)))
@@ -87,7 +93,9 @@ class Drill:
             await asyncio.sleep(every_s)
         await self.answers(0.6)
         found = await asyncio.to_thread(self.service.replicas)
-        at = {node for name, there in found.items() if name.startswith("expert") for _, node in there}
+        at = {
+            node for name, there in found.items() if name.startswith("expert") for _, node in there
+        }
         gone = next(node for node in self.service.nodes if node.node_id in at)
         lost = [name for name, there in found.items() for _, node in there if node == gone.node_id]
         await asyncio.to_thread(self.service.cluster.remove_node, gone, allow_graceful=False)
@@ -98,23 +106,34 @@ class Drill:
 
 
 def differences(replies: list[Reply], expected: dict[str, Tensor]) -> list[int]:
-    """Of each answer, the largest difference in levels of 255 from the fault-free picture of its version."""
+    """Of each answer, the largest difference in levels of 255 from the fault-free image of its version."""
     found = []
     for reply in replies:
-        picture = torch.from_numpy(np.array(reply.picture)).reshape(expected[reply.version][reply.index].shape)
-        found.append(int((picture.int() - expected[reply.version][reply.index].int()).abs().max()))
+        image = torch.from_numpy(np.array(reply.image)).reshape(
+            expected[reply.version][reply.index].shape
+        )
+        found.append(int((image.int() - expected[reply.version][reply.index].int()).abs().max()))
     return found
 
 
-def drill(run: str, requests: int = 500, clients: int = 32, every_s: float = 3.0) -> list[dict[str, Any]]:
+def drill(
+    run: str, requests: int = 500, clients: int = 32, every_s: float = 3.0
+) -> list[dict[str, Any]]:
     """Run it; one row of figures, and a row for each thing that was done."""
     with tempfile.TemporaryDirectory() as scratch:
         other = other_weights(run, Path(scratch) / "other")
         models = [load(run), load(other)]
         expected = {m.version: to_uint8(m.sample(requests)).permute(0, 2, 3, 1) for m in models}
-        apart = (expected[models[0].version].int() - expected[models[1].version].int()).abs().amax(dim=(1, 2, 3))
+        apart = (
+            (expected[models[0].version].int() - expected[models[1].version].int())
+            .abs()
+            .amax(dim=(1, 2, 3))
+        )
         with deployed(run, retry_s=120) as service:
-            spread = {name: sorted({node[:6] for _, node in there}) for name, there in service.replicas().items()}
+            spread = {
+                name: sorted({node[:6] for _, node in there})
+                for name, there in service.replicas().items()
+            }
             work = Drill(service, requests, clients)
             work.say(f"on nodes {spread}")
 
@@ -142,5 +161,7 @@ def drill(run: str, requests: int = 500, clients: int = 32, every_s: float = 3.0
         "p50_s": float(np.median(took)),
         "max_s": float(took.max()),
     }
-    failures = [{"what": f"request {r.index}: {r.status} {r.said}"} for r in work.replies if r.status != 200]
+    failures = [
+        {"what": f"request {r.index}: {r.status} {r.said}"} for r in work.replies if r.status != 200
+    ]
     return [row, *failures[:10], *({"what": line} for line in work.log)]

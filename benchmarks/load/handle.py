@@ -42,9 +42,15 @@ class Caller:
 
 
 def bare_call_ms(run: str, calls: int = 300) -> dict[str, float]:
-    """Median milliseconds of a call with one picture, and with 64."""
+    """Median milliseconds of a call with one image, and with 64."""
     shape = load(run).shape
-    ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=4,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     try:
         ray_serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         made: Any = ray_serve.deployment
@@ -52,7 +58,7 @@ def bare_call_ms(run: str, calls: int = 300) -> dict[str, float]:
 
         async def all_of_them() -> dict[str, float]:
             await handle.measure.remote((1, *shape), 30)
-            sizes = {"1 picture": 1, "64 pictures": 64}
+            sizes = {"1 image": 1, "64 images": 64}
             return {
                 name: float(np.median(await handle.measure.remote((size, *shape), calls)) * 1000)
                 for name, size in sizes.items()

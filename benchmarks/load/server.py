@@ -21,7 +21,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(run: str, *words: str, within_s: float = 180) -> Iterator[tuple[str, float]]:
-    """`python -m serve`, as a child: its address, and seconds from its start to its first picture."""
+    """`python -m serve`, as a child: its address, and seconds from its start to its first image."""
     port = free_port()
     url, started = f"http://127.0.0.1:{port}", time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "serve", run, f"serve.port={port}", *words])

@@ -1,9 +1,9 @@
 """python -m benchmarks.table CONFIG [key=value ...] [--out=FOLDER]
 python -m benchmarks.table --page=FOLDER/NAME.json
 
-The paper's table on the pictures of CONFIG: trains what is not trained yet (the experts, the router, and one model of the same
-compute), draws every method's pictures with every sampler over several seeds, scores them, and writes NAME.json, NAME.md and
-their pictures into FOLDER (default docs/results), where NAME is the name of the run's folder. Cut off, the same command
+The paper's table on the images of CONFIG: trains what is not trained yet (the experts, the router, and one model of the same
+compute), draws every method's images with every sampler over several seeds, scores them, and writes NAME.json, NAME.md and
+their images into FOLDER (default docs/results), where NAME is the name of the run's folder. Cut off, the same command
 resumes. The section `table` of the config says what is measured. --page writes NAME.md again from its record alone.
 """
 
@@ -28,17 +28,23 @@ def main(words: list[str]) -> int:
     rest = [word for word in words if not word.startswith("--")]
     paths = [word for word in rest if "=" not in word]
     try:
-        from benchmarks.table.results_page import write_page  # here, so that a typo need not wait for Lightning
         from benchmarks.table.measurements import make
+        from benchmarks.table.results_page import (
+            write_page,  # here, so that a typo need not wait for Lightning
+        )
 
         if set(options) <= {"--page"} and options and not rest:
             write_page(Path(options["--page"]))
-        elif set(options) <= {"--out"} and len(paths) == 1 and len(rest) + len(options) == len(words):
+        elif (
+            set(options) <= {"--out"} and len(paths) == 1 and len(rest) + len(options) == len(words)
+        ):
             config = load_config(Path(paths[0]), [word for word in rest if "=" in word])
             command = shlex.join(["python", "-m", "benchmarks.table", *rest])
             write_page(make(config, command, Path(options.get("--out", RESULTS))))
         else:
-            raise ConfigError(f"give one config, key=value words and --out=FOLDER, or --page=FILE alone; got {words}")
+            raise ConfigError(
+                f"give one config, key=value words and --out=FOLDER, or --page=FILE alone; got {words}"
+            )
     except DdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

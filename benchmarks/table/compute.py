@@ -19,16 +19,16 @@ def compute(config: Config, cut: Partition, monolith_steps: int | None) -> dict[
     process, pi = schedule(**config.schedule), cut.pi
     expert = config.expert.build(cut.shape, process)
     posterior, derivative = config.router.build(cut.shape, pi, process)
-    one, own = 3 * _forward(expert, cut.shape), config.router
+    one, cfg = 3 * _forward(expert, cut.shape), config.router
     scorer = 3 * _forward(posterior, cut.shape)
-    second = own.steps - own.switch_step
-    pictures = sum(cut.sizes) * (2 if config.data.flip else 1)
-    dots = 2 * pictures * torch.Size(cut.shape).numel()  # of one noisy picture with every real one
+    second = cfg.steps - cfg.switch_step
+    images = sum(cut.sizes) * (2 if config.data.flip else 1)
+    dots = 2 * images * torch.Size(cut.shape).numel()  # of one noisy image with every real one
     found = {
         "experts": one * config.expert.steps * config.expert.batch * cut.k,
         "monolith": one * (monolith_steps or 0) * config.expert.batch,
-        "router": scorer * own.batch * (own.switch_step + 2 * second),
-        "exact_targets": dots * own.batch * (own.switch_step + 2 * second),
+        "router": scorer * cfg.batch * (cfg.switch_step + 2 * second),
+        "exact_targets": dots * cfg.batch * (cfg.switch_step + 2 * second),
     }
     return {
         **{name: float(count) for name, count in found.items()},
@@ -37,7 +37,7 @@ def compute(config: Config, cut: Partition, monolith_steps: int | None) -> dict[
 
 
 def _forward(network: nn.Module, shape: list[int]) -> int:
-    """Operations of one picture's forward pass."""
+    """Operations of one image's forward pass."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         network(torch.zeros(1, *shape), torch.tensor(0.5))

@@ -9,41 +9,45 @@ from typing import Any
 
 import torch
 
-from benchmarks.table import sheets
+from benchmarks.table import contact_sheets
 from benchmarks.table.compute import compute
 from ddm.artifacts import digest, read_json, sha256, write_json
 from train.config import Config
-from train.run_folder import settled
 from train.evaluation.measure import Measurement
+from train.run_folder import settled
 from train.stages.monolith import train_monolith
 from train.stages.run import run
 
 
 def make(config: Config, command: str, folder: Path) -> Path:
-    """The record of the table of a config, made by that command, and its pictures: `folder/NAME.json`.
+    """The record of the table of a config, made by that command, and its images: `folder/NAME.json`.
 
     Raises a `DdmError` that says what to mend.
     """
-    own = config.table
-    own.check_files("table")
-    config.samplers(own, "table")
+    cfg = config.table
+    cfg.check_files("table")
+    config.samplers(cfg, "table")
     run(config, ("partition", "expert", "router", "bundle"))
-    monolith = train_monolith(config, own)
-    measured = Measurement(config, monolith, own, "table")
+    monolith = train_monolith(config, cfg)
+    measured = Measurement(config, monolith, cfg, "table")
     evaluation = measured.make()
     name = config.folder.name
-    shown = sheets.write(folder, name, config, measured, evaluation)
+    shown = contact_sheets.write(folder, name, config, measured, evaluation)
     facts = asdict(evaluation)
     del facts["config"]
     record = {
         "command": command,
         "config": settled(config),
         "config_hash": digest(settled(config)),
-        "data": {"pictures": sum(measured.cut.sizes), "shape": measured.cut.shape, "partition": measured.cut.hash},
+        "data": {
+            "images": sum(measured.cut.sizes),
+            "shape": measured.cut.shape,
+            "partition": measured.cut.hash,
+        },
         "clusters": dict(zip(measured.cut.names, measured.cut.sizes, strict=True)),
         "compute": compute(config, measured.cut, monolith.expert.steps if monolith else None),
         "machine": machine(config.device),
-        "shown": sheets.shown_method(evaluation),
+        "shown": contact_sheets.shown_method(evaluation),
         **rounded(facts),
         "files": {file: sha256(folder / file) for file in shown},
     }
@@ -53,7 +57,11 @@ def make(config: Config, command: str, folder: Path) -> Path:
 
 def machine(device: str) -> dict[str, Any]:
     """What it ran on."""
-    found = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores of {platform.machine()}"
+    found = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{os.cpu_count()} cores of {platform.machine()}"
+    )
     packages = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
     return {"device": found, "python": platform.python_version(), **packages}
 

@@ -9,14 +9,24 @@ from benchmarks.lab.markdown import table
 from benchmarks.table import paper
 from benchmarks.table.contact_sheets import best, shown_steps
 from ddm.artifacts import read_json, sha256, write_json
-from train import plots
+from train.evaluation import plots
 from train.evaluation.methods import MEANING
-from train.evaluation.results import Cell, Evaluation, Score
 from train.evaluation.report import shown
+from train.evaluation.results import Cell, Evaluation, Score
 
 _MEASURES: list[tuple[str, str, Callable[[Score], float], str]] = [
-    ("KID × 1000", "unbiased at any number of pictures; lower is better", lambda score: 1000 * score.kid, ".2f"),
-    ("Coverage", "of real pictures by drawn ones; higher is better", lambda score: score.coverage, ".3f"),
+    (
+        "KID × 1000",
+        "unbiased at any number of images; lower is better",
+        lambda score: 1000 * score.kid,
+        ".2f",
+    ),
+    (
+        "Coverage",
+        "of real images by drawn ones; higher is better",
+        lambda score: score.coverage,
+        ".3f",
+    ),
     ("Recall", "higher is better", lambda score: score.recall, ".3f"),
     ("Precision", "higher is better", lambda score: score.precision, ".3f"),
 ]
@@ -47,7 +57,11 @@ def page(record: dict[str, Any], name: str) -> str:
             parts.append(_distances(evaluation, features, sampler))
         parts.append(f"![Fréchet distance over steps, {features}]({name}-{features}.png)")
     parts += [_claims(evaluation), _paper(evaluation, name), _trajectory(record, evaluation, name)]
-    parts += [_pictures(record, evaluation, name), _other(evaluation), _made(record, evaluation, name)]
+    parts += [
+        _images(record, evaluation, name),
+        _other(evaluation),
+        _made(record, evaluation, name),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -57,7 +71,7 @@ def frechet(features: str) -> Callable[[Cell], float]:
 
 
 def main_table(evaluation: Evaluation, features: str, sampler: str) -> str:
-    """Frechet distances, methods down and steps across, with the expert calls a picture beside each."""
+    """Frechet distances, methods down and steps across, with the NFE per image beside each."""
     rows = []
     for method in evaluation.versions:
         cells = [
@@ -75,24 +89,29 @@ def _only_mean(evaluation: Evaluation, method: str, n: int, sampler: str) -> Any
 
 
 def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
-    cost, data, seen = record["compute"], record["data"], evaluation.pictures_seen
-    tera = {part: f"{cost[part] / 1e12:,.1f}" for part in ("experts", "monolith", "router", "exact_targets")}
-    expert, router = (f"{cost['parameters'][part] / 1e6:.2f}M parameters" for part in ("expert", "router"))
+    cost, data, seen = record["compute"], record["data"], evaluation.images_seen
+    tera = {
+        part: f"{cost[part] / 1e12:,.1f}"
+        for part in ("experts", "monolith", "router", "exact_targets")
+    }
+    expert, router = (
+        f"{cost['parameters'][part] / 1e6:.2f}M parameters" for part in ("expert", "router")
+    )
     shape = " × ".join(map(str, data["shape"]))
     together = next(count for method, count in seen.items() if method != "DDIM" or len(seen) == 1)
     return f"""# {name}
 
     {record["command"]}
 
-{len(record["clusters"])} experts of {expert} on {data["pictures"]:,} pictures of {shape}. A cell: {evaluation.seeds} seeds of
-{evaluation.n} pictures each, ± the standard deviation over the seeds; all methods from the same noise.
+{len(record["clusters"])} experts of {expert} on {data["images"]:,} images of {shape}. A cell: {evaluation.seeds} seeds of
+{evaluation.n} images each, ± the standard deviation over the seeds; all methods from the same noise.
 
-Training: the experts together saw {together:,} pictures ({tera["experts"]} TFLOP), the one model of the row DDIM, the same
+Training: the experts together saw {together:,} images ({tera["experts"]} TFLOP), the one model of the row DDIM, the same
 network, {seen.get("DDIM", 0):,} ({tera["monolith"]} TFLOP). The router, for which DDIM has no use, took
 {tera["router"]} TFLOP more in its networks ({router}), {100 * cost["router"] / cost["experts"]:.0f} % of the experts', and
 {tera["exact_targets"]} TFLOP of float64 products in the exact targets that it learns from.
 
-**These distances are not the FID of the literature**, which is by Inception and over 50,000 pictures: each is by the features
+**These distances are not the FID of the literature**, which is by Inception and over 50,000 images: each is by the features
 that are named, and can be compared only with others on this page."""
 
 
@@ -101,7 +120,7 @@ def _distances(evaluation: Evaluation, features: str, sampler: str) -> str:
     return f"""## Fréchet distance by {features}, sampler {sampler}
 
 By {of.what}, to {of.reference}. `sampler={settings["sampler"]} grid={settings["grid"]}`.
-Lower is better; in brackets the expert calls a picture.
+Lower is better; in brackets the NFE per image.
 
 {main_table(evaluation, features, sampler)}"""
 
@@ -121,12 +140,12 @@ def difference(
 def _claims(evaluation: Evaluation) -> str:
     pairs = [
         ("balanced", "MoG-da", "error feedback against drawing at random, the same alpha"),
-        ("controlled", "MoG-da", "and with Gaussians standing in"),
-        ("controlled", "full", "one expert a step against all"),
+        ("balanced-cv", "MoG-da", "and with Gaussians standing in"),
+        ("balanced-cv", "full", "one expert a step against all"),
         ("MoG-da", "MoG-a", "integrated alpha against the posterior net's"),
         ("MoG-da", "Naive", "mixing against one expert kept"),
         ("Naive", "DDIM", "experts without a router against one model of the same compute"),
-        ("controlled", "DDIM", "and routed, one expert a step"),
+        ("balanced-cv", "DDIM", "and routed, one expert a step"),
     ]
     text = []
     for features in evaluation.features:
@@ -134,7 +153,9 @@ def _claims(evaluation: Evaluation) -> str:
             rows = []
             for a, b, what in pairs:
                 if {a, b} <= set(evaluation.versions):
-                    found = [difference(evaluation, a, b, n, features, sampler) for n in evaluation.steps]
+                    found = [
+                        difference(evaluation, a, b, n, features, sampler) for n in evaluation.steps
+                    ]
                     rows.append([f"{a} − {b}: {what}", *map(_signed, found)])
             if "DDIM" in evaluation.versions:
                 names = [(n, best(evaluation, n, features, sampler)) for n in evaluation.steps]
@@ -165,7 +186,8 @@ def _paper(evaluation: Evaluation, name: str) -> str:
     rows = [[method, *(f"{value:.2f}" for value in values)] for method, values in fid.items()]
     return (
         "## What the paper reports\n\nFID by Inception, networks of 35.7M parameters, 200,000 steps of batch 128 on 8 A800. "
-        "To be compared in its order, not in its numbers.\n\n" + table(["", *(f"{n} steps" for n in paper.STEPS)], rows)
+        "To be compared in its order, not in its numbers.\n\n"
+        + table(["", *(f"{n} steps" for n in paper.STEPS)], rows)
     )
 
 
@@ -183,22 +205,31 @@ order, p > 1."""
         for method, fits in evaluation.fits.items():
             fit = fits[sampler]
             errors = (
-                shown(evaluation.over_seeds(method, n, lambda cell: cell.trajectory_error, sampler), ".2g")
+                shown(
+                    evaluation.over_seeds(method, n, lambda cell: cell.trajectory_error, sampler),
+                    ".2g",
+                )
                 for n in evaluation.steps
             )
-            rows.append([method, *errors, f"{fit.exponent:.2f}", f"{fit.constant:.2g}", f"{fit.r2:.3f}"])
+            rows.append(
+                [method, *errors, f"{fit.exponent:.2f}", f"{fit.constant:.2g}", f"{fit.r2:.3f}"]
+            )
         text.append(table([sampler, *(f"E({n})" for n in evaluation.steps), "p", "C", "R²"], rows))
     text.append(f"![Trajectory error over steps]({name}-trajectory.png)")
     return "\n\n".join(text)
 
 
-def _pictures(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
-    few, middle, sampler = evaluation.steps[0], shown_steps(evaluation), next(iter(evaluation.samplers))
+def _images(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
+    few, middle, sampler = (
+        evaluation.steps[0],
+        shown_steps(evaluation),
+        next(iter(evaluation.samplers)),
+    )
     rows = "\n\n".join(
         f"{n} steps of {sampler}; a column is one noise.\n\n![Every method at {n} steps]({name}-methods-{n}.png)"
         for n in sorted({few, middle})
     )
-    return f"""## The pictures
+    return f"""## The images
 
 None of them chosen: the first of seed 0.
 
@@ -206,11 +237,11 @@ None of them chosen: the first of seed 0.
 
 {record["shown"]}, {middle} steps of {sampler}:
 
-![Drawn pictures]({name}-pictures.png)
+![Drawn images]({name}-images.png)
 
 Real ones:
 
-![Real pictures]({name}-real.png)"""
+![Real images]({name}-real.png)"""
 
 
 def _other(evaluation: Evaluation) -> str:
@@ -218,13 +249,7 @@ def _other(evaluation: Evaluation) -> str:
     for features in evaluation.features:
         for title, note, value, form in _MEASURES:
             rows = [
-                [
-                    method,
-                    *(
-                        shown(evaluation.over_seeds(method, n, lambda c, v=value: v(c.scores[features]), sampler), form)  # type: ignore[misc]  # noqa: B023
-                        for n in evaluation.steps
-                    ),
-                ]
+                [method, *_measured(evaluation, method, features, sampler, value, form)]
                 for method in evaluation.versions
             ]
             head = [f"{title}, {features}", *(f"{n} steps" for n in evaluation.steps)]
@@ -232,9 +257,29 @@ def _other(evaluation: Evaluation) -> str:
     return f"## Other measures, sampler {sampler}\n\n" + "\n\n".join(text)
 
 
+def _measured(
+    evaluation: Evaluation,
+    method: str,
+    features: str,
+    sampler: str,
+    value: Callable[[Score], float],
+    form: str,
+) -> list[str]:
+    """One method's row of a measure: a cell for each number of steps."""
+
+    def of_cell(cell: Cell) -> float:
+        return value(cell.scores[features])
+
+    return [
+        shown(evaluation.over_seeds(method, n, of_cell, sampler), form) for n in evaluation.steps
+    ]
+
+
 def _made(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
     machine, config = record["machine"], record["config"]
-    bundles = ", ".join(f"`{version[:12]}`" for version in sorted(set(evaluation.versions.values())))
+    bundles = ", ".join(
+        f"`{version[:12]}`" for version in sorted(set(evaluation.versions.values()))
+    )
     files = "; ".join(
         f"{name}: {f'`{of.file[:12]}`' if of.file else 'trained on the spot'}"
         for name, of in evaluation.features.items()

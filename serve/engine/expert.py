@@ -23,7 +23,7 @@ class UnavailableError(Exception):
 
 
 class ServingError(Exception):
-    """Why a request's pictures were not made."""
+    """Why a request's images were not made."""
 
 
 class ExpertAwayError(ServingError):
@@ -31,7 +31,7 @@ class ExpertAwayError(ServingError):
 
 
 class ExpertFailedError(ServingError):
-    """An expert answered a picture with an error, each time it was asked."""
+    """An expert answered an image with an error, each time it was asked."""
 
 
 class Expert(Protocol):

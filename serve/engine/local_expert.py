@@ -17,7 +17,10 @@ class Runner:
     """
 
     def __init__(
-        self, denoiser: Callable[[Tensor, Tensor], Tensor], device: torch.device, compiled: bool = False
+        self,
+        denoiser: Callable[[Tensor, Tensor], Tensor],
+        device: torch.device,
+        compiled: bool = False,
     ) -> None:
         self.device, self.compiled = device, compiled
         self.denoiser = torch.compile(denoiser, dynamic=False) if compiled else denoiser
@@ -27,7 +30,10 @@ class Runner:
         size = len(x)
         if self.compiled:
             fill = (1 << (size - 1).bit_length()) - size
-            x, t = torch.cat([x, x[-1:].expand(fill, *x.shape[1:])]), torch.cat([t, t[-1:].expand(fill)])
+            x, t = (
+                torch.cat([x, x[-1:].expand(fill, *x.shape[1:])]),
+                torch.cat([t, t[-1:].expand(fill)]),
+            )
         return self.denoiser(x.to(self.device), t.to(self.device, torch.float32))[:size].to(x)
 
 
@@ -46,7 +52,9 @@ class LocalExpert:
         """It is always here."""
 
 
-def local_experts(model: Model, turn: asyncio.Semaphore, compiled: bool = False) -> list[LocalExpert]:
+def local_experts(
+    model: Model, turn: asyncio.Semaphore, compiled: bool = False
+) -> list[LocalExpert]:
     """All experts of a model, in this process."""
     runners = [Runner(expert, model.device, compiled) for expert in model.experts]
     return [LocalExpert(f"expert-{k:02d}", run, turn) for k, run in enumerate(runners)]

@@ -7,7 +7,24 @@ from typing import Any, Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    300.0,
+)
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -21,19 +38,27 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "requests": Metric("counter", "Requests for pictures answered, by HTTP status", "status"),
-    "request_seconds": Metric("histogram", "From a request to the end of its answer", bounds=SECONDS),
+    "requests": Metric("counter", "Requests for images answered, by HTTP status", "status"),
+    "request_seconds": Metric(
+        "histogram", "From a request to the end of its answer", bounds=SECONDS
+    ),
     "rejections": Metric("counter", "Requests turned away, by reason", "reason"),
-    "pictures": Metric("counter", "Pictures made"),
-    "pending_cost": Metric("gauge", "Pictures times steps that were accepted and are still to come"),
+    "images": Metric("counter", "Images made"),
+    "pending_cost": Metric("gauge", "Images × steps that were accepted and are still to come"),
     "active_requests": Metric("gauge", "Requests accepted and not yet answered"),
-    "queue_length": Metric("gauge", "Pictures that wait for an expert", "expert"),
-    "expert_alive": Metric("gauge", "1 if an expert can be reached, 0 if it counts as away", "expert"),
-    "batch_fill": Metric("histogram", "Pictures in a call, as a share of max_batch", "expert", SHARES),
+    "queue_length": Metric("gauge", "Images that wait for an expert", "expert"),
+    "expert_alive": Metric(
+        "gauge", "1 if an expert can be reached, 0 if it counts as away", "expert"
+    ),
+    "batch_fill": Metric(
+        "histogram", "Images in a call, as a share of max_batch", "expert", SHARES
+    ),
     "call_seconds": Metric("histogram", "One call of an expert", "expert", SECONDS),
     "route_seconds": Metric("histogram", "Moving on and routing all that is ready", bounds=SECONDS),
-    "calls": Metric("counter", "Expert evaluations, a picture each", "expert"),
-    "retries": Metric("counter", "Pictures whose call was lost or failed and was made again", "expert"),
+    "calls": Metric("counter", "Expert evaluations, an image each", "expert"),
+    "retries": Metric(
+        "counter", "Images whose call was lost or failed and was made again", "expert"
+    ),
 }
 
 

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from ddm.errors import require
-from serve.settings import Settings
 from serve.engine.expert import Expert, ServingError
-from serve.engine.scheduler import Engine
-from serve.engine.state import Job, Taken
 from serve.engine.local_expert import local_experts
 from serve.engine.metrics import Metrics
+from serve.engine.scheduler import Engine
+from serve.engine.state import Request, StepRecord
 from serve.model.loading import load, picked_device
-from serve.model.model import Model, Recipe, Trace, kept
+from serve.model.model import Model, SamplingPlan, Trace, kept
+from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
-Watch = Callable[[int, Taken, Tensor], None]
+Watch = Callable[[int, StepRecord, Tensor], None]
 # A loaded model, its folder, and the turn that routing takes -> its experts.
 Connect = Callable[[Model, Path, asyncio.Semaphore], Sequence[Expert]]
 
@@ -43,7 +43,7 @@ class BusyError(ServingError):
 
 
 @dataclass
-class Ask:
+class SamplingParams:
     """What a request asks for; `settings` are fields of `SampleConfig`, the service's own where they are missing."""
 
     n: int = 1
@@ -60,52 +60,61 @@ class Version:
     model: Model
     folder: Path
     engine: Engine
-    recipes: dict[str, Recipe] = field(default_factory=dict)  # by what requests gave, so that it is checked once
-    orders: "WeakSet[Order]" = field(default_factory=WeakSet)
+    plans: dict[str, SamplingPlan] = field(
+        default_factory=dict
+    )  # by what requests gave, so that it is checked once
+    orders: "WeakSet[AdmittedRequest]" = field(default_factory=WeakSet)
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class AdmittedRequest:
     """A request that was accepted: its version, its job, and the seed that it got."""
 
     version: Version
-    job: Job
+    request: Request
     seed: int
 
     def trace(self) -> Trace:
-        """What happened on the way of its pictures, once they are done and where the job was traced."""
-        ways = [self.job.taken[place] for place in range(len(self.job.index))]
+        """What happened on the way of its images, once they are done and where the job was traced."""
+        ways = [self.request.record[place] for place in range(len(self.request.index))]
         return Trace(
-            torch.tensor([taken.t for taken in ways[0]], dtype=torch.float64),
-            torch.stack([torch.stack([taken.alpha for taken in way]) for way in ways], dim=1),
-            torch.stack([torch.stack([taken.chosen for taken in way]) for way in ways], dim=1),
-            self.job.calls,
+            torch.tensor([record.t for record in ways[0]], dtype=torch.float64),
+            torch.stack([torch.stack([record.alpha for record in way]) for way in ways], dim=1),
+            torch.stack([torch.stack([record.chosen for record in way]) for way in ways], dim=1),
+            self.request.calls,
         )
 
 
 class Service:
-    """Answers requests for pictures. `start` it on the loop that it is to live on; `stop` it there.
+    """Answers requests for images. `start` it on the loop that it is to live on; `stop` it there.
 
     Making one loads the bundle: raises `DdmError` naming what is wrong with it, or with the settings for it.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, connect: Connect | None = None) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, connect: Connect | None = None
+    ) -> None:
         self.settings, self.metrics = settings, metrics
         self.name = Path(settings.run).resolve().name
         self.current: Version | None = None
         self.versions: list[Version] = []
         self.began_s = int(time.time())
         self._remote = connect is not None
-        self._connect = connect or (lambda model, folder, turn: local_experts(model, turn, settings.serve.compile))
+        self._connect = connect or (
+            lambda model, folder, turn: local_experts(model, turn, settings.serve.compile)
+        )
         self._observer: asyncio.Task[None] | None = None
-        self._pace = 0.0  # pictures times steps a second, lately
+        self._pace = 0.0  # image steps a second, lately
         self._switching = asyncio.Lock()
-        self._first: tuple[Model, Path] | None = (self._load(settings.run), Path(settings.run))  # until it is begun
+        self._first: tuple[Model, Path] | None = (
+            self._load(settings.run),
+            Path(settings.run),
+        )  # until it is begun
 
     @property
     def pending(self) -> int:
-        """Pictures times steps that were accepted and are still to come."""
-        return sum(order.job.cost for version in self.versions for order in version.orders)
+        """Image steps that were accepted and are still to come."""
+        return sum(order.request.cost for version in self.versions for order in version.orders)
 
     async def start(self) -> None:
         """Begin."""
@@ -140,7 +149,9 @@ class Service:
             turn,
             max_batch=serve.max_batch,
             max_active=serve.max_active,
-            call_timeout_s=serve.call_timeout_s if self._remote else None,  # here a call can be slow, and never lost
+            call_timeout_s=serve.call_timeout_s
+            if self._remote
+            else None,  # here a call can be slow, and never lost
             retry_s=serve.retry_s,
             degraded=serve.degraded,
             metrics=self.metrics,
@@ -158,7 +169,7 @@ class Service:
         for version in versions:
             await version.engine.close()
 
-    def order(self, ask: Ask, watch: Watch | None = None) -> Order:
+    def order(self, params: SamplingParams, watch: Watch | None = None) -> AdmittedRequest:
         """Check a request against the current version and the limits.
 
         Raises `ConfigError` naming the key, `BusyError` where there is no room, `ServingError` where nothing is in service.
@@ -166,37 +177,46 @@ class Service:
         if self.current is None:
             raise ServingError("no bundle is in service")
         model, limits = self.current.model, self.settings.serve.limits
-        recipe = kept(self.current.recipes, repr(ask.settings), lambda: self._recipe(model, ask.settings))
-        config = recipe.config
-        require(1 <= ask.n <= limits.n, "sample.n", f"be in [1, {limits.n}]", ask.n)
-        require(config.steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", config.steps)
-        for key, value in (("seed", ask.seed), ("first_index", ask.first_index)):
-            require(value is None or 0 <= value < 2**63 - limits.n, f"sample.{key}", "be in [0, 2^63 - n)", value)
+        plan = kept(
+            self.current.plans, repr(params.settings), lambda: self._plan(model, params.settings)
+        )
+        config = plan.config
+        require(1 <= params.n <= limits.n, "sample.n", f"be in [1, {limits.n}]", params.n)
+        require(
+            config.steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", config.steps
+        )
+        for key, value in (("seed", params.seed), ("first_index", params.first_index)):
+            require(
+                value is None or 0 <= value < 2**63 - limits.n,
+                f"sample.{key}",
+                "be in [0, 2^63 - n)",
+                value,
+            )
         # 53 bits: a number that any JSON reader keeps whole
-        seed = secrets.randbits(53) if ask.seed is None else ask.seed
-        index = torch.arange(ask.first_index, ask.first_index + ask.n, device=model.device)
-        job = Job(recipe, seed, index, watch, ask.trace)
+        seed = secrets.randbits(53) if params.seed is None else params.seed
+        index = torch.arange(params.first_index, params.first_index + params.n, device=model.device)
+        request = Request(plan, seed, index, watch, params.trace)
         pending = self.pending
-        if pending and pending + job.cost > limits.pending:
+        if pending and pending + request.cost > limits.pending:
             wait_s = pending / self._pace if self._pace else 1.0
-            said = f"{pending} pictures times steps are pending, and {job.cost} more would be above {limits.pending}"
+            said = f"{pending} image steps are pending, and {request.cost} more would be above {limits.pending}"
             raise BusyError(said, int(min(60, max(1, wait_s))))
-        order = Order(self.current, job, seed)
+        order = AdmittedRequest(self.current, request, seed)
         self.current.orders.add(order)
         return order
 
-    def _recipe(self, model: Model, given: dict[str, Any]) -> Recipe:
-        return model.recipe(model.settings(**{**asdict(self.settings.sample), **given}))
+    def _plan(self, model: Model, given: dict[str, Any]) -> SamplingPlan:
+        return model.plan(model.settings(**{**asdict(self.settings.sample), **given}))
 
-    async def make(self, order: Order) -> None:
-        """Make an order's pictures, within the deadline.
+    async def make(self, order: AdmittedRequest) -> None:
+        """Make an order's images, within the deadline.
 
-        Raises `ServingError`; `TimeoutError` after the deadline. Cancelling it takes the pictures off the engine at once.
+        Raises `ServingError`; `TimeoutError` after the deadline. Cancelling it takes the images off the engine at once.
         """
-        started, cost = time.perf_counter(), order.job.cost
+        started, cost = time.perf_counter(), order.request.cost
         try:
             async with asyncio.timeout(self.settings.serve.limits.deadline_s):
-                await order.version.engine.run(order.job)
+                await order.version.engine.run(order.request)
             pace = cost / (time.perf_counter() - started)
             self._pace = max(pace, 0.9 * self._pace)
         finally:
@@ -205,7 +225,11 @@ class Service:
 
     async def _retire(self) -> None:
         """Close the engines of versions that are neither current nor asked for anything more."""
-        idle = [version for version in self.versions if version is not self.current and not version.orders]
+        idle = [
+            version
+            for version in self.versions
+            if version is not self.current and not version.orders
+        ]
         self.versions = [version for version in self.versions if version not in idle]
         for version in idle:
             await version.engine.close()
@@ -219,7 +243,9 @@ class Service:
     def observe(self) -> None:
         """Set the gauges."""
         self.metrics.gauge("pending_cost", self.pending)
-        self.metrics.gauge("active_requests", sum(len(version.engine.jobs) for version in self.versions))
+        self.metrics.gauge(
+            "active_requests", sum(len(version.engine.requests) for version in self.versions)
+        )
         if self.current is not None:
             engine = self.current.engine
             for k, expert in enumerate(engine.experts):

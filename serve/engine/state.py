@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ddm.samplers import Walk
+from ddm.samplers import Trajectory
 from router.routing import Memory
 from serve.engine.expert import ServingError
-from serve.model.model import Recipe
+from serve.model.model import SamplingPlan
 
 
-class Taken(NamedTuple):
-    """One call on a picture's way: the time, alpha `[K]`, who was asked, bool `[K]`, and how many they are."""
+class StepRecord(NamedTuple):
+    """One call on an image's way: the time, alpha `[K]`, who was asked, bool `[K]`, and how many they are."""
 
     t: float
     alpha: Tensor
@@ -23,30 +23,34 @@ class Taken(NamedTuple):
 
 
 @dataclass(eq=False)
-class Job:
-    """Pictures `index` `[n]` of a seed, under one recipe; `watch` hears `(place, call, denoised [C, H, W])` as it happens."""
+class Request:
+    """Images `index` `[n]` of a seed, under one recipe; `watch` hears `(place, call, denoised [C, H, W])` as it happens."""
 
-    recipe: Recipe
+    plan: SamplingPlan
     seed: int
     index: Tensor
-    watch: Callable[[int, Taken, Tensor], None] | None = None
+    watch: Callable[[int, StepRecord, Tensor], None] | None = None
     trace: bool = False
-    pictures: dict[int, Tensor] = field(default_factory=dict)  # by place, `[C, H, W]`, as they are done
-    taken: dict[int, list[Taken]] = field(default_factory=dict)  # by place, where traced
+    images: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # by place, `[C, H, W]`, as they are done
+    record: dict[int, list[StepRecord]] = field(default_factory=dict)  # by place, where traced
     calls: int = 0  # expert evaluations
     absent: set[str] = field(default_factory=set)  # experts that were done without
-    begun: int = 0  # pictures on their way or done
-    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    begun: int = 0  # images on their way or done
+    done: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
     @property
     def steps(self) -> int:
-        """Denoiser calls on a picture's way."""
-        return (len(self.recipe.times) - 1) * self.recipe.method.calls_per_step
+        """Denoiser calls on an image's way."""
+        return (len(self.plan.times) - 1) * self.plan.method.calls_per_step
 
     @property
     def cost(self) -> int:
-        """Pictures times steps that are still to come."""
-        return (len(self.index) - len(self.pictures)) * self.steps
+        """Images × steps that are still to come."""
+        return (len(self.index) - len(self.images)) * self.steps
 
     def fail(self, error: ServingError) -> None:
         """End it."""
@@ -62,12 +66,12 @@ class Row(NamedTuple):
 
 
 @dataclass(eq=False)
-class Path:
-    """One picture on its way. Everything about it is its own, so its company changes nothing."""
+class ImageState:
+    """One image on its way. Everything about it is its own, so its company changes nothing."""
 
-    job: Job
+    request: Request
     place: int
-    walk: Walk
+    trajectory: Trajectory
     draws: list[float]  # uniform, one a step
     memory: Row
     before: Row  # the last call's, for routing it again
@@ -76,11 +80,15 @@ class Path:
     asked: int = 0  # calls of its sampler
     alpha: Tensor | None = None  # [K]
     chosen: Tensor | None = None  # bool [K]
-    waits_for: dict[int, float] = field(default_factory=dict)  # the experts asked, and the weight of what each says
+    waits_for: dict[int, float] = field(
+        default_factory=dict
+    )  # the experts asked, and the weight of what each says
     answers: dict[int, Tensor] = field(default_factory=dict)
     rest: Tensor | None = None  # what the stand-ins add, [1, C, H, W]
     turn: int = 0  # counts what is asked, so that an answer to an earlier question is known as such
-    failures: dict[int, int] = field(default_factory=dict)  # by expert: calls in a row that it answered with an error
-    taken: Taken | None = None  # the call that brought it here
+    failures: dict[int, int] = field(
+        default_factory=dict
+    )  # by expert: calls in a row that it answered with an error
+    record: StepRecord | None = None  # the call that brought it here
     denoised: Tensor | None = None  # what was said then, [1, C, H, W]
-    picture: Tensor | None = None  # [C, H, W], at the end
+    image: Tensor | None = None  # [C, H, W], at the end

@@ -1,4 +1,4 @@
-"""The HTTP API over a `Service`: pictures, errors in one shape, health, metrics, and a page for people."""
+"""The HTTP API over a `Service`: images, errors in one shape, health, metrics, and a page for people."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -14,16 +14,16 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from ddm.errors import ConfigError
-from serve.http.responses import ClientGoneError, body_of, failure, headers_of, made, streamed
 from serve.engine.expert import ServingError
-from serve.http.openai_api import UnknownModelError, add_openai
-from serve.http.middleware import error_body
 from serve.engine.metrics import Prometheus
-from serve.http.schemas import PICTURE_ERRORS, SampleRequest, fault
-from serve.engine.service import Ask, BusyError, Service
+from serve.engine.service import BusyError, SamplingParams, Service
+from serve.http.middleware import error_body
+from serve.http.openai_api import UnknownModelError, add_openai
+from serve.http.responses import ClientGoneError, body_of, failure, headers_of, made, streamed
+from serve.http.schemas import IMAGE_ERRORS, SampleRequest, fault
 
 _PAGE = Path(__file__).parent / "page"
-_PICTURES = ("/v1/samples", "/v1/images/generations")
+_IMAGES = ("/v1/samples", "/v1/images/generations")
 _MEDIA = ("image/png", "image/webp", "application/x-npz", "text/event-stream")
 
 
@@ -39,13 +39,13 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPIOffline(  # its description needs nothing from elsewhere
         static_url="/page/docs",
         title="ddm",
-        summary="Pictures from a decentralized mixture of experts",
+        summary="Images from a decentralized mixture of experts",
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
     )
     _errors(app, service)
-    _pictures(app, service)
+    _images(app, service)
     add_openai(app, service)
     _health(app, service)
     app.mount("/page", StaticFiles(directory=_PAGE))
@@ -59,10 +59,13 @@ def build_app(service: Service) -> FastAPI:
 
 def _errors(app: FastAPI, service: Service) -> None:
     def reply(
-        request: Request, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
+        request: Request,
+        status: int,
+        body: dict[str, Any],
+        headers: Mapping[str, str] | None = None,
     ) -> Response:
         service.metrics.count("rejections", reason=body["error"]["type"])
-        if request.url.path in _PICTURES:
+        if request.url.path in _IMAGES:
             service.metrics.count("requests", status=str(status))
         return JSONResponse(body, status, headers)
 
@@ -71,7 +74,11 @@ def _errors(app: FastAPI, service: Service) -> None:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return reply(request, 400, error_body("not_json", f"the body is not JSON: {first['ctx']['error']}"))
+            return reply(
+                request,
+                400,
+                error_body("not_json", f"the body is not JSON: {first['ctx']['error']}"),
+            )
         if isinstance(error.body, bytes):
             said = "the body must be JSON, and come with the header Content-Type: application/json"
             return reply(request, 400, error_body("not_json", said))
@@ -104,7 +111,9 @@ def _errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: Exception) -> Response:
         assert isinstance(error, BusyError)
-        return reply(request, 429, error_body("busy", str(error)), {"Retry-After": str(error.retry_after_s)})
+        return reply(
+            request, 429, error_body("busy", str(error)), {"Retry-After": str(error.retry_after_s)}
+        )
 
     @app.exception_handler(ServingError)
     @app.exception_handler(TimeoutError)
@@ -119,24 +128,25 @@ def _errors(app: FastAPI, service: Service) -> None:
         return Response(status_code=499)  # nobody reads it
 
 
-def _pictures(app: FastAPI, service: Service) -> None:
+def _images(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/samples",
         responses={
             200: {"content": {kind: {} for kind in _MEDIA}},
-            **PICTURE_ERRORS,
+            **IMAGE_ERRORS,
         },
     )
     async def samples(request: Request, asked: SampleRequest) -> Response:
-        """Draw pictures."""
+        """Draw images."""
         if asked.trace and not asked.stream and asked.format in ("png", "webp"):
             raise ConfigError(
-                f"sample.trace must have format npz or b64_json, or stream, got {asked.format!r}", "sample.trace"
+                f"sample.trace must have format npz or b64_json, or stream, got {asked.format!r}",
+                "sample.trace",
             )
-        ask = Ask(asked.n, asked.seed, asked.first_index, asked.trace, asked.given())
+        params = SamplingParams(asked.n, asked.seed, asked.first_index, asked.trace, asked.given())
         if asked.stream:
-            return await streamed(service, ask, asked.preview_every)
-        order = service.order(ask)
+            return await streamed(service, params, asked.preview_every)
+        order = service.order(params)
         await made(service, order, request)
         body, media = await asyncio.to_thread(body_of, order, asked.format)
         service.metrics.count("requests", status="200")
@@ -151,15 +161,19 @@ def _health(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", responses={503: {"description": "no bundle, or an expert is away"}})
     async def readyz() -> JSONResponse:
-        """Whether pictures can be made, and each expert's state."""
+        """Whether images can be made, and each expert's state."""
         if service.current is None:
             return JSONResponse({"status": "starting", "experts": {}}, 503)
         engine = service.current.engine
-        states = {e.name: "ready" if there else "away" for e, there in zip(engine.experts, engine.alive, strict=True)}
+        states = {
+            e.name: "ready" if there else "away"
+            for e, there in zip(engine.experts, engine.alive, strict=True)
+        }
         able = all(engine.alive) or (engine.degraded == "renormalize" and any(engine.alive))
         status = "ready" if all(engine.alive) else "degraded" if able else "unavailable"
         return JSONResponse(
-            {"status": status, "version": service.current.model.version, "experts": states}, 200 if able else 503
+            {"status": status, "version": service.current.model.version, "experts": states},
+            200 if able else 503,
         )
 
     @app.get("/metrics", include_in_schema=False)
@@ -167,7 +181,9 @@ def _health(app: FastAPI, service: Service) -> None:
         service.observe()
         if not isinstance(service.metrics, Prometheus):
             return Response("# scraped from Ray's own metrics port\n", media_type="text/plain")
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
 
 __all__ = ["build_app"]

@@ -36,7 +36,7 @@ def shown(value: Any) -> str:
     return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()
 
 
-class Guard:
+class LimitsMiddleware:
     """An ASGI application that lets through to another what may pass.
 
     token: what `Authorization: Bearer` must carry, None for no question. body_bytes, body_timeout_s: of a body; beyond them
@@ -61,7 +61,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers: list[tuple[bytes, bytes]] = [pair for pair in scope["headers"] if pair[0].lower() not in _STRIPPED]
+        headers: list[tuple[bytes, bytes]] = [
+            pair for pair in scope["headers"] if pair[0].lower() not in _STRIPPED
+        ]
         scope = {**scope, "headers": headers}
         if not self._admitted(scope["path"], headers):
             said = "this needs the header Authorization: Bearer TOKEN, with the server's token"
@@ -71,12 +73,16 @@ class Guard:
             async with asyncio.timeout(self.body_timeout_s):
                 body = await self._body(headers, receive)
         except TimeoutError:
-            await self._refuse(send, 408, "body_timeout", f"the body must arrive within {self.body_timeout_s:g} s")
+            await self._refuse(
+                send, 408, "body_timeout", f"the body must arrive within {self.body_timeout_s:g} s"
+            )
             return
         except _GoneError:
             return
         if body is None:
-            await self._refuse(send, 413, "body_too_large", f"a body must be at most {self.most} bytes", receive)
+            await self._refuse(
+                send, 413, "body_too_large", f"a body must be at most {self.most} bytes", receive
+            )
             return
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -88,7 +94,9 @@ class Guard:
     def _admitted(self, path: str, headers: list[tuple[bytes, bytes]]) -> bool:
         if self.token is None or path in _OPEN or path.startswith(_OPEN_UNDER):
             return True
-        given = [value.partition(b" ") for name, value in headers if name.lower() == b"authorization"]
+        given = [
+            value.partition(b" ") for name, value in headers if name.lower() == b"authorization"
+        ]
         if len(given) != 1 or given[0][0].lower() != b"bearer":
             return False
         return hmac.compare_digest(given[0][2].strip(), self.token.encode())
@@ -96,7 +104,9 @@ class Guard:
     async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
         """The whole body, None if it is too large; nothing above the limit is kept."""
         lengths = [value for name, value in headers if name.lower() == b"content-length"]
-        if any(value.isdigit() and (len(value) > 18 or int(value) > self.most) for value in lengths):
+        if any(
+            value.isdigit() and (len(value) > 18 or int(value) > self.most) for value in lengths
+        ):
             return None
         parts, size = [], 0
         while True:
@@ -110,10 +120,15 @@ class Guard:
             if not message.get("more_body", False):
                 return b"".join(parts)
 
-    async def _refuse(self, send: Send, status: int, kind: str, message: str, receive: Receive | None = None) -> None:
+    async def _refuse(
+        self, send: Send, status: int, kind: str, message: str, receive: Receive | None = None
+    ) -> None:
         self.refused(kind)
         body = json.dumps(error_body(kind, message)).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
         headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
         headers += [(b"connection", b"close")] if status in (408, 413) else []
         await send({"type": "http.response.start", "status": status, "headers": headers})

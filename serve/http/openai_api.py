@@ -16,13 +16,23 @@ from ddm.grids import GRIDS
 from ddm.samplers import SAMPLERS
 from router.policies import POLICIES
 from router.sources import SOURCES
-from serve.http.responses import EventStream, Told, b64, event, failed, headers_of, images_of, made, told_by
 from serve.engine.expert import ServingError
+from serve.engine.service import AdmittedRequest, SamplingParams, Service
 from serve.http.middleware import shown
-from serve.model.params import CONTROLS, SampleConfig
+from serve.http.responses import (
+    EventStream,
+    StreamQueue,
+    b64,
+    event,
+    failed,
+    headers_of,
+    images_of,
+    made,
+    told_by,
+)
+from serve.http.schemas import IMAGE_ERRORS, ImagesRequest, errors
 from serve.model.images import to_uint8
-from serve.http.schemas import PICTURE_ERRORS, ImagesRequest, errors
-from serve.engine.service import Ask, Order, Service
+from serve.model.params import CONTROL_VARIATES, SampleConfig
 
 
 class UnknownModelError(Exception):
@@ -45,10 +55,10 @@ def add_openai(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/images/generations",
-        responses={200: {"content": {"text/event-stream": {}}}, **errors(404), **PICTURE_ERRORS},
+        responses={200: {"content": {"text/event-stream": {}}}, **errors(404), **IMAGE_ERRORS},
     )
     async def generations(request: Request, asked: ImagesRequest) -> Response:
-        """Draw pictures, as the public `openai` client asks for them."""
+        """Draw images, as the public `openai` client asks for them."""
         if asked.model is not None:
             _known(service, asked.model)
         if service.current is None:
@@ -58,18 +68,25 @@ def add_openai(app: FastAPI, service: Service) -> None:
             if asked.prompt not in model.names:
                 names = ", ".join(repr(name) for name in model.names)
                 raise ConfigError(
-                    f"prompt must be empty or name a cluster, one of {names}; got {shown(asked.prompt)}", "prompt"
+                    f"prompt must be empty or name a cluster, one of {names}; got {shown(asked.prompt)}",
+                    "prompt",
                 )
             if asked.clusters is not None:
-                raise ConfigError(f"prompt must be empty where clusters are given, got {shown(asked.prompt)}", "prompt")
+                raise ConfigError(
+                    f"prompt must be empty where clusters are given, got {shown(asked.prompt)}",
+                    "prompt",
+                )
             given["clusters"] = {asked.prompt: 1.0}
         height, width = model.shape[1:]
         size = f"{width}x{height}"
         if asked.size not in (None, "auto", size):
             raise ConfigError(f"size must be auto or {size}, got {shown(asked.size)}", "size")
-        ask, form = Ask(asked.n or 1, asked.seed, settings=given), asked.output_format or "png"
-        told = Told(0)
-        order = service.order(ask, told if asked.stream else None)
+        params, form = (
+            SamplingParams(asked.n or 1, asked.seed, settings=given),
+            asked.output_format or "png",
+        )
+        told = StreamQueue(0)
+        order = service.order(params, told if asked.stream else None)
         facts = {
             "created": int(time.time()),
             "output_format": form,
@@ -78,38 +95,56 @@ def add_openai(app: FastAPI, service: Service) -> None:
             "background": "opaque",
         }
         if asked.stream:
-            told.every = math.ceil(order.job.steps / (asked.partial_images + 1)) if asked.partial_images else 0
+            told.every = (
+                math.ceil(order.request.steps / (asked.partial_images + 1))
+                if asked.partial_images
+                else 0
+            )
             return EventStream(order, _events(service, order, told, facts))
         await made(service, order, request)
-        data = await asyncio.to_thread(lambda: [{"b64_json": b64(image, form)} for image in images_of(order)])
+        data = await asyncio.to_thread(
+            lambda: [{"b64_json": b64(image, form)} for image in images_of(order)]
+        )
         service.metrics.count("requests", status="200")
-        return JSONResponse({**facts, "data": data, "usage": _usage(order)}, headers=headers_of(order))
+        return JSONResponse(
+            {**facts, "data": data, "usage": _usage(order)}, headers=headers_of(order)
+        )
 
 
-async def _events(service: Service, order: Order, told: Told, facts: dict[str, Any]) -> AsyncGenerator[str]:
+async def _events(
+    service: Service, order: AdmittedRequest, told: StreamQueue, facts: dict[str, Any]
+) -> AsyncGenerator[str]:
     facts = {"created_at" if key == "created" else key: value for key, value in facts.items()}
-    form, partials = facts["output_format"], [0] * len(order.job.index)
+    form, partials = facts["output_format"], [0] * len(order.request.index)
     try:
         async with aclosing(told_by(service, order, told)) as news:
             async for place, call, _, denoised in news:
-                if denoised is not None and call < order.job.steps:
-                    picture = await asyncio.to_thread(b64, to_uint8(denoised), form)
+                if denoised is not None and call < order.request.steps:
+                    single = await asyncio.to_thread(b64, to_uint8(denoised), form)
                     kind, number = "image_generation.partial_image", partials[place]
-                    yield event(kind, {"type": kind, "b64_json": picture, "partial_image_index": number, **facts})
+                    yield event(
+                        kind,
+                        {"type": kind, "b64_json": single, "partial_image_index": number, **facts},
+                    )
                     partials[place] += 1
         for image in images_of(order):
-            kind, picture = "image_generation.completed", await asyncio.to_thread(b64, image, form)
-            yield event(kind, {"type": kind, "b64_json": picture, **facts, "usage": _usage(order)})
+            kind, single = "image_generation.completed", await asyncio.to_thread(b64, image, form)
+            yield event(kind, {"type": kind, "b64_json": single, **facts, "usage": _usage(order)})
         service.metrics.count("requests", status="200")
     except Exception as error:
         yield event("error", {"type": "error", **failed(service, error)})
 
 
-def _usage(order: Order) -> dict[str, Any]:
-    """That API counts tokens; here an expert's evaluation of a picture is one."""
-    calls = order.job.calls
+def _usage(order: AdmittedRequest) -> dict[str, Any]:
+    """That API counts tokens; here an expert's evaluation of an image is one."""
+    calls = order.request.calls
     details = {"text_tokens": 0, "image_tokens": 0}
-    return {"input_tokens": 0, "input_tokens_details": details, "output_tokens": calls, "total_tokens": calls}
+    return {
+        "input_tokens": 0,
+        "input_tokens_details": details,
+        "output_tokens": calls,
+        "total_tokens": calls,
+    }
 
 
 def _known(service: Service, name: str) -> None:
@@ -131,6 +166,14 @@ def _card(service: Service) -> dict[str, Any]:
         "clusters": model.names,
         "shares": model.pi.tolist(),
         "limits": {"n": limits.n, "steps": limits.steps},
-        "choices": {"sampler": SAMPLERS, "grid": GRIDS, "source": SOURCES, "policy": POLICIES, "control": CONTROLS},
-        "defaults": {f.name: getattr(service.settings.sample, f.name) for f in fields(SampleConfig)},
+        "choices": {
+            "sampler": SAMPLERS,
+            "grid": GRIDS,
+            "source": SOURCES,
+            "policy": POLICIES,
+            "control_variate": CONTROL_VARIATES,
+        },
+        "defaults": {
+            f.name: getattr(service.settings.sample, f.name) for f in fields(SampleConfig)
+        },
     }

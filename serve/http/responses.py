@@ -19,10 +19,10 @@ from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from serve.engine.expert import ServingError
-from serve.engine.state import Taken
+from serve.engine.service import AdmittedRequest, SamplingParams, Service
+from serve.engine.state import StepRecord
 from serve.http.middleware import error_body
 from serve.model.images import contact_sheet, encoded, to_uint8
-from serve.engine.service import Ask, Order, Service
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class ClientGoneError(Exception):
     """The client left before its answer was ready."""
 
 
-async def made(service: Service, order: Order, request: Request) -> None:
-    """Make an order's pictures; a client that leaves takes them off the engine."""
+async def made(service: Service, order: AdmittedRequest, request: Request) -> None:
+    """Make an order's images; a client that leaves takes them off the engine."""
     started = time.perf_counter()
     making = asyncio.create_task(service.make(order))
     leaving = asyncio.create_task(_left(request))
@@ -55,58 +55,67 @@ async def _left(request: Request) -> None:
         pass
 
 
-def headers_of(order: Order) -> dict[str, str]:
+def headers_of(order: AdmittedRequest) -> dict[str, str]:
     """What every answer says of itself in its headers; `ddm-degraded` names experts that were done without."""
-    job = order.job
-    found = {"ddm-seed": str(order.seed), "ddm-version": order.version.model.version, "ddm-calls": str(job.calls)}
-    return found | ({"ddm-degraded": " ".join(sorted(job.absent))} if job.absent else {})
+    request = order.request
+    found = {
+        "ddm-seed": str(order.seed),
+        "ddm-version": order.version.model.version,
+        "ddm-nfe": str(request.calls),
+    }
+    return found | ({"ddm-degraded": " ".join(sorted(request.absent))} if request.absent else {})
 
 
-def facts_of(order: Order) -> dict[str, Any]:
+def facts_of(order: AdmittedRequest) -> dict[str, Any]:
     """What every answer in JSON says of itself."""
-    job, model = order.job, order.version.model
+    request, model = order.request, order.version.model
     return {
         "seed": order.seed,
-        "first_index": int(job.index[0]),
+        "first_index": int(request.index[0]),
         "version": model.version,
-        "calls": job.calls,
-        "degraded": sorted(job.absent),
+        "calls": request.calls,
+        "degraded": sorted(request.absent),
     }
 
 
-def images_of(order: Order) -> Tensor:
+def images_of(order: AdmittedRequest) -> Tensor:
     """uint8 `[n, C, H, W]`, in the order of their numbers."""
-    return to_uint8(torch.stack([order.job.pictures[place] for place in range(len(order.job.index))]))
+    return to_uint8(
+        torch.stack([order.request.images[place] for place in range(len(order.request.index))])
+    )
 
 
-def b64(picture: Tensor, form: str = "png") -> str:
-    """A uint8 picture `[C, H, W]` as a file in base64."""
-    return base64.b64encode(encoded(picture, form)).decode()
+def b64(image: Tensor, form: str = "png") -> str:
+    """A uint8 image `[C, H, W]` as a file in base64."""
+    return base64.b64encode(encoded(image, form)).decode()
 
 
-def body_of(order: Order, form: str) -> tuple[bytes, str]:
+def body_of(order: AdmittedRequest, form: str) -> tuple[bytes, str]:
     """An answer's bytes and media type; run in a thread."""
     images = images_of(order)
     if form in ("png", "webp"):
         columns = math.ceil(math.sqrt(len(images)))
         return encoded(
-            contact_sheet(images.split(columns), least_side=1) if len(images) > 1 else images[0], form
+            contact_sheet(images.split(columns), least_side=1) if len(images) > 1 else images[0],
+            form,
         ), MEDIA[form]
     if form == "npz":
         file = io.BytesIO()
         arrays = {
             "images": images.permute(0, 2, 3, 1).numpy(),
             "seed": np.int64(order.seed),
-            "first_index": order.job.index[0],
+            "first_index": order.request.index[0],
         }
-        if order.job.trace:
+        if order.request.trace:
             arrays |= dict(order.trace()._asdict())
-        np.savez_compressed(file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
+        np.savez_compressed(
+            file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()}
+        )
         return file.getvalue(), "application/x-npz"
     facts = facts_of(order)
     first = facts["first_index"]
     facts["data"] = [{"index": first + i, "b64_json": b64(image)} for i, image in enumerate(images)]
-    if order.job.trace:
+    if order.request.trace:
         trace = order.trace()
         facts["trace"] = {
             "t": trace.t.tolist(),
@@ -125,22 +134,24 @@ def event(name: str, data: Any) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
-class Told:
-    """What an engine tells of a request's pictures, for one reader that may be slow: then previews are left out."""
+class StreamQueue:
+    """What an engine tells of a request's images, for one reader that may be slow: then previews are left out."""
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.queue: asyncio.Queue[tuple[int, int, Taken, Tensor | None]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, int, StepRecord, Tensor | None]] = asyncio.Queue()
         self.calls: dict[int, int] = {}
 
-    def __call__(self, place: int, taken: Taken, denoised: Tensor) -> None:
+    def __call__(self, place: int, record: StepRecord, denoised: Tensor) -> None:
         call = self.calls[place] = self.calls.get(place, 0) + 1
         shown = self.every and call % self.every == 0 and self.queue.qsize() < 1000
-        self.queue.put_nowait((place, call, taken, denoised.float().cpu() if shown else None))
+        self.queue.put_nowait((place, call, record, denoised.float().cpu() if shown else None))
 
 
-async def told_by(service: Service, order: Order, told: Told) -> AsyncGenerator[tuple[int, int, Taken, Tensor | None]]:
-    """What happens while an order is made, until it is done. Leaving this takes its pictures off the engine."""
+async def told_by(
+    service: Service, order: AdmittedRequest, told: StreamQueue
+) -> AsyncGenerator[tuple[int, int, StepRecord, Tensor | None]]:
+    """What happens while an order is made, until it is done. Leaving this takes its images off the engine."""
     started = time.perf_counter()
     making = asyncio.create_task(service.make(order))
     hearing: asyncio.Task[Any] | None = None
@@ -184,28 +195,35 @@ def failed(service: Service, error: Exception) -> dict[str, Any]:
     return body
 
 
-async def streamed(service: Service, ask: Ask, every: int) -> StreamingResponse:
-    """An answer as server-sent events: `start`, a `step` each call, a `picture` each, and `done`; or `error`."""
-    told = Told(every)
-    order = service.order(ask, told)
-    model, first = order.version.model, ask.first_index
+async def streamed(service: Service, params: SamplingParams, every: int) -> StreamingResponse:
+    """An answer as server-sent events: `start`, a `step` each call, a `image` each, and `done`; or `error`."""
+    told = StreamQueue(every)
+    order = service.order(params, told)
+    model, first = order.version.model, params.first_index
 
     async def events() -> AsyncGenerator[str]:
-        start = {"n": ask.n, "calls_a_picture": order.job.steps, "experts": model.names, "shape": list(model.shape)}
+        start = {
+            "n": params.n,
+            "nfe_per_image": order.request.steps,
+            "experts": model.names,
+            "shape": list(model.shape),
+        }
         yield event("start", facts_of(order) | start)
         try:
             async with aclosing(told_by(service, order, told)) as news:
-                async for place, call, taken, denoised in news:
-                    step: dict[str, Any] = {"index": first + place, "call": call, "t": taken.t}
-                    if ask.trace:
-                        step["alpha"] = [round(p, 4) for p in taken.alpha.tolist()]
-                        step["chosen"] = taken.chosen.nonzero()[:, 0].tolist()
+                async for place, call, record, denoised in news:
+                    step: dict[str, Any] = {"index": first + place, "call": call, "t": record.t}
+                    if params.trace:
+                        step["alpha"] = [round(p, 4) for p in record.alpha.tolist()]
+                        step["chosen"] = record.chosen.nonzero()[:, 0].tolist()
                     if denoised is not None:
                         step["b64_json"] = await asyncio.to_thread(b64, to_uint8(denoised))
-                    if ask.trace or denoised is not None:
+                    if params.trace or denoised is not None:
                         yield event("step", step)
             for i, image in enumerate(images_of(order)):
-                yield event("picture", {"index": first + i, "b64_json": await asyncio.to_thread(b64, image)})
+                yield event(
+                    "image", {"index": first + i, "b64_json": await asyncio.to_thread(b64, image)}
+                )
             yield event("done", facts_of(order))
             service.metrics.count("requests", status="200")
         except Exception as error:
@@ -217,9 +235,12 @@ async def streamed(service: Service, ask: Ask, every: int) -> StreamingResponse:
 class EventStream(StreamingResponse):
     """The answer that carries them. However it ends, they end with it: a client may leave while it does not read."""
 
-    def __init__(self, order: Order, events: AsyncGenerator[str]) -> None:
-        headers = headers_of(order) | {"cache-control": "no-store", "x-accel-buffering": "no"}
-        del headers["ddm-calls"]  # not known yet
+    def __init__(self, order: AdmittedRequest, events: AsyncGenerator[str]) -> None:
+        headers = headers_of(order) | {
+            "cache-control": "no-store",
+            "x-accel-buffering": "no",
+        }
+        del headers["ddm-nfe"]  # not known yet
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self.events = events
 

@@ -34,10 +34,13 @@ def build_router(
     )
 
 
-def build_gaussians(artifacts: list[Artifact], schedule: Schedule, device: torch.device) -> Gaussians:
+def build_gaussians(
+    artifacts: list[Artifact], schedule: Schedule, device: torch.device
+) -> Gaussians:
     """The clusters' Gaussians; their moments are taken out of the artifacts' tensors. Raises `ArtifactError` naming a file."""
     means, variances = (
-        torch.stack([take_tensor(artifact, name) for artifact in artifacts]).to(device) for name in MOMENTS
+        torch.stack([take_tensor(artifact, name) for artifact in artifacts]).to(device)
+        for name in MOMENTS
     )
     return Gaussians(means, variances, schedule)
 

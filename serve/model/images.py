@@ -1,4 +1,4 @@
-"""Pictures as people and files have them: uint8, sheets, PNG."""
+"""Images as people and files have them: uint8, sheets, PNG."""
 
 import io
 from collections.abc import Sequence
@@ -11,36 +11,42 @@ from torch.nn import functional as F
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] (clipped to it) as uint8, any shape."""
+    """Images in [-1, 1] (clipped to it) as uint8, any shape."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def contact_sheet(rows: Sequence[Tensor], least_side: int = 32) -> Tensor:
-    """uint8 `[C, H, W]`: pictures in rows (uint8 `[n, C, h, w]` each), small ones enlarged to `least_side` pixels or more.
+    """uint8 `[C, H, W]`: images in rows (uint8 `[n, C, h, w]` each), small ones enlarged to `least_side` pixels or more.
 
     Enlarged smoothly, because people read an 8x8 digit better without the edges of its pixels.
     """
     scale = max(1, -(-least_side // rows[0].shape[-1]))
     channels, side, gap = rows[0].shape[1], rows[0].shape[-1] * scale, 2
     columns = max(len(row) for row in rows)
-    sheet = torch.full((channels, len(rows) * (side + gap) - gap, columns * (side + gap) - gap), 255, dtype=torch.uint8)
+    sheet = torch.full(
+        (channels, len(rows) * (side + gap) - gap, columns * (side + gap) - gap),
+        255,
+        dtype=torch.uint8,
+    )
     for i, row in enumerate(rows):
         large = F.interpolate(row.float(), scale_factor=scale, mode="bicubic") if scale > 1 else row
-        for j, picture in enumerate(large.round().clamp(0, 255).to(torch.uint8)):
+        for j, image in enumerate(large.round().clamp(0, 255).to(torch.uint8)):
             top, left = i * (side + gap), j * (side + gap)
-            sheet[:, top : top + side, left : left + side] = picture
+            sheet[:, top : top + side, left : left + side] = image
     return sheet
 
 
-def encoded(picture: Tensor, form: str = "png") -> bytes:
-    """A uint8 picture `[C, H, W]`, grey or RGB, as a file's bytes: png, webp (lossless) or jpeg."""
+def encoded(image: Tensor, form: str = "png") -> bytes:
+    """A uint8 image `[C, H, W]`, grey or RGB, as a file's bytes: png, webp (lossless) or jpeg."""
     file = io.BytesIO()
     options = {"lossless": True} if form == "webp" else {}
-    Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(file, format=form.upper(), **options)
+    Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(
+        file, format=form.upper(), **options
+    )
     return file.getvalue()
 
 
-def write_png(path: Path, picture: Tensor) -> None:
-    """Write a uint8 picture `[C, H, W]`, grey or RGB."""
+def write_png(path: Path, image: Tensor) -> None:
+    """Write a uint8 image `[C, H, W]`, grey or RGB."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(picture))
+    path.write_bytes(encoded(image))

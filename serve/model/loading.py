@@ -22,10 +22,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu", experts: bool =
     """
     inner, clusters = bundle_folder(folder), Path(folder) / "partition"
 
-    def pictures() -> dict[str, Tensor]:
+    def images() -> dict[str, Tensor]:
         return Partition.read(clusters).all(clusters)
 
-    return Model(read_bundle(inner), device, None if inner == Path(folder) else pictures, experts)
+    return Model(read_bundle(inner), device, None if inner == Path(folder) else images, experts)
 
 
 def bundle_folder(folder: str | Path) -> Path:
@@ -49,7 +49,9 @@ def picked_device(name: str) -> str:
     return name
 
 
-def load_expert(folder: str | Path, k: int, device: str | torch.device = "cpu") -> tuple[Denoiser, str]:
+def load_expert(
+    folder: str | Path, k: int, device: str | torch.device = "cpu"
+) -> tuple[Denoiser, str]:
     """Expert k of a run or a bundle, alone, and the bundle's version; no other artifact is read.
 
     Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
@@ -59,4 +61,6 @@ def load_expert(folder: str | Path, k: int, device: str | torch.device = "cpu") 
     if not bundle.experts:
         raise ArtifactError(f"{inner} has no expert {k}, it has {bundle.partition.k}")
     _ = [take_tensor(bundle.experts[0], name) for name in MOMENTS]
-    return build_expert(bundle.experts[0], schedule(**bundle.schedule), torch.device(device)), bundle.version
+    return build_expert(
+        bundle.experts[0], schedule(**bundle.schedule), torch.device(device)
+    ), bundle.version

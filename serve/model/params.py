@@ -9,12 +9,12 @@ from ddm.samplers import SAMPLERS, sampler
 from router.policies import POLICIES, policy
 from router.sources import SOURCES
 
-CONTROLS = ("none", "gaussian")
+CONTROL_VARIATES = ("none", "gaussian")
 
 
 @dataclass
 class SampleConfig:
-    """How pictures are drawn; the names are those of configs, code and HTTP."""
+    """How images are drawn; the names are those of configs, code and HTTP."""
 
     steps: int = 25
     sampler: str = "dpmpp_2m"
@@ -24,29 +24,48 @@ class SampleConfig:
     top_k: int = 1  # for policy=top_k
     nucleus_p: float = 0.9  # for policy=nucleus
     budget: float = 1.5  # for policy=adaptive: calls a step, on average at most
-    temperature: float = 1.0  # alpha^(1/temperature), renormalized, is what the policy sees: below 1 more decided
-    control: str = "gaussian"  # what stands in for the experts that are not asked; none for nothing
+    temperature: float = (
+        1.0  # alpha^(1/temperature), renormalized, is what the policy sees: below 1 more decided
+    )
+    control_variate: str = (
+        "gaussian"  # what stands in for the experts that are not asked; none for nothing
+    )
     order: int = 3  # for sampler=unipc
-    pull: float = 40.0  # for source=combined, towards the posterior net, a unit of t
+    relaxation_rate: float = 40.0  # for source=combined, towards the posterior net, a unit of t
     t_min: float = 0.0  # where the grid ends
-    clip: bool = True  # bound the denoised pictures to [-1, 1], after mixing
-    clusters: dict[str, float] = field(default_factory=dict)  # factors of their shares, 0 for others; none for all
+    clip: bool = True  # bound the denoised images to [-1, 1], after mixing
+    clusters: dict[str, float] = field(
+        default_factory=dict
+    )  # factors of their shares, 0 for others; none for all
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `sample.…` of a value that is unknown or out of range."""
         whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
         require(whole and 1 <= self.steps <= 1000, "sample.steps", "be in [1, 1000]", self.steps)
-        for key, names in (("sampler", SAMPLERS), ("grid", GRIDS), ("source", SOURCES), ("policy", POLICIES)):
+        for key, names in (
+            ("sampler", SAMPLERS),
+            ("grid", GRIDS),
+            ("source", SOURCES),
+            ("policy", POLICIES),
+        ):
             if getattr(self, key) not in names:
                 raise one_of(f"sample.{key}", getattr(self, key), names)
-        if self.control not in CONTROLS:
-            raise one_of("sample.control", self.control, CONTROLS)
+        if self.control_variate not in CONTROL_VARIATES:
+            raise one_of("sample.control_variate", self.control_variate, CONTROL_VARIATES)
         policy(self.policy, self.top_k, self.nucleus_p, self.budget)
-        require(0.01 <= self.temperature <= 100, "sample.temperature", "be in [0.01, 100]", self.temperature)
+        require(
+            0.01 <= self.temperature <= 100,
+            "sample.temperature",
+            "be in [0.01, 100]",
+            self.temperature,
+        )
         sampler(self.sampler, self.order)
-        require(self.pull >= 0, "sample.pull", "be at least 0", self.pull)
+        require(self.relaxation_rate >= 0, "sample.pull", "be at least 0", self.relaxation_rate)
         require(0 <= self.t_min <= 0.999, "sample.t_min", "be in [0, 0.999]", self.t_min)
-        enough = all(0 <= weight < math.inf for weight in self.clusters.values()) and sum(self.clusters.values()) > 0
+        enough = (
+            all(0 <= weight < math.inf for weight in self.clusters.values())
+            and sum(self.clusters.values()) > 0
+        )
         require(
             not self.clusters or enough,
             "sample.clusters",

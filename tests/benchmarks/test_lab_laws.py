@@ -6,8 +6,18 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from benchmarks.lab import densities, errors, laws, processes
-from benchmarks.lab.laws import METHODS, Law, Tabled, affine, exact_denoiser, gaussian, kl, outcome, w2_square
+from benchmarks.lab import densities, laws, processes, score_errors
+from benchmarks.lab.laws import (
+    METHODS,
+    Law,
+    Tabled,
+    affine,
+    exact_denoiser,
+    gaussian,
+    kl,
+    outcome,
+    w2_square,
+)
 from ddm.grids import time_grid
 from ddm.samplers import drive, sampler
 from ddm.schedules import TwoPhase
@@ -18,7 +28,11 @@ ONE = torch.ones(1, dtype=torch.float64)
 @pytest.fixture(scope="module")
 def sixteen() -> dict[tuple[str, int], tuple[float, float]]:
     """KL in 16 dimensions, from N(0, 1) and from the true x_1."""
-    wanted = {(name, T) for name in ("ddpm", "ddim", "ddim as proven", "accelerated_sde") for T in (1600, 6400)}
+    wanted = {
+        (name, T)
+        for name in ("ddpm", "ddim", "ddim as proven", "accelerated_sde")
+        for T in (1600, 6400)
+    }
     wanted |= {(name, 800) for name in ("ddim", "ddim as proven", "accelerated_ode")}
     found = {}
     for name, T in wanted:
@@ -28,7 +42,8 @@ def sixteen() -> dict[tuple[str, int], tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("ddpm", 1.6), ("ddim", 1.4), ("ddim as proven", 1.4), ("accelerated_sde", 3.3)]
+    ("name", "least"),
+    [("ddpm", 1.6), ("ddim", 1.4), ("ddim as proven", 1.4), ("accelerated_sde", 3.3)],
 )
 def test_kl_falls_with_the_slope_that_is_promised(sixteen, name, least):
     slope = math.log(sixteen[name, 1600][0] / sixteen[name, 6400][0]) / math.log(4)
@@ -48,14 +63,22 @@ def test_law_is_that_of_simulated_paths(name):
     times = time_grid("own", T, schedule, t_min=1 / T)
     data = Law(torch.tensor([0.7, -1.0]), torch.tensor([0.3, 1.2]) ** 2)
     data = Law(*(part.double() for part in data))
-    method, tabled, start = METHODS[name], Tabled(schedule, times), Law(0 * data.mean, 1 + 0 * data.mean)
-    law = affine(method.walk, exact_denoiser(data, tabled), tabled, times, method.draws, 2)(start)
+    method, tabled, start = (
+        METHODS[name],
+        Tabled(schedule, times),
+        Law(0 * data.mean, 1 + 0 * data.mean),
+    )
+    law = affine(method.trajectory, exact_denoiser(data, tabled), tabled, times, method.draws, 2)(
+        start
+    )
     generator = torch.Generator().manual_seed(0)
 
     def noise(_):
         return torch.randn(n, 2, generator=generator, dtype=torch.float64)
 
-    x, _ = drive(method.walk(noise(0), schedule, times, noise), exact_denoiser(data, schedule))
+    x, _ = drive(
+        method.trajectory(noise(0), schedule, times, noise), exact_denoiser(data, schedule)
+    )
     assert torch.allclose(x.mean(0), law.mean, atol=6 * float(law.variance.max() / n) ** 0.5)
     assert torch.allclose(x.var(0), law.variance, rtol=6 * (2 / n) ** 0.5)
 
@@ -93,7 +116,7 @@ def test_density_of_ddpm_on_a_mixture_is_that_of_simulated_paths():
     def noise(_):
         return torch.randn(n, 1, generator=generator, dtype=torch.float64)
 
-    x, _ = drive(sampler("ddpm").walk(noise(0), data.schedule, times, noise), data.denoise)
+    x, _ = drive(sampler("ddpm").trajectory(noise(0), data.schedule, times, noise), data.denoise)
     for power in (1, 2, 4):
         sampled = x**power
         assert float(torch.trapezoid(q * y**power, y)) == pytest.approx(
@@ -118,14 +141,18 @@ def test_accelerated_sde_moves_the_mean_of_a_step_by_the_curvature_of_the_score(
     r, nodes, weights = c.a / c_next.a, densities.NODES, densities.WEIGHTS
     asked = x[:, None] + ((1 - r**2) / 2).sqrt() * nodes
     means, _ = drive(
-        sampler("accelerated_sde").walk(asked.reshape(-1, 1), data.schedule, step, lambda n: torch.zeros(())),
+        sampler("accelerated_sde").trajectory(
+            asked.reshape(-1, 1), data.schedule, step, lambda n: torch.zeros(())
+        ),
         data.denoise,
     )
     mean = (means.reshape(asked.shape) * weights).sum(1)
     score = densities.score(data, x, t)[0]
     exact = (x + (1 - r**2) * score) / r
     h = 1e-4
-    curvature = (densities.score(data, x + h, t)[1] - densities.score(data, x - h, t)[1]) / (2 * h) / c.s**2
+    curvature = (
+        (densities.score(data, x + h, t)[1] - densities.score(data, x - h, t)[1]) / (2 * h) / c.s**2
+    )
     assert torch.allclose((mean - exact) * r, (1 - r**2) ** 2 / 4 * curvature, rtol=0.05, atol=1e-7)
 
 
@@ -134,12 +161,17 @@ def test_exponential_integrator_on_ve_is_ddpm():
     times = torch.linspace(1, 0, 31, dtype=torch.float64)
     schedule = Tabled(process.at(3.0), times)
     data, s = processes._data(), schedule(times[0]).s[None]
-    walked = affine(sampler("ddpm").walk, exact_denoiser(data, schedule), schedule, times[:-1], 1, 1)
+    walked = affine(
+        sampler("ddpm").trajectory, exact_denoiser(data, schedule), schedule, times[:-1], 1, 1
+    )
     law = walked(Law(0 * s, s**2))
-    last = schedule(times[-2]).s ** 2  # the scheme's last step, to t = 0, which DDPM replaces by the denoised picture
+    last = (
+        schedule(times[-2]).s ** 2
+    )  # the scheme's last step, to t = 0, which DDPM replaces by the denoised image
     variance = processes.STD**2 + last
     end = Law(
-        law.mean - last / variance * (law.mean - processes.MEAN), (1 - last / variance) ** 2 * law.variance + last
+        law.mean - last / variance * (law.mean - processes.MEAN),
+        (1 - last / variance) ** 2 * law.variance + last,
     )
     assert float(w2_square(end, data).sqrt()) == pytest.approx(
         processes.exponential_integrator(process, 3.0, 30), rel=1e-9
@@ -159,14 +191,14 @@ def test_score_error_has_the_size_that_it_claims():
     law, size = data.at(c), 0.3 / math.sqrt(d)
     x = law.mean + law.variance.sqrt() * torch.randn(200_000, d, dtype=torch.float64)
     for shift, slope in ((zero + size, zero), (zero, zero + size)):
-        off = errors.erring(data, path, shift, slope)(x, t) - exact_denoiser(data, path)(x, t)
+        off = score_errors.erring(data, path, shift, slope)(x, t) - exact_denoiser(data, path)(x, t)
         e = c.a * off / c.s**2
         assert float(e.square().sum(1).mean().sqrt()) == pytest.approx(0.3, rel=0.01)
 
 
 def test_quadrature_fit_finds_its_constant():
     eps = [0.01, 0.1, 1.0]
-    fit = errors.quadrature_fit(eps, [math.hypot(0.2, 3 * e) for e in eps], 0.2)
+    fit = score_errors.quadrature_fit(eps, [math.hypot(0.2, 3 * e) for e in eps], 0.2)
     assert pytest.approx(3, rel=1e-4) == fit.C and fit.worst == pytest.approx(1, abs=1e-4)
 
 
@@ -183,9 +215,13 @@ def test_the_exact_denoiser_is_the_conditional_mean():
 def test_pages_are_drawn_from_small_measurements():
     small = {
         laws: laws.measure(steps=(20, 40, 80, 160), dimensions=(1, 16)),
-        densities: densities.measure(steps=(20, 40, 80), stds=(0.5, 0.3), samplers=("ddpm", "ddim"), checked=40),
+        densities: densities.measure(
+            steps=(20, 40, 80), stds=(0.5, 0.3), samplers=("ddpm", "ddim"), checked=40
+        ),
         processes: processes.measure(ratios=(4.0, 8.0, 16.0, 32.0), count=8),
-        errors: errors.measure(T=40, eps=(0.01, 0.1, 1.0), dimensions=(1, 4), routed_steps=(4, 8), paths=16),
+        score_errors: score_errors.measure(
+            T=40, eps=(0.01, 0.1, 1.0), dimensions=(1, 4), routed_steps=(4, 8), paths=16
+        ),
     }
     for module, numbers in small.items():
         page = module.page(numbers)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.lab.theory import Bound, bound, constants, denoiser_rate, stability, step
 from ddm.errors import ConfigError
 from ddm.schedules import Coeffs, Schedule, schedule, velocity
-from benchmarks.lab.theory import Bound, bound, constants, denoiser_rate, stability, step
 
 VP, COSINE, STRAIGHT, EXPLODING = (
     schedule("vp_linear"),
@@ -53,12 +53,17 @@ class Points:
 
     def clusters(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha `[B, K]` and D_k `[B, K, d]`."""
-        logits, belongs = self.logits(x, t), self.labels == torch.arange(int(self.labels.max()) + 1)[:, None]
+        logits, belongs = (
+            self.logits(x, t),
+            self.labels == torch.arange(int(self.labels.max()) + 1)[:, None],
+        )
         alone = logits[:, None].masked_fill(~belongs, -math.inf).softmax(2)
         return logits.softmax(1) @ belongs.double().T, alone @ self.points
 
     def clean(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.points[torch.multinomial(self.log_weights.softmax(0), n, True, generator=generator)]
+        return self.points[
+            torch.multinomial(self.log_weights.softmax(0), n, True, generator=generator)
+        ]
 
     def at(self, t: Tensor, n: int, generator: torch.Generator) -> Tensor:
         a, s, _, _ = self.path(t)
@@ -95,16 +100,25 @@ def inside(case: int, K: int = 3) -> tuple[Points, float, Tensor, Tensor]:
     weights = 3 * torch.randn(n, generator=g, dtype=torch.float64)
     data = Points(points, torch.arange(n) % K, weights, EVERY[case % 4])
     t = 0.02 + 0.97 * torch.rand((), generator=g, dtype=torch.float64)
-    between = torch.rand(16, n, generator=g, dtype=torch.float64).softmax(1) @ points  # where a posterior is undecided
+    between = (
+        torch.rand(16, n, generator=g, dtype=torch.float64).softmax(1) @ points
+    )  # where a posterior is undecided
     a, s, _, _ = data.path(t)
-    return data, R, t, a * between + s * torch.randn(16, 1, generator=g) * torch.randn(16, d, generator=g)
+    return (
+        data,
+        R,
+        t,
+        a * between + s * torch.randn(16, 1, generator=g) * torch.randn(16, d, generator=g),
+    )
 
 
 def pair(R: float, path: Schedule, d: int = 1, skew: float = 0.0) -> Points:
     """Two points at +-R on the first axis, a cluster each."""
     points = torch.zeros(2, d, dtype=torch.float64)
     points[0, 0], points[1, 0] = R, -R
-    return Points(points, torch.tensor([0, 1]), torch.tensor([0.0, skew], dtype=torch.float64), path)
+    return Points(
+        points, torch.tensor([0, 1]), torch.tensor([0.0, skew], dtype=torch.float64), path
+    )
 
 
 def gradients(of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -116,7 +130,9 @@ def rms(x: Tensor) -> float:
     return float(x.square().sum(1).mean().sqrt())
 
 
-def along_the_flow(data: Points, of: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+def along_the_flow(
+    data: Points, of: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor
+) -> Tensor:
     """The total derivative in t, by central differences."""
     v, tiny = data.velocity(x, t), 1e-6
     return (of(x + tiny * v, t + tiny) - of(x - tiny * v, t - tiny)) / 2 / tiny
@@ -132,7 +148,9 @@ def lam_rate(path: Schedule, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_no_gradient_of_the_velocity_or_of_an_experts_exceeds_the_lipschitz_constant(case: int) -> None:
+def test_no_gradient_of_the_velocity_or_of_an_experts_exceeds_the_lipschitz_constant(
+    case: int,
+) -> None:
     data, R, t, x = inside(case)
     of_all = constants(data.path, R, x.shape[1], 3, t)
 
@@ -152,16 +170,22 @@ def test_two_points_reach_the_expansion_midway_and_the_lipschitz_constant_midway
 ) -> None:
     R = 0.7
     data, c = pair(R, path), constants(path, R, 1, 2, number(t))
-    far_away = 50 * path(number(t)).s ** 2 / path(number(t)).a / R  # where one of the two is e^100 times as likely
+    far_away = (
+        50 * path(number(t)).s ** 2 / path(number(t)).a / R
+    )  # where one of the two is e^100 times as likely
     x = torch.stack([number(0), far_away])[:, None]
     midway, far = gradients(lambda y: data.velocity(y, number(t)), x).flatten()
     assert float(-midway) == pytest.approx(float(c.expansion), rel=1e-9)
     assert max(abs(float(midway)), abs(float(far))) == pytest.approx(float(c.lipschitz), rel=1e-9)
 
 
-def test_near_the_data_the_midway_gradient_is_most_of_the_lipschitz_constant_so_half_of_it_is_wrong() -> None:
+def test_near_the_data_the_midway_gradient_is_most_of_the_lipschitz_constant_so_half_of_it_is_wrong() -> (
+    None
+):
     t = number(0.05)
-    gradient = gradients(lambda y: pair(1, VP).velocity(y, t), torch.zeros(1, 1, dtype=torch.float64))
+    gradient = gradients(
+        lambda y: pair(1, VP).velocity(y, t), torch.zeros(1, 1, dtype=torch.float64)
+    )
     assert float(gradient.abs()) > 0.99 * float(constants(VP, 1, 1, 2, t).lipschitz)
 
 
@@ -169,7 +193,9 @@ def test_near_the_data_the_midway_gradient_is_most_of_the_lipschitz_constant_so_
 def test_velocity_never_outgrows_its_line(case: int) -> None:
     data, R, t, x = inside(case)
     c = constants(data.path, R, x.shape[1], 3, t)
-    assert (data.velocity(x, t).norm(dim=1) <= (c.offset + c.slope * x.norm(dim=1)) * (1 + 1e-12)).all()
+    assert (
+        data.velocity(x, t).norm(dim=1) <= (c.offset + c.slope * x.norm(dim=1)) * (1 + 1e-12)
+    ).all()
 
 
 @pytest.mark.parametrize("path", EVERY)
@@ -177,7 +203,9 @@ def test_a_point_on_the_far_side_reaches_the_line_of_growth(path: Schedule) -> N
     R, t, x = 0.7, number(0.4), torch.tensor([[2.0]], dtype=torch.float64)
     single = Points(torch.tensor([[-R]], dtype=torch.float64), torch.zeros(1), torch.zeros(1), path)
     c = constants(path, R, 1, 1, t)
-    assert float(single.velocity(x, t).abs()) == pytest.approx(float(c.offset + 2 * c.slope), rel=1e-12)
+    assert float(single.velocity(x, t).abs()) == pytest.approx(
+        float(c.offset + 2 * c.slope), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("case", range(CASES))
@@ -220,10 +248,16 @@ def test_velocity_along_the_flow_changes_no_faster_than_its_constant(case: int) 
     assert measured <= float(constants(data.path, R, d, 3, t).time_derivative) * 1.05  # of sampling
 
 
-@pytest.mark.parametrize(("path", "R", "spread"), [(Bent(), 1e-4, 0.0), (VP, 1e-4, 1.0), (COSINE, 1e-4, 1.0)])
-def test_a_lone_point_reaches_both_curvatures_of_the_time_derivative(path: Any, R: float, spread: float) -> None:
+@pytest.mark.parametrize(
+    ("path", "R", "spread"), [(Bent(), 1e-4, 0.0), (VP, 1e-4, 1.0), (COSINE, 1e-4, 1.0)]
+)
+def test_a_lone_point_reaches_both_curvatures_of_the_time_derivative(
+    path: Any, R: float, spread: float
+) -> None:
     t = number(0.6)
-    single = Points(torch.tensor([[R, 0.0]], dtype=torch.float64), torch.zeros(1), torch.zeros(1), path)
+    single = Points(
+        torch.tensor([[R, 0.0]], dtype=torch.float64), torch.zeros(1), torch.zeros(1), path
+    )
     x = single.at(t, 100_000, seeded(0))
     measured = rms(along_the_flow(single, single.velocity, x, t))
     assert measured == pytest.approx(float(constants(path, R, 2, 1, t).time_derivative), rel=0.01)
@@ -231,7 +265,9 @@ def test_a_lone_point_reaches_both_curvatures_of_the_time_derivative(path: Any, 
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_no_draw_of_an_expert_scatters_the_velocity_by_more_than_the_martingale_constant(case: int) -> None:
+def test_no_draw_of_an_expert_scatters_the_velocity_by_more_than_the_martingale_constant(
+    case: int,
+) -> None:
     data, R, t, x = inside(case)
     c = data.path(t)
     alpha, denoised = data.clusters(x, t)
@@ -246,12 +282,16 @@ def test_two_equal_clusters_reach_the_martingale_constant_and_one_has_none(path:
     alpha, denoised = pair(0.7, path).clusters(x, t)
     v_k = torch.stack([velocity(x, denoised[:, k], path(t)) for k in range(2)], 1)
     variance = (alpha[:, :, None] * v_k.square()).sum()
-    assert float(variance.sqrt()) == pytest.approx(float(constants(path, 0.7, 1, 2, t).martingale), rel=1e-9)
+    assert float(variance.sqrt()) == pytest.approx(
+        float(constants(path, 0.7, 1, 2, t).martingale), rel=1e-9
+    )
     assert float(constants(path, 0.7, 1, 1, t).martingale) == 0
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_wrong_weights_and_wrong_experts_move_the_velocity_by_no_more_than_their_constants(case: int) -> None:
+def test_wrong_weights_and_wrong_experts_move_the_velocity_by_no_more_than_their_constants(
+    case: int,
+) -> None:
     data, R, t, x = inside(case)
     c, g = constants(data.path, R, x.shape[1], 3, t), seeded(case)
     alpha, denoised = data.clusters(x, t)
@@ -268,7 +308,9 @@ def test_a_shift_of_weight_between_opposite_clusters_reaches_the_routers_constan
     t, x = number(0.5), torch.zeros(1, 1, dtype=torch.float64)
     shift = torch.tensor([[0.1, -0.1]], dtype=torch.float64)
     alpha, denoised = pair(0.7, VP).clusters(x, t)
-    moved = velocity(x, ((alpha + shift)[:, :, None] * denoised).sum(1), VP(t)) - pair(0.7, VP).velocity(x, t)
+    moved = velocity(x, ((alpha + shift)[:, :, None] * denoised).sum(1), VP(t)) - pair(
+        0.7, VP
+    ).velocity(x, t)
     c = constants(VP, 0.7, 1, 2, t)
     assert float(moved.abs()) == pytest.approx(float(c.router * shift.norm()), rel=1e-9)
     assert float(constants(VP, 0.7, 1, 1, t).router) == 0
@@ -301,14 +343,20 @@ def test_no_step_of_euler_leaves_the_exact_flow_by_more_than_its_truncation(case
     for share in (0.03, 0.4):
         h = share * (t - 0.01)
         measured = rms(x - h * data.velocity(x, t) - data.flow(x, t, t - h, 30))
-        assert measured <= float(step(data.path, R, x.shape[1], t, t - h).truncation) * 1.05  # of sampling
+        assert (
+            measured <= float(step(data.path, R, x.shape[1], t, t - h).truncation) * 1.05
+        )  # of sampling
 
 
 @pytest.mark.parametrize("path", [*EVERY, Bent()])
-def test_the_truncation_of_a_short_step_is_half_its_square_times_the_time_derivative(path: Schedule) -> None:
+def test_the_truncation_of_a_short_step_is_half_its_square_times_the_time_derivative(
+    path: Schedule,
+) -> None:
     t, h = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), 1e-4
     truncation = step(path, 0.7, 2, t, t - h).truncation
-    torch.testing.assert_close(truncation, h**2 / 2 * constants(path, 0.7, 2, 2, t).time_derivative, rtol=5e-3, atol=0)
+    torch.testing.assert_close(
+        truncation, h**2 / 2 * constants(path, 0.7, 2, 2, t).time_derivative, rtol=5e-3, atol=0
+    )
 
 
 def test_the_truncation_of_a_long_step_integrates_the_denoisers_rate_twice() -> None:
@@ -316,14 +364,21 @@ def test_the_truncation_of_a_long_step_integrates_the_denoisers_rate_twice() -> 
     lam, lam_next = (1 - t) / t, (1 - t_next) / t_next
     mu = lam + (lam_next - lam) * (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     integral = ((lam_next - mu) * denoiser_rate(mu, 0.7, math.sqrt(2))).mean() * (lam_next - lam)
-    assert float(step(STRAIGHT, 0.7, 2, t, t_next).truncation) == pytest.approx(float(t_next * integral), rel=1e-8)
+    assert float(step(STRAIGHT, 0.7, 2, t, t_next).truncation) == pytest.approx(
+        float(t_next * integral), rel=1e-8
+    )
 
 
 # --- the theorem -------------------------------------------------------------------------------------------------------
 
 
 def routed_error(
-    data: Points, delta: float, steps: int, eps_router: float = 0.0, eps_expert: float = 0.0, n: int = 600
+    data: Points,
+    delta: float,
+    steps: int,
+    eps_router: float = 0.0,
+    eps_expert: float = 0.0,
+    n: int = 600,
 ) -> float:
     """||Y_N - X_delta|| of the theorem's coupling: no less than W2, and what is proved to be within the bound."""
     g, d = seeded(steps), data.points.shape[1]
@@ -371,7 +426,9 @@ def test_the_routed_sampler_is_within_the_bound(
 
 
 @pytest.mark.parametrize("errors", [(0.0, 0.0), (0.0, 0.5)])
-def test_over_a_short_horizon_the_bound_is_within_a_factor_of_four_of_the_truth(errors: tuple[float, float]) -> None:
+def test_over_a_short_horizon_the_bound_is_within_a_factor_of_four_of_the_truth(
+    errors: tuple[float, float],
+) -> None:
     measured = math.log10(routed_error(pair(1, VP), 0.5, 50, *errors))
     theorem = bound(VP, 1, 1, 2, 0.5, 50, *errors).sampling
     assert theorem - math.log10(4) < measured <= theorem
@@ -387,15 +444,17 @@ def test_each_part_is_reached_where_the_flow_is_linear() -> None:
     assert truncated == pytest.approx(10**exact.truncation, rel=0.02)
     biased = routed_error(data, delta, steps, 0.0, eps, n=4000)
     assert math.sqrt(biased**2 - truncated**2) == pytest.approx(10**parts.approximation, rel=0.02)
-    g, walk = seeded(0), torch.zeros(10_000, 1, dtype=torch.float64)
+    g, trajectory = seeded(0), torch.zeros(10_000, 1, dtype=torch.float64)
     times = torch.linspace(1, delta, steps + 1, dtype=torch.float64)
     for t, t_next in pairwise(times):  # by a fair coin, to R or to -R
-        coin = torch.randint(2, walk.shape, generator=g) * 2 - 1
-        walk = walk + (t_next - t) * velocity(walk, R * coin, VP(t))
-    assert rms(walk) == pytest.approx(10**exact.martingale, rel=0.02)
+        coin = torch.randint(2, trajectory.shape, generator=g) * 2 - 1
+        trajectory = trajectory + (t_next - t) * velocity(trajectory, R * coin, VP(t))
+    assert rms(trajectory) == pytest.approx(10**exact.martingale, rel=0.02)
     x0 = data.clean(50_000, g)
     a, s, _, _ = VP(number(delta))
-    assert rms((a - 1) * x0 + s * torch.randn(x0.shape, generator=g)) == pytest.approx(10**exact.early_stop, rel=0.02)
+    assert rms((a - 1) * x0 + s * torch.randn(x0.shape, generator=g)) == pytest.approx(
+        10**exact.early_stop, rel=0.02
+    )
 
 
 def test_at_few_steps_the_parts_are_the_recursion_of_the_proof() -> None:
@@ -408,7 +467,9 @@ def test_at_few_steps_the_parts_are_the_recursion_of_the_proof() -> None:
         c = constants(VP, R, d, K, t)
         initialization *= rho
         truncation = rho * truncation + truncated
-        approximation = rho * approximation + h * float(c.router * eps_router + c.expert * eps_expert)
+        approximation = rho * approximation + h * float(
+            c.router * eps_router + c.expert * eps_expert
+        )
         martingale = math.hypot(rho * martingale, h * float(c.martingale + c.expert * eps_expert))
     found = bound(VP, R, d, K, delta, steps, eps_router, eps_expert)
     expected = (initialization, truncation, martingale, approximation)
@@ -433,7 +494,9 @@ def test_the_parts_tend_to_the_integrals_of_the_theorem(path: Schedule) -> None:
     }
     for name, limit in limits.items():
         assert 10 ** getattr(parts, name) == pytest.approx(float(limit), rel=5e-3), name
-    assert 10**parts.sampling == pytest.approx(sum(map(float, limits.values())) - float(limits["early_stop"]), rel=5e-3)
+    assert 10**parts.sampling == pytest.approx(
+        sum(map(float, limits.values())) - float(limits["early_stop"]), rel=5e-3
+    )
     assert 10**parts.total == pytest.approx(sum(map(float, limits.values())), rel=5e-3)
 
 
@@ -452,7 +515,9 @@ def test_the_martingale_halves_with_four_times_the_steps_and_the_truncation_with
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_approximation_is_linear_in_the_errors(which: int) -> None:
-    once, twice = (bound(VP, 1, 2, 4, 0.2, 100, *(eps * (which == i) for i in (0, 1))) for eps in (0.01, 0.02))
+    once, twice = (
+        bound(VP, 1, 2, 4, 0.2, 100, *(eps * (which == i) for i in (0, 1))) for eps in (0.01, 0.02)
+    )
     assert twice.approximation - once.approximation == pytest.approx(math.log10(2), rel=1e-9)
     assert once.truncation == twice.truncation and once.initialization == twice.initialization
 
@@ -466,16 +531,20 @@ def test_one_expert_needs_no_router_and_leaves_no_martingale() -> None:
 def test_the_trivial_bound_is_reached_by_experts_that_err_outwards() -> None:
     R, eps, delta = 0.5, 3.0, 0.1
     data = Points(torch.tensor([[R]], dtype=torch.float64), torch.zeros(1), torch.zeros(1), VP)
-    x = torch.ones(1, 1, dtype=torch.float64) * VP(number(1.0)).s  # as far out as the noise is in root mean square
+    x = (
+        torch.ones(1, 1, dtype=torch.float64) * VP(number(1.0)).s
+    )  # as far out as the noise is in root mean square
     for t, t_next in pairwise(torch.linspace(1, delta, 21, dtype=torch.float64)):
         x = x + (t_next - t) * velocity(x, data.denoise(x, t) + eps, VP(t))
     farthest = float(x) + rms(data.at(number(delta), 50_000, seeded(0)))
-    assert 10 ** bound(VP, R, 1, 1, delta, 20, 0.0, eps).trivial == pytest.approx(farthest, rel=0.01)
+    assert 10 ** bound(VP, R, 1, 1, delta, 20, 0.0, eps).trivial == pytest.approx(
+        farthest, rel=0.01
+    )
 
 
 def test_a_hopeless_bound_is_a_number_all_the_same() -> None:
-    pictures: Bound = bound(VP, math.sqrt(3072), 3072, 8, 0.001, 1000)
-    assert all(map(math.isfinite, pictures[:3] + pictures[4:])) and pictures.total > 800
+    images: Bound = bound(VP, math.sqrt(3072), 3072, 8, 0.001, 1000)
+    assert all(map(math.isfinite, images[:3] + images[4:])) and images.total > 800
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from benchmarks import ablations
 from benchmarks.table.results_page import main_table, page
 from ddm.artifacts import digest, sha256
 from train.config import load_config
-from train.run_folder import settled
 from train.evaluation.results import Evaluation
+from train.run_folder import settled
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -25,10 +25,10 @@ def complaints(folder: Path) -> list[str]:
     found = []
     records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     tables = {name: record for name, record in records.items() if not name.startswith("ablations-")}
-    own = {file for record in tables.values() for file in record["files"]}
+    cfg = {file for record in tables.values() for file in record["files"]}
     pages = {f"{name}.md" for name in tables} | {"README.md", "ablations.md"}
     for path in sorted(folder.iterdir()):
-        known = own | pages | {f"{name}.json" for name in records}
+        known = cfg | pages | {f"{name}.json" for name in records}
         if path.name not in known:
             found.append(f"{path.name} has no record")
     for name, record in tables.items():
@@ -88,9 +88,21 @@ def _record(change: Callable[[dict], None]) -> Callable[[Path], None]:  # type: 
             _record(lambda r: r["cells"][0]["scores"]["classifier"].update(frechet=0.01)),
             "digits.md does not",
         ),
-        ("digits.json", _record(lambda r: r["config"].update({"expert.steps": 7})), "the config in digits.json"),
-        ("digits.json", _record(lambda r: r.update(config_hash="0")), "digits.json was made by another"),
-        ("digits-pictures.png", lambda path: path.write_bytes(path.read_bytes() + b"0"), "digits-pictures.png is not"),
+        (
+            "digits.json",
+            _record(lambda r: r["config"].update({"expert.steps": 7})),
+            "the config in digits.json",
+        ),
+        (
+            "digits.json",
+            _record(lambda r: r.update(config_hash="0")),
+            "digits.json was made by another",
+        ),
+        (
+            "digits-images.png",
+            lambda path: path.write_bytes(path.read_bytes() + b"0"),
+            "digits-images.png is not",
+        ),
         ("digits-real.png", lambda path: path.unlink(), "digits-real.png is not the one"),
         ("more.png", lambda path: path.write_bytes(b"0"), "more.png has no record"),
         ("better.md", lambda path: path.write_text("| FID | 1.0 |"), "better.md has no record"),

@@ -13,36 +13,45 @@ from benchmarks.table.__main__ import main
 from benchmarks.table.results_page import difference, page
 from ddm.artifacts import sha256
 from tests.conftest import SMALL
-from train.evaluation.samples import Draws
 from train.evaluation.results import Evaluation
+from train.evaluation.samples import SampleStore
 
 TABLE = "table={n: 20, seeds: 2, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20}"
 
 
 def words(folder: Path, *more: str) -> list[str]:
-    return ["configs/digits.yaml", *SMALL, TABLE, f"run={folder / 'tiny'}", f"--out={folder / 'results'}", *more]
+    return [
+        "configs/digits.yaml",
+        *SMALL,
+        TABLE,
+        f"run={folder / 'tiny'}",
+        f"--out={folder / 'results'}",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run and its results; it was cut off once on the way."""
     folder = tmp_path_factory.mktemp("table")
-    draw, drawn = Draws.draw, []
+    draw, drawn = SampleStore.draw, []
 
-    def cut_off(self: Draws, *job: Any) -> None:
+    def cut_off(self: SampleStore, *job: Any) -> None:
         if len(drawn) == 5:
             raise KeyboardInterrupt
         drawn.append(job[0].name)
         draw(self, *job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Draws, "draw", cut_off)
+        patch.setattr(SampleStore, "draw", cut_off)
         assert main(words(folder)) == 130
     files = sorted((folder / "tiny" / "table" / "draws").glob("*.safetensors"))
     assert len(files) == 5
     before = {file: file.stat().st_mtime_ns for file in files}
     assert main(words(folder)) == 0
-    assert before == {file: file.stat().st_mtime_ns for file in files}  # what was drawn is not drawn again
+    assert before == {
+        file: file.stat().st_mtime_ns for file in files
+    }  # what was drawn is not drawn again
     return folder
 
 
@@ -59,14 +68,16 @@ def test_every_method_is_there_with_every_sampler_step_and_seed(record: Any) -> 
         "MoG-a",
         "MoG-da",
         "balanced",
-        "controlled",
+        "balanced-cv",
         "adaptive",
         "top-1",
         "top-2",
         "nucleus",
         "full",
     ]
-    assert cells == {(m, s, n, seed) for m in methods for s in ("ddim", "2M") for n in (2, 4) for seed in (0, 1)}
+    assert cells == {
+        (m, s, n, seed) for m in methods for s in ("ddim", "2M") for n in (2, 4) for seed in (0, 1)
+    }
     assert len(record["cells"]) == len(cells)
     calls = {c["method"]: c["calls"] for c in record["cells"] if c["steps"] == 4}
     assert calls["DDIM"] == calls["balanced"] == calls["top-1"] == 4
@@ -77,9 +88,9 @@ def test_every_method_is_there_with_every_sampler_step_and_seed(record: Any) -> 
 def test_monolith_and_experts_cost_the_same_and_the_router_is_counted(record: Any) -> None:
     cost = record["compute"]
     assert cost["experts"] == cost["monolith"] > cost["router"] > 0
-    seen = record["pictures_seen"]
+    seen = record["images_seen"]
     assert seen["DDIM"] == seen["full"] == 3 * 12 * 12
-    # 12 noisy pictures a step with 240 real ones of 64 numbers: once in the 4 steps of stage 1, twice in the 6 of stage 2
+    # 12 noisy images a step with 240 real ones of 64 numbers: once in the 4 steps of stage 1, twice in the 6 of stage 2
     assert cost["exact_targets"] == 2 * 12 * 240 * 64 * (4 + 2 * 6)
 
 
@@ -87,14 +98,22 @@ def test_the_page_is_a_function_of_its_record(made: Path, tmp_path: Path, record
     copy = tmp_path / "tiny.json"
     copy.write_text((made / "results" / "tiny.json").read_text())
     assert main([f"--page={copy}"]) == 0
-    assert (tmp_path / "tiny.md").read_text() == (made / "results" / "tiny.md").read_text() == page(record, "tiny")
+    assert (
+        (tmp_path / "tiny.md").read_text()
+        == (made / "results" / "tiny.md").read_text()
+        == page(record, "tiny")
+    )
 
 
-def test_every_picture_of_the_page_is_there_with_its_hash(made: Path, record: Any) -> None:
+def test_every_image_of_the_page_is_there_with_its_hash(made: Path, record: Any) -> None:
     text = (made / "results" / "tiny.md").read_text()
-    shown = {part.split(")")[0] for part in text.split("](")[1:] if part.split(")")[0].endswith(".png")}
+    shown = {
+        part.split(")")[0] for part in text.split("](")[1:] if part.split(")")[0].endswith(".png")
+    }
     assert shown == set(record["files"])
-    assert all(sha256(made / "results" / file) == expected for file, expected in record["files"].items())
+    assert all(
+        sha256(made / "results" / file) == expected for file, expected in record["files"].items()
+    )
 
 
 def test_a_difference_is_taken_seed_by_seed(record: Any) -> None:
@@ -113,7 +132,11 @@ def test_a_difference_is_taken_seed_by_seed(record: Any) -> None:
 def test_what_is_done_is_not_done_again(made: Path) -> None:
     def times() -> dict[Path, int]:
         kinds = (".safetensors", ".ckpt")
-        return {f: f.stat().st_mtime_ns for f in (made / "tiny").rglob("*") if f.suffix in kinds or "scores" in f.parts}
+        return {
+            f: f.stat().st_mtime_ns
+            for f in (made / "tiny").rglob("*")
+            if f.suffix in kinds or "scores" in f.parts
+        }
 
     before = times()
     assert main(words(made)) == 0
@@ -124,9 +147,15 @@ def test_what_is_done_is_not_done_again(made: Path) -> None:
     ("more", "said"),
     [
         (["table.methods=[best]"], "table.methods must be one of DDIM Naive"),
-        (["table.samplers={x: {sampler: heum}}"], "table.samplers.x: sample.sampler must be one of"),
+        (
+            ["table.samplers={x: {sampler: heum}}"],
+            "table.samplers.x: sample.sampler must be one of",
+        ),
         (["table.samplers={x: {stepz: 3}}"], "table.samplers.x: "),
-        (["table.features=[nowhere.pt]"], "table.features must be of classifier, inception, TorchScript files"),
+        (
+            ["table.features=[nowhere.pt]"],
+            "table.features must be of classifier, inception, TorchScript files",
+        ),
         (["--pages=1"], "give one config, key=value words and --out=FOLDER"),
     ],
 )
@@ -155,7 +184,7 @@ def test_an_ablation_trains_only_what_it_touches(made: Path, tmp_path: Path) -> 
     assert list(record["groups"]) == ["loss", "temperature"]
     rows = {row["name"]: row for group in record["groups"].values() for row in group}
     assert rows["expert.loss_weight=min_snr"]["default"]
-    assert len(rows["sample.temperature=0.5"]["cells"]["controlled-4"]) == 2
+    assert len(rows["sample.temperature=0.5"]["cells"]["balanced-cv-4"]) == 2
 
     def same(part: str, word: str) -> bool:
         for run in (made / "tiny-ablations").iterdir():
@@ -173,9 +202,9 @@ def test_the_bands_hold_a_third_of_the_energy_each(made: Path) -> None:
     """Against finite differences of the exact alpha along the paths."""
     import torch
 
-    from ddm.training import Batches
     from ddm.partition import Partition
     from ddm.schedules import schedule
+    from ddm.training import Batches
     from router.targets import exact_posterior
     from train.config import load_config
 
@@ -183,11 +212,13 @@ def test_the_bands_hold_a_third_of_the_energy_each(made: Path) -> None:
     cut = Partition.read(config.folder / "partition")
     whole, process = cut.all(config.folder / "partition"), schedule("vp_linear")
     batches = Batches(whole["images"], 256, 1)
-    x0, eps = batches.pictures(0)[0].double(), batches.noise(0).double()
+    x0, eps = batches.x0(0)[0].double(), batches.noise(0).double()
 
     def alpha(t: torch.Tensor) -> torch.Tensor:
         a, s, _, _ = process(t)
-        return exact_posterior(a * x0 + s * eps, t, whole["images"], whole["cluster"], process).double()
+        return exact_posterior(
+            a * x0 + s * eps, t, whole["images"], whole["cluster"], process
+        ).double()
 
     times = torch.linspace(1e-3, 1, 201, dtype=torch.float64)
     rates = torch.stack([alpha(t) for t in times]).diff(dim=0) / times.diff()[:, None, None]

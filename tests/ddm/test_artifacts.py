@@ -36,17 +36,26 @@ def flip_last_byte(path: Path) -> None:
 
 def test_sha256_is_the_published_one(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
-    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256(tmp_path / "abc")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 def test_digest_is_that_of_sorted_json_whatever_the_order_of_the_keys() -> None:
-    assert digest({"b": [2], "a": 1}) == hashlib.sha256(b'{"a": 1, "b": [2]}').hexdigest() == digest({"a": 1, "b": [2]})
+    assert (
+        digest({"b": [2], "a": 1})
+        == hashlib.sha256(b'{"a": 1, "b": [2]}').hexdigest()
+        == digest({"a": 1, "b": [2]})
+    )
     assert digest({"a": 1, "b": [3]}) != digest({"a": 1, "b": [2]})
 
 
 def test_tensors_come_back_as_they_went(tmp_path: Path) -> None:
     sent = {
-        "pixels": torch.arange(24, dtype=torch.uint8).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last),
+        "pixels": torch.arange(24, dtype=torch.uint8)
+        .reshape(1, 2, 3, 4)
+        .to(memory_format=torch.channels_last),
         "view": torch.arange(6.0).reshape(2, 3).T[1:],
         "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "learned": torch.ones(2, requires_grad=True),
@@ -63,7 +72,11 @@ def test_tensors_come_back_as_they_went(tmp_path: Path) -> None:
 def test_an_artifact_comes_back_with_its_facts_and_the_hash_of_its_weights(tmp_path: Path) -> None:
     write_artifact(tmp_path / "expert", TENSORS, {"steps": 7, "names": ["é", "β"]})
     tensors, facts = read_artifact(tmp_path / "expert", sha256(tmp_path / "expert.json"))
-    assert facts == {"steps": 7, "names": ["é", "β"], "sha256": sha256(tmp_path / "expert.safetensors")}
+    assert facts == {
+        "steps": 7,
+        "names": ["é", "β"],
+        "sha256": sha256(tmp_path / "expert.safetensors"),
+    }
     assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
 
 
@@ -72,7 +85,9 @@ def test_changed_weights_are_refused_with_both_hashes(tmp_path: Path) -> None:
     weights = tmp_path / "expert.safetensors"
     expected = sha256(weights)
     flip_last_byte(weights)
-    message = f"{weights} is damaged or foreign: its SHA-256 is {sha256(weights)}, expected {expected}"
+    message = (
+        f"{weights} is damaged or foreign: its SHA-256 is {sha256(weights)}, expected {expected}"
+    )
     with pytest.raises(ArtifactError, match=re.escape(message)):
         read_artifact(tmp_path / "expert")
 
@@ -105,7 +120,9 @@ def test_reading_a_file_that_is_not_there_names_it(tmp_path: Path, read: object)
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b""])
 def test_what_is_no_json_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "facts.json").write_bytes(content)
-    with pytest.raises(ArtifactError, match=re.escape(f"{tmp_path / 'facts.json'} is damaged: it is not JSON")):
+    with pytest.raises(
+        ArtifactError, match=re.escape(f"{tmp_path / 'facts.json'} is damaged: it is not JSON")
+    ):
         read_json(tmp_path / "facts.json")
 
 
@@ -113,7 +130,8 @@ def test_what_is_no_json_is_refused_by_name(tmp_path: Path, content: bytes) -> N
 def test_json_that_describes_no_artifact_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "expert.json").write_text(content)
     with pytest.raises(
-        ArtifactError, match=re.escape(f"{tmp_path / 'expert.json'} is not the description of an artifact")
+        ArtifactError,
+        match=re.escape(f"{tmp_path / 'expert.json'} is not the description of an artifact"),
     ):
         read_artifact(tmp_path / "expert")
 
@@ -123,7 +141,9 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, TENSORS)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ArtifactError, match=re.escape(f"{path} is damaged: it is no safetensors file")):
+    with pytest.raises(
+        ArtifactError, match=re.escape(f"{path} is damaged: it is no safetensors file")
+    ):
         read_tensors(path)
 
 
@@ -138,14 +158,18 @@ class Trap:
 
 
 @pytest.mark.parametrize("by_torch", [True, False])
-def test_a_pickle_in_the_guise_of_safetensors_is_refused_unopened(tmp_path: Path, by_torch: bool) -> None:
+def test_a_pickle_in_the_guise_of_safetensors_is_refused_unopened(
+    tmp_path: Path, by_torch: bool
+) -> None:
     path, sprung = tmp_path / "expert.safetensors", tmp_path / "sprung"
     if by_torch:
         torch.save({"weight": Trap(sprung)}, path)
     else:
         path.write_bytes(pickle.dumps({"weight": Trap(sprung)}))
     write_json(tmp_path / "expert.json", {"sha256": sha256(path)})
-    with pytest.raises(ArtifactError, match=re.escape(f"{path} is damaged: it is no safetensors file")):
+    with pytest.raises(
+        ArtifactError, match=re.escape(f"{path} is damaged: it is no safetensors file")
+    ):
         read_artifact(tmp_path / "expert")
     assert not sprung.exists()
 
@@ -172,7 +196,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert torch.equal(tensors["weight"], TENSORS["weight"])
 
 
-def test_an_artifact_without_its_json_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_without_its_json_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(path: Path, facts: object) -> None:
         raise OSError("no space left on device")
 

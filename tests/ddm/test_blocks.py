@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ddm.blocks import Encoder, ResidualBlock, SelfAttention, TimeEmbedding, check_encoder, group_norm
+from ddm.blocks import (
+    Encoder,
+    ResidualBlock,
+    SelfAttention,
+    TimeEmbedding,
+    check_encoder,
+    group_norm,
+)
 from ddm.errors import ConfigError
 
 
@@ -43,7 +50,9 @@ def test_self_attention_is_the_softmax_of_scaled_products() -> None:
     x = noise(2, 8, 2, 3)
     normed = F.group_norm(x, 2, layer.norm.weight, layer.norm.bias).reshape(2, 8, 6)
     weight = layer.qkv.weight[:, :, 0, 0]
-    q, k, v = (torch.einsum("oi,bin->bon", weight, normed) + layer.qkv.bias[:, None]).split(8, dim=1)
+    q, k, v = (torch.einsum("oi,bin->bon", weight, normed) + layer.qkv.bias[:, None]).split(
+        8, dim=1
+    )
     attention = (torch.einsum("bcn,bcm->bnm", q, k) / math.sqrt(8)).exp()
     attention = attention / attention.sum(dim=2, keepdim=True)
     mixed = torch.einsum("bnm,bcm->bcn", attention, v)
@@ -57,7 +66,10 @@ def test_a_fresh_residual_block_is_its_skip(attention: bool) -> None:
     same = ResidualBlock(8, 8, 6, 0.0, attention).double()
     torch.testing.assert_close(same(x, embedding), x, rtol=0, atol=0)
     wider = ResidualBlock(8, 12, 6, 0.0, attention).double()
-    expected = torch.einsum("oi,bihw->bohw", wider.skip.weight[:, :, 0, 0], x) + wider.skip.bias[:, None, None]
+    expected = (
+        torch.einsum("oi,bihw->bohw", wider.skip.weight[:, :, 0, 0], x)
+        + wider.skip.bias[:, None, None]
+    )
     torch.testing.assert_close(wider(x, embedding), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -69,7 +81,9 @@ def test_the_embedding_scales_and_shifts_the_second_norm() -> None:
     h = F.group_norm(h, 2, block.norm2.weight, block.norm2.bias)
     numbers = F.silu(embedding) @ block.scale_shift.weight.T + block.scale_shift.bias
     h = h * (1 + numbers[:, :8, None, None]) + numbers[:, 8:, None, None]
-    torch.testing.assert_close(block(x, embedding), x + block.conv2(F.silu(h)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        block(x, embedding), x + block.conv2(F.silu(h)), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -97,10 +111,17 @@ def test_the_encoders_maps_have_the_widths_it_tells_and_halve_from_level_to_leve
 
 def test_the_encoder_attends_at_the_sides_asked_for_and_nowhere_else() -> None:
     blocks = [stage for stage in encoder().stages if isinstance(stage, ResidualBlock)]
-    assert [isinstance(block.attention, SelfAttention) for block in blocks] == [False, False, True, True, False, False]
+    assert [isinstance(block.attention, SelfAttention) for block in blocks] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
-def test_the_encoder_sees_each_picture_alone_and_at_its_own_time() -> None:
+def test_the_encoder_sees_each_image_alone_and_at_its_own_time() -> None:
     net, x, t = encoder(), noise(3, 3, 8, 8), torch.tensor([0.1, 0.5, 0.9])
     maps, embedding = net(x, t)
     for i in range(3):
@@ -124,20 +145,32 @@ def test_the_encoder_sees_each_picture_alone_and_at_its_own_time() -> None:
         ({"dropout": -0.1}, "expert.unet.dropout must be in [0, 1), got -0.1"),
         (
             {"multipliers": [1] * 5},
-            "expert.unet.multipliers must halve a square picture of 8 x 8 evenly, got [1, 1, 1, 1, 1]",
+            "expert.unet.multipliers must halve a square image of 8 x 8 evenly, got [1, 1, 1, 1, 1]",
         ),
-        ({"shape": [1, 8, 6]}, "expert.unet.multipliers must halve a square picture of 8 x 6 evenly, got [1, 2]"),
+        (
+            {"shape": [1, 8, 6]},
+            "expert.unet.multipliers must halve a square image of 8 x 6 evenly, got [1, 2]",
+        ),
     ],
 )
-def test_sizes_that_make_no_network_are_refused_by_name(change: dict[str, Any], message: str) -> None:
-    sizes: dict[str, Any] = {"channels": 32, "multipliers": [1, 2], "blocks": 2, "dropout": 0.1, "shape": [1, 8, 8]}
+def test_sizes_that_make_no_network_are_refused_by_name(
+    change: dict[str, Any], message: str
+) -> None:
+    sizes: dict[str, Any] = {
+        "channels": 32,
+        "multipliers": [1, 2],
+        "blocks": 2,
+        "dropout": 0.1,
+        "shape": [1, 8, 8],
+    }
     check_encoder("expert.unet", **sizes)
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         check_encoder("expert.unet", **{**sizes, **change})
 
 
 @pytest.mark.parametrize(
-    ("channels", "multipliers"), [(4, [1, 3]), (12, [1, 2, 4]), (36, [1, 3]), (32, [5]), (96, [1, 2])]
+    ("channels", "multipliers"),
+    [(4, [1, 3]), (12, [1, 2, 4]), (36, [1, 3]), (32, [5]), (96, [1, 2])],
 )
 def test_sizes_that_are_let_through_make_a_network(channels: int, multipliers: list[int]) -> None:
     check_encoder("expert.unet", channels, multipliers, 1, 0.0, [1, 8, 8])

@@ -23,7 +23,9 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder, self.bundle = folder, folder / "bundle"
         images = torch.arange(5 * 4, dtype=torch.uint8).reshape(5, 1, 2, 2)
-        self.partition = Partition.write(folder / "partition", images, torch.tensor([0, 0, 1, 0, 1]), ["a", "b"], None)
+        self.partition = Partition.write(
+            folder / "partition", images, torch.tensor([0, 0, 1, 0, 1]), ["a", "b"], None
+        )
         self.experts = [folder / "experts" / f"{k:02d}" / "expert" for k in range(2)]
         self.router = folder / "router" / "router"
         for k in range(2):
@@ -31,7 +33,12 @@ class Run:
         write_artifact(self.router, {"weight": torch.tensor([9.0])}, self.facts(kind="router"))
 
     def facts(self, **facts: Any) -> dict[str, Any]:
-        common = {"kind": "expert", "shape": [1, 2, 2], "schedule": SCHEDULE, "partition": self.partition.hash}
+        common = {
+            "kind": "expert",
+            "shape": [1, 2, 2],
+            "schedule": SCHEDULE,
+            "partition": self.partition.hash,
+        }
         return {**common, **facts}
 
     def train(self, k: int, weight: float = 0.0, **facts: Any) -> None:
@@ -86,7 +93,10 @@ def test_a_tampered_weight_is_refused_naming_its_file_and_both_hashes(run: Run, 
     path = run.bundle / f"{name}.safetensors"
     expected = sha256(path)
     write_tensors(path, {"weight": read_tensors(path)["weight"] + 1})
-    refused(run.bundle, f"{path} is damaged or foreign: its SHA-256 is {sha256(path)}, expected {expected}")
+    refused(
+        run.bundle,
+        f"{path} is damaged or foreign: its SHA-256 is {sha256(path)}, expected {expected}",
+    )
 
 
 @pytest.mark.parametrize("name", ["expert-01", "router"])
@@ -94,7 +104,10 @@ def test_tampered_facts_are_refused_naming_their_file_and_both_hashes(run: Run, 
     path = run.bundle / f"{name}.json"
     expected = sha256(path)
     write_json(path, {**read_json(path), "extra": 1})
-    refused(run.bundle, f"{path} is damaged or foreign: its SHA-256 is {sha256(path)}, expected {expected}")
+    refused(
+        run.bundle,
+        f"{path} is damaged or foreign: its SHA-256 is {sha256(path)}, expected {expected}",
+    )
 
 
 def test_a_weight_tampered_together_with_its_facts_is_refused(run: Run) -> None:
@@ -103,7 +116,9 @@ def test_a_weight_tampered_together_with_its_facts_is_refused(run: Run) -> None:
     refused(run.bundle, f"{run.bundle / 'expert-00.json'} is damaged or foreign")
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "expert-01.json", "expert-01.safetensors", "router.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["manifest.json", "expert-01.json", "expert-01.safetensors", "router.safetensors"]
+)
 def test_a_missing_file_is_named(run: Run, file: str) -> None:
     (run.bundle / file).unlink()
     refused(run.bundle, f"{run.bundle / file} is missing")
@@ -111,9 +126,15 @@ def test_a_missing_file_is_named(run: Run, file: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("partition", "0" * 64), ("schedule", {"name": "vp_linear", "beta_max": 19.0}), ("shape", [1, 4, 4])],
+    [
+        ("partition", "0" * 64),
+        ("schedule", {"name": "vp_linear", "beta_max": 19.0}),
+        ("shape", [1, 4, 4]),
+    ],
 )
-def test_an_artifact_of_another_run_is_refused_naming_what_differs(run: Run, key: str, value: Any) -> None:
+def test_an_artifact_of_another_run_is_refused_naming_what_differs(
+    run: Run, key: str, value: Any
+) -> None:
     ours = run.facts()[key]
     run.train(1, **{key: value})
     message = f"expert-01.json does not belong to this bundle: its {key} is {value!r}, the manifest's {ours!r}"
@@ -122,14 +143,17 @@ def test_an_artifact_of_another_run_is_refused_naming_what_differs(run: Run, key
     run.train(1)
     write_artifact(run.router, {}, run.facts(**{key: value}))
     with pytest.raises(
-        ArtifactError, match=re.escape(f"router.json does not belong to this bundle: its {key} is {value!r}")
+        ArtifactError,
+        match=re.escape(f"router.json does not belong to this bundle: its {key} is {value!r}"),
     ):
         run.write()
 
 
 def test_swapped_experts_are_refused_by_name(run: Run) -> None:
     run.experts.reverse()
-    with pytest.raises(ArtifactError, match=re.escape("expert-00.json does not belong here: it is expert 1, not 0")):
+    with pytest.raises(
+        ArtifactError, match=re.escape("expert-00.json does not belong here: it is expert 1, not 0")
+    ):
         run.write()
 
 
@@ -177,7 +201,10 @@ def change_the_shape(manifest: dict[str, Any]) -> None:
         (lose_an_expert, "manifest.json lists no expert-01, but has 2 clusters"),
         (add_an_expert, "manifest.json lists an artifact that no cluster has: expert-02"),
         (lose_the_sizes, "manifest.json does not describe a partition: KeyError('sizes')"),
-        (be_of_another_format, "manifest.json is not the manifest of a bundle: its format must be 'ddm-bundle-1'"),
+        (
+            be_of_another_format,
+            "manifest.json is not the manifest of a bundle: its format must be 'ddm-bundle-1'",
+        ),
         (change_the_shape, "manifest.json is damaged: the hash of its partition is"),
         (change_the_sizes, "manifest.json"),
         (have_a_size_too_many, "manifest.json"),
@@ -202,7 +229,9 @@ def test_files_swapped_with_their_hashes_are_refused_by_name(run: Run) -> None:
     manifest = read_json(run.bundle / "manifest.json")
     swap_in_manifest(manifest)
     write_json(run.bundle / "manifest.json", manifest)
-    refused(run.bundle, f"{run.bundle / 'expert-00.json'} does not belong here: it is expert 1, not 0")
+    refused(
+        run.bundle, f"{run.bundle / 'expert-00.json'} does not belong here: it is expert 1, not 0"
+    )
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null"])
@@ -215,9 +244,12 @@ def test_a_pickle_among_the_weights_is_refused_by_name(run: Run) -> None:
     torch.save({"weight": torch.tensor([1.0])}, run.experts[1].with_suffix(".safetensors"))
     facts = read_json(run.experts[1].with_suffix(".json"))
     write_json(
-        run.experts[1].with_suffix(".json"), {**facts, "sha256": sha256(run.experts[1].with_suffix(".safetensors"))}
+        run.experts[1].with_suffix(".json"),
+        {**facts, "sha256": sha256(run.experts[1].with_suffix(".safetensors"))},
     )
-    with pytest.raises(ArtifactError, match=r"expert.*01.*\.safetensors is damaged: it is no safetensors file"):
+    with pytest.raises(
+        ArtifactError, match=r"expert.*01.*\.safetensors is damaged: it is no safetensors file"
+    ):
         run.write()
 
 
@@ -237,14 +269,20 @@ def test_a_new_bundle_replaces_the_old_and_carries_nothing_of_a_failed_one(run: 
     (leftover / "expert-07.json").write_text("{}")
     (run.bundle / "old").write_text("")
     run.write()
-    names = {f"{name}{suffix}" for name in ("expert-00", "expert-01", "router") for suffix in (".json", ".safetensors")}
+    names = {
+        f"{name}{suffix}"
+        for name in ("expert-00", "expert-01", "router")
+        for suffix in (".json", ".safetensors")
+    }
     assert {path.name for path in run.bundle.iterdir()} == names | {"manifest.json"}
     assert not leftover.exists()
 
 
 def test_too_few_experts_are_refused_and_leave_the_old_bundle(run: Run) -> None:
     version = read_bundle(run.bundle).version
-    with pytest.raises(ArtifactError, match=re.escape("manifest.json lists no expert-01, but has 2 clusters")):
+    with pytest.raises(
+        ArtifactError, match=re.escape("manifest.json lists no expert-01, but has 2 clusters")
+    ):
         write_bundle(run.bundle, run.partition, run.experts[:1], None)
     assert read_bundle(run.bundle).version == version
 
@@ -258,7 +296,9 @@ def test_an_artifact_that_is_not_there_is_refused_by_name(run: Run, suffix: str)
 
 
 def test_an_expert_that_does_not_say_its_schedule_is_refused_by_name(run: Run) -> None:
-    write_artifact(run.experts[0], {}, {"index": 0, "shape": [1, 2, 2], "partition": run.partition.hash})
+    write_artifact(
+        run.experts[0], {}, {"index": 0, "shape": [1, 2, 2], "partition": run.partition.hash}
+    )
     with pytest.raises(ArtifactError, match=r"expert.*\.json.*schedule"):
         run.write()
 
@@ -271,7 +311,11 @@ def test_only_what_is_asked_for_is_read_and_the_others_may_be_anywhere(run: Run)
     bundle = read_bundle(run.bundle, only=["expert-01"])
     assert [float(expert.tensors["weight"]) for expert in bundle.experts] == [1]
     assert bundle.router is None
-    assert (bundle.version, bundle.partition, bundle.schedule) == (whole.version, whole.partition, whole.schedule)
+    assert (bundle.version, bundle.partition, bundle.schedule) == (
+        whole.version,
+        whole.partition,
+        whole.schedule,
+    )
     assert read_bundle(run.bundle, only=[]).experts == []
     refused(run.bundle, f"{run.bundle / 'expert-00.json'} is missing")
 
@@ -295,7 +339,9 @@ def test_an_expert_of_another_number_is_refused_alone_too(run: Run) -> None:
     manifest = read_json(run.bundle / "manifest.json")
     manifest["artifacts"]["expert-01"] = manifest["artifacts"]["expert-00"]
     write_json(run.bundle / "manifest.json", manifest)
-    with pytest.raises(ArtifactError, match="expert-01.json does not belong here: it is expert 0, not 1"):
+    with pytest.raises(
+        ArtifactError, match="expert-01.json does not belong here: it is expert 0, not 1"
+    ):
         read_bundle(run.bundle, only=["expert-01"])
 
 
@@ -318,4 +364,10 @@ def test_a_half_bundle_holds_half_the_bytes_and_leaves_what_is_no_matrix(tmp_pat
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected)
     assert half.router is not None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "experts", "half", "partition", "router"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bundle",
+        "experts",
+        "half",
+        "partition",
+        "router",
+    ]

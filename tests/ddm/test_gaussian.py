@@ -9,14 +9,14 @@ from torch import Tensor
 import ddm.gaussian
 from ddm.gaussian import Gaussians, cosine, moments
 from ddm.oracle import GaussianMixture
-from ddm.rng import Use, normal
+from ddm.rng import RngStream, normal
 from ddm.schedules import Schedule, schedule
 
 SIZES = [(8, 8), (7, 7), (4, 6), (5, 3), (1, 4), (1, 1)]
 
 
 def normals(*shape: int, seed: int = 0) -> Tensor:
-    return normal(seed, Use.NOISE, torch.arange(shape[0]), 0, shape[1:]).double()
+    return normal(seed, RngStream.NOISE, torch.arange(shape[0]), 0, shape[1:]).double()
 
 
 def gaussians(k: int = 3, shape: tuple[int, ...] = (2, 3, 4), name: str = "vp_linear") -> Gaussians:
@@ -29,124 +29,152 @@ def gaussians(k: int = 3, shape: tuple[int, ...] = (2, 3, 4), name: str = "vp_li
 def exact(x: Tensor, t: Tensor, mean: Tensor, variance: Tensor, forward: Schedule) -> Tensor:
     """`m + a C (a^2 C + s^2)^-1 (x - a m)` on flat pixels, with the whole covariance `C = basis^T diag(v) basis`."""
     shape, n = mean.shape, mean.numel()
-    basis = np.stack([dctn(unit.reshape(shape), axes=(1, 2), norm="ortho").ravel() for unit in np.eye(n)], axis=1)
-    m, c = basis.T @ mean.double().numpy().ravel(), basis.T @ np.diag(variance.double().numpy().ravel()) @ basis
+    basis = np.stack(
+        [dctn(unit.reshape(shape), axes=(1, 2), norm="ortho").ravel() for unit in np.eye(n)], axis=1
+    )
+    m, c = (
+        basis.T @ mean.double().numpy().ravel(),
+        basis.T @ np.diag(variance.double().numpy().ravel()) @ basis,
+    )
     a, s = (float(part) for part in forward(t.double())[:2])
     rest = x.double().numpy().reshape(len(x), n) - a * m
-    return torch.from_numpy(m + a * rest @ np.linalg.solve(a * a * c + s * s * np.eye(n), c)).reshape(x.shape)
+    return torch.from_numpy(
+        m + a * rest @ np.linalg.solve(a * a * c + s * s * np.eye(n), c)
+    ).reshape(x.shape)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_cosine_transform_is_scipy_s_of_both_axes_and_its_inverse_undoes_it(size: tuple[int, int]) -> None:
+def test_the_cosine_transform_is_scipy_s_of_both_axes_and_its_inverse_undoes_it(
+    size: tuple[int, int],
+) -> None:
     x = normals(2, 3, *size)
     y = cosine(x)
-    torch.testing.assert_close(y, torch.from_numpy(dctn(x.numpy(), type=2, norm="ortho", axes=(2, 3))))
+    torch.testing.assert_close(
+        y, torch.from_numpy(dctn(x.numpy(), type=2, norm="ortho", axes=(2, 3)))
+    )
     torch.testing.assert_close(cosine(y, inverse=True), x)
     torch.testing.assert_close(cosine(x.float()), y.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_data_that_are_no_pictures_keep_their_own_coordinates() -> None:
+def test_data_that_are_no_images_keep_their_own_coordinates() -> None:
     x = normals(4, 5)
     assert cosine(x).equal(x) and cosine(x, inverse=True).equal(x)
 
 
-def numpy_moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    y = dctn(pictures.double().numpy(), type=2, norm="ortho", axes=(2, 3))
+def numpy_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    y = dctn(images.double().numpy(), type=2, norm="ortho", axes=(2, 3))
     return torch.from_numpy(y.mean(0)).float(), torch.from_numpy(y.var(0)).float()
 
 
 @pytest.mark.parametrize("chunk", [1024, 8, 1])
 @pytest.mark.parametrize("flip", [False, True])
-def test_moments_are_the_mean_and_variance_of_transformed_pictures(
+def test_moments_are_the_mean_and_variance_of_transformed_images(
     flip: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ddm.gaussian, "_CHUNK", chunk)
     images = (128 + 60 * normals(21, 2, 4, 3)).clamp(0, 255).to(torch.uint8)
-    pictures = images.double() / 127.5 - 1
-    whole = torch.cat([pictures, pictures.flip(3)]) if flip else pictures
-    for given in (images, pictures.float(), pictures):
+    transformed = images.double() / 127.5 - 1
+    whole = torch.cat([transformed, transformed.flip(3)]) if flip else transformed
+    for given in (images, transformed.float(), transformed):
         for found, expected in zip(moments(given, flip), numpy_moments(whole), strict=True):
             assert found.dtype == torch.float32 and found.shape == images.shape[1:]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_moments_of_more_than_one_chunk_of_the_size_that_is_used_count_every_picture() -> None:
-    images = torch.cat([torch.full((1024, 1, 2, 2), 20), torch.full((300, 1, 2, 2), 220)]).to(torch.uint8)
-    for found, expected in zip(moments(images), numpy_moments(images.double() / 127.5 - 1), strict=True):
+def test_moments_of_more_than_one_chunk_of_the_size_that_is_used_count_every_image() -> None:
+    images = torch.cat([torch.full((1024, 1, 2, 2), 20), torch.full((300, 1, 2, 2), 220)]).to(
+        torch.uint8
+    )
+    for found, expected in zip(
+        moments(images), numpy_moments(images.double() / 127.5 - 1), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_equal_pictures_have_no_variance_and_never_a_negative_one() -> None:
-    picture = (128 + 60 * normals(1, 3, 16, 16)).clamp(0, 255).to(torch.uint8)
-    mean, variance = moments(picture.expand(7, -1, -1, -1))
+def test_equal_images_have_no_variance_and_never_a_negative_one() -> None:
+    image = (128 + 60 * normals(1, 3, 16, 16)).clamp(0, 255).to(torch.uint8)
+    mean, variance = moments(image.expand(7, -1, -1, -1))
     assert variance.min() >= 0 and variance.max() < 1e-12
-    torch.testing.assert_close(cosine(mean[None], inverse=True), picture / 127.5 - 1, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        cosine(mean[None], inverse=True), image / 127.5 - 1, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["vp_linear", "rectified_flow", "edm"])
 def test_one_gaussian_of_the_mix_is_the_exact_denoiser_of_its_full_covariance(name: str) -> None:
-    own = gaussians(name=name)
+    cfg = gaussians(name=name)
     for t in (torch.tensor(value, dtype=torch.float64) for value in (1e-3, 0.2, 0.6, 1.0)):
-        x = normals(5, 2, 3, 4, seed=3) * (1 + float(own.schedule(t).s))
+        x = normals(5, 2, 3, 4, seed=3) * (1 + float(cfg.schedule(t).s))
         for k in range(3):
             weight = torch.zeros(5, 3, dtype=torch.float64)
             weight[:, k] = 1
-            expected = exact(x, t, own.means[k], own.variances[k], own.schedule)
-            torch.testing.assert_close(own.mix(x, t, weight), expected, rtol=1e-6, atol=1e-8)
+            expected = exact(x, t, cfg.means[k], cfg.variances[k], cfg.schedule)
+            torch.testing.assert_close(cfg.mix(x, t, weight), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_mix_is_the_sum_of_its_parts_for_weights_of_any_sign_row_by_row() -> None:
-    own, x, weight = gaussians(), normals(4, 2, 3, 4, seed=3), normals(4, 3, seed=4)
+    cfg, x, weight = gaussians(), normals(4, 2, 3, 4, seed=3), normals(4, 3, seed=4)
     t = torch.tensor(0.4, dtype=torch.float64)
-    parts = [exact(x, t, own.means[k], own.variances[k], own.schedule) for k in range(3)]
+    parts = [exact(x, t, cfg.means[k], cfg.variances[k], cfg.schedule) for k in range(3)]
     expected = sum(weight[:, k, None, None, None] * parts[k] for k in range(3))
-    torch.testing.assert_close(own.mix(x, t, weight), expected)
-    torch.testing.assert_close(own.mix(x, t, 0 * weight), torch.zeros_like(x))
+    torch.testing.assert_close(cfg.mix(x, t, weight), expected)
+    torch.testing.assert_close(cfg.mix(x, t, 0 * weight), torch.zeros_like(x))
 
 
 def test_a_time_for_each_gives_each_row_what_that_time_for_all_gives_it() -> None:
-    own, x, weight = gaussians(), normals(4, 2, 3, 4, seed=3), normals(4, 3, seed=4)
+    cfg, x, weight = gaussians(), normals(4, 2, 3, 4, seed=3), normals(4, 3, seed=4)
     t = torch.tensor([0.9, 1e-3, 0.4, 1.0], dtype=torch.float64)
-    together = own.mix(x, t, weight)
+    together = cfg.mix(x, t, weight)
     for i in range(4):
-        torch.testing.assert_close(together[i : i + 1], own.mix(x[i : i + 1], t[i], weight[i : i + 1]))
-    torch.testing.assert_close(own.mix(x, t[2].expand(4), weight), own.mix(x, t[2], weight))
+        torch.testing.assert_close(
+            together[i : i + 1], cfg.mix(x[i : i + 1], t[i], weight[i : i + 1])
+        )
+    torch.testing.assert_close(cfg.mix(x, t[2].expand(4), weight), cfg.mix(x, t[2], weight))
 
 
 def test_on_vectors_the_gaussians_are_the_components_of_the_oracle() -> None:
-    own = gaussians(shape=(5,))
-    oracle = GaussianMixture(torch.tensor([0.5, 0.3, 0.2]), own.means, own.variances.sqrt(), own.schedule)
+    cfg = gaussians(shape=(5,))
+    oracle = GaussianMixture(
+        torch.tensor([0.5, 0.3, 0.2]), cfg.means, cfg.variances.sqrt(), cfg.schedule
+    )
     x, weight = normals(6, 5, seed=3), normals(6, 3, seed=4)
-    for t in (torch.tensor(0.3, dtype=torch.float64), torch.linspace(1e-3, 1, 6, dtype=torch.float64)):
+    for t in (
+        torch.tensor(0.3, dtype=torch.float64),
+        torch.linspace(1e-3, 1, 6, dtype=torch.float64),
+    ):
         experts = torch.stack([oracle.expert(k)(x, t) for k in range(3)], dim=1)
-        torch.testing.assert_close(own.mix(x, t, weight), (weight[:, :, None] * experts).sum(dim=1))
+        torch.testing.assert_close(cfg.mix(x, t, weight), (weight[:, :, None] * experts).sum(dim=1))
 
 
 def test_where_no_signal_is_left_the_answer_is_the_mean() -> None:
-    own, x = gaussians(name="rectified_flow"), 10 * normals(3, 2, 3, 4, seed=3)
-    found = own.mix(x, torch.ones((), dtype=torch.float64), torch.eye(3, dtype=torch.float64))
-    torch.testing.assert_close(found, cosine(own.means, inverse=True))
+    cfg, x = gaussians(name="rectified_flow"), 10 * normals(3, 2, 3, 4, seed=3)
+    found = cfg.mix(x, torch.ones((), dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(found, cosine(cfg.means, inverse=True))
 
 
-@pytest.mark.parametrize("name", ["vp_linear", "vp_cosine", "rectified_flow", "ve_exponential", "edm"])
+@pytest.mark.parametrize(
+    "name", ["vp_linear", "vp_cosine", "rectified_flow", "ve_exponential", "edm"]
+)
 def test_in_float32_next_to_the_data_a_coordinate_that_varies_keeps_its_value_and_one_that_does_not_its_mean(
     name: str,
 ) -> None:
     shape = (1, 4, 4)
-    own = Gaussians(torch.full((1, *shape), 0.5), torch.ones(1, *shape), schedule(name))
-    own.variances[..., 2] = 0
+    cfg = Gaussians(torch.full((1, *shape), 0.5), torch.ones(1, *shape), schedule(name))
+    cfg.variances[..., 2] = 0
     y, t = normals(3, *shape, seed=3).float(), torch.tensor(1e-5, dtype=torch.float64)
-    found = cosine(own.mix(cosine(y, inverse=True), t, torch.ones(3, 1)))
+    found = cosine(cfg.mix(cosine(y, inverse=True), t, torch.ones(3, 1)))
     assert found.dtype == torch.float32
     # f is a v / (a^2 v + s^2), and s is 0.041 at most there
-    expected = torch.where(own.variances > 0, y, torch.full_like(y, 0.5))
+    expected = torch.where(cfg.variances > 0, y, torch.full_like(y, 0.5))
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
 
 
 def test_sums_in_float32_are_close_to_those_in_float64() -> None:
-    own, x, weight = gaussians(name="edm"), normals(4, 2, 3, 4, seed=3), normals(4, 3, seed=4)
+    cfg, x, weight = gaussians(name="edm"), normals(4, 2, 3, 4, seed=3), normals(4, 3, seed=4)
     for t in (1e-5, 1e-2, 1.0):
         time = torch.tensor(t, dtype=torch.float64)
         noisy = x * (1 + 80 * t)
-        found = own.mix(noisy.float(), time, weight.float())
-        torch.testing.assert_close(found.double(), own.mix(noisy, time, weight), rtol=1e-4, atol=1e-4)
+        found = cfg.mix(noisy.float(), time, weight.float())
+        torch.testing.assert_close(
+            found.double(), cfg.mix(noisy, time, weight), rtol=1e-4, atol=1e-4
+        )

@@ -24,7 +24,9 @@ def log_snr(name: str, times: Tensor) -> Tensor:
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
 @pytest.mark.parametrize("grid", ANY_SCHEDULE)
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
-def test_every_grid_falls_strictly_from_t_max_to_t_min(grid: str, schedule_name: str, steps: int) -> None:
+def test_every_grid_falls_strictly_from_t_max_to_t_min(
+    grid: str, schedule_name: str, steps: int
+) -> None:
     for t_min, t_max in ((0.0, 1.0), (0.0, 0.6), (1e-3, 1.0), (0.05, 0.9)):
         times = time_grid(grid, steps, schedule(schedule_name), t_min, t_max)
         assert (len(times), times.dtype) == (steps + 1, torch.float64)
@@ -34,7 +36,9 @@ def test_every_grid_falls_strictly_from_t_max_to_t_min(grid: str, schedule_name:
 
 def test_uniform_t_is_even_in_t() -> None:
     assert time_grid("uniform_t", 4, schedule("vp_linear")).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    assert time_grid("uniform_t", 3, schedule("vp_linear"), 0.2, 0.8).tolist() == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert time_grid("uniform_t", 3, schedule("vp_linear"), 0.2, 0.8).tolist() == pytest.approx(
+        [0.8, 0.6, 0.4, 0.2]
+    )
 
 
 def test_quadratic_is_even_in_the_root_of_t() -> None:
@@ -54,8 +58,14 @@ def test_edm_is_even_in_the_seventh_root_of_noise_over_signal(name: str) -> None
 
 def test_the_edm_grid_of_the_edm_schedule_is_the_published_one() -> None:
     # arXiv 2206.00364, eq. 5, with sigma_max = 80 and N = 18: sigma_i, i < N, and a last step to 0
-    for steps, sigma_min, t_min in ((17, 0.002, 0.002 / 80), (18, 0.08, 0.0)):  # to t = 0, the last but one is t = 1e-3
-        sigmas = [(80 ** (1 / 7) + i / 17 * (sigma_min ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    for steps, sigma_min, t_min in (
+        (17, 0.002, 0.002 / 80),
+        (18, 0.08, 0.0),
+    ):  # to t = 0, the last but one is t = 1e-3
+        sigmas = [
+            (80 ** (1 / 7) + i / 17 * (sigma_min ** (1 / 7) - 80 ** (1 / 7))) ** 7
+            for i in range(18)
+        ]
         times = time_grid("edm", steps, schedule("edm"), t_min)
         assert (80 * times[:18]).tolist() == pytest.approx(sigmas, rel=1e-9)
         assert times[18:].tolist() == [0.0] * (steps - 17)
@@ -63,7 +73,9 @@ def test_the_edm_grid_of_the_edm_schedule_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("grid", ["uniform_log_snr", "edm"])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_grid_even_in_noise_over_signal_is_so_as_far_as_both_are_positive(name: str, grid: str) -> None:
+def test_a_grid_even_in_noise_over_signal_is_so_as_far_as_both_are_positive(
+    name: str, grid: str
+) -> None:
     process, steps = schedule(name), 12
     scale = (lambda y: y) if grid == "uniform_log_snr" else (lambda y: (-y / 14).exp())
     times = time_grid(grid, steps, process)
@@ -72,7 +84,9 @@ def test_a_grid_even_in_noise_over_signal_is_so_as_far_as_both_are_positive(name
     ends = scale(log_snr(name, torch.tensor([first, 1e-3], dtype=torch.float64)))
     expected = torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64)
     inside = slice(name in ENDS_WITHOUT_SIGNAL, steps)  # t = 1 stands in the place of 1 - 1e-3
-    torch.testing.assert_close(scale(log_snr(name, times[:-1]))[inside], expected[inside], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        scale(log_snr(name, times[:-1]))[inside], expected[inside], rtol=1e-7, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -83,7 +97,9 @@ def test_uniform_log_snr_is_even_in_log_snr(name: str) -> None:
 
 def test_uniform_log_snr_of_rectified_flow_is_a_logistic_curve() -> None:
     times = time_grid("uniform_log_snr", 4, schedule("rectified_flow"), 0.1, 0.9)
-    expected = torch.sigmoid(torch.linspace(1, -1, 5, dtype=torch.float64) * torch.tensor(9.0).double().log())
+    expected = torch.sigmoid(
+        torch.linspace(1, -1, 5, dtype=torch.float64) * torch.tensor(9.0).double().log()
+    )
     torch.testing.assert_close(times, expected, rtol=1e-12, atol=0)
 
 
@@ -96,14 +112,18 @@ def test_uniform_log_snr_to_zero_is_even_as_far_as_a_thousandth(name: str) -> No
 
 
 def test_uniform_log_snr_is_even_to_a_t_min_below_a_thousandth() -> None:
-    gaps = log_snr("vp_linear", time_grid("uniform_log_snr", 9, schedule("vp_linear"), 1e-4, 0.9)).diff()
+    gaps = log_snr(
+        "vp_linear", time_grid("uniform_log_snr", 9, schedule("vp_linear"), 1e-4, 0.9)
+    ).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand(9), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(("t_min", "t_max"), [(0.0, 5e-4), (2e-4, 9e-4), (0.9995, 1.0)])
 @pytest.mark.parametrize("name", ["vp_linear", "rectified_flow", "edm"])
 @pytest.mark.parametrize("grid", ["uniform_log_snr", "edm"])
-def test_a_grid_falls_in_a_range_however_narrow(grid: str, name: str, t_min: float, t_max: float) -> None:
+def test_a_grid_falls_in_a_range_however_narrow(
+    grid: str, name: str, t_min: float, t_max: float
+) -> None:
     times = time_grid(grid, 5, schedule(name), t_min, t_max)
     assert (times.diff() < 0).all()
     assert (float(times[0]), float(times[-1])) == (t_max, t_min)
@@ -132,7 +152,9 @@ def test_own_is_refused_for_another_number_of_steps() -> None:
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
-def test_times_of_ones_own_stay_as_they_are(kind: Callable[[list[float]], Sequence[float] | Tensor]) -> None:
+def test_times_of_ones_own_stay_as_they_are(
+    kind: Callable[[list[float]], Sequence[float] | Tensor],
+) -> None:
     times = time_grid(kind([1.0, 0.5, 0.25, 0.0]), 3, schedule("vp_linear"), t_min=0.1)
     assert times.dtype == torch.float64
     assert times.tolist() == [1.0, 0.5, 0.25, 0.0]
@@ -151,7 +173,9 @@ def test_times_of_ones_own_stay_as_they_are(kind: Callable[[list[float]], Sequen
 )
 def test_times_of_ones_own_must_fall_and_be_as_many_as_the_steps(times: list[float]) -> None:
     rule = f"be a name of {' '.join(GRIDS)}, or steps + 1 = 4 times that fall, from at most 1 to at least 0"
-    with pytest.raises(ConfigError, match=f"^{re.escape(f'sample.grid must {rule}, got {times}')}$"):
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape(f'sample.grid must {rule}, got {times}')}$"
+    ):
         time_grid(times, 3, schedule("vp_linear"))
 
 
@@ -166,19 +190,24 @@ def test_times_of_ones_own_must_fall_and_be_as_many_as_the_steps(times: list[flo
         (5, 0.0, 1.5, "sample.t_max must be at most 1, got 1.5"),
     ],
 )
-def test_steps_and_times_out_of_range_are_refused_by_name(steps: int, t_min: float, t_max: float, message: str) -> None:
+def test_steps_and_times_out_of_range_are_refused_by_name(
+    steps: int, t_min: float, t_max: float, message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         time_grid("uniform_t", steps, schedule("vp_linear"), t_min, t_max)
 
 
 def test_an_unknown_grid_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=rf"^sample.grid must be one of {' '.join(GRIDS)}, got 'uniform'$"):
+    with pytest.raises(
+        ConfigError, match=rf"^sample.grid must be one of {' '.join(GRIDS)}, got 'uniform'$"
+    ):
         time_grid("uniform", 5, schedule("vp_linear"))
 
 
 @pytest.mark.parametrize("t_min", [0.3, 0.95])
 def test_own_is_refused_an_end_that_is_no_step(t_min: float) -> None:
     with pytest.raises(
-        ConfigError, match=rf"^sample.t_min must be one of the steps n / 5 for sample.grid=own, got {t_min}$"
+        ConfigError,
+        match=rf"^sample.t_min must be one of the steps n / 5 for sample.grid=own, got {t_min}$",
     ):
         time_grid("own", 5, schedule("two_phase", steps=5, c1=2.0), t_min)

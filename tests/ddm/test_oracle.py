@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ddm.oracle import GaussianMixture
-from ddm.rng import Use, normal
+from ddm.rng import RngStream, normal
 from ddm.schedules import SCHEDULES, schedule
 
 TIMES = [0.02, 0.2, 0.5, 0.9]
@@ -57,9 +57,13 @@ def test_posterior_is_bayes_rule(name: str, time: float) -> None:
 def test_denoise_and_experts_obey_tweedies_formula(name: str, time: float) -> None:
     m, t, x = mixture(name), torch.tensor(time, dtype=torch.float64), points()
     a, s, _, _ = m.schedule(t)
-    torch.testing.assert_close(m.denoise(x, t), (x + s**2 * score(m, x, t)) / a, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        m.denoise(x, t), (x + s**2 * score(m, x, t)) / a, rtol=1e-9, atol=1e-9
+    )
     for k in range(3):
-        torch.testing.assert_close(m.expert(k)(x, t), (x + s**2 * score(m, x, t, k)) / a, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            m.expert(k)(x, t), (x + s**2 * score(m, x, t, k)) / a, rtol=1e-9, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("time", TIMES)
@@ -100,7 +104,9 @@ def test_posterior_rate_is_the_finite_difference_along_the_ode(name: str, time: 
     size = float(expected.abs().max())
     assert size > 1e-4  # where s is 80 alpha hardly moves
     torch.testing.assert_close(rate, expected, rtol=1e-6, atol=1e-6 * size)
-    torch.testing.assert_close(rate.sum(dim=1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        rate.sum(dim=1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 def test_a_time_for_each_point_is_the_same_as_one_after_another() -> None:
@@ -111,22 +117,32 @@ def test_a_time_for_each_point_is_the_same_as_one_after_another() -> None:
         torch.testing.assert_close(answer(x, t), alone, rtol=1e-12, atol=1e-12)
 
 
-def test_experts_at_time_zero_return_the_picture() -> None:
+def test_experts_at_time_zero_return_the_image() -> None:
     m = mixture()
-    torch.testing.assert_close(m.expert(2)(points(), torch.tensor(0.0)), points(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        m.expert(2)(points(), torch.tensor(0.0)), points(), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_posterior_and_rate_are_finite_in_float32_from_a_hundred_thousandth_to_one(name: str) -> None:
+def test_posterior_and_rate_are_finite_in_float32_from_a_hundred_thousandth_to_one(
+    name: str,
+) -> None:
     m, t = mixture(name), torch.logspace(-5, 0, 201)
-    c = m.schedule(t).beside(points(201))
-    noisy = (c.a * points(201) + c.s * normal(0, Use.NOISE, torch.arange(201), 0, (2,))).float()
+    c = m.schedule(t).broadcast_to(points(201))
+    noisy = (
+        c.a * points(201) + c.s * normal(0, RngStream.NOISE, torch.arange(201), 0, (2,))
+    ).float()
     for x in (noisy, noisy + 3):  # off the data as well, where every component is improbable
         alpha, rate = m.posterior(x, t), m.posterior_rate(x, t)
         assert alpha.dtype == rate.dtype == torch.float32
-        torch.testing.assert_close(alpha.double(), m.posterior(x.double(), t.double()), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            alpha.double(), m.posterior(x.double(), t.double()), rtol=0, atol=1e-4
+        )
         expected = m.posterior_rate(x.double(), t.double())
-        torch.testing.assert_close(rate.double(), expected, rtol=1e-3, atol=1e-3 * float(1 + expected.abs().max()))
+        torch.testing.assert_close(
+            rate.double(), expected, rtol=1e-3, atol=1e-3 * float(1 + expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -139,17 +155,20 @@ def test_draws_follow_the_mixture_at_their_time(name: str, time: float) -> None:
     for d in range(2):
         law = Normal(a * m.means[:, d], deviation[:, d])
         test = stats.kstest(
-            x[:, d].numpy(), lambda z, law=law: (m.weights * law.cdf(torch.as_tensor(z)[:, None])).sum(1).numpy()
+            x[:, d].numpy(),
+            lambda z, law=law: (m.weights * law.cdf(torch.as_tensor(z)[:, None])).sum(1).numpy(),
         )
         assert test.pvalue > 0.01
     mean = m.weights @ m.means
-    covariance = torch.einsum("k,kd,ke->de", m.weights, m.means - mean, m.means - mean) + torch.diag(
-        m.weights @ m.stds**2
-    )
+    covariance = torch.einsum(
+        "k,kd,ke->de", m.weights, m.means - mean, m.means - mean
+    ) + torch.diag(m.weights @ m.stds**2)
     expected = a**2 * covariance + s**2 * torch.eye(2)
     largest = float(expected.diagonal().max())
     torch.testing.assert_close(x.mean(dim=0), a * mean, rtol=0, atol=5 * math.sqrt(largest / n))
-    torch.testing.assert_close(torch.cov(x.T), expected, rtol=0, atol=5 * math.sqrt(2 * largest**2 / n))
+    torch.testing.assert_close(
+        torch.cov(x.T), expected, rtol=0, atol=5 * math.sqrt(2 * largest**2 / n)
+    )
 
 
 def test_draw_i_does_not_depend_on_how_many_are_drawn() -> None:
@@ -159,12 +178,21 @@ def test_draw_i_does_not_depend_on_how_many_are_drawn() -> None:
 
 def test_the_marginal_at_time_one_has_the_noise_that_starts_a_path() -> None:
     m = mixture("rectified_flow")
-    assert torch.equal(m.marginal(5, 1.0, seed=3), normal(3, Use.START, torch.arange(5), 0, (2,)))
+    assert torch.equal(
+        m.marginal(5, 1.0, seed=3), normal(3, RngStream.START, torch.arange(5), 0, (2,))
+    )
 
 
 def test_a_mixture_of_one_is_that_gaussian() -> None:
-    m = GaussianMixture(torch.ones(1), torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 0.1]]), schedule("vp_linear"))
-    z = normal(7, Use.NOISE, torch.arange(4), 0, (2,))
-    torch.testing.assert_close(m.sample(4, seed=7), torch.tensor([2.0, -1.0]) + torch.tensor([0.5, 0.1]) * z)
+    m = GaussianMixture(
+        torch.ones(1),
+        torch.tensor([[2.0, -1.0]]),
+        torch.tensor([[0.5, 0.1]]),
+        schedule("vp_linear"),
+    )
+    z = normal(7, RngStream.NOISE, torch.arange(4), 0, (2,))
+    torch.testing.assert_close(
+        m.sample(4, seed=7), torch.tensor([2.0, -1.0]) + torch.tensor([0.5, 0.1]) * z
+    )
     assert m.posterior(points().float(), torch.tensor(0.5)).eq(1).all()
     assert m.posterior_rate(points().float(), torch.tensor(0.5)).eq(0).all()

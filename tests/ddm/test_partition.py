@@ -23,7 +23,7 @@ def write(
     return Partition.write(folder, images, cluster, NAMES, labels)
 
 
-def test_a_cluster_is_its_own_pictures_and_no_others(tmp_path: Path) -> None:
+def test_a_cluster_is_its_own_images_and_no_others(tmp_path: Path) -> None:
     cluster = write(tmp_path).cluster(tmp_path, 1)
     assert cluster["index"].tolist() == [0, 2, 4]
     assert torch.equal(cluster["images"], IMAGES[[0, 2, 4]])
@@ -45,20 +45,29 @@ def test_the_union_of_the_clusters_is_the_data_set(tmp_path: Path) -> None:
     assert torch.equal(whole["cluster"], CLUSTER[whole["index"]])
 
 
-def test_pictures_without_labels_stay_without(tmp_path: Path) -> None:
+def test_images_without_labels_stay_without(tmp_path: Path) -> None:
     assert write(tmp_path, labels=None).all(tmp_path).keys() == {"images", "index", "cluster"}
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     partition = write(tmp_path)
     assert Partition.read(tmp_path) == partition
-    assert (partition.k, partition.names, partition.sizes, partition.shape) == (3, NAMES, [2, 3, 1], [2, 3, 3])
+    assert (partition.k, partition.names, partition.sizes, partition.shape) == (
+        3,
+        NAMES,
+        [2, 3, 1],
+        [2, 3, 3],
+    )
     assert partition.hashes == [sha256(tmp_path / f"cluster-{k:02d}.safetensors") for k in range(3)]
     torch.testing.assert_close(partition.pi, torch.tensor([1 / 3, 1 / 2, 1 / 6]))
 
 
 def test_the_hash_is_that_of_the_contents(tmp_path: Path) -> None:
-    same = {write(tmp_path / "a").hash, write(tmp_path / "b").hash, Partition.read(tmp_path / "a").hash}
+    same = {
+        write(tmp_path / "a").hash,
+        write(tmp_path / "b").hash,
+        Partition.read(tmp_path / "a").hash,
+    }
     one_pixel = IMAGES.clone()
     one_pixel[3, 1, 2, 2] ^= 1
     others = [
@@ -98,7 +107,10 @@ def test_a_changed_description_is_refused_naming_the_file_and_both_hashes(tmp_pa
 @pytest.mark.parametrize("facts", [{"shape": [1, 2, 2]}, [], 3])
 def test_json_that_describes_no_partition_is_refused_by_name(tmp_path: Path, facts: object) -> None:
     write_json(tmp_path / "partition.json", facts)
-    with pytest.raises(ArtifactError, match=re.escape(f"{tmp_path / 'partition.json'} does not describe a partition")):
+    with pytest.raises(
+        ArtifactError,
+        match=re.escape(f"{tmp_path / 'partition.json'} does not describe a partition"),
+    ):
         Partition.read(tmp_path)
 
 
@@ -107,11 +119,13 @@ def test_a_folder_without_a_partition_is_refused_by_name(tmp_path: Path) -> None
         Partition.read(tmp_path)
 
 
-@pytest.mark.parametrize(("cluster", "k", "name"), [([1, 0, 1, 0, 1, 0], 2, "other"), ([1, 1, 1, 2, 1, 2], 0, "round")])
+@pytest.mark.parametrize(
+    ("cluster", "k", "name"), [([1, 0, 1, 0, 1, 0], 2, "other"), ([1, 1, 1, 2, 1, 2], 0, "round")]
+)
 def test_an_empty_cluster_is_refused_by_name_and_nothing_is_written(
     tmp_path: Path, cluster: list[int], k: int, name: str
 ) -> None:
-    message = f"cluster {k} ({name}) of 3 has no pictures: every cluster needs at least one"
+    message = f"cluster {k} ({name}) of 3 has no images: every cluster needs at least one"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         write(tmp_path, cluster=torch.tensor(cluster))
     assert list(tmp_path.iterdir()) == []

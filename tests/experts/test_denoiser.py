@@ -28,22 +28,26 @@ class Fake(nn.Module):
 
 
 def denoiser(
-    function: Callable[[Tensor, Tensor], Tensor], name: str, parameterization: Parameterization = "preconditioned"
+    function: Callable[[Tensor, Tensor], Tensor],
+    name: str,
+    parameterization: Parameterization = "preconditioned",
 ) -> Denoiser:
     return Denoiser(Fake(function), schedule(name), parameterization, SIGMA_DATA)
 
 
-def pictures(n: int) -> Tensor:
+def images(n: int) -> Tensor:
     return torch.randn(n, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_preconditioning_is_table_1_of_edm_at_sigma_s_over_a_for_the_picture_x_over_a(name: str) -> None:
+def test_preconditioning_is_table_1_of_edm_at_sigma_s_over_a_for_the_image_x_over_a(
+    name: str,
+) -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
         return torch.sin(3 * x) + t[:, None, None, None]
 
     t = torch.tensor([1e-4, 1e-2, 0.1, 0.4, 0.7, 0.95], dtype=torch.float64)
-    x = pictures(len(t))
+    x = images(len(t))
     c = schedule(name)(t)
     sigma, y = (c.s / c.a)[:, None, None, None], x / c.a[:, None, None, None]
     c_skip = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
@@ -54,8 +58,10 @@ def test_preconditioning_is_table_1_of_edm_at_sigma_s_over_a_for_the_picture_x_o
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_at_t_0_the_preconditioned_denoiser_returns_its_picture_whatever_the_network_says(name: str) -> None:
-    x, t = pictures(3), torch.zeros((), dtype=torch.float64)
+def test_at_t_0_the_preconditioned_denoiser_returns_its_image_whatever_the_network_says(
+    name: str,
+) -> None:
+    x, t = images(3), torch.zeros((), dtype=torch.float64)
     a = schedule(name)(t).a
     out = denoiser(lambda y, _: 1e6 * torch.cos(y), name)(x, t)
     torch.testing.assert_close(out, x / a, rtol=1e-12, atol=0)
@@ -64,14 +70,16 @@ def test_at_t_0_the_preconditioned_denoiser_returns_its_picture_whatever_the_net
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_an_error_of_the_network_reaches_x0_with_at_most_the_size_of_the_noise(name: str) -> None:
     t = torch.tensor([1e-10, 1e-6, 1e-3, 1e-2, 0.1], dtype=torch.float64)
-    x = pictures(len(t))
+    x = images(len(t))
     right, wrong = denoiser(lambda y, _: y, name)(x, t), denoiser(lambda y, _: y + 1, name)(x, t)
     error = (wrong - right).abs().amax(dim=(1, 2, 3))
     c = schedule(name)(t)
     assert (error <= c.s / c.a * (1 + 1e-6)).all()
     assert (error[1:] / error[:-1] > 1).all() and error[0] > 0
-    # and at pure noise the network's answer is the picture itself, in units of sigma_data
-    last = denoiser(lambda y, _: torch.ones_like(y), "rectified_flow")(x, torch.ones((), dtype=torch.float64))
+    # and at pure noise the network's answer is the image itself, in units of sigma_data
+    last = denoiser(lambda y, _: torch.ones_like(y), "rectified_flow")(
+        x, torch.ones((), dtype=torch.float64)
+    )
     torch.testing.assert_close(last, torch.full_like(x, SIGMA_DATA))
 
 
@@ -79,14 +87,16 @@ def test_a_silent_network_is_the_best_denoiser_of_gaussian_data() -> None:
     """Against the oracle: F = 0 is exact for pixels from N(0, sigma_data^2)."""
     for name in SCHEDULES:
         zero = torch.zeros(1, 18, dtype=torch.float64)
-        oracle = GaussianMixture(torch.ones(1, dtype=torch.float64), zero, zero + SIGMA_DATA, schedule(name))
-        t, x = torch.tensor([1e-3, 0.2, 0.6, 1.0], dtype=torch.float64), pictures(4)
+        oracle = GaussianMixture(
+            torch.ones(1, dtype=torch.float64), zero, zero + SIGMA_DATA, schedule(name)
+        )
+        t, x = torch.tensor([1e-3, 0.2, 0.6, 1.0], dtype=torch.float64), images(4)
         out = denoiser(lambda y, _: torch.zeros_like(y), name)(x, t)
         torch.testing.assert_close(out.flatten(1), oracle.denoise(x.flatten(1), t))
 
 
 def test_raw_is_the_network_itself() -> None:
-    t, x = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), pictures(3)
+    t, x = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), images(3)
     out = denoiser(lambda y, t: y**2 - t[:, None, None, None], "vp_linear", "raw")(x, t)
     torch.testing.assert_close(out, x**2 - t[:, None, None, None], rtol=0, atol=0)
 
@@ -96,7 +106,11 @@ def test_one_time_for_all_of_any_dtype_gives_what_the_same_time_for_each_gives(
     parameterization: Parameterization,
 ) -> None:
     unet = UNetConfig(channels=8, multipliers=[1, 2], blocks=1, attention=[], dropout=0.3)
-    expert = ExpertConfig(unet=unet, parameterization=parameterization).build([2, 4, 4], schedule("vp_linear")).eval()
+    expert = (
+        ExpertConfig(unet=unet, parameterization=parameterization)
+        .build([2, 4, 4], schedule("vp_linear"))
+        .eval()
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in expert.parameters():
@@ -105,7 +119,9 @@ def test_one_time_for_all_of_any_dtype_gives_what_the_same_time_for_each_gives(
         each = expert(x, torch.full((3,), 0.3))
         assert each.std() > 0.1
         torch.testing.assert_close(expert(x, torch.tensor(0.3)), each)
-        torch.testing.assert_close(expert(x, torch.tensor(0.3, dtype=torch.float64)), each)  # a sampler's time
+        torch.testing.assert_close(
+            expert(x, torch.tensor(0.3, dtype=torch.float64)), each
+        )  # a sampler's time
 
 
 @pytest.mark.parametrize(
@@ -118,7 +134,9 @@ def test_one_time_for_all_of_any_dtype_gives_what_the_same_time_for_each_gives(
         ("ema_decay", 1.0, "expert.ema_decay must be in [0, 1), got 1.0"),
     ],
 )
-def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(key: str, value: float, message: str) -> None:
+def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(
+    key: str, value: float, message: str
+) -> None:
     ExpertConfig().check("expert")
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         ExpertConfig(**{key: value}).check("expert")  # type: ignore[arg-type]

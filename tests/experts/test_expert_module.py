@@ -9,9 +9,9 @@ from scipy.special import expit
 from scipy.stats import kstest, norm
 from torch import Tensor, nn
 
-from ddm.training import Batches
-from ddm.rng import Use, normal
+from ddm.rng import RngStream, normal
 from ddm.schedules import Coeffs, VPLinear, schedule
+from ddm.training import Batches
 from experts.denoiser import Denoiser, ExpertConfig, LossWeight, Times
 from experts.expert_module import ExpertLearning, denoising_loss, loss_weight, training_times
 from experts.unet import UNetConfig
@@ -26,7 +26,7 @@ class Learning(ExpertLearning):
 
 
 class Spy(nn.Module):
-    """A denoiser that keeps what it is asked and answers with a constant picture."""
+    """A denoiser that keeps what it is asked and answers with a constant image."""
 
     def __init__(self, answer: float) -> None:
         super().__init__()
@@ -39,8 +39,10 @@ class Spy(nn.Module):
 
 
 def spied(answer: float = 0.0, seed: int = 3, value: int | None = None, **config: Any) -> Learning:
-    """A learning step to spy on, over random pictures, or pictures of one value."""
-    images = torch.randint(256, (20, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    """A learning step to spy on, over random images, or images of one value."""
+    images = torch.randint(256, (20, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     if value is not None:
         images = torch.full_like(images, value)
     batches = Batches(images, batch=8, seed=seed, flip=True)
@@ -48,7 +50,7 @@ def spied(answer: float = 0.0, seed: int = 3, value: int | None = None, **config
 
 
 def asked(learning: Learning, step: int) -> tuple[Tensor, Tensor, float]:
-    """The noisy pictures and the times of a step, and its loss."""
+    """The noisy images and the times of a step, and its loss."""
     learning.global_step = step
     loss = float(learning.training_step(None, 0))
     x, t = learning.denoiser.asked[-1]  # type: ignore[index]
@@ -68,9 +70,13 @@ def run(learning: Learning, optimizer: torch.optim.Optimizer, steps: range) -> l
     return losses
 
 
-def small(images: Tensor, config: ExpertConfig, seed: int = 1) -> tuple[Learning, torch.optim.Optimizer]:
+def small(
+    images: Tensor, config: ExpertConfig, seed: int = 1
+) -> tuple[Learning, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    learning = Learning(config.build(images.shape[1:], schedule("vp_linear")), Batches(images, 8, seed), config)
+    learning = Learning(
+        config.build(images.shape[1:], schedule("vp_linear")), Batches(images, 8, seed), config
+    )
     return learning.train(), learning.configure_optimizers()["optimizer"]
 
 
@@ -87,7 +93,7 @@ def test_loss_weights_are_1_snr_and_snr_bounded_by_gamma() -> None:
         torch.testing.assert_close(loss_weight(kind, c, gamma=5.0), torch.tensor(by_hand))
 
 
-def test_denoising_loss_is_the_weighted_mean_over_pictures_of_the_mean_square_over_pixels() -> None:
+def test_denoising_loss_is_the_weighted_mean_over_images_of_the_mean_square_over_pixels() -> None:
     x0 = torch.tensor([[[[1.0, 2.0]]], [[[0.0, -1.0]]]])
     denoised = torch.tensor([[[[1.5, 1.0]]], [[[3.0, -1.0]]]])
     # mean squares (0.25 + 1) / 2 and (9 + 0) / 2, times 2 and 0.5, halved
@@ -95,7 +101,9 @@ def test_denoising_loss_is_the_weighted_mean_over_pictures_of_the_mean_square_ov
     assert float(loss) == pytest.approx((2 * 0.625 + 0.5 * 4.5) / 2)
 
 
-def test_pictures_times_and_noise_of_a_step_are_a_function_of_seed_and_step_and_not_of_history() -> None:
+def test_images_times_and_noise_of_a_step_are_a_function_of_seed_and_step_and_not_of_history() -> (
+    None
+):
     veteran, novice = spied(), spied()
     for step in (0, 1, 2, 9):
         asked(veteran, step)
@@ -107,7 +115,7 @@ def test_pictures_times_and_noise_of_a_step_are_a_function_of_seed_and_step_and_
         assert (other[0] - x).abs().mean() > 0.1 and (other[1] - t).abs().mean() > 1e-3
 
 
-def test_the_noisy_picture_is_a_x0_plus_s_eps_at_its_time_with_eps_standard_normal() -> None:
+def test_the_noisy_image_is_a_x0_plus_s_eps_at_its_time_with_eps_standard_normal() -> None:
     learning, eps, times = spied(value=255), [], []
     for step in range(40):
         x, t, _ = asked(learning, step)
@@ -115,7 +123,7 @@ def test_the_noisy_picture_is_a_x0_plus_s_eps_at_its_time_with_eps_standard_norm
         a = torch.exp(-beta / 2)[:, None, None, None]
         eps.append((x - a * 1.0) / (1 - a**2).sqrt())
         # counted like all randomness, hence the same on every device: no generator of torch's has a part in it
-        counted = normal(3, Use.NOISE, torch.arange(8), step, (1, 4, 4)).double()
+        counted = normal(3, RngStream.NOISE, torch.arange(8), step, (1, 4, 4)).double()
         torch.testing.assert_close(eps[-1], counted, rtol=0, atol=1e-4)
         times.append(t.double())
     noise, time = torch.cat(eps).flatten(), torch.cat(times)
@@ -127,14 +135,18 @@ def test_the_noisy_picture_is_a_x0_plus_s_eps_at_its_time_with_eps_standard_norm
 
 
 @pytest.mark.parametrize("kind", ["constant", "snr", "min_snr"])
-def test_a_step_s_loss_weights_each_picture_by_its_own_time(kind: LossWeight) -> None:
-    learning = spied(answer=0.75, value=255, loss_weight=kind, min_snr_gamma=2.0)  # 0.25 below the picture everywhere
+def test_a_step_s_loss_weights_each_image_by_its_own_time(kind: LossWeight) -> None:
+    learning = spied(
+        answer=0.75, value=255, loss_weight=kind, min_snr_gamma=2.0
+    )  # 0.25 below the image everywhere
     _, t, loss = asked(learning, 4)
     beta = 0.1 * t.double() + 19.9 * t.double() ** 2 / 2
     snr = 1 / torch.expm1(beta)  # e^-B / (1 - e^-B)
     weight = {"constant": torch.ones_like(snr), "snr": snr, "min_snr": snr.clamp(max=2.0)}[kind]
     assert loss == pytest.approx(float((weight * 0.25**2).mean()), rel=1e-4)
-    assert asked(spied(answer=1.0, value=255, loss_weight=kind), 4)[2] == 0  # the right picture costs nothing
+    assert (
+        asked(spied(answer=1.0, value=255, loss_weight=kind), 4)[2] == 0
+    )  # the right image costs nothing
 
 
 def quantile(kind: Times, level: np.ndarray, t_min: float) -> np.ndarray:
@@ -144,7 +156,9 @@ def quantile(kind: Times, level: np.ndarray, t_min: float) -> np.ndarray:
             return t_min + (1 - t_min) * level
         case "logit_normal":
             return expit(norm.ppf(level)).clip(t_min)
-        case "uniform_log_snr":  # log snr = -log(e^B - 1) with B = 0.1 t + 19.9 t^2 / 2, solved for t
+        case (
+            "uniform_log_snr"
+        ):  # log snr = -log(e^B - 1) with B = 0.1 t + 19.9 t^2 / 2, solved for t
             high, low = (-np.log(np.expm1(0.1 * t + 19.9 * t**2 / 2)) for t in (t_min, 1.0))
             b = np.log1p(np.exp(-(high + (low - high) * level)))
             return (-0.1 + np.sqrt(0.01 + 2 * 19.9 * b)) / 19.9
@@ -155,16 +169,22 @@ KINDS: list[Times] = ["uniform", "uniform_log_snr", "logit_normal"]
 
 @pytest.mark.parametrize("t_min", [1e-3, 0.02])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_times_lie_at_the_even_levels_of_their_distribution(kind: Times, t_min: float) -> None:
+def test_training_times_lie_at_the_even_levels_of_their_distribution(
+    kind: Times, t_min: float
+) -> None:
     times = training_times(kind, t_min, schedule("vp_linear"), points=200)
     assert times.shape == (201,) and times.dtype == torch.float32
     expected = torch.from_numpy(quantile(kind, np.linspace(0, 1, 201), t_min)).float()
     torch.testing.assert_close(times, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vp_linear", "vp_cosine", "rectified_flow", "edm", "ve_exponential"])
+@pytest.mark.parametrize(
+    "name", ["vp_linear", "vp_cosine", "rectified_flow", "edm", "ve_exponential"]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_levels_in_0_to_1_become_times_in_t_min_to_1_that_rise_with_them(kind: Times, name: str) -> None:
+def test_levels_in_0_to_1_become_times_in_t_min_to_1_that_rise_with_them(
+    kind: Times, name: str
+) -> None:
     learning = spied(times=kind)
     learning.levels = training_times(kind, T_MIN, schedule(name))
     level = torch.cat([torch.tensor([1e-12, 1e-7, 1 - 1e-9]), torch.rand(5000)]).sort().values
@@ -173,27 +193,39 @@ def test_levels_in_0_to_1_become_times_in_t_min_to_1_that_rise_with_them(kind: T
     assert times.min() >= T_MIN and times.max() <= 1
     assert (times.diff() >= 0).all() and (times.diff() > 0).float().mean() > 0.95
     assert times[0] < T_MIN + 1e-3 and times[-1] > 0.999
-    between = np.interp(level.double().numpy(), np.linspace(0, 1, 1001), learning.levels.double().numpy())
+    between = np.interp(
+        level.double().numpy(), np.linspace(0, 1, 1001), learning.levels.double().numpy()
+    )
     torch.testing.assert_close(times.double(), torch.from_numpy(between), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_expert_learns_at_the_times_of_its_config(kind: Times) -> None:
     learning = spied(times=kind)
-    times = torch.cat([asked(learning, step)[1] for step in range(50)]).double().numpy()  # 400, stratified
+    times = (
+        torch.cat([asked(learning, step)[1] for step in range(50)]).double().numpy()
+    )  # 400, stratified
     level = np.linspace(0, 1, 4001)
-    assert kstest(times, lambda t: np.interp(t, quantile(kind, level, T_MIN), level)).statistic < 0.04
+    assert (
+        kstest(times, lambda t: np.interp(t, quantile(kind, level, T_MIN), level)).statistic < 0.04
+    )
     for other in KINDS:
         if other != kind:
             steps = quantile(other, level, T_MIN)
-            assert kstest(times, lambda t, steps=steps: np.interp(t, steps, level)).statistic > 0.1, other
+            assert (
+                kstest(times, lambda t, steps=steps: np.interp(t, steps, level)).statistic > 0.1
+            ), other
 
 
 @pytest.mark.parametrize("parameterization", ["raw", "preconditioned"])
-def test_training_on_one_constant_picture_finds_it(parameterization: Any) -> None:
+def test_training_on_one_constant_image_finds_it(parameterization: Any) -> None:
     unet = UNetConfig(channels=8, multipliers=[1], blocks=1, attention=[], dropout=0.0)
     config = ExpertConfig(
-        unet=unet, parameterization=parameterization, loss_weight="min_snr", learning_rate=1e-2, t_min=T_MIN
+        unet=unet,
+        parameterization=parameterization,
+        loss_weight="min_snr",
+        learning_rate=1e-2,
+        t_min=T_MIN,
     )
     learning, optimizer = small(torch.full((5, 1, 4, 4), 204, dtype=torch.uint8), config)
     losses = run(learning, optimizer, range(40))
@@ -204,7 +236,9 @@ def test_training_on_one_constant_picture_finds_it(parameterization: Any) -> Non
 
 
 def test_a_run_that_was_killed_resumes_to_the_same_weights() -> None:
-    images = torch.randint(256, (20, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = torch.randint(256, (20, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     unet = UNetConfig(channels=8, multipliers=[1], blocks=1, attention=[], dropout=0.5)
     config = ExpertConfig(unet=unet, learning_rate=1e-2)
     through, optimizer = small(images, config)
@@ -213,7 +247,9 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights() -> None:
     first, optimizer = small(images, config)
     run(first, optimizer, range(3))
     weights, moments = first.state_dict(), optimizer.state_dict()
-    torch.rand(1000)  # another process, another state of torch's own generator, from which dropout draws
+    torch.rand(
+        1000
+    )  # another process, another state of torch's own generator, from which dropout draws
     resumed, optimizer = small(images, config)
     resumed.load_state_dict(weights)
     optimizer.load_state_dict(moments)
@@ -221,11 +257,15 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights() -> None:
     for name, value in through.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
     fresh = small(images, config)[0].state_dict()
-    assert any((fresh[name] - value).abs().max() > 1e-3 for name, value in through.state_dict().items())
+    assert any(
+        (fresh[name] - value).abs().max() > 1e-3 for name, value in through.state_dict().items()
+    )
 
 
 def test_dropout_draws_differ_from_step_to_step_and_not_from_run_to_run() -> None:
-    config = ExpertConfig(unet=UNetConfig(channels=8, multipliers=[1], blocks=1, attention=[], dropout=0.5))
+    config = ExpertConfig(
+        unet=UNetConfig(channels=8, multipliers=[1], blocks=1, attention=[], dropout=0.5)
+    )
     learning, _ = small(torch.zeros(5, 1, 4, 4, dtype=torch.uint8), config)
     masks = {}
     for name, step in (("once", 3), ("later", 4), ("again", 3)):
@@ -237,10 +277,12 @@ def test_dropout_draws_differ_from_step_to_step_and_not_from_run_to_run() -> Non
 
 
 def test_an_expert_is_of_its_config_and_schedule() -> None:
-    own = schedule("vp_linear", beta_max=8.0)
+    cfg = schedule("vp_linear", beta_max=8.0)
     expert = ExpertConfig(
-        unet=UNetConfig(channels=8, multipliers=[1], blocks=1), parameterization="preconditioned", sigma_data=0.3
-    ).build([1, 4, 4], own)
+        unet=UNetConfig(channels=8, multipliers=[1], blocks=1),
+        parameterization="preconditioned",
+        sigma_data=0.3,
+    ).build([1, 4, 4], cfg)
     assert isinstance(expert, Denoiser) and expert.schedule == VPLinear(0.1, 8.0)
     x, t = torch.ones(1, 1, 4, 4), torch.tensor(0.5)
     a = torch.exp(-torch.tensor(0.1 * 0.5 + 7.9 * 0.125) / 2)

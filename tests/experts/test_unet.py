@@ -1,4 +1,4 @@
-"""The UNet: its size, its start, what its pictures depend on, and the sizes that it refuses."""
+"""The UNet: its size, its start, what its images depend on, and the sizes that it refuses."""
 
 import re
 
@@ -20,7 +20,9 @@ def perturbed(network: UNet, seed: int = 0) -> UNet:
 
 
 def tiny() -> UNet:
-    return UNetConfig(channels=8, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.5).build([2, 8, 8])
+    return UNetConfig(channels=8, multipliers=[1, 2], blocks=1, attention=[4], dropout=0.5).build(
+        [2, 8, 8]
+    )
 
 
 def test_the_default_config_is_the_cifar10_network_of_ddpm_with_35_7m_parameters() -> None:
@@ -48,7 +50,7 @@ def test_one_time_for_all_gives_what_the_same_time_for_each_gives() -> None:
     torch.testing.assert_close(network(x, torch.tensor(0.3)), network(x, torch.full((3,), 0.3)))
 
 
-def test_a_picture_depends_on_its_own_noisy_picture_and_time_and_on_no_other() -> None:
+def test_an_image_depends_on_its_own_noisy_image_and_time_and_on_no_other() -> None:
     network, x, t = perturbed(tiny()), torch.randn(3, 2, 8, 8), torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
         out = network(x, t)
@@ -59,7 +61,11 @@ def test_a_picture_depends_on_its_own_noisy_picture_and_time_and_on_no_other() -
 
 def test_a_pixel_of_the_answer_sees_the_finest_map_of_its_own_place() -> None:
     """The skips join maps of equal place and size: without attention, a 1 x 1-level network is local."""
-    network = perturbed(UNetConfig(channels=8, multipliers=[1], blocks=1, attention=[], dropout=0.0).build([1, 16, 16]))
+    network = perturbed(
+        UNetConfig(channels=8, multipliers=[1], blocks=1, attention=[], dropout=0.0).build(
+            [1, 16, 16]
+        )
+    )
     for module in network.modules():  # group norm is the one thing that sees the whole map
         if isinstance(module, torch.nn.GroupNorm):
             module.forward = lambda h: h  # type: ignore[method-assign, assignment]
@@ -76,29 +82,47 @@ def test_a_pixel_of_the_answer_sees_the_finest_map_of_its_own_place() -> None:
 @pytest.mark.parametrize(
     ("sizes", "shape", "message"),
     [
-        ({"channels": 6}, [1, 8, 8], "expert.unet.channels must be a positive multiple of 4, got 6"),
-        ({"channels": 0}, [1, 8, 8], "expert.unet.channels must be a positive multiple of 4, got 0"),
-        ({"multipliers": []}, [1, 8, 8], "expert.unet.multipliers must be whole numbers >= 1, got []"),
-        ({"multipliers": [1, 0]}, [1, 8, 8], "expert.unet.multipliers must be whole numbers >= 1, got [1, 0]"),
+        (
+            {"channels": 6},
+            [1, 8, 8],
+            "expert.unet.channels must be a positive multiple of 4, got 6",
+        ),
+        (
+            {"channels": 0},
+            [1, 8, 8],
+            "expert.unet.channels must be a positive multiple of 4, got 0",
+        ),
+        (
+            {"multipliers": []},
+            [1, 8, 8],
+            "expert.unet.multipliers must be whole numbers >= 1, got []",
+        ),
+        (
+            {"multipliers": [1, 0]},
+            [1, 8, 8],
+            "expert.unet.multipliers must be whole numbers >= 1, got [1, 0]",
+        ),
         ({"blocks": 0}, [1, 8, 8], "expert.unet.blocks must be at least 1, got 0"),
         ({"dropout": 1.0}, [1, 8, 8], "expert.unet.dropout must be in [0, 1), got 1.0"),
         ({"dropout": -0.1}, [1, 8, 8], "expert.unet.dropout must be in [0, 1), got -0.1"),
         (
             {"multipliers": [1, 1, 1]},
             [1, 10, 10],
-            "expert.unet.multipliers must halve a square picture of 10 x 10 evenly, got [1, 1, 1]",
+            "expert.unet.multipliers must halve a square image of 10 x 10 evenly, got [1, 1, 1]",
         ),
         (
             {"multipliers": [1]},
             [3, 8, 16],
-            "expert.unet.multipliers must halve a square picture of 8 x 16 evenly, got [1]",
+            "expert.unet.multipliers must halve a square image of 8 x 16 evenly, got [1]",
         ),
     ],
 )
 def test_sizes_that_make_no_network_are_refused_by_key_rule_and_value(
     sizes: dict[str, object], shape: list[int], message: str
 ) -> None:
-    config = UNetConfig(**{"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [], **sizes})  # type: ignore[arg-type]
+    config = UNetConfig(
+        **{"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [], **sizes}
+    )  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         config.build(shape)
 

@@ -76,7 +76,7 @@ def test_each_time_is_answered_by_its_band_alone_and_in_a_batch_and_an_edge_belo
     torch.testing.assert_close(alone, expected)
 
 
-def test_pictures_of_all_bands_in_any_order_get_the_answers_that_they_get_alone() -> None:
+def test_images_of_all_bands_in_any_order_get_the_answers_that_they_get_alone() -> None:
     derivative = built()[1]
     perturb(derivative)
     x, t = torch.randn(6, 1, 4, 4), torch.tensor([0.9, 0.1, 0.5, 0.05, 0.75, 0.35])
@@ -88,13 +88,17 @@ def test_pictures_of_all_bands_in_any_order_get_the_answers_that_they_get_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_at_the_default_edges_one_time_for_all_gives_what_the_same_time_for_each_gives(dtype: torch.dtype) -> None:
+def test_at_the_default_edges_one_time_for_all_gives_what_the_same_time_for_each_gives(
+    dtype: torch.dtype,
+) -> None:
     derivative, x = band_marked(RouterConfig().bands), torch.randn(2, 1, 4, 4)
     with torch.no_grad():
         for edge in RouterConfig().bands:
             t = torch.tensor(edge, dtype=dtype)
             torch.testing.assert_close(
-                derivative(x, t), derivative(x, torch.full((2,), edge, dtype=dtype)), msg=f"at {edge}, {dtype}"
+                derivative(x, t),
+                derivative(x, torch.full((2,), edge, dtype=dtype)),
+                msg=f"at {edge}, {dtype}",
             )
 
 
@@ -105,15 +109,21 @@ def test_one_time_for_all_gives_what_the_same_time_for_each_gives(which: int) ->
     with torch.no_grad():
         each = net(x, torch.full((3,), 0.4))
         torch.testing.assert_close(net(x, torch.tensor(0.4)), each)
-        torch.testing.assert_close(net(x, torch.tensor(0.4, dtype=torch.float64)), each)  # a sampler's time
+        torch.testing.assert_close(
+            net(x, torch.tensor(0.4, dtype=torch.float64)), each
+        )  # a sampler's time
         torch.testing.assert_close(net(x[1:2], torch.tensor(0.4)), each[1:2], rtol=1e-4, atol=1e-5)
         assert (net(x, torch.full((3,), 0.5)) - each).abs().max() > 1e-3
 
 
-def test_bands_start_from_the_posterior_net_s_trunk_and_learn_apart_from_it_and_from_each_other() -> None:
+def test_bands_start_from_the_posterior_net_s_trunk_and_learn_apart_from_it_and_from_each_other() -> (
+    None
+):
     posterior, derivative = built()
     scorers = [posterior.scorer, *derivative.scorers]
-    start = [torch.cat([p.detach().flatten().clone() for p in scorer.parameters()]) for scorer in scorers]
+    start = [
+        torch.cat([p.detach().flatten().clone() for p in scorer.parameters()]) for scorer in scorers
+    ]
     for copied in start[1:]:
         torch.testing.assert_close(copied, start[0], rtol=0, atol=0)
     optimizer = torch.optim.SGD(derivative.parameters(), lr=0.1)
@@ -150,14 +160,22 @@ def test_the_network_sees_x_over_the_root_of_a2_plus_s2(name: str) -> None:
             {"label_weight": 0, "posterior_weight": 0},
             "router.label_weight must be above 0 where router.posterior_weight is 0, got 0",
         ),
-        ({"bands": [0.7, 0.3]}, "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]"),
+        (
+            {"bands": [0.7, 0.3]},
+            "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]",
+        ),
         ({"bands": [0.5]}, "router.bands must be two rising times in (router.t_min, 1), got [0.5]"),
-        ({"bands": [1e-3, 0.5]}, "router.bands must be two rising times in (router.t_min, 1), got [0.001, 0.5]"),
+        (
+            {"bands": [1e-3, 0.5]},
+            "router.bands must be two rising times in (router.t_min, 1), got [0.001, 0.5]",
+        ),
         ({"batch": 100}, "router.batch must be a multiple of 3, a third for each band, got 100"),
         ({"learning_rate": 0.0}, "router.learning_rate must be above 0, got 0.0"),
     ],
 )
-def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(config: dict[str, Any], message: str) -> None:
+def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(
+    config: dict[str, Any], message: str
+) -> None:
     RouterConfig(batch=96).check("router")
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         RouterConfig(**{"batch": 96, **config}).check("router")
@@ -169,11 +187,15 @@ def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(config: dict[
         ({"channels": 6}, "router.net.channels must be a positive multiple of 4, got 6"),
         (
             {"multipliers": [1, 1, 1, 1]},
-            "router.net.multipliers must halve a square picture of 4 x 4 evenly, got [1, 1, 1, 1]",
+            "router.net.multipliers must halve a square image of 4 x 4 evenly, got [1, 1, 1, 1]",
         ),
         ({"blocks": 0}, "router.net.blocks must be at least 1, got 0"),
     ],
 )
-def test_sizes_that_make_no_network_are_refused_by_key_rule_and_value(sizes: dict[str, Any], message: str) -> None:
+def test_sizes_that_make_no_network_are_refused_by_key_rule_and_value(
+    sizes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        RouterConfig(net=RouterNetConfig(**{**NET, **sizes})).build([1, 4, 4], PI, schedule("vp_linear"))
+        RouterConfig(net=RouterNetConfig(**{**NET, **sizes})).build(
+            [1, 4, 4], PI, schedule("vp_linear")
+        )

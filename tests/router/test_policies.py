@@ -1,4 +1,4 @@
-"""Who moves the picture: every policy's choice by hand, its frequencies, what `balanced` owes and `adaptive` spends."""
+"""Who moves the image: every policy's choice by hand, its frequencies, what `balanced` owes and `adaptive` spends."""
 
 import math
 import re
@@ -39,12 +39,16 @@ def test_top_k_chooses_the_k_largest() -> None:
 
 
 def test_top_k_chooses_k_of_the_tied_and_all_that_are_larger() -> None:
-    chosen = choice(policy("top_k", top_k=2), torch.tensor([[0.2, 0.4, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]]))
+    chosen = choice(
+        policy("top_k", top_k=2), torch.tensor([[0.2, 0.4, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]])
+    )
     assert [len(row) for row in chosen] == [2, 2] and 1 in chosen[0]
 
 
 def test_nucleus_chooses_the_fewest_that_carry_the_mass() -> None:
-    alpha = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.125, 0.0, 0.0, 0.875], [0.25, 0.25, 0.25, 0.25]])
+    alpha = torch.tensor(
+        [[0.5, 0.25, 0.125, 0.125], [0.125, 0.0, 0.0, 0.875], [0.25, 0.25, 0.25, 0.25]]
+    )
     half = choice(policy("nucleus", nucleus_p=0.5), alpha)
     assert half[:2] == [[0], [3]] and len(half[2]) == 2
     assert choice(policy("nucleus", nucleus_p=0.51), alpha)[:2] == [[0, 1], [3]]
@@ -59,13 +63,18 @@ def test_nucleus_is_the_smallest_set_that_carries_the_mass_among_all_sets() -> N
     generator = torch.Generator().manual_seed(0)
     alpha = torch.distributions.Dirichlet(torch.full((4,), 0.7)).sample((100,)).double()
     alpha = alpha[:, torch.randperm(4, generator=generator)]
-    sets = torch.tensor([[(code >> k) & 1 for k in range(4)] for code in range(1, 16)], dtype=torch.float64)
+    sets = torch.tensor(
+        [[(code >> k) & 1 for k in range(4)] for code in range(1, 16)], dtype=torch.float64
+    )
     carried = alpha @ sets.T
     fewest = torch.where(carried >= 0.8, sets.sum(dim=1), torch.inf).min(dim=1).values
     for row, chosen in enumerate(choice(policy("nucleus", nucleus_p=0.8), alpha)):
         best_of_size = carried[row][sets.sum(dim=1) == fewest[row]].max()
         assert len(chosen) == fewest[row]
-        assert float(alpha[row, chosen].sum()) == pytest.approx(float(best_of_size)) and best_of_size >= 0.8
+        assert (
+            float(alpha[row, chosen].sum()) == pytest.approx(float(best_of_size))
+            and best_of_size >= 0.8
+        )
 
 
 def test_fixed_draws_from_pi_and_keeps_its_expert_whatever_alpha() -> None:
@@ -73,7 +82,9 @@ def test_fixed_draws_from_pi_and_keeps_its_expert_whatever_alpha() -> None:
     state = rule.start(PI.expand(n, -1), even_draws(n))
     first, state = rule.choose(torch.tensor([0.0, 0.0, 1.0]).expand(n, -1), state, even_draws(n))
     assert first.sum(dim=0).tolist() == [500, 300, 200] and (first.sum(dim=1) == 1).all()
-    again, _ = rule.choose(torch.tensor([1.0, 0.0, 0.0]).expand(n, -1), state, even_draws(n).flip(0))
+    again, _ = rule.choose(
+        torch.tensor([1.0, 0.0, 0.0]).expand(n, -1), state, even_draws(n).flip(0)
+    )
     assert again.equal(first)
 
 
@@ -90,7 +101,9 @@ def test_stochastic_chooses_one_as_often_as_alpha_says_in_the_order_of_its_draw(
 
 def test_stochastic_never_draws_probability_zero_even_at_the_ends_of_its_draws() -> None:
     rule = policy("stochastic")
-    alpha = torch.tensor([[0.0, 0.7, 0.3, 0.0], [0.0, 0.0, 0.9999999, 0.0], [0.5, 0.0, 0.0, 0.49999]])
+    alpha = torch.tensor(
+        [[0.0, 0.7, 0.3, 0.0], [0.0, 0.0, 0.9999999, 0.0], [0.5, 0.0, 0.0, 0.49999]]
+    )
     for draw in (0.5 / 2**32, 1e-30, 0.5, 1 - 0.5 / 2**32, 1 - 2.0**-53):
         for row, chosen in zip(alpha, choice(rule, alpha, draw), strict=True):
             assert len(chosen) == 1 and row[chosen[0]] > 0
@@ -122,7 +135,9 @@ def test_the_first_choice_of_balanced_is_distributed_as_pi() -> None:
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
-def test_balanced_owes_an_expert_less_than_1_over_2_to_1_over_k_and_has_overpaid_it_less_than_one(k: int) -> None:
+def test_balanced_owes_an_expert_less_than_1_over_2_to_1_over_k_and_has_overpaid_it_less_than_one(
+    k: int,
+) -> None:
     """The bound, for any sequence of alpha whatever, constant ones included.
 
     After the first step, which goes to k0, all credits are 0. Let m_j be the largest mean credit of any j experts; they sum to 0,
@@ -132,7 +147,11 @@ def test_balanced_owes_an_expert_less_than_1_over_2_to_1_over_k_and_has_overpaid
     """
     n, b = 300, 400
     generator = torch.Generator().manual_seed(k)
-    constant = torch.distributions.Dirichlet(torch.full((k,), 0.7, dtype=torch.float64)).sample((b,)).expand(n, -1, -1)
+    constant = (
+        torch.distributions.Dirichlet(torch.full((k,), 0.7, dtype=torch.float64))
+        .sample((b,))
+        .expand(n, -1, -1)
+    )
     wild = torch.softmax(3 * torch.randn(n, b, k, generator=generator, dtype=torch.float64), dim=2)
     wild[0] = 1 / k
     for alphas in (constant, wild):
@@ -141,7 +160,9 @@ def test_balanced_owes_an_expert_less_than_1_over_2_to_1_over_k_and_has_overpaid
         assert owed.max() <= sum(1 / j for j in range(2, k + 1)) + 1e-9
         assert owed.min() >= 1 / k - 1 - 1e-9
         # the random start is one turn of its own: against all of alpha the bound widens by less than one
-        assert (alphas.cumsum(dim=0) - turns.cumsum(dim=0)).abs().max() < sum(1 / j for j in range(1, k + 1))
+        assert (alphas.cumsum(dim=0) - turns.cumsum(dim=0)).abs().max() < sum(
+            1 / j for j in range(1, k + 1)
+        )
     assert owed.max() > 0.3 and owed.min() < -0.3
 
 
@@ -158,7 +179,9 @@ def play_adaptive(rule: Policy, alphas: Tensor, draws: Tensor) -> tuple[Tensor, 
 def wild(n: int, b: int, k: int, sharpness: float = 3.0) -> Tensor:
     """alpha `[N, B, K]` without any order in it, float64; the first is even."""
     generator = torch.Generator().manual_seed(k)
-    alphas = torch.softmax(sharpness * torch.randn(n, b, k, generator=generator, dtype=torch.float64), dim=2)
+    alphas = torch.softmax(
+        sharpness * torch.randn(n, b, k, generator=generator, dtype=torch.float64), dim=2
+    )
     alphas[0] = 1 / k
     return alphas
 
@@ -166,7 +189,9 @@ def wild(n: int, b: int, k: int, sharpness: float = 3.0) -> Tensor:
 def test_the_weights_are_alpha_renormalized_over_the_chosen() -> None:
     alpha = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.0, 1.0, 0.0]])
     chosen = torch.tensor([[1, 1, 0], [0, 0, 1], [1, 1, 1], [1, 1, 0]]).bool()
-    expected = torch.tensor([[0.625, 0.375, 0.0], [0.0, 0.0, 1.0], [0.5, 0.3, 0.2], [0.0, 1.0, 0.0]])
+    expected = torch.tensor(
+        [[0.625, 0.375, 0.0], [0.0, 0.0, 1.0], [0.5, 0.3, 0.2], [0.0, 1.0, 0.0]]
+    )
     for dtype in (torch.float32, torch.float64):
         found = weights(alpha.to(dtype), chosen)
         assert found.dtype == dtype
@@ -174,9 +199,13 @@ def test_the_weights_are_alpha_renormalized_over_the_chosen() -> None:
 
 
 def test_the_chosen_that_alpha_gives_nothing_share_equally_and_every_row_sums_to_1() -> None:
-    alpha = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0], [1e-30, 0.0, 3e-30, 1.0]])
+    alpha = torch.tensor(
+        [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0], [1e-30, 0.0, 3e-30, 1.0]]
+    )
     chosen = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 0]]).bool()
-    expected = torch.tensor([[0, 0.5, 0.5, 0], [1 / 3, 1 / 3, 1 / 3, 0], [1, 0, 0, 0], [0.25, 0, 0.75, 0]])
+    expected = torch.tensor(
+        [[0, 0.5, 0.5, 0], [1 / 3, 1 / 3, 1 / 3, 0], [1, 0, 0, 0], [0.25, 0, 0.75, 0]]
+    )
     torch.testing.assert_close(weights(alpha, chosen), expected)
     torch.testing.assert_close(weights(alpha, chosen).sum(dim=1), torch.ones(4))
 
@@ -187,24 +216,40 @@ def test_adaptive_by_hand() -> None:
     # (.5, .3125, .1875) and 1 saved: 0 and 1 pay 8/13 and 5/13; (5/13, 25/104, 3/8) and .5: 0 pays 1;
     # (-3/26, 115/208, 9/16) and 1: 1 and 2 pay 5/8 and 3/8; and again the credits of two steps before
     turns, credits = play_adaptive(
-        policy("adaptive", budget=1.5), alpha.expand(6, 1, -1), torch.tensor([0.6], dtype=torch.float64)
+        policy("adaptive", budget=1.5),
+        alpha.expand(6, 1, -1),
+        torch.tensor([0.6], dtype=torch.float64),
     )
-    assert [row.nonzero()[:, 0].tolist() for row in turns[:, 0]] == [[1], [0, 1], [0], [1, 2], [0], [1, 2]]
+    assert [row.nonzero()[:, 0].tolist() for row in turns[:, 0]] == [
+        [1],
+        [0, 1],
+        [0],
+        [1, 2],
+        [0],
+        [1, 2],
+    ]
     two = torch.tensor([-3 / 26, -15 / 208, 3 / 16], dtype=torch.float64)
     torch.testing.assert_close(credits[[0, 1, 3, 5], 0], torch.stack([0 * two, two, two, two]))
 
 
-def test_adaptive_asks_a_second_only_where_no_alpha_reaches_decided_and_saves_the_calls_until_then() -> None:
+def test_adaptive_asks_a_second_only_where_no_alpha_reaches_decided_and_saves_the_calls_until_then() -> (
+    None
+):
     certain, even = torch.tensor([0.9375, 0.0625]), torch.tensor([0.5, 0.5])
     alphas = torch.stack([*[certain] * 4, *[even] * 6])[:, None].double()
     draws = torch.tensor([0.5], dtype=torch.float64)
     turns, _ = play_adaptive(Adaptive(budget=1.5, decided=0.9), alphas, draws)
     assert turns.sum(dim=2)[:, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 1, 2]
-    edge, _ = play_adaptive(Adaptive(budget=1.5, decided=0.9375), alphas, draws)  # decided itself is decided enough
+    edge, _ = play_adaptive(
+        Adaptive(budget=1.5, decided=0.9375), alphas, draws
+    )  # decided itself is decided enough
     assert edge.equal(turns)
     keen, _ = play_adaptive(Adaptive(budget=1.5, decided=0.95), alphas, draws)
     assert keen.sum(dim=2)[:, 0].tolist() == [1, 2, 1, 2, 1, 2, 1, 2, 1, 2]
-    assert policy("adaptive", budget=1.25) == Adaptive(budget=1.25, decided=0.9) and Adaptive().budget == 1.5
+    assert (
+        policy("adaptive", budget=1.25) == Adaptive(budget=1.25, decided=0.9)
+        and Adaptive().budget == 1.5
+    )
 
 
 @pytest.mark.parametrize("budget", [1.0, 1.1, 1.25, 1.3, 1.5, 1.9, 2.0, 3.0])
@@ -220,7 +265,9 @@ def test_adaptive_makes_at_least_one_call_a_step_and_never_more_than_its_budget_
         assert calls.min() >= 1 and calls.max() <= 2
         assert (calls.cumsum(dim=0) <= may).all()
         if spends_all:  # no alpha is ever decided
-            assert alphas.max() < 0.9 and calls.sum(dim=0).min() >= math.floor(min(budget, 2.0) * n - rounding)
+            assert alphas.max() < 0.9 and calls.sum(dim=0).min() >= math.floor(
+                min(budget, 2.0) * n - rounding
+            )
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
@@ -240,15 +287,23 @@ def test_the_credits_of_adaptive_sum_to_0_and_stay_bounded(k: int, budget: float
     constant = wild(2, b, k)[1].expand(n, -1, -1)
     for alphas in (wild(n, b, k), sparse, constant):
         turns, credits = play_adaptive(policy("adaptive", budget=budget), alphas, even_draws(b))
-        torch.testing.assert_close(credits.sum(dim=2), torch.zeros(n, b, dtype=torch.float64), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            credits.sum(dim=2), torch.zeros(n, b, dtype=torch.float64), rtol=0, atol=1e-9
+        )
         assert credits.abs().max() < 1.5
         # what was promised less what was paid, over any stretch: the difference of two credits
-        shares = torch.stack([weights(alpha, turn) for alpha, turn in zip(alphas, turns, strict=True)])
-        torch.testing.assert_close((alphas - shares)[1:].cumsum(dim=0), credits[1:] - credits[:1], rtol=0, atol=1e-9)
+        shares = torch.stack(
+            [weights(alpha, turn) for alpha, turn in zip(alphas, turns, strict=True)]
+        )
+        torch.testing.assert_close(
+            (alphas - shares)[1:].cumsum(dim=0), credits[1:] - credits[:1], rtol=0, atol=1e-9
+        )
 
 
 def test_one_expert_alone_is_asked_once_a_step_whatever_the_budget() -> None:
-    turns, credits = play_adaptive(policy("adaptive", budget=2.0), torch.ones(20, 3, 1), even_draws(3))
+    turns, credits = play_adaptive(
+        policy("adaptive", budget=2.0), torch.ones(20, 3, 1), even_draws(3)
+    )
     assert turns.shape == (20, 3, 1) and turns.all() and credits.abs().max() == 0
 
 
@@ -258,7 +313,9 @@ def test_a_row_of_adaptive_is_the_same_alone_and_among_others() -> None:
     for row in range(6):
         alone, _ = play_adaptive(policy("adaptive"), alphas[:, row : row + 1], draws[row : row + 1])
         assert alone[:, 0].equal(turns[:, row])
-    assert len({tuple(calls) for calls in turns.sum(dim=2).T.tolist()}) > 1  # each spends where it needs to
+    assert (
+        len({tuple(calls) for calls in turns.sum(dim=2).T.tolist()}) > 1
+    )  # each spends where it needs to
 
 
 @pytest.mark.parametrize(
@@ -272,10 +329,18 @@ def test_a_row_of_adaptive_is_the_same_alone_and_among_others() -> None:
         ({"name": "top_k", "top_k": 1.5}, "sample.top_k must be at least 1, got 1.5"),
         ({"name": "nucleus", "nucleus_p": 0.0}, "sample.nucleus_p must be in (0, 1], got 0.0"),
         ({"name": "nucleus", "nucleus_p": 1.1}, "sample.nucleus_p must be in (0, 1], got 1.1"),
-        ({"name": "adaptive", "budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
-        ({"name": "adaptive", "budget": math.nan}, "sample.budget must be at least 1 call a step, got nan"),
+        (
+            {"name": "adaptive", "budget": 0.5},
+            "sample.budget must be at least 1 call a step, got 0.5",
+        ),
+        (
+            {"name": "adaptive", "budget": math.nan},
+            "sample.budget must be at least 1 call a step, got nan",
+        ),
     ],
 )
-def test_a_policy_that_cannot_be_is_refused_by_key_rule_and_value(arguments: dict[str, object], message: str) -> None:
+def test_a_policy_that_cannot_be_is_refused_by_key_rule_and_value(
+    arguments: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         policy(**arguments)  # type: ignore[arg-type]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import router.router_module
-from ddm.training import Batches
 from ddm.schedules import VPLinear, schedule
-from router.router_module import PosteriorLearning, RouterLearning, posterior_loss, rate_loss
+from ddm.training import Batches
 from router.networks import RouterConfig, RouterNetConfig
+from router.router_module import PosteriorLearning, RouterLearning, posterior_loss, rate_loss
 
 T_MIN, BANDS = 0.01, [0.2, 0.6]
 
@@ -28,7 +28,7 @@ class SecondStage(RouterLearning):
 
 
 def toy() -> tuple[Tensor, Tensor]:
-    """Pictures of 4 x 4: 30 dark ones and 10 bright ones, a little apart from their neighbours."""
+    """Images of 4 x 4: 30 dark ones and 10 bright ones, a little apart from their neighbours."""
     generator = torch.Generator().manual_seed(0)
     cluster = (torch.arange(40) >= 30).long()
     wobble = torch.randint(-30, 31, (40, 1, 4, 4), generator=generator)
@@ -40,10 +40,16 @@ def stages(**settings: Any) -> tuple[FirstStage, SecondStage]:
     torch.manual_seed(0)
     images, cluster = toy()
     net = RouterNetConfig(channels=8, multipliers=[1], blocks=1, attention=[])
-    config = RouterConfig(net=net, **{"batch": 12, "bands": BANDS, "t_min": T_MIN, "switch_step": 100, **settings})
-    posterior, derivative = config.build([1, 4, 4], torch.tensor([0.75, 0.25]), schedule("vp_linear"))
+    config = RouterConfig(
+        net=net, **{"batch": 12, "bands": BANDS, "t_min": T_MIN, "switch_step": 100, **settings}
+    )
+    posterior, derivative = config.build(
+        [1, 4, 4], torch.tensor([0.75, 0.25]), schedule("vp_linear")
+    )
     batches = Batches(images, config.batch, seed=7)
-    return FirstStage(posterior, batches, cluster, config), SecondStage(posterior, derivative, batches, cluster, config)
+    return FirstStage(posterior, batches, cluster, config), SecondStage(
+        posterior, derivative, batches, cluster, config
+    )
 
 
 def train(learning: Any, steps: int) -> None:
@@ -57,7 +63,7 @@ def train(learning: Any, steps: int) -> None:
 
 
 def by_autograd(x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and d alpha/dt over the toy's pictures with x0 and eps held: a softmax in float64, differentiated by torch."""
+    """alpha and d alpha/dt over the toy's images with x0 and eps held: a softmax in float64, differentiated by torch."""
     images, cluster = toy()
     points = images.double().flatten(1) / 127.5 - 1
 
@@ -66,7 +72,10 @@ def by_autograd(x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         a, s = torch.exp(-integral / 2), torch.sqrt(1 - torch.exp(-integral))
         x = a * x0.double().flatten(1) + s * eps.double().flatten(1)
         square = (x[:, None] - a[:, :, None] * points).square().sum(dim=2)
-        return torch.softmax(-square / (2 * s**2), dim=1) @ torch.nn.functional.one_hot(cluster).double()
+        return (
+            torch.softmax(-square / (2 * s**2), dim=1)
+            @ torch.nn.functional.one_hot(cluster).double()
+        )
 
     time = t.double().requires_grad_()
     value = alpha(time)
@@ -75,13 +84,17 @@ def by_autograd(x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_posterior_loss_by_hand() -> None:
-    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]]) + torch.tensor([3.0, 1.0]).log()  # softmax (3/4, 1/4)
+    logits = (
+        torch.tensor([[0.0, 0.0], [0.0, 0.0]]) + torch.tensor([3.0, 1.0]).log()
+    )  # softmax (3/4, 1/4)
     alpha, label = torch.tensor([[1.0, 0.0], [0.25, 0.75]]), torch.tensor([0, 1])
     entropy = -(torch.tensor(0.75).log() + torch.tensor(0.25).log()) / 2
     square = (2 * 0.25**2 + 2 * 0.5**2) / 2
     for label_weight, posterior_weight in ((1.0, 0.0), (0.0, 1.0), (0.5, 2.0)):
         loss = posterior_loss(logits, alpha, label, label_weight, posterior_weight)
-        assert float(loss) == pytest.approx(float(label_weight * entropy + posterior_weight * square))
+        assert float(loss) == pytest.approx(
+            float(label_weight * entropy + posterior_weight * square)
+        )
 
 
 def test_rate_loss_by_hand() -> None:
@@ -89,11 +102,13 @@ def test_rate_loss_by_hand() -> None:
     assert float(rate_loss(rate, target)) == pytest.approx((0.5 + 18.0) / 2)
 
 
-def test_a_step_of_the_first_stage_is_cross_entropy_plus_squared_error_to_the_exact_posterior() -> None:
+def test_a_step_of_the_first_stage_is_cross_entropy_plus_squared_error_to_the_exact_posterior() -> (
+    None
+):
     first, _ = stages(label_weight=0.5, posterior_weight=3.0)
     first.global_step = 5
     loss = first.training_step(None, 0).detach()
-    x0, place = first.batches.pictures(5)
+    x0, place = first.batches.x0(5)
     t = T_MIN + (1 - T_MIN) * first.batches.times(5)
     alpha, _ = by_autograd(x0, first.batches.noise(5), t)
     prior = torch.tensor([0.75, 0.25], dtype=torch.float64)  # what a fresh net answers
@@ -103,22 +118,30 @@ def test_a_step_of_the_first_stage_is_cross_entropy_plus_squared_error_to_the_ex
     assert square > 0.01
 
 
-def test_a_step_of_the_second_stage_is_the_squared_errors_to_the_exact_posterior_and_rate_each_band_its_third() -> None:
+def test_a_step_of_the_second_stage_is_the_squared_errors_to_the_exact_posterior_and_rate_each_band_its_third() -> (
+    None
+):
     _, second = stages(rate_weight=0.25)
     second.global_step = 5
     loss = second.training_step(None, 0).detach()
     step = 105  # counted on from stage 1
-    x0, _ = second.batches.pictures(step)
+    x0, _ = second.batches.x0(step)
     u = second.batches.times(step).double()
     edges = [T_MIN, *BANDS, 1.0]
-    t = torch.stack([edges[int(3 * v)] + (edges[int(3 * v) + 1] - edges[int(3 * v)]) * (3 * v % 1) for v in u])
+    t = torch.stack(
+        [edges[int(3 * v)] + (edges[int(3 * v) + 1] - edges[int(3 * v)]) * (3 * v % 1) for v in u]
+    )
     alpha, rate = by_autograd(x0, second.batches.noise(step), t)
     square = (torch.tensor([0.75, 0.25]) - alpha).square().sum(dim=1).mean()
-    assert float(loss) == pytest.approx(float(square + 0.25 * rate.square().sum(dim=1).mean()), rel=1e-3)
+    assert float(loss) == pytest.approx(
+        float(square + 0.25 * rate.square().sum(dim=1).mean()), rel=1e-3
+    )
     assert rate.square().sum(dim=1).mean() > 0.1
 
 
-def test_each_band_s_network_is_asked_about_its_own_third_of_the_times_at_the_pictures_there() -> None:
+def test_each_band_s_network_is_asked_about_its_own_third_of_the_times_at_the_images_there() -> (
+    None
+):
     _, second = stages(batch=30)
     asked: list[tuple[int, Tensor, Tensor]] = []
     answer = second.derivative.band
@@ -139,15 +162,17 @@ def test_each_band_s_network_is_asked_about_its_own_third_of_the_times_at_the_pi
         even = torch.linspace(edges[b], edges[b + 1], len(times))
         assert (times.sort().values - even).abs().max() < 0.1 * (edges[b + 1] - edges[b])
     step, (b, x, t) = 100 + 19, asked[-2]
-    a, s, _, _ = VPLinear()(t).beside(x)
+    a, s, _, _ = VPLinear()(t).broadcast_to(x)
     mine = slice(10, 20)
-    expected = a * second.batches.pictures(step)[0][mine] + s * second.batches.noise(step)[mine]
+    expected = a * second.batches.x0(step)[0][mine] + s * second.batches.noise(step)[mine]
     assert b == 1
     torch.testing.assert_close(x, expected)
 
 
 @pytest.mark.parametrize("band", [0, 1, 2])
-def test_a_band_s_times_teach_its_own_network_and_no_other(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_band_s_times_teach_its_own_network_and_no_other(
+    band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, second = stages()
 
     def loss_of_one_third(rate: Tensor, target: Tensor) -> Tensor:
@@ -161,7 +186,9 @@ def test_a_band_s_times_teach_its_own_network_and_no_other(band: int, monkeypatc
             scorer.head.weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr, operator]
     second.training_step(None, 0).backward()
     for b, scorer in enumerate(second.derivative.scorers):
-        size = sum(0.0 if p.grad is None else float(p.grad.abs().max()) for p in scorer.parameters())
+        size = sum(
+            0.0 if p.grad is None else float(p.grad.abs().max()) for p in scorer.parameters()
+        )
         assert size > 1e-2 if b == band else size == 0
 
 
@@ -170,7 +197,7 @@ def test_the_second_stage_does_not_learn_from_labels(monkeypatch: pytest.MonkeyP
     _, second = stages(rate_weight=0.0)
     bias = second.posterior.scorer.head.bias
     second.training_step(None, 0).backward()
-    x0, _ = second.batches.pictures(100)
+    x0, _ = second.batches.images(100)
     t = torch.tensor([T_MIN, *BANDS, 1.0], dtype=torch.float64)
     u = second.batches.times(100).double() * 3
     time = t[u.long()] + (t[u.long() + 1] - t[u.long()]) * u.frac()
@@ -206,7 +233,7 @@ def test_short_trainings_beat_the_prior_and_the_standstill() -> None:
     t = torch.linspace(0.02, 0.9, 200)
     place = torch.randint(40, (200,), generator=generator)
     x0, eps = images[place].float() / 127.5 - 1, torch.randn(200, 1, 4, 4, generator=generator)
-    a, s, _, _ = VPLinear()(t).beside(x0)
+    a, s, _, _ = VPLinear()(t).broadcast_to(x0)
     x = a * x0 + s * eps
     alpha, rate = by_autograd(x0, eps, t)
     prior = torch.tensor([0.75, 0.25])

@@ -11,12 +11,12 @@ from ddm.gaussian import Gaussians
 from ddm.grids import time_grid
 from ddm.measures import sliced_w2, trajectory_error
 from ddm.oracle import GaussianMixture
-from ddm.rng import Use, normal
+from ddm.rng import RngStream, normal
 from ddm.samplers import sample
 from ddm.schedules import schedule
 from router.policies import Policy, policy
-from router.routing import Control, Memory, RoutedDenoiser, Router
-from router.sources import Forgetful, Integrated, prior
+from router.routing import ControlVariate, Memory, RoutedDenoiser, Router
+from router.sources import Integrated, Stateless, prior
 
 LINEAR = schedule("vp_linear")
 PI = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -24,12 +24,15 @@ PI = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
 def mixture(dtype: torch.dtype = torch.float32) -> GaussianMixture:
     generator = torch.Generator().manual_seed(1)
-    means, spread = 3 * torch.randn(4, 8, generator=generator), torch.rand(4, 8, generator=generator)
+    means, spread = (
+        3 * torch.randn(4, 8, generator=generator),
+        torch.rand(4, 8, generator=generator),
+    )
     return GaussianMixture(PI.to(dtype), means.to(dtype), (0.3 + 0.7 * spread).to(dtype), LINEAR)
 
 
 def noise(n: int, seed: int = 5) -> Tensor:
-    return normal(seed, Use.START, torch.arange(n), 0, (8,))
+    return normal(seed, RngStream.START, torch.arange(n), 0, (8,))
 
 
 def routed(oracle: GaussianMixture, rule: str | Policy, **settings: object) -> RoutedDenoiser:
@@ -67,7 +70,9 @@ def test_with_all_experts_the_mixture_is_the_oracle_s_denoiser() -> None:
         a, s, _, _ = LINEAR(time)
         v = oracle.stds**2
         spread, apart = a**2 * v + s**2, x[:, None] - a * oracle.means
-        alpha = torch.softmax(oracle.weights.log() - 0.5 * (apart**2 / spread + spread.log()).sum(2), dim=1)
+        alpha = torch.softmax(
+            oracle.weights.log() - 0.5 * (apart**2 / spread + spread.log()).sum(2), dim=1
+        )
         denoised = (alpha[:, :, None] * (oracle.means + a * v / spread * apart)).sum(1)
         for found in (routed(oracle, "full")(x, time), oracle.denoise(x, time)):
             torch.testing.assert_close(found, denoised)
@@ -97,7 +102,7 @@ def test_the_chosen_are_weighted_by_alpha_renormalized_over_the_chosen() -> None
         torch.testing.assert_close(out, torch.full((2, 3), expected))
 
 
-def test_a_chosen_expert_that_alpha_no_longer_likes_still_moves_its_picture() -> None:
+def test_a_chosen_expert_that_alpha_no_longer_likes_still_moves_its_image() -> None:
     alphas = iter([[0.25, 0.75], [1.0, 0.0], [0.0, 1.0]])
     model = RoutedDenoiser(
         [constant(1.0), constant(2.0)],
@@ -106,18 +111,26 @@ def test_a_chosen_expert_that_alpha_no_longer_likes_still_moves_its_picture() ->
         pi=torch.tensor([0.25, 0.75]),
     )
     for t in (1.0, 0.5, 0.1):
-        torch.testing.assert_close(model(torch.zeros(2, 1), torch.tensor(t)), torch.tensor([[1.0], [2.0]]))
+        torch.testing.assert_close(
+            model(torch.zeros(2, 1), torch.tensor(t)), torch.tensor([[1.0], [2.0]])
+        )
 
 
 def test_fixed_draws_from_pi_where_given_and_else_from_the_first_alpha() -> None:
     experts, n = [constant(0.0), constant(1.0)], 2000
     for pi, share in ((None, 0.9), (torch.tensor([0.8, 0.2]), 0.2)):
         model = RoutedDenoiser(experts, fixed_alpha(0.1, 0.9), "fixed", pi=pi)
-        assert float(model(torch.zeros(n, 1), torch.tensor(1.0)).mean()) == pytest.approx(share, abs=0.03)
+        assert float(model(torch.zeros(n, 1), torch.tensor(1.0)).mean()) == pytest.approx(
+            share, abs=0.03
+        )
 
 
-@pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "top_k", "nucleus", "fixed", "full"])
-def test_a_chosen_expert_is_called_once_a_step_with_exactly_its_pictures_and_no_other_is_called(rule: str) -> None:
+@pytest.mark.parametrize(
+    "rule", ["stochastic", "balanced", "adaptive", "top_k", "nucleus", "fixed", "full"]
+)
+def test_a_chosen_expert_is_called_once_a_step_with_exactly_its_images_and_no_other_is_called(
+    rule: str,
+) -> None:
     oracle, n = mixture(), 7
     log: list[tuple[int, Tensor, Tensor]] = []
 
@@ -149,7 +162,9 @@ def test_a_chosen_expert_is_called_once_a_step_with_exactly_its_pictures_and_no_
 
 
 @pytest.mark.parametrize("rule", ["stochastic", "balanced", "fixed"])
-def test_calls_are_pictures_times_steps_with_one_expert_and_k_times_as_many_with_all(rule: str) -> None:
+def test_calls_are_images_times_steps_with_one_expert_and_k_times_as_many_with_all(
+    rule: str,
+) -> None:
     oracle = mixture()
     one, every = routed(oracle, rule), routed(oracle, "full")
     for model in (one, every):
@@ -158,30 +173,32 @@ def test_calls_are_pictures_times_steps_with_one_expert_and_k_times_as_many_with
 
 
 @pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "fixed"])
-def test_a_picture_is_moved_by_the_same_experts_alone_and_in_a_batch(rule: str) -> None:
+def test_an_image_is_moved_by_the_same_experts_alone_and_in_a_batch(rule: str) -> None:
     oracle = mixture()
 
-    def walk(index: Tensor, seed: int = 4) -> tuple[Tensor, Tensor]:
+    def trajectory(index: Tensor, seed: int = 4) -> tuple[Tensor, Tensor]:
         model = routed(oracle, rule, seed=seed, index=index, trace=True)
-        end = sample(model, normal(5, Use.START, index, 0, (8,)), LINEAR, "ddim", steps=12)
+        end = sample(model, normal(5, RngStream.START, index, 0, (8,)), LINEAR, "ddim", steps=12)
         return end, torch.stack([step.chosen for step in model.steps])
 
-    batch, moved = walk(torch.arange(6))
+    batch, moved = trajectory(torch.arange(6))
     for index in (torch.tensor([3]), torch.tensor([5, 3, 40])):
-        end, chosen = walk(index)
+        end, chosen = trajectory(index)
         row = index.tolist().index(3)
         assert chosen[:, row].equal(moved[:, 3])
         torch.testing.assert_close(end[row], batch[3], rtol=1e-4, atol=1e-4)
     default = routed(oracle, rule, seed=4, trace=True)
-    sample(default, normal(5, Use.START, torch.arange(6), 0, (8,)), LINEAR, "ddim", steps=12)
+    sample(default, normal(5, RngStream.START, torch.arange(6), 0, (8,)), LINEAR, "ddim", steps=12)
     assert torch.stack([step.chosen for step in default.steps]).equal(moved)
-    assert not walk(torch.arange(6), seed=6)[1].equal(moved)
-    assert not walk(torch.arange(6, 12))[1].equal(moved)
+    assert not trajectory(torch.arange(6), seed=6)[1].equal(moved)
+    assert not trajectory(torch.arange(6, 12))[1].equal(moved)
 
 
-def test_the_draws_of_a_picture_are_independent_from_step_to_step() -> None:
+def test_the_draws_of_an_image_are_independent_from_step_to_step() -> None:
     n, steps = 1500, 4
-    model = RoutedDenoiser([constant(0.0)] * 2, fixed_alpha(0.3, 0.7), "stochastic", seed=2, trace=True)
+    model = RoutedDenoiser(
+        [constant(0.0)] * 2, fixed_alpha(0.3, 0.7), "stochastic", seed=2, trace=True
+    )
     for _ in range(steps):
         model(torch.zeros(n, 1), torch.tensor(0.5))
     first = torch.stack([step.chosen[:, 0] for step in model.steps]).double()  # [steps, n]
@@ -228,14 +245,18 @@ def test_a_sampler_of_two_calls_a_step_draws_the_experts_that_one_of_one_call_dr
 
 def test_clip_bounds_the_mixture_and_no_expert_alone() -> None:
     x, t = torch.zeros(1, 2), torch.tensor(0.5)
-    for values, clipped, plain in (((3.0, -2.0), 0.5, 0.5), ((3.0, 0.0), 1.0, 1.5), ((0.0, -4.0), -1.0, -2.0)):
+    for values, clipped, plain in (
+        ((3.0, -2.0), 0.5, 0.5),
+        ((3.0, 0.0), 1.0, 1.5),
+        ((0.0, -4.0), -1.0, -2.0),
+    ):
         experts = [constant(value) for value in values]
         for clip, expected in ((True, clipped), (False, plain)):
             out = RoutedDenoiser(experts, fixed_alpha(0.5, 0.5), "full", clip=clip)(x, t)
             torch.testing.assert_close(out, torch.full((1, 2), expected))
 
 
-def test_each_picture_may_have_its_own_time() -> None:
+def test_each_image_may_have_its_own_time() -> None:
     oracle = mixture(torch.float64)
     x, t = noise(5).double(), torch.tensor([0.9, 0.1, 0.5, 0.3, 0.7], dtype=torch.float64)
     together = routed(oracle, "top_k")(x, t)
@@ -243,8 +264,8 @@ def test_each_picture_may_have_its_own_time() -> None:
     torch.testing.assert_close(together, alone)
 
 
-def test_alpha_may_be_more_exact_than_the_pictures() -> None:
-    """`alpha` is any (x, t) -> [B, K]; one that counts in float64 moves float32 pictures as well."""
+def test_alpha_may_be_more_exact_than_the_images() -> None:
+    """`alpha` is any (x, t) -> [B, K]; one that counts in float64 moves float32 images as well."""
     experts = [constant(1.0), constant(2.0)]
     alpha = prior(torch.tensor([0.25, 0.75], dtype=torch.float64))
     x = torch.zeros(2, 3)
@@ -252,7 +273,9 @@ def test_alpha_may_be_more_exact_than_the_pictures() -> None:
     torch.testing.assert_close(out, torch.full((2, 3), 1.75))
 
 
-def test_balanced_follows_the_full_path_four_times_closer_than_stochastic_and_harms_no_distribution() -> None:
+def test_balanced_follows_the_full_path_four_times_closer_than_stochastic_and_harms_no_distribution() -> (
+    None
+):
     """Exact experts on a mixture of 4 in 8 dimensions, 50 steps of DDIM, one expert a step."""
     oracle, n = mixture(), 1000
     x = noise(n)
@@ -275,12 +298,16 @@ def test_the_error_of_stochastic_falls_as_one_over_the_number_of_steps() -> None
     errors = []
     for steps in (25, 100):
         full = sample(oracle.denoise, x, LINEAR, "ddim", steps=steps)
-        errors.append(trajectory_error(sample(routed(oracle, "stochastic"), x, LINEAR, "ddim", steps=steps), full))
+        errors.append(
+            trajectory_error(
+                sample(routed(oracle, "stochastic"), x, LINEAR, "ddim", steps=steps), full
+            )
+        )
     assert len(time_grid("uniform_t", 100, LINEAR)) == 101
     assert 2 < errors[0] / errors[1] < 8
 
 
-def stand_ins(oracle: GaussianMixture) -> Control:
+def stand_ins(oracle: GaussianMixture) -> ControlVariate:
     """The experts themselves as their own stand-ins."""
     return lambda x, t, weight: sum(
         (weight[:, k, None] * oracle.expert(k)(x, t) for k in range(4)), torch.zeros_like(x)
@@ -290,7 +317,9 @@ def stand_ins(oracle: GaussianMixture) -> Control:
 def any_control(x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
     """Four functions that have nothing to do with the experts."""
     generator = torch.Generator().manual_seed(7)
-    slope, height = (5 * torch.randn(4, 8, generator=generator, dtype=torch.float64).to(x) for _ in range(2))
+    slope, height = (
+        5 * torch.randn(4, 8, generator=generator, dtype=torch.float64).to(x) for _ in range(2)
+    )
     return weight @ height + (weight @ slope) * x.sin() * (1 + t)
 
 
@@ -298,17 +327,27 @@ def test_with_all_experts_the_control_changes_nothing() -> None:
     oracle = mixture(torch.float64)
     x, t = 2 * noise(6).double(), torch.tensor(0.6, dtype=torch.float64)
     expected = routed(oracle, "full")(x, t)
-    for control in (any_control, stand_ins(oracle)):
-        torch.testing.assert_close(routed(oracle, "full", control=control)(x, t), expected, rtol=0, atol=1e-12)
-    assert (routed(oracle, "balanced", control=any_control)(x, t) - routed(oracle, "balanced")(x, t)).abs().max() > 1
+    for control_variate in (any_control, stand_ins(oracle)):
+        torch.testing.assert_close(
+            routed(oracle, "full", control_variate=control_variate)(x, t),
+            expected,
+            rtol=0,
+            atol=1e-12,
+        )
+    assert (
+        routed(oracle, "balanced", control_variate=any_control)(x, t)
+        - routed(oracle, "balanced")(x, t)
+    ).abs().max() > 1
 
 
 @pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "top_k", "fixed"])
-def test_with_the_experts_as_their_own_stand_ins_one_expert_a_step_gives_the_full_mixture(rule: str) -> None:
+def test_with_the_experts_as_their_own_stand_ins_one_expert_a_step_gives_the_full_mixture(
+    rule: str,
+) -> None:
     oracle = mixture(torch.float64)
     for t in (1.0, 0.7, 0.2):
         x, time = oracle.marginal(6, t, seed=1).double(), torch.tensor(t, dtype=torch.float64)
-        model = routed(oracle, rule, control=stand_ins(oracle), pi=PI.double())
+        model = routed(oracle, rule, control_variate=stand_ins(oracle), pi=PI.double())
         torch.testing.assert_close(model(x, time), oracle.denoise(x, time))
         assert model.calls == 6
 
@@ -318,7 +357,10 @@ def test_no_control_changes_the_mean_of_the_stochastic_step_over_all_draws() -> 
     x = oracle.marginal(1, 0.6, seed=2).double().expand(n, -1)
     draws = Drawing(policy("stochastic"), (torch.arange(n, dtype=torch.float64) + 0.5) / n)
     t = torch.tensor(0.6, dtype=torch.float64)
-    plain, controlled = (routed(oracle, draws, control=control)(x, t) for control in (None, any_control))
+    plain, controlled = (
+        routed(oracle, draws, control_variate=control_variate)(x, t)
+        for control_variate in (None, any_control)
+    )
     torch.testing.assert_close(controlled.mean(0), oracle.denoise(x[:1], t)[0], rtol=0, atol=1e-3)
     assert (controlled.var(0) - plain.var(0)).abs().max() > 1  # it was at work
 
@@ -336,9 +378,12 @@ def test_the_control_is_given_what_alpha_promised_and_the_chosen_did_not_carry()
         (policy("full"), [0.0, 0.0, 0.0]),
         (policy("top_k", top_k=1), [-0.5, 0.3, 0.2]),
         (policy("top_k", top_k=2), [0.5 - 0.625, 0.3 - 0.375, 0.2]),
-        (Drawing(policy("stochastic"), torch.full((2,), 0.9, dtype=torch.float64)), [0.5, 0.3, -0.8]),
+        (
+            Drawing(policy("stochastic"), torch.full((2,), 0.9, dtype=torch.float64)),
+            [0.5, 0.3, -0.8],
+        ),
     ):
-        RoutedDenoiser(experts, fixed_alpha(*alpha), rule, control=spy)(x, t)
+        RoutedDenoiser(experts, fixed_alpha(*alpha), rule, control_variate=spy)(x, t)
         seen, time, weight = given.pop()
         assert seen.equal(x) and time == t
         torch.testing.assert_close(weight, torch.tensor([left] * 2))
@@ -348,16 +393,27 @@ def test_the_control_is_given_what_alpha_promised_and_the_chosen_did_not_carry()
 
 def test_the_result_is_clipped_after_the_control_and_neither_alone() -> None:
     x, t = torch.zeros(1, 2), torch.tensor(0.5)
-    for mixed, control in ((0.5, 0.3), (0.5, 0.9), (0.5, -3.0), (2.0, -1.5), (-4.0, 3.5), (0.5, -1.25)):
+    for mixed, control_variate in (
+        (0.5, 0.3),
+        (0.5, 0.9),
+        (0.5, -3.0),
+        (2.0, -1.5),
+        (-4.0, 3.5),
+        (0.5, -1.25),
+    ):
         for clip in (True, False):
             model = RoutedDenoiser(
                 [constant(mixed), constant(0.0)],
                 fixed_alpha(0.75, 0.25),
                 "top_k",
-                control=lambda x, t, weight, control=control: torch.full_like(x, control),  # type: ignore[misc]
+                control_variate=lambda x, t, weight, control_variate=control_variate: (
+                    torch.full_like(x, control_variate)
+                ),  # type: ignore[misc]
                 clip=clip,
             )
-            expected = min(max(mixed + control, -1.0), 1.0) if clip else mixed + control
+            expected = (
+                min(max(mixed + control_variate, -1.0), 1.0) if clip else mixed + control_variate
+            )
             torch.testing.assert_close(model(x, t), torch.full((1, 2), expected))
 
 
@@ -365,7 +421,10 @@ def test_the_result_is_clipped_after_the_control_and_neither_alone() -> None:
 def test_a_control_adds_no_calls_and_chooses_nobody(rule: str) -> None:
     oracle = mixture()
     x, t = noise(5), torch.tensor(0.5)
-    models = [routed(oracle, rule, control=control, trace=True) for control in (None, any_control)]
+    models = [
+        routed(oracle, rule, control_variate=control_variate, trace=True)
+        for control_variate in (None, any_control)
+    ]
     for model in models:
         for _ in range(6):
             model(x, t)
@@ -375,7 +434,9 @@ def test_a_control_adds_no_calls_and_chooses_nobody(rule: str) -> None:
         assert one.chosen.equal(other.chosen)
 
 
-def test_gaussians_stand_in_for_experts_whose_clusters_are_none_and_halve_the_error_of_balanced() -> None:
+def test_gaussians_stand_in_for_experts_whose_clusters_are_none_and_halve_the_error_of_balanced() -> (
+    None
+):
     """Four clusters of three Gaussians each in 8 dimensions; the stand-ins know each cluster's mean and variances alone.
 
     Measured at 25 steps of DDIM, against the full mixture's own path: 0.68 without, 0.32 with, 0.31 with all experts.
@@ -398,8 +459,10 @@ def test_gaussians_stand_in_for_experts_whose_clusters_are_none_and_halve_the_er
     x = noise(300)
     reference = sample(whole.denoise, x, LINEAR, "ddim", steps=500)
 
-    def error(control: Control | None, rule: str = "balanced") -> float:
-        model = RoutedDenoiser(experts, alpha, rule, pi=shares.sum(dim=1), control=control)
+    def error(control_variate: ControlVariate | None, rule: str = "balanced") -> float:
+        model = RoutedDenoiser(
+            experts, alpha, rule, pi=shares.sum(dim=1), control_variate=control_variate
+        )
         return trajectory_error(sample(model, x, LINEAR, "ddim", steps=25), reference)
 
     gaussian = Gaussians(mean, variance, LINEAR).mix
@@ -415,12 +478,16 @@ RULES = ["full", "top_k", "nucleus", "fixed", "stochastic", "balanced", "adaptiv
 
 def router_of(rule: str, weights: list[float] | None = None) -> tuple[Router, GaussianMixture]:
     oracle = mixture(torch.float64)
-    source = Integrated(oracle.posterior_rate, PI.double(), oracle.posterior, pull=5.0)
-    return Router(source, policy(rule), PI.double(), None if weights is None else torch.tensor(weights)), oracle
+    source = Integrated(oracle.posterior_rate, PI.double(), oracle.posterior, relaxation_rate=5.0)
+    return Router(
+        source, policy(rule), PI.double(), None if weights is None else torch.tensor(weights)
+    ), oracle
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_is_handed_in_stays(rule: str) -> None:
+def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_is_handed_in_stays(
+    rule: str,
+) -> None:
     router, _ = router_of(rule)
     x, draws = 2 * noise(5).double(), torch.rand(5, 6, dtype=torch.float64)
     times = torch.linspace(1, 0.2, 6, dtype=torch.float64)
@@ -434,7 +501,9 @@ def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_i
             alpha, memory = router.route(one, times[call], memory, draws[row : row + 1, call])
         return alpha, memory
 
-    before = Memory(*map(torch.cat, zip(*(alone(row, n)[1] for row, n in enumerate(lengths)), strict=True)))
+    before = Memory(
+        *map(torch.cat, zip(*(alone(row, n)[1] for row, n in enumerate(lengths)), strict=True))
+    )
     kept = [part.clone() for part in before]
     draw = torch.stack([draws[row, n] for row, n in enumerate(lengths)])
     alpha, after = router.route(x, times[lengths], before, draw)
@@ -442,8 +511,8 @@ def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_i
         expected, memory = alone(row, n + 1)
         torch.testing.assert_close(alpha[row : row + 1], expected)
         assert after.chosen[row].equal(memory.chosen[0])
-        for part, own in zip(after[:2], memory[:2], strict=True):
-            torch.testing.assert_close(part[row : row + 1], own)
+        for part, cfg in zip(after[:2], memory[:2], strict=True):
+            torch.testing.assert_close(part[row : row + 1], cfg)
     for part, copy in zip(before, kept, strict=True):
         torch.testing.assert_close(part, copy, rtol=0, atol=0, equal_nan=True)
 
@@ -451,26 +520,42 @@ def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_i
 def test_weights_multiply_shares_and_alpha_by_bayes_rule() -> None:
     weights = [2.0, 0.0, 1.0, 0.5]
     _, oracle = router_of("full")
-    router = Router(Forgetful(oracle.posterior), policy("full"), PI.double(), torch.tensor(weights).double())
+    router = Router(
+        Stateless(oracle.posterior), policy("full"), PI.double(), torch.tensor(weights).double()
+    )
     w = torch.tensor(weights, dtype=torch.float64)
-    other = GaussianMixture(PI.double() * w / (PI.double() * w).sum(), oracle.means, oracle.stds, LINEAR)
+    other = GaussianMixture(
+        PI.double() * w / (PI.double() * w).sum(), oracle.means, oracle.stds, LINEAR
+    )
     for t in (0.9, 0.5, 0.1):
         x, time = oracle.marginal(6, t, seed=1).double(), torch.tensor(t, dtype=torch.float64)
-        alpha, _ = router.route(x, time, router.start(x, torch.full((6,), 0.5)), torch.full((6,), 0.5))
+        alpha, _ = router.route(
+            x, time, router.start(x, torch.full((6,), 0.5)), torch.full((6,), 0.5)
+        )
         torch.testing.assert_close(alpha, other.posterior(x, time))
 
 
 def test_the_start_is_drawn_from_the_weighted_shares() -> None:
-    router = Router(Forgetful(fixed_alpha(0.4, 0.3, 0.2, 0.1)), policy("fixed"), PI, torch.tensor([1.0, 0.0, 1.0, 4.0]))
+    router = Router(
+        Stateless(fixed_alpha(0.4, 0.3, 0.2, 0.1)),
+        policy("fixed"),
+        PI,
+        torch.tensor([1.0, 0.0, 1.0, 4.0]),
+    )
     n = 1000
     draws = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     memory = router.start(torch.zeros(n, 1), draws)
-    torch.testing.assert_close(memory.policy.mean(dim=0), torch.tensor([0.4, 0.0, 0.2, 0.4]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        memory.policy.mean(dim=0), torch.tensor([0.4, 0.0, 0.2, 0.4]), rtol=0, atol=2e-3
+    )
 
 
 def test_where_the_weights_leave_nothing_of_alpha_they_stand_alone() -> None:
     router = Router(
-        Forgetful(fixed_alpha(1.0, 0.0, 0.0)), policy("full"), torch.ones(3) / 3, torch.tensor([0.0, 3.0, 1.0])
+        Stateless(fixed_alpha(1.0, 0.0, 0.0)),
+        policy("full"),
+        torch.ones(3) / 3,
+        torch.tensor([0.0, 3.0, 1.0]),
     )
     x, half = torch.zeros(2, 1), torch.full((2,), 0.5)
     alpha, memory = router.route(x, torch.tensor(0.5), router.start(x, half), half)
@@ -479,7 +564,9 @@ def test_where_the_weights_leave_nothing_of_alpha_they_stand_alone() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_nobody_is_chosen_who_is_away_or_has_no_weight_and_alpha_is_that_of_the_others(rule: str) -> None:
+def test_nobody_is_chosen_who_is_away_or_has_no_weight_and_alpha_is_that_of_the_others(
+    rule: str,
+) -> None:
     router, _ = router_of(rule, [1.0, 1.0, 0.0, 1.0])
     plain = Router(router.source, router.policy, router.pi)
     alive = torch.tensor([False, True, True, True])
@@ -498,7 +585,9 @@ def test_nobody_is_chosen_who_is_away_or_has_no_weight_and_alpha_is_that_of_the_
 
 
 def test_whose_turn_it_would_have_been_of_one_who_is_away_goes_to_the_likeliest() -> None:
-    router = Router(Forgetful(fixed_alpha(0.5, 0.2, 0.3)), policy("fixed"), torch.tensor([0.5, 0.2, 0.3]))
+    router = Router(
+        Stateless(fixed_alpha(0.5, 0.2, 0.3)), policy("fixed"), torch.tensor([0.5, 0.2, 0.3])
+    )
     x, draw = torch.zeros(3, 1), torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
     memory = router.start(x, draw)
     for alive, expected in (
@@ -540,11 +629,13 @@ def undecided() -> Tensor:
     return alpha / alpha.sum(dim=1, keepdim=True)
 
 
-def cooled(temperature: float, weights: list[float] | None = None, alive: list[bool] | None = None) -> Tensor:
+def cooled(
+    temperature: float, weights: list[float] | None = None, alive: list[bool] | None = None
+) -> Tensor:
     """What a router makes of `undecided()`."""
     given = undecided()
     weight = None if weights is None else torch.tensor(weights)
-    router = Router(Forgetful(lambda x, t: given), policy("full"), PI, weight, temperature)
+    router = Router(Stateless(lambda x, t: given), policy("full"), PI, weight, temperature)
     x, half = torch.zeros(len(given), 1), torch.full((len(given),), 0.5)
     there = None if alive is None else torch.tensor(alive)
     return router.route(x, torch.tensor(0.5), router.start(x, half), half, alive=there)[0]
@@ -556,45 +647,61 @@ def test_a_temperature_of_1_is_bit_identical_to_none() -> None:
     oracle, x, t = mixture(), noise(20), torch.tensor(0.9)
     for rule in ("full", "stochastic"):
         plain, same, warm = (
-            routed(oracle, rule, **more)(x, t) for more in ({}, {"temperature": 1.0}, {"temperature": 9.0})
+            routed(oracle, rule, **more)(x, t)
+            for more in ({}, {"temperature": 1.0}, {"temperature": 9.0})
         )
         assert plain.equal(same)
         assert not plain.equal(warm)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 0.9, 2.0, 100.0])
-def test_alpha_is_raised_to_1_over_the_temperature_and_renormalized_and_what_is_0_stays_0(temperature: float) -> None:
+def test_alpha_is_raised_to_1_over_the_temperature_and_renormalized_and_what_is_0_stays_0(
+    temperature: float,
+) -> None:
     power = undecided().double().numpy() ** (1 / temperature)
     found = cooled(temperature)
     expected = torch.from_numpy(power / power.sum(axis=1, keepdims=True))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)  # 1e-7 of log alpha, times 1 / 0.01
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-3, atol=1e-6
+    )  # 1e-7 of log alpha, times 1 / 0.01
     assert found[undecided() == 0].eq(0).all()
     assert found[7].tolist() == [0, 0, 1, 0]
     assert (found.argmax(dim=1) == undecided().argmax(dim=1)).all()
 
 
-def test_a_low_temperature_makes_the_likeliest_expert_certain_and_a_high_one_makes_all_that_can_be_alike() -> None:
+def test_a_low_temperature_makes_the_likeliest_expert_certain_and_a_high_one_makes_all_that_can_be_alike() -> (
+    None
+):
     two = undecided().topk(2, dim=1).values
     clear = two[:, 0] > 1.2 * two[:, 1]  # 1.2^-100 is 1e-8
     assert clear.sum() > 150
     torch.testing.assert_close(cooled(0.01).amax(dim=1)[clear], torch.ones(int(clear.sum())))
     some = (undecided() > 0.01).all(dim=1)
-    torch.testing.assert_close(cooled(100.0)[some], torch.full((int(some.sum()), 4), 0.25), rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        cooled(100.0)[some], torch.full((int(some.sum()), 4), 0.25), rtol=0, atol=0.01
+    )
 
 
 def test_weights_and_who_is_alive_come_after_the_temperature() -> None:
     weights, alive = [2.0, 0.5, 1.0, 0.0], [True, True, False, True]
     power = undecided().double() ** 2 * torch.tensor(weights)
-    torch.testing.assert_close(cooled(0.5, weights).double(), power / power.sum(dim=1, keepdim=True), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        cooled(0.5, weights).double(), power / power.sum(dim=1, keepdim=True), rtol=1e-4, atol=0
+    )
     left = undecided().double() ** 2 * torch.tensor(alive)
     rows = left.sum(dim=1) > 0  # where only one who is away is likely, the others stand alone
     torch.testing.assert_close(
-        cooled(0.5, alive=alive)[rows].double(), (left / left.sum(dim=1, keepdim=True))[rows], rtol=1e-4, atol=0
+        cooled(0.5, alive=alive)[rows].double(),
+        (left / left.sum(dim=1, keepdim=True))[rows],
+        rtol=1e-4,
+        atol=0,
     )
 
 
 @pytest.mark.parametrize("rule", ["full", "balanced"])
-def test_the_temperature_is_for_the_policy_and_alpha_s_own_path_goes_on_without_it(rule: str) -> None:
+def test_the_temperature_is_for_the_policy_and_alpha_s_own_path_goes_on_without_it(
+    rule: str,
+) -> None:
     plain, _ = router_of(rule)
     cold = Router(plain.source, plain.policy, plain.pi, temperature=0.5)
     x, half = 2 * noise(5).double(), torch.full((5,), 0.5, dtype=torch.float64)

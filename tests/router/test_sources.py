@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddm.oracle import GaussianMixture
 from ddm.schedules import schedule
-from router.sources import Forgetful, Integrated, prior, project_to_simplex
+from router.sources import Integrated, Stateless, prior, project_to_simplex
 
 PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
@@ -16,10 +16,14 @@ PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 def oracle() -> GaussianMixture:
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(3, 2, generator=generator, dtype=torch.float64)
-    return GaussianMixture(PI, means, torch.full((3, 2), 0.5, dtype=torch.float64), schedule("vp_linear"))
+    return GaussianMixture(
+        PI, means, torch.full((3, 2), 0.5, dtype=torch.float64), schedule("vp_linear")
+    )
 
 
-def full_path(mixture: GaussianMixture, x: Tensor, steps: int, t_min: float) -> tuple[Tensor, list[Tensor]]:
+def full_path(
+    mixture: GaussianMixture, x: Tensor, steps: int, t_min: float
+) -> tuple[Tensor, list[Tensor]]:
     """Times and places on the probability-flow ODE, by Runge and Kutta's method with the score of the mixture.
 
     `dx/dt = -beta/2 (x + score)` and `score = (a D - x) / s^2`, not by the repository's velocity.
@@ -42,7 +46,7 @@ def full_path(mixture: GaussianMixture, x: Tensor, steps: int, t_min: float) -> 
     return times, places
 
 
-def test_the_prior_is_pi_for_every_picture_at_every_time() -> None:
+def test_the_prior_is_pi_for_every_image_at_every_time() -> None:
     source = prior(PI)
     for t in (1.0, 0.2):
         alpha = source(torch.randn(4, 1, 2, 2), torch.tensor(t))
@@ -51,7 +55,11 @@ def test_the_prior_is_pi_for_every_picture_at_every_time() -> None:
 
 def test_projection_to_the_simplex_equals_bisection_on_its_threshold() -> None:
     generator = torch.Generator().manual_seed(0)
-    p = torch.randn(200, 5, generator=generator, dtype=torch.float64) * torch.logspace(-2, 1, 200)[:, None] + 0.2
+    p = (
+        torch.randn(200, 5, generator=generator, dtype=torch.float64)
+        * torch.logspace(-2, 1, 200)[:, None]
+        + 0.2
+    )
     low, high = p.min(dim=1).values - 1, p.max(dim=1).values
     for _ in range(80):  # sum max(p - threshold, 0) falls with the threshold and has to be 1
         middle = (low + high) / 2
@@ -59,7 +67,9 @@ def test_projection_to_the_simplex_equals_bisection_on_its_threshold() -> None:
         low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
     projected = project_to_simplex(p)
     torch.testing.assert_close(projected, (p - low[:, None]).clamp_min(0), rtol=0, atol=1e-9)
-    assert ((projected > 0).sum(dim=1).unique() == torch.arange(1, 6)).all()  # faces of every dimension
+    assert (
+        (projected > 0).sum(dim=1).unique() == torch.arange(1, 6)
+    ).all()  # faces of every dimension
 
 
 def test_projection_leaves_the_simplex_alone_and_is_by_hand_in_two_dimensions() -> None:
@@ -68,10 +78,14 @@ def test_projection_leaves_the_simplex_alone_and_is_by_hand_in_two_dimensions() 
     corner = torch.tensor([[1.0, 0.0, 0.0]])
     torch.testing.assert_close(project_to_simplex(corner), corner, rtol=0, atol=0)
     p = torch.tensor([[0.9, 0.5], [2.0, 0.1], [-0.2, -0.4]])
-    torch.testing.assert_close(project_to_simplex(p), torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.6, 0.4]]))
+    torch.testing.assert_close(
+        project_to_simplex(p), torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.6, 0.4]])
+    )
 
 
-def test_integrating_the_oracle_s_rate_along_the_full_ode_follows_its_posterior_with_second_order() -> None:
+def test_integrating_the_oracle_s_rate_along_the_full_ode_follows_its_posterior_with_second_order() -> (
+    None
+):
     mixture = oracle()
     errors = []
     starts = torch.tensor([[0.4, -0.2], [-1.0, 0.8], [0.1, 1.3]], dtype=torch.float64)
@@ -83,13 +97,17 @@ def test_integrating_the_oracle_s_rate_along_the_full_ode_follows_its_posterior_
             source = Followed(mixture.posterior_rate, mixture.posterior(x_start, times[0])[0])
             for t, x in zip(times[::every], places[::every], strict=True):
                 alpha = source(x[row : row + 1], t)
-                worst = max(worst, float((alpha - mixture.posterior(x[row : row + 1], t)).abs().max()))
+                worst = max(
+                    worst, float((alpha - mixture.posterior(x[row : row + 1], t)).abs().max())
+                )
         errors.append(worst)
     assert errors[-1] < 1e-4
     for coarse, fine in pairwise(errors):
         assert 3.5 < coarse / fine < 4.5
     ends = mixture.posterior(places[-1], times[-1])
-    assert (ends - mixture.posterior(places[0], times[0])).abs().max() > 0.3  # there was something to follow
+    assert (
+        ends - mixture.posterior(places[0], times[0])
+    ).abs().max() > 0.3  # there was something to follow
 
 
 def test_a_rate_linear_in_t_is_integrated_exactly_and_downwards_from_pi() -> None:
@@ -101,9 +119,13 @@ def test_a_rate_linear_in_t_is_integrated_exactly_and_downwards_from_pi() -> Non
         torch.testing.assert_close(alpha, (PI + slope * (t**2 - 1) / 2).expand(2, -1))
 
 
-def test_a_rate_that_points_out_of_the_simplex_slides_along_its_nearest_face_and_leaves_it_when_it_turns() -> None:
+def test_a_rate_that_points_out_of_the_simplex_slides_along_its_nearest_face_and_leaves_it_when_it_turns() -> (
+    None
+):
     slope = torch.tensor([8.0, -5.0, -3.0])
-    rates = iter([slope, slope, 0 * slope, -slope / 16])  # t falls: a positive rate lowers the first
+    rates = iter(
+        [slope, slope, 0 * slope, -slope / 16]
+    )  # t falls: a positive rate lowers the first
     source = Followed(lambda x, t: next(rates).expand(len(x), -1), torch.tensor([0.5, 0.3, 0.2]))
     found = torch.cat([source(torch.zeros(1, 2), torch.tensor(t)) for t in (1.0, 0.9, 0.9, 0.5)])
     # (.5, .3, .2) - .1 (8, -5, -3) = (-.3, .8, .5), of which (0, .65, .35) is the nearest point; then half of .4 (.5, ...)
@@ -127,7 +149,7 @@ def varying_sources() -> tuple[GaussianMixture, Tensor, list[float]]:
 
 def test_with_pull_0_combined_is_derivative() -> None:
     mixture, x, times = varying_sources()
-    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, pull=0.0)
+    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, relaxation_rate=0.0)
     derivative = Followed(mixture.posterior_rate, PI)
     for t in torch.tensor(times, dtype=torch.float64):
         torch.testing.assert_close(combined(x, t), derivative(x, t), rtol=0, atol=0)
@@ -136,15 +158,17 @@ def test_with_pull_0_combined_is_derivative() -> None:
 
 def test_with_a_pull_beyond_all_bounds_combined_is_the_posterior_from_the_second_call_on() -> None:
     mixture, x, times = varying_sources()
-    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, pull=1e9)
+    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, relaxation_rate=1e9)
     for step, t in enumerate(torch.tensor(times, dtype=torch.float64)):
         expected = mixture.posterior(x, t) if step > 0 else PI.expand(3, -1)
         torch.testing.assert_close(combined(x, t), expected)
 
 
-def test_with_an_infinite_pull_combined_is_on_the_simplex_at_the_first_call_and_the_posterior_later() -> None:
+def test_with_an_infinite_pull_combined_is_on_the_simplex_at_the_first_call_and_the_posterior_later() -> (
+    None
+):
     mixture, x, times = varying_sources()
-    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, pull=math.inf)
+    combined = Followed(mixture.posterior_rate, PI, mixture.posterior, relaxation_rate=math.inf)
     first, *later = torch.tensor(times, dtype=torch.float64)
     alpha = combined(x, first)
     assert alpha.isfinite().all() and (alpha >= 0).all()
@@ -155,11 +179,16 @@ def test_with_an_infinite_pull_combined_is_on_the_simplex_at_the_first_call_and_
 
 def test_the_pull_is_equal_in_equal_time_whatever_the_number_of_steps() -> None:
     """Against a closed form: without a rate, the distance to a constant posterior decays as exp(-pull (1 - t))."""
-    target, pull, end = torch.tensor([0.1, 0.1, 0.8], dtype=torch.float64), 3.0, 0.4
+    target, relaxation_rate, end = torch.tensor([0.1, 0.1, 0.8], dtype=torch.float64), 3.0, 0.4
     x = torch.zeros(2, 2, dtype=torch.float64)
-    expected = target + (PI - target) * math.exp(-pull * (1 - end))
+    expected = target + (PI - target) * math.exp(-relaxation_rate * (1 - end))
     for steps in (1, 4, 60):
-        source = Followed(lambda x, t: torch.zeros(len(x), 3).to(x), PI, lambda x, t: target.expand(len(x), -1), pull)
+        source = Followed(
+            lambda x, t: torch.zeros(len(x), 3).to(x),
+            PI,
+            lambda x, t: target.expand(len(x), -1),
+            relaxation_rate,
+        )
         for t in torch.linspace(1, end, steps + 1, dtype=torch.float64):
             alpha = source(x, t)
         torch.testing.assert_close(alpha, expected.expand(2, -1))
@@ -168,7 +197,7 @@ def test_the_pull_is_equal_in_equal_time_whatever_the_number_of_steps() -> None:
 def test_trajectories_anywhere_on_their_way_are_stepped_together_as_each_alone() -> None:
     """Rows of one memory, each with a time of its own and one at its start, against one trajectory after another."""
     mixture = oracle()
-    source = Integrated(mixture.posterior_rate, PI, mixture.posterior, pull=7.0)
+    source = Integrated(mixture.posterior_rate, PI, mixture.posterior, relaxation_rate=7.0)
     x = torch.randn(3, 2, dtype=torch.float64)
     ways = [[1.0, 0.7, 0.4], [1.0, 0.9], [1.0]]
     alone, memories = [], []
@@ -177,21 +206,30 @@ def test_trajectories_anywhere_on_their_way_are_stepped_together_as_each_alone()
         for t in way[:-1]:
             _, memory = source.step(x[row : row + 1], torch.tensor(t, dtype=torch.float64), memory)
         memories.append(memory)
-        alone.append(source.step(x[row : row + 1], torch.tensor(way[-1], dtype=torch.float64), memory))
+        alone.append(
+            source.step(x[row : row + 1], torch.tensor(way[-1], dtype=torch.float64), memory)
+        )
     times = torch.tensor([way[-1] for way in ways], dtype=torch.float64)
     before = torch.cat(memories)
     kept = before.clone()
     alpha, memory = source.step(x, times, before)
     torch.testing.assert_close(alpha, torch.cat([one for one, _ in alone]))
     torch.testing.assert_close(memory, torch.cat([one for _, one in alone]))
-    torch.testing.assert_close(before, kept, equal_nan=True, rtol=0, atol=0)  # what was handed in stays as it was
+    torch.testing.assert_close(
+        before, kept, equal_nan=True, rtol=0, atol=0
+    )  # what was handed in stays as it was
     torch.testing.assert_close(alpha[2], PI)
     assert (alpha[0] - alpha[1]).abs().max() > 0.01
 
 
-def test_a_plain_function_remembers_nothing_and_is_asked_with_each_picture_s_time() -> None:
-    source = Forgetful(oracle().posterior)
-    x, t = torch.randn(4, 2, dtype=torch.float64), torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64)
+def test_a_plain_function_remembers_nothing_and_is_asked_with_each_image_s_time() -> None:
+    source = Stateless(oracle().posterior)
+    x, t = (
+        torch.randn(4, 2, dtype=torch.float64),
+        torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64),
+    )
     alpha, memory = source.step(x, t, source.start(x))
     assert memory.numel() == 0 and len(memory) == 4
-    torch.testing.assert_close(alpha, torch.cat([oracle().posterior(x[i : i + 1], t[i]) for i in range(4)]))
+    torch.testing.assert_close(
+        alpha, torch.cat([oracle().posterior(x[i : i + 1], t[i]) for i in range(4)])
+    )

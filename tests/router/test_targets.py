@@ -1,4 +1,4 @@
-"""The exact posterior and its rate against float64 sums over all pictures, written from DESIGN's formulas."""
+"""The exact posterior and its rate against float64 sums over all images, written from DESIGN's formulas."""
 
 import os
 import pickle
@@ -18,8 +18,10 @@ TIMES = [1e-3, 3e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0]
 LINEAR = schedule("vp_linear")
 
 
-def brute_force(x0: Tensor, eps: Tensor, c: Coeffs, points: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`alpha`, `dalpha` at one x_t, a picture at a time, in float64: the g_i of DESIGN, section 2, as they stand there."""
+def brute_force(
+    x0: Tensor, eps: Tensor, c: Coeffs, points: Tensor, labels: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """`alpha`, `dalpha` at one x_t, an image at a time, in float64: the g_i of DESIGN, section 2, as they stand there."""
     a, s, da, ds = c
     x, dx = a * x0 + s * eps, da * x0 + ds * eps
     residual = x - a * points
@@ -35,10 +37,12 @@ def brute_force(x0: Tensor, eps: Tensor, c: Coeffs, points: Tensor, labels: Tens
 
 
 def check_against_brute_force(images: Tensor, labels: Tensor, name: str = "vp_linear") -> Tensor:
-    """Compare both targets at `TIMES`, along paths from pictures of the set; returns dalpha, brute force's."""
+    """Compare both targets at `TIMES`, along paths from images of the set; returns dalpha, brute force's."""
     k, b = int(labels.max()) + 1, len(TIMES)
     generator = torch.Generator().manual_seed(1)
-    x0 = (images[torch.randint(len(images), (b,), generator=generator)].float() / 127.5 - 1).contiguous()
+    x0 = (
+        images[torch.randint(len(images), (b,), generator=generator)].float() / 127.5 - 1
+    ).contiguous()
     eps = torch.randn(x0.shape, generator=generator)
     t = torch.tensor(TIMES, dtype=torch.float64)
     if name == "rectified_flow":
@@ -46,12 +50,21 @@ def check_against_brute_force(images: Tensor, labels: Tensor, name: str = "vp_li
     c = schedule(name)(t)
     points = (images.float() / 127.5 - 1).double().flatten(1)
     rows = [
-        brute_force(x0[i].double().flatten(), eps[i].double().flatten(), Coeffs(*(v[i] for v in c)), points, labels, k)
+        brute_force(
+            x0[i].double().flatten(),
+            eps[i].double().flatten(),
+            Coeffs(*(v[i] for v in c)),
+            points,
+            labels,
+            k,
+        )
         for i in range(b)
     ]
     alpha, dalpha = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
-    a, s, _, _ = c.beside(x0)
-    posterior = exact_posterior(a * x0.double() + s * eps.double(), t, images, labels, schedule(name))
+    a, s, _, _ = c.broadcast_to(x0)
+    posterior = exact_posterior(
+        a * x0.double() + s * eps.double(), t, images, labels, schedule(name)
+    )
     with_rate, rate = exact_posterior_rate(x0, eps, t, images, labels, schedule(name))
     assert posterior.dtype == with_rate.dtype == rate.dtype == torch.float32
     torch.testing.assert_close(posterior.double(), alpha, rtol=0, atol=1e-4)
@@ -60,8 +73,8 @@ def check_against_brute_force(images: Tensor, labels: Tensor, name: str = "vp_li
     return dalpha
 
 
-def noise_pictures(n: int = 60, side: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """uint8 pictures of independent pixels, with every second one all but the one before it; 3 clusters."""
+def noise_images(n: int = 60, side: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """uint8 images of independent pixels, with every second one all but the one before it; 3 clusters."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (n, 1, side, side), generator=generator)
     nudge = torch.randint(-2, 3, (n // 2, 1, side, side), generator=generator)
@@ -69,12 +82,18 @@ def noise_pictures(n: int = 60, side: int = 4, seed: int = 0) -> tuple[Tensor, T
     return images.to(torch.uint8), torch.arange(n) % 3
 
 
-def smooth_pictures(n: int = 300) -> tuple[Tensor, Tensor]:
+def smooth_images(n: int = 300) -> tuple[Tensor, Tensor]:
     """uint8 `[n, 3, 32, 32]`: blurred noise of many strengths, a few much alike."""
     generator = torch.Generator().manual_seed(2)
-    coarse = torch.randn(n, 3, 4, 4, generator=generator) * torch.rand(n, 1, 1, 1, generator=generator)
-    images = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear", align_corners=False)
-    return (images * 60 + 128).clamp(0, 255).to(torch.uint8), torch.randint(4, (n,), generator=generator)
+    coarse = torch.randn(n, 3, 4, 4, generator=generator) * torch.rand(
+        n, 1, 1, 1, generator=generator
+    )
+    images = torch.nn.functional.interpolate(
+        coarse, size=(32, 32), mode="bilinear", align_corners=False
+    )
+    return (images * 60 + 128).clamp(0, 255).to(torch.uint8), torch.randint(
+        4, (n,), generator=generator
+    )
 
 
 def point_clusters() -> tuple[Tensor, Tensor]:
@@ -85,7 +104,7 @@ def point_clusters() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_both_targets_equal_brute_force_on_noise_with_near_twins(name: str) -> None:
-    images, labels = noise_pictures()
+    images, labels = noise_images()
     assert check_against_brute_force(images, labels, name).abs().max() > 1
 
 
@@ -95,15 +114,19 @@ def test_both_targets_equal_brute_force_on_the_digits() -> None:
     assert check_against_brute_force(images, torch.from_numpy(digits.target) // 2).abs().max() > 0.1
 
 
-def test_both_targets_equal_brute_force_on_smooth_pictures_of_3072_numbers() -> None:
-    assert check_against_brute_force(*smooth_pictures()).abs().max() > 0.5
+def test_both_targets_equal_brute_force_on_smooth_images_of_3072_numbers() -> None:
+    assert check_against_brute_force(*smooth_images()).abs().max() > 0.5
 
 
 @pytest.mark.data
-def test_both_targets_equal_brute_force_on_real_pictures() -> None:
-    folder = Path(os.environ.get("DDM_DATA", Path(__file__).parents[2] / "data")) / "cifar-10-batches-py"
+def test_both_targets_equal_brute_force_on_real_images() -> None:
+    folder = (
+        Path(os.environ.get("DDM_DATA", Path(__file__).parents[2] / "data")) / "cifar-10-batches-py"
+    )
     if not folder.is_dir():
-        pytest.skip(f"CIFAR-10 is not in {folder.parent}: set DDM_DATA to the folder that holds cifar-10-batches-py")
+        pytest.skip(
+            f"CIFAR-10 is not in {folder.parent}: set DDM_DATA to the folder that holds cifar-10-batches-py"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy, about how CIFAR-10's pickles name their types
         batch = pickle.loads((folder / "data_batch_1").read_bytes(), encoding="bytes")
@@ -120,18 +143,22 @@ def test_the_rate_is_the_finite_difference_of_the_posterior_along_the_path() -> 
     eps = torch.randn(len(t), 3, generator=generator, dtype=torch.float64)
 
     def along(t: Tensor) -> Tensor:
-        a, s, _, _ = LINEAR(t).beside(x0)
+        a, s, _, _ = LINEAR(t).broadcast_to(x0)
         return exact_posterior(a * x0 + s * eps, t, points, labels, LINEAR).double()
 
     h = 4e-3  # of fourth order, because the answers are float32
-    by_difference = (8 * (along(t + h) - along(t - h)) - along(t + 2 * h) + along(t - 2 * h)) / (12 * h)
+    by_difference = (8 * (along(t + h) - along(t - h)) - along(t + 2 * h) + along(t - 2 * h)) / (
+        12 * h
+    )
     alpha, rate = exact_posterior_rate(x0, eps, t, points, labels, LINEAR)
     assert rate.abs().amax(dim=1).min() > 0.01 and rate.abs().max() > 0.5
     torch.testing.assert_close(rate.double(), by_difference, rtol=1e-3, atol=5e-4)
     torch.testing.assert_close(alpha.double(), along(t))
 
 
-def test_the_mean_of_the_rate_given_x_t_is_the_total_derivative_along_the_probability_flow() -> None:
+def test_the_mean_of_the_rate_given_x_t_is_the_total_derivative_along_the_probability_flow() -> (
+    None
+):
     """`E[dalpha | x_t] = d_t alpha + grad alpha . v`: what a network fitted to the rate learns has to be integrated."""
     data = torch.tensor([-0.9, -0.5, -0.2, 0.1, 0.4, 0.8], dtype=torch.float64)
     labels = torch.tensor([0, 1, 0, 2, 2, 1])
@@ -147,14 +174,20 @@ def test_the_mean_of_the_rate_given_x_t_is_the_total_derivative_along_the_probab
         x_t, time = torch.tensor(x, dtype=torch.float64), torch.tensor(t, dtype=torch.float64)
         a, s, da, ds = LINEAR(time)
         r = weights(x_t, time)
-        eps = (x_t - a * data) / s  # given x_t, x0 is data[i] with probability r[i], and this is its noise
+        eps = (
+            x_t - a * data
+        ) / s  # given x_t, x0 is data[i] with probability r[i], and this is its noise
         v = (r * (da * data + ds * eps)).sum()
-        _, rate = exact_posterior_rate(data[:, None], eps[:, None], time, data[:, None], labels, LINEAR)
+        _, rate = exact_posterior_rate(
+            data[:, None], eps[:, None], time, data[:, None], labels, LINEAR
+        )
         mean = r @ rate.double()
         h = 1e-5
         total = (posterior(x_t + h * v, time + h) - posterior(x_t - h * v, time - h)) / (2 * h)
         torch.testing.assert_close(mean, total, rtol=1e-5, atol=1e-6)
-        assert (rate.double() - mean).abs().max() > 0.02 and total.abs().max() > 0.01  # it took an average
+        assert (
+            rate.double() - mean
+        ).abs().max() > 0.02 and total.abs().max() > 0.01  # it took an average
 
 
 def paths(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +198,7 @@ def paths(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_the_size_of_the_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    images, labels = noise_pictures()
+    images, labels = noise_images()
     x0, eps, t = paths(images)
     whole = (
         exact_posterior(x0 + eps, t, images, labels, LINEAR),
@@ -182,8 +215,10 @@ def test_the_size_of_the_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch)
     assert whole[2].abs().max() > 0.5
 
 
-def test_rows_of_alpha_sum_to_1_and_of_the_rate_to_0_and_a_cluster_without_pictures_gets_nothing() -> None:
-    images, labels = noise_pictures()
+def test_rows_of_alpha_sum_to_1_and_of_the_rate_to_0_and_a_cluster_without_images_gets_nothing() -> (
+    None
+):
+    images, labels = noise_images()
     x0, eps, t = paths(images)
     alpha, rate = exact_posterior_rate(x0, eps, t, images, labels, LINEAR, k=5)
     torch.testing.assert_close(alpha.sum(dim=1), torch.ones(len(t)), rtol=0, atol=1e-6)
@@ -195,18 +230,18 @@ def test_rows_of_alpha_sum_to_1_and_of_the_rate_to_0_and_a_cluster_without_pictu
 
 def test_a_bigger_cluster_is_more_likely_where_the_noise_hides_everything() -> None:
     """Against a closed form: under pure noise (a = 0) the posterior is the clusters' shares, and does not move with x."""
-    images, _ = noise_pictures()
-    labels = (torch.arange(60) >= 15).long() + (torch.arange(60) >= 45).long()  # 15, 30, 15 pictures
+    images, _ = noise_images()
+    labels = (torch.arange(60) >= 15).long() + (torch.arange(60) >= 45).long()  # 15, 30, 15 images
     x = 5 * torch.randn(4, 1, 4, 4)
     alpha = exact_posterior(x, torch.tensor(1.0), images, labels, schedule("rectified_flow"))
     torch.testing.assert_close(alpha, torch.tensor([0.25, 0.5, 0.25]).expand(4, -1))
 
 
-def test_a_picture_far_from_all_data_belongs_to_the_nearest_and_not_to_nobody() -> None:
+def test_an_image_far_from_all_data_belongs_to_the_nearest_and_not_to_nobody() -> None:
     """Every w_i is below the smallest float64 there; their shares are not."""
     points = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.5, 1.0]])
     x, t = torch.tensor([[-30.0, -30.0], [40.0, -40.0]]), torch.tensor([0.05, 0.2])
-    a, s, _, _ = LINEAR(t.double()).beside(x)
+    a, s, _, _ = LINEAR(t.double()).broadcast_to(x)
     square = (x.double()[:, None] - a[:, :, None] * points.double()).square().sum(dim=2)
     assert (square / (2 * s**2)).min() > 745
     expected = torch.softmax(-square / (2 * s**2), dim=1)
@@ -215,7 +250,7 @@ def test_a_picture_far_from_all_data_belongs_to_the_nearest_and_not_to_nobody() 
 
 
 def test_bytes_and_the_numbers_they_stand_for_give_the_same() -> None:
-    images, labels = noise_pictures()
+    images, labels = noise_images()
     x0, eps, t = paths(images)
     numbers = images.float() / 127.5 - 1
     of_bytes = exact_posterior_rate(x0, eps, t, images, labels, LINEAR)
@@ -223,16 +258,19 @@ def test_bytes_and_the_numbers_they_stand_for_give_the_same() -> None:
     for found, expected in zip(of_numbers, of_bytes, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     expected = exact_posterior(x0 + eps, t, images, labels, LINEAR)
-    torch.testing.assert_close(exact_posterior(x0 + eps, t, numbers, labels, LINEAR), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        exact_posterior(x0 + eps, t, numbers, labels, LINEAR), expected, rtol=0, atol=1e-5
+    )
     assert ((expected > 0.01) & (expected < 0.99)).any()
 
 
 def test_one_time_for_all_gives_what_the_same_time_for_each_gives() -> None:
-    images, labels = noise_pictures()
+    images, labels = noise_images()
     x0, eps, _ = paths(images)
     one, each = torch.tensor(0.5), torch.full((len(x0),), 0.5)
     torch.testing.assert_close(
-        exact_posterior(x0 + eps, one, images, labels, LINEAR), exact_posterior(x0 + eps, each, images, labels, LINEAR)
+        exact_posterior(x0 + eps, one, images, labels, LINEAR),
+        exact_posterior(x0 + eps, each, images, labels, LINEAR),
     )
     for found, expected in zip(
         exact_posterior_rate(x0, eps, one, images, labels, LINEAR),
@@ -243,7 +281,7 @@ def test_one_time_for_all_gives_what_the_same_time_for_each_gives() -> None:
 
 
 def test_autocast_to_bf16_around_the_call_changes_nothing() -> None:
-    images, labels = noise_pictures()
+    images, labels = noise_images()
     x0, eps, t = paths(images)
     plain = (
         exact_posterior(x0 + eps, t, images, labels, LINEAR),
@@ -260,12 +298,14 @@ def test_autocast_to_bf16_around_the_call_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_posterior_and_rate_are_finite_in_float32_at_every_time_of_every_schedule(name: str) -> None:
+def test_posterior_and_rate_are_finite_in_float32_at_every_time_of_every_schedule(
+    name: str,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(30, 1, 4, 4, generator=generator) * 2 - 1, torch.arange(30) % 3
     t = torch.logspace(-5, 0, 12)
     x0, eps = images[:12], torch.randn(12, 1, 4, 4, generator=generator)
-    c = schedule(name)(t).beside(x0)
+    c = schedule(name)(t).broadcast_to(x0)
     alpha, dalpha = exact_posterior_rate(x0, eps, t, images, labels, schedule(name))
     at_x = exact_posterior(c.a * x0 + c.s * eps, t, images, labels, schedule(name))
     for part, total in ((alpha, 1.0), (at_x, 1.0), (dalpha, 0.0)):

@@ -49,7 +49,10 @@ class Reply(NamedTuple):
         """The events of a stream: names and data."""
         blocks = [block.split("\n") for block in self.body.decode().split("\n\n") if block]
         assert all(len(block) == 2 for block in blocks)
-        return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+        return [
+            (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
+            for name, data in blocks
+        ]
 
 
 class Server:
@@ -59,7 +62,16 @@ class Server:
         self.log, self.url = log, ""
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error::ResourceWarning", "-m", "serve", str(run), "serve.port=0", *words],
+                [
+                    sys.executable,
+                    "-W",
+                    "error::ResourceWarning",
+                    "-m",
+                    "serve",
+                    str(run),
+                    "serve.port=0",
+                    *words,
+                ],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=file,
@@ -74,7 +86,9 @@ class Server:
         """Wait until it has said something."""
         end = time.monotonic() + timeout_s
         while text not in self.said:
-            assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.said}"
+            assert self.process.poll() is None, (
+                f"it ended with {self.process.returncode}:\n{self.said}"
+            )
             assert time.monotonic() < end, f"it never said {text!r}:\n{self.said}"
             time.sleep(0.02)
 
@@ -87,14 +101,20 @@ class Server:
         assert parts.hostname is not None
         return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
 
-    def ask(self, path: str, tree: Any = None, headers: dict[str, str] | None = None) -> Reply:
+    def params(self, path: str, tree: Any = None, headers: dict[str, str] | None = None) -> Reply:
         """GET, or POST where there is something to say: bytes, or a tree that becomes JSON."""
         connection = self.connect()
         try:
             body = tree if tree is None or isinstance(tree, bytes) else json.dumps(tree).encode()
-            connection.request("GET" if tree is None else "POST", path, body, headers or (JSON if tree else {}))
+            connection.request(
+                "GET" if tree is None else "POST", path, body, headers or (JSON if tree else {})
+            )
             answer = connection.getresponse()
-            return Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+            return Reply(
+                answer.status,
+                {name.lower(): value for name, value in answer.getheaders()},
+                answer.read(),
+            )
         finally:
             connection.close()
 
@@ -102,10 +122,12 @@ class Server:
         """What /metrics says of a metric's sample, 0 where it has none."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        families = text_string_to_metric_families(self.ask("/metrics").body.decode())
+        families = text_string_to_metric_families(self.params("/metrics").body.decode())
         samples = [sample for family in families for sample in family.samples]
         return sum(
-            sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items()
+            sample.value
+            for sample in samples
+            if sample.name == name and labels.items() <= sample.labels.items()
         )
 
     def await_metric(self, name: str, value: float, timeout_s: float = 30) -> None:
@@ -160,12 +182,16 @@ def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 
 def pixels(images: Tensor) -> np.ndarray[Any, Any]:
-    """Pictures in [-1, 1] as uint8 `[n, H, W, C]`, computed in float64."""
-    return np.rint((images.double().numpy().clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    """Images in [-1, 1] as uint8 `[n, H, W, C]`, computed in float64."""
+    return (
+        np.rint((images.double().numpy().clip(-1, 1) + 1) * 127.5)
+        .astype(np.uint8)
+        .transpose(0, 2, 3, 1)
+    )
 
 
 def same(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> bool:
-    """uint8 pictures that come from the same floats up to 1e-4: a value at the border of two may fall to either."""
+    """uint8 images that come from the same floats up to 1e-4: a value at the border of two may fall to either."""
     assert found.dtype == expected.dtype == np.uint8
     apart = np.abs(found.astype(int) - expected.astype(int))
     return found.shape == expected.shape and apart.max() <= 1 and bool((apart > 0).mean() < 0.02)
@@ -174,7 +200,9 @@ def same(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> bool:
 class Client:
     """One request to an ASGI application in this process; `leave` it and the client is gone."""
 
-    def __init__(self, app: Any, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, app: Any, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         self.left = asyncio.Event()
         self.parts = [{"type": "http.request", "body": body or b"", "more_body": False}]
         self.sent: list[dict[str, Any]] = []
@@ -190,7 +218,9 @@ class Client:
             "root_path": "",
             "server": ("127.0.0.1", 80),
             "client": ("127.0.0.1", 9),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or JSON).items()],
+            "headers": [
+                (name.lower().encode(), value.encode()) for name, value in (headers or JSON).items()
+            ],
             "state": {},
         }
         self.task = asyncio.create_task(app(self.scope, self._receive, self._send))
@@ -212,6 +242,6 @@ class Client:
         return Reply(start["status"], headers, b"".join(part.get("body", b"") for part in rest))
 
 
-async def ask(app: Any, path: str, tree: Any = None) -> Reply:
+async def params(app: Any, path: str, tree: Any = None) -> Reply:
     """GET, or POST a tree as JSON, to an ASGI application in this process."""
     return await Client(app, path, None if tree is None else json.dumps(tree).encode()).reply()

@@ -1,4 +1,4 @@
-"""docker/serve.yaml, deployed on a Ray cluster of several nodes on this machine: the pictures of `load(run).sample`, whatever dies."""
+"""docker/serve.yaml, deployed on a Ray cluster of several nodes on this machine: the images of `load(run).sample`, whatever dies."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from benchmarks.load.client import Reply, ask, closed, session
+from benchmarks.load.client import Reply, closed, params, session
 from benchmarks.load.cluster import Deployed, deployed
 from benchmarks.load.drill import differences, other_weights
 from serve import load
@@ -24,7 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own, which are man
 @pytest.fixture(scope="module")
 def bundles(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("bundles")
-    return Path(shutil.copytree(small_run / "bundle", folder / "one")), other_weights(str(small_run), folder / "two")
+    return Path(shutil.copytree(small_run / "bundle", folder / "one")), other_weights(
+        str(small_run), folder / "two"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +46,36 @@ def asked(service: Deployed, clients: int, requests: int, **settings: Any) -> li
     return tally.replies
 
 
-def test_each_expert_has_a_node_of_its_own_and_the_sampling_service_another(service: Deployed) -> None:
+def test_each_expert_has_a_node_of_its_own_and_the_sampling_service_another(
+    service: Deployed,
+) -> None:
     found = service.replicas()
     assert sorted(found) == ["expert-00", "expert-01", "expert-02", "sampling"]
     nodes = [node for there in found.values() for _, node in there]
     assert len(nodes) == len(set(nodes)) == 4
 
 
-def test_the_pictures_are_those_of_load_alone_and_among_64(service: Deployed, bundles: tuple[Path, Path]) -> None:
+def test_the_images_are_those_of_load_alone_and_among_64(
+    service: Deployed, bundles: tuple[Path, Path]
+) -> None:
     wanted = expected(bundles[0], 64)
     assert max(differences(asked(service, 1, 3), wanted)) == 0
     assert max(differences(asked(service, 64, 64), wanted)) <= 1
 
 
-def test_the_choices_of_expert_are_those_of_load(service: Deployed, bundles: tuple[Path, Path]) -> None:
+def test_the_choices_of_expert_are_those_of_load(
+    service: Deployed, bundles: tuple[Path, Path]
+) -> None:
     async def traced() -> Any:
         async with session(service.url) as client:
-            body = {"n": 5, "seed": 3, "trace": True, "format": "b64_json", "policy": "stochastic", "sampler": "heun"}
+            body = {
+                "n": 5,
+                "seed": 3,
+                "trace": True,
+                "format": "b64_json",
+                "policy": "stochastic",
+                "sampler": "heun",
+            }
             async with client.post("/v1/samples", json=body) as response:
                 return await response.json()
 
@@ -103,9 +118,9 @@ def test_a_switch_of_weights_drops_nothing_and_each_answer_names_the_version_who
         await asyncio.to_thread(service.deploy, str(bundles[1]))
         during = (await loading).replies
         async with session(service.url) as client:
-            while (last := await ask(client, 0, {})).version != load(bundles[1]).version:
+            while (last := await params(client, 0, {})).version != load(bundles[1]).version:
                 assert last.status == 200
-            return during, [await ask(client, index, {}) for index in range(8)]
+            return during, [await params(client, index, {}) for index in range(8)]
 
     during, after = asyncio.run(work())
     assert [reply.said for reply in [*during, *after] if reply.status != 200] == []
@@ -113,7 +128,9 @@ def test_a_switch_of_weights_drops_nothing_and_each_answer_names_the_version_who
     assert {reply.version for reply in after} == {load(bundles[1]).version}
     assert service.replicas()["sampling"] == process
     first, second = wanted.values()
-    assert int((first.int() - second.int()).abs().amax(dim=(1, 2, 3)).min()) > 2  # they would be told apart
+    assert (
+        int((first.int() - second.int()).abs().amax(dim=(1, 2, 3)).min()) > 2
+    )  # they would be told apart
 
 
 def test_neither_a_large_body_nor_the_headers_of_ray_get_past_the_proxy(service: Deployed) -> None:

@@ -17,7 +17,9 @@ from serve.model.images import to_uint8
 def test_the_command_serves_on_ray_of_its_own_and_leaves_no_process_behind(small_run: Path) -> None:
     port = free_port()
     words = [str(small_run), f"serve.port={port}", "serve.placement=ray"]
-    child = subprocess.Popen([sys.executable, "-m", "serve", *words], start_new_session=True, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "serve", *words], start_new_session=True, stderr=subprocess.PIPE
+    )
     try:
         tally, ends = Tally(), time.monotonic() + 180
         while not tally.replies or tally.replies[0].status != 200:
@@ -25,13 +27,15 @@ def test_the_command_serves_on_ray_of_its_own_and_leaves_no_process_behind(small
             assert time.monotonic() < ends
             time.sleep(0.2)
             tally = asyncio.run(closed(f"http://127.0.0.1:{port}", 1, 1, {}))
-        picture = tally.replies[0].picture
-        assert picture is not None
-        assert (picture == to_uint8(load(small_run).sample(1))[0, 0].numpy()).all()
+        image = tally.replies[0].image
+        assert image is not None
+        assert (image == to_uint8(load(small_run).sample(1))[0, 0].numpy()).all()
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=60)
         assert child.returncode in (0, 130)
-        left = subprocess.run(["pgrep", "-a", "-s", str(child.pid)], capture_output=True, text=True, check=False).stdout
+        left = subprocess.run(
+            ["pgrep", "-a", "-s", str(child.pid)], capture_output=True, text=True, check=False
+        ).stdout
         assert left == ""
     finally:
         if child.poll() is None:

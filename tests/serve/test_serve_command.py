@@ -20,7 +20,7 @@ from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, writ
 from serve import load
 from serve.__main__ import main
 from tests.serve.conftest import JSON, Server, Start, pixels, same
-from tests.serve.test_api import images
+from tests.serve.http.test_app import images
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -42,8 +42,14 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("sample.steps=0", "sample.steps must be in [1, 1000], got 0"),
         ("sample.sampler=dimm", "sample.sampler must be one of"),
         ("sample.clusters={nine: 1.0}", "sample.clusters must be one of"),
-        ("serve.token_file=/nowhere/token", "serve.token_file must be a file with a token, got '/nowhere/token'"),
-        ("serve.host=0.0.0.0", "serve.host must be this machine's own (127.0.0.1) unless serve.token_file is given"),
+        (
+            "serve.token_file=/nowhere/token",
+            "serve.token_file must be a file with a token, got '/nowhere/token'",
+        ),
+        (
+            "serve.host=0.0.0.0",
+            "serve.host must be this machine's own (127.0.0.1) unless serve.token_file is given",
+        ),
         ('serve.host="::"', "serve.host must be this machine's own"),
         ("serve.host=example.com", "serve.host must be this machine's own"),
         ("serve.limits.pending", "give one run's folder or bundle"),
@@ -55,9 +61,15 @@ def test_a_bad_key_ends_it_with_status_2_and_a_line_that_names_it(
     assert said in refused(capsys, str(small_run), "serve.port=0", word)
 
 
-def test_a_run_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert f"{tmp_path / 'none'} is no folder" in refused(capsys, str(tmp_path / "none"), "serve.port=0")
-    assert f"{tmp_path / 'manifest.json'} is missing" in refused(capsys, str(tmp_path), "serve.port=0")
+def test_a_run_that_is_not_there_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert f"{tmp_path / 'none'} is no folder" in refused(
+        capsys, str(tmp_path / "none"), "serve.port=0"
+    )
+    assert f"{tmp_path / 'manifest.json'} is missing" in refused(
+        capsys, str(tmp_path), "serve.port=0"
+    )
     assert "give one run's folder or bundle" in refused(capsys)
 
 
@@ -73,12 +85,16 @@ def test_a_token_allows_a_host_beyond_this_machine_and_so_does_open(
     token.write_text("sesame\n")
     server = start(small_run, "serve.host=0.0.0.0", f"serve.token_file={token}", "sample.steps=2")
     server.url = server.url.replace("0.0.0.0", "127.0.0.1")
-    assert server.ask("/v1/samples", {}).status == 401
-    assert server.ask("/v1/samples", {}, {**JSON, "authorization": "Bearer sesame"}).status == 200
-    assert server.ask("/healthz").status == 200
+    assert server.params("/v1/samples", {}).status == 401
+    assert (
+        server.params("/v1/samples", {}, {**JSON, "authorization": "Bearer sesame"}).status == 200
+    )
+    assert server.params("/healthz").status == 200
 
 
-@pytest.mark.parametrize("name", ["expert-01.safetensors", "expert-01.json", "router.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["expert-01.safetensors", "expert-01.json", "router.safetensors", "manifest.json"]
+)
 def test_a_tampered_artifact_is_refused_by_name(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -90,7 +106,9 @@ def test_a_tampered_artifact_is_refused_by_name(
     assert str(bundle / name) in refused(capsys, str(bundle), "serve.port=0")
 
 
-def test_a_tampered_artifact_ends_the_process_before_anything_is_served(small_run: Path, tmp_path: Path) -> None:
+def test_a_tampered_artifact_ends_the_process_before_anything_is_served(
+    small_run: Path, tmp_path: Path
+) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(small_run / "bundle", bundle)
     weights = bundle / "expert-01.safetensors"
@@ -105,19 +123,28 @@ def test_a_tampered_artifact_ends_the_process_before_anything_is_served(small_ru
     assert done.stderr.count("\n") == 1
 
 
-def test_nothing_is_unpickled_from_a_bundle(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_unpickled_from_a_bundle(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("this would unpickle")
 
-    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+    for owner, name in (
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (torch, "load"),
+    ):
         monkeypatch.setattr(owner, name, never)
     assert load(small_run).sample(1, steps=2).isfinite().all()
     assert load(small_run / "bundle").sample(1, steps=2).isfinite().all()
 
 
-def test_a_port_that_is_taken_is_said_in_one_line(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_a_port_that_is_taken_is_said_in_one_line(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as record:
+        port = record.getsockname()[1]
         said = refused(capsys, str(small_run), f"serve.port={port}")
     assert f"got 127.0.0.1 {port}: Address already in use" in said
 
@@ -126,14 +153,18 @@ def test_a_port_that_is_taken_is_said_in_one_line(small_run: Path, capsys: pytes
 def begun(server: Server, n: int, steps: int) -> Iterator[http.client.HTTPResponse]:
     """A request that is under way."""
     with closing(server.connect(120)) as connection:
-        body = json.dumps({"n": n, "steps": steps, "stream": True, "preview_every": 0, "trace": True})
+        body = json.dumps(
+            {"n": n, "steps": steps, "stream": True, "preview_every": 0, "trace": True}
+        )
         connection.request("POST", "/v1/samples", body, JSON)
         with connection.getresponse() as answer:
             assert any(line == b"event: step\n" for line in answer)
             yield answer
 
 
-def test_ctrl_c_ends_it_and_tells_a_request_that_is_under_way(small_run: Path, start: Start) -> None:
+def test_ctrl_c_ends_it_and_tells_a_request_that_is_under_way(
+    small_run: Path, start: Start
+) -> None:
     server = start(small_run, "serve.max_batch=1")
     with begun(server, 64, 250) as answer:
         server.process.send_signal(signal.SIGINT)
@@ -143,7 +174,7 @@ def test_ctrl_c_ends_it_and_tells_a_request_that_is_under_way(small_run: Path, s
     assert "the server is stopping" in rest
     assert "Traceback" not in server.said
     with pytest.raises(ConnectionRefusedError):
-        server.ask("/healthz")
+        server.params("/healthz")
 
 
 def test_ctrl_c_lets_a_short_request_finish(small_run: Path, start: Start) -> None:
@@ -165,7 +196,10 @@ def other_weights(bundle: Path) -> None:
     """Another bundle in the place of this one: its second expert with other weights."""
     stem = bundle / "expert-01"
     tensors, facts = read_artifact(stem)
-    changed = {name: tensor + 0.05 if name.endswith("weight") else tensor for name, tensor in tensors.items()}
+    changed = {
+        name: tensor + 0.05 if name.endswith("weight") else tensor
+        for name, tensor in tensors.items()
+    }
     write_artifact(stem, changed, facts)
     manifest = read_json(bundle / "manifest.json")
     manifest["artifacts"]["expert-01"] = sha256(stem.with_suffix(".json"))
@@ -180,37 +214,43 @@ def test_sighup_switches_to_new_weights_and_what_is_under_way_ends_on_the_old(
     old = load(bundle)
     server = start(bundle, "serve.max_batch=4")
     given = {"seed": 1, "steps": 3, "n": 2, "policy": "full", "source": "prior"}
-    before = server.ask("/v1/samples", {**given, "format": "npz"})
+    before = server.params("/v1/samples", {**given, "format": "npz"})
     assert before.headers["ddm-version"] == old.version
     with begun(server, 16, 100) as answer:
         other_weights(bundle)
         new = load(bundle)
         server.process.send_signal(signal.SIGHUP)
         server.await_said(new.version[:12])
-        after = server.ask("/v1/samples", {**given, "format": "npz"})
+        after = server.params("/v1/samples", {**given, "format": "npz"})
         rest = answer.read()
     assert after.headers["ddm-version"] == new.version != old.version
-    assert same(images(before), pixels(old.sample(2, **{k: v for k, v in given.items() if k != "n"})))
-    assert same(images(after), pixels(new.sample(2, **{k: v for k, v in given.items() if k != "n"})))
+    assert same(
+        images(before), pixels(old.sample(2, **{k: v for k, v in given.items() if k != "n"}))
+    )
+    assert same(
+        images(after), pixels(new.sample(2, **{k: v for k, v in given.items() if k != "n"}))
+    )
     assert not same(images(after), images(before))
-    assert rest.count(b"event: picture\n") == 16 and b"event: done\n" in rest
+    assert rest.count(b"event: image\n") == 16 and b"event: done\n" in rest
     assert old.version.encode() in rest and new.version.encode() not in rest
     server.await_metric("ddm_active_requests", 0)
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(15) == 130
 
 
-def test_sighup_with_a_damaged_bundle_keeps_the_old_weights(small_run: Path, tmp_path: Path, start: Start) -> None:
+def test_sighup_with_a_damaged_bundle_keeps_the_old_weights(
+    small_run: Path, tmp_path: Path, start: Start
+) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(small_run / "bundle", bundle)
     server = start(bundle, "sample.steps=2")
-    before = server.ask("/v1/samples", {"seed": 1, "format": "npz"})
+    before = server.params("/v1/samples", {"seed": 1, "format": "npz"})
     other_weights(bundle)
     weights = bundle / "expert-02.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     server.process.send_signal(signal.SIGHUP)
     server.await_said("the old weights stay")
     assert str(weights) in server.said
-    after = server.ask("/v1/samples", {"seed": 1, "format": "npz"})
+    after = server.params("/v1/samples", {"seed": 1, "format": "npz"})
     assert after.headers["ddm-version"] == before.headers["ddm-version"]
     assert (images(after) == images(before)).all()

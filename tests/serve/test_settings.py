@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ddm.errors import ConfigError
-from serve.settings import Settings, settings
 from serve.model.params import SampleConfig
+from serve.settings import Settings, settings
 
 RUN = {"run": "runs/digits"}
 
@@ -26,7 +26,11 @@ def test_words_stand_above_the_tree_and_the_tree_above_the_defaults() -> None:
 
 def test_the_defaults_are_safe_and_make_sense_themselves() -> None:
     found = settings(RUN)
-    assert (found.serve.host, found.serve.open, found.serve.token_file) == ("127.0.0.1", False, None)
+    assert (found.serve.host, found.serve.open, found.serve.token_file) == (
+        "127.0.0.1",
+        False,
+        None,
+    )
     assert found.token() is None
 
 
@@ -61,7 +65,11 @@ def test_the_defaults_are_safe_and_make_sense_themselves() -> None:
         ("serve.ray.gpus=-1", "serve.ray.gpus", "must be at least 0, got -1"),
         ("serve.ray.cpus=-1", "serve.ray.cpus", "must be at least 0, got -1"),
         ("serve.ray.service_cpus=-1", "serve.ray.service_cpus", "must be at least 0, got -1"),
-        ("serve.ray.max_replicas=0", "serve.ray.max_replicas", "must be at least serve.ray.replicas, got 0"),
+        (
+            "serve.ray.max_replicas=0",
+            "serve.ray.max_replicas",
+            "must be at least serve.ray.replicas, got 0",
+        ),
         ("serve.ray.resources={a: b}", "serve.ray.resources.a", "'b'"),
         ("serve.ray.resources={a", "serve.ray.resources", "while parsing"),
         ("run=[", "run", "while parsing"),
@@ -97,7 +105,9 @@ def test_a_tree_that_makes_no_sense_is_refused_by_its_key() -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org", ""])
 def test_a_host_beyond_this_machine_is_refused_without_a_token_unless_told_to(host: str) -> None:
     tree = {**RUN, "serve": {"host": host}}
-    with pytest.raises(ConfigError, match="serve.host must be this machine's own .* unless serve.token_file") as error:
+    with pytest.raises(
+        ConfigError, match="serve.host must be this machine's own .* unless serve.token_file"
+    ) as error:
         settings(tree)
     assert error.value.key == "serve.host"
     assert settings(tree, ["serve.open=true"]).serve.host == host
@@ -109,12 +119,16 @@ def test_this_machine_s_own_hosts_need_no_token(host: str) -> None:
     assert settings(RUN, [f"serve.host={host}"]).serve.host == host
 
 
-def test_the_token_is_what_its_file_holds_and_a_file_without_one_is_refused_by_key(tmp_path: Path) -> None:
+def test_the_token_is_what_its_file_holds_and_a_file_without_one_is_refused_by_key(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "token"
     config = settings(RUN, [f"serve.token_file={path}"])
 
     def refused() -> None:
-        with pytest.raises(ConfigError, match="serve.token_file must be a file with a token") as error:
+        with pytest.raises(
+            ConfigError, match="serve.token_file must be a file with a token"
+        ) as error:
             config.token()
         assert error.value.key == "serve.token_file"
 

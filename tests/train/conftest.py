@@ -19,7 +19,7 @@ class Means(torch.nn.Module):
 
 @pytest.fixture
 def judge() -> Callable[..., Path]:
-    """`judge(path, side=4)`: write a TorchScript file whose features are the means of a picture's squares of that side."""
+    """`judge(path, side=4)`: write a TorchScript file whose features are the means of an image's squares of that side."""
 
     def written(path: Path, side: int = 4) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,15 +32,20 @@ def judge() -> Callable[..., Path]:
 
 @pytest.fixture
 def means(tmp_path: Path, judge: Callable[..., Path]) -> Path:
-    """A TorchScript file whose features are the means of a picture's quarters: a judge that needs no training."""
+    """A TorchScript file whose features are the means of an image's quarters: a judge that needs no training."""
     return judge(tmp_path / "means.pt")
 
 
 def means_of(images: torch.Tensor, side: int = 4) -> np.ndarray:
-    """The features of `judge` by numpy, `[N, d]`: grey pictures are shown to networks in three equal channels."""
+    """The features of `judge` by numpy, `[N, d]`: grey images are shown to networks in three equal channels."""
     n, channels, height, width = images.shape
-    squares = images.double().numpy().reshape(n, channels, height // side, side, width // side, side) / 255
-    return np.broadcast_to(squares.mean(axis=(3, 5)), (n, 3, height // side, width // side)).reshape(n, -1)
+    squares = (
+        images.double().numpy().reshape(n, channels, height // side, side, width // side, side)
+        / 255
+    )
+    return np.broadcast_to(
+        squares.mean(axis=(3, 5)), (n, 3, height // side, width // side)
+    ).reshape(n, -1)
 
 
 def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:

@@ -92,4 +92,6 @@ def test_a_compiled_training_that_was_cut_off_resumes_to_the_same_weights(
     train_expert(small(broken, *words), 1, lambda news: heard.append(news[1]))
     assert heard == [2, 3, 4, 5]  # it says from where it goes on
     assert len(compiled) == 3
-    torch.testing.assert_close(states(broken, "experts/01/expert"), states(whole, "experts/01/expert"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        states(broken, "experts/01/expert"), states(whole, "experts/01/expert"), rtol=0, atol=0
+    )

@@ -29,7 +29,9 @@ class Falling(pl.LightningModule):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
-def test_what_is_left_is_the_average_that_begins_at_the_first_step_s_weights(tmp_path: Path, decay: float) -> None:
+def test_what_is_left_is_the_average_that_begins_at_the_first_step_s_weights(
+    tmp_path: Path, decay: float
+) -> None:
     module = Falling()
     config = FitConfig(ema_decay=decay, gradient_clip=0.0, checkpoint_every=100)
     fit(module, 5, config, tmp_path, "cpu", lambda *_: None)

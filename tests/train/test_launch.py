@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.launch import Tell, gpus, run_jobs, workers_for
+from train.launch import OnProgress, gpus, run_jobs, workers_for
 
 
 def test_there_are_as_many_workers_as_gpus_or_cores_or_as_asked_for_and_never_more_than_jobs(
@@ -20,22 +20,30 @@ def test_there_are_as_many_workers_as_gpus_or_cores_or_as_asked_for_and_never_mo
     assert gpus() == ["0", "1", "2"]
     assert (workers_for(10, "cuda"), workers_for(10, "cpu")) == (3, 6)
     assert (workers_for(2, "cuda"), workers_for(2, "cpu")) == (2, 2)
-    assert (workers_for(10, "cuda", 5), workers_for(10, "cpu", 5), workers_for(4, "cuda", 5)) == (5, 5, 4)
+    assert (workers_for(10, "cuda", 5), workers_for(10, "cpu", 5), workers_for(4, "cuda", 5)) == (
+        5,
+        5,
+        4,
+    )
 
 
 def test_the_gpus_are_those_that_the_environment_leaves_by_the_names_it_gives_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for named, expected in (("2,3", ["2", "3"]), ("GPU-5a,MIG-7", ["GPU-5a", "MIG-7"]), ("", ["0"])):
+    for named, expected in (
+        ("2,3", ["2", "3"]),
+        ("GPU-5a,MIG-7", ["GPU-5a", "MIG-7"]),
+        ("", ["0"]),
+    ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
         assert gpus() == expected
         assert workers_for(9, "cuda") == len(expected)
 
 
-def _meet(folder: Path, job: int, tell: Tell) -> tuple[int, str | None, int, int]:
+def _meet(folder: Path, job: int, on_progress: OnProgress) -> tuple[int, str | None, int, int]:
     """Wait until two processes are at work, and say what this one sees."""
-    tell(("began", job))
+    on_progress(("began", job))
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < 2:
         time.sleep(0.01)
@@ -57,8 +65,8 @@ def test_each_of_two_workers_has_a_gpu_of_its_own_and_its_share_of_the_cores(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"  # of this process, as it was
 
 
-def _fail_at_one(job: int, tell: Tell) -> int:
-    tell(job)
+def _fail_at_one(job: int, on_progress: OnProgress) -> int:
+    on_progress(job)
     if job == 1:
         raise ValueError("no such job")
     return 10 * job

@@ -22,8 +22,12 @@ from train.stages.run import run
 
 def _files(folder: Path) -> dict[str, tuple[int, str]]:
     """Every file of a run with the time it was written and its hash."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "config.yaml")
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, sha256(path)) for path in files}
+    files = (
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "config.yaml"
+    )
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, sha256(path)) for path in files
+    }
 
 
 def test_a_finished_run_has_everything_and_is_not_touched_again(
@@ -43,9 +47,10 @@ def test_a_finished_run_has_everything_and_is_not_touched_again(
         run(small(small_run))
     assert _files(small_run) == before
     for stage in ("partition", "expert", "router", "bundle", "sample", "evaluate"):
-        assert any(record.message.startswith(stage) and "up to date" in record.message for record in caplog.records), (
-            stage
-        )
+        assert any(
+            record.message.startswith(stage) and "up to date" in record.message
+            for record in caplog.records
+        ), stage
 
 
 def test_the_clusters_are_the_digits_two_or_more_to_an_expert(small_run: Path) -> None:
@@ -64,13 +69,13 @@ def test_an_artifact_says_what_it_is(small_run: Path) -> None:
     assert facts["index"] == 1
     assert facts["partition"] == cut.hash
     assert facts["steps"] == 12
-    assert facts["pictures_seen"] == 144
+    assert facts["images_seen"] == 144
     assert facts["weights"] == "ema"
     assert facts["config"]["unet"]["channels"] == 8
 
 
 def _by_numpy(images: torch.Tensor) -> list[torch.Tensor]:
-    """Mean and variance of pictures in scipy's cosine basis."""
+    """Mean and variance of images in scipy's cosine basis."""
     y = dctn(images.double().numpy() / 127.5 - 1, type=2, norm="ortho", axes=(2, 3))
     return [torch.from_numpy(part).float() for part in (y.mean(0), y.var(0))]
 
@@ -84,7 +89,13 @@ def test_an_expert_s_artifact_holds_the_moments_of_its_own_cluster(small_run: Pa
         found = [tensors["gaussian.mean"], tensors["gaussian.variance"]]
         torch.testing.assert_close(found, _by_numpy(images), rtol=1e-4, atol=1e-5)
         means.append(found[0])
-    assert min(float((one - other).abs().max()) for one, other in zip(means, means[1:] + means[:1], strict=True)) > 0.1
+    assert (
+        min(
+            float((one - other).abs().max())
+            for one, other in zip(means, means[1:] + means[:1], strict=True)
+        )
+        > 0.1
+    )
 
 
 def test_an_expert_that_sees_mirror_images_has_their_moments_from_its_own_file_alone(
@@ -95,10 +106,14 @@ def test_an_expert_that_sees_mirror_images_has_their_moments_from_its_own_file_a
     images = Partition.read(copy / "partition").cluster(copy / "partition", 2)["images"]
     for k in (0, 1):
         Partition.file(copy / "partition", k).unlink()
-    train_expert(small(copy, "data.flip=true", "expert.steps=1", "expert.warmup_steps=0"), 2, lambda _: None)
+    train_expert(
+        small(copy, "data.flip=true", "expert.steps=1", "expert.warmup_steps=0"), 2, lambda _: None
+    )
     tensors, _ = read_artifact(copy / "experts" / "02" / "expert")
     found = [tensors["gaussian.mean"], tensors["gaussian.variance"]]
-    torch.testing.assert_close(found, _by_numpy(torch.cat([images, images.flip(3)])), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found, _by_numpy(torch.cat([images, images.flip(3)])), rtol=1e-4, atol=1e-5
+    )
     assert (found[0] - _by_numpy(images)[0]).abs().max() > 0.1
 
 
@@ -107,7 +122,8 @@ def test_another_config_is_refused_with_every_key_that_differs_and_nothing_lost(
 ) -> None:
     before = _files(small_run)
     with pytest.raises(
-        ArtifactError, match=r"expert.learning_rate is 0.002 there, 0.1 here; router.steps is 10 there, 20 here"
+        ArtifactError,
+        match=r"expert.learning_rate is 0.002 there, 0.1 here; router.steps is 10 there, 20 here",
     ):
         run(small(small_run, "expert.learning_rate=0.1", "router.steps=20"))
     assert _files(small_run) == before
@@ -119,9 +135,11 @@ def test_sampling_may_change_without_training_again(
     copy = shutil.copytree(small_run, tmp_path / "run")
     experts = _files(copy / "experts")
     run(small(copy, "sample.policy=stochastic", "sample.seed=7"), ["sample"])
-    run(small(copy, "sample.control=none"), ["sample"])
+    run(small(copy, "sample.control_variate=none"), ["sample"])
     assert (copy / "samples" / "combined-stochastic-dpmpp_2m-3-seed7.png").exists()
-    assert (copy / "samples" / "combined-balanced-dpmpp_2m-3-control=none-seed0.png").exists()
+    assert (
+        copy / "samples" / "combined-balanced-dpmpp_2m-3-control_variate=none-seed0.png"
+    ).exists()
     assert (copy / "samples" / "combined-balanced-dpmpp_2m-3-seed0.png").exists()
     assert _files(copy / "experts") == experts
 
@@ -133,7 +151,9 @@ def test_one_lost_expert_is_named_and_trained_again_alone_to_the_same_weights(
     lost = sha256(copy / "experts" / "01" / "expert.safetensors")
     kept = _files(copy / "experts" / "00")
     shutil.rmtree(copy / "experts" / "01")
-    with pytest.raises(ArtifactError, match=r"experts/01/expert.json is missing: train it .* expert.index=1"):
+    with pytest.raises(
+        ArtifactError, match=r"experts/01/expert.json is missing: train it .* expert.index=1"
+    ):
         run(small(copy), ["bundle"])
     # Expert 1 needs its own cluster's file and no other.
     for k in (0, 2):
@@ -156,12 +176,16 @@ def test_experts_trained_side_by_side_are_those_trained_one_after_another(
         )
 
 
-def test_an_expert_that_fails_costs_only_itself(small_run: Path, small: Callable[..., Config], tmp_path: Path) -> None:
+def test_an_expert_that_fails_costs_only_itself(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
     copy = tmp_path / "run"
     copy.mkdir()
     shutil.copytree(small_run / "partition", copy / "partition")
     Partition.file(copy / "partition", 1).write_bytes(b"damaged")
-    with pytest.raises(DdmError, match=r"expert 01 of .* failed: .*cluster-01.safetensors is damaged or foreign"):
+    with pytest.raises(
+        DdmError, match=r"expert 01 of .* failed: .*cluster-01.safetensors is damaged or foreign"
+    ):
         run(small(copy), ["expert"])
     assert (copy / "experts" / "00" / "expert.json").exists()
     assert (copy / "experts" / "02" / "expert.json").exists()
@@ -176,11 +200,15 @@ def test_a_changed_data_set_is_refused_not_partitioned_over(
     digits.images[0, 0, 0] += 1
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: digits)
     copy = shutil.copytree(small_run, tmp_path / "run")
-    with pytest.raises(ArtifactError, match="was cut from other pictures than data.root=data holds now"):
+    with pytest.raises(
+        ArtifactError, match="was cut from other images than data.root=data holds now"
+    ):
         run(small(copy), ["partition"])
 
 
-def test_one_cluster_is_the_monolith_through_every_stage(small: Callable[..., Config], tmp_path: Path) -> None:
+def test_one_cluster_is_the_monolith_through_every_stage(
+    small: Callable[..., Config], tmp_path: Path
+) -> None:
     run(small(tmp_path / "mono", "partition.k=1"))
     record = json.loads((tmp_path / "mono" / "evaluate" / "record.json").read_text())
     assert {cell["method"] for cell in record["cells"]} == {"DDIM"}
@@ -202,7 +230,11 @@ def test_a_run_with_the_schedule_and_the_grid_of_edm_goes_through_every_stage(
     small: Callable[..., Config], tmp_path: Path, means: Path
 ) -> None:
     folder = tmp_path / "edm"
-    run(small(folder, *FEWER, "schedule.name=edm", "sample.grid=edm", f"evaluate.features=[{means}]"))
+    run(
+        small(
+            folder, *FEWER, "schedule.name=edm", "sample.grid=edm", f"evaluate.features=[{means}]"
+        )
+    )
     record = json.loads((folder / "evaluate" / "record.json").read_text())
     assert len(record["cells"]) == 14 and all(
         np.isfinite(cell["scores"]["means"]["frechet"]) for cell in record["cells"]
@@ -212,18 +244,29 @@ def test_a_run_with_the_schedule_and_the_grid_of_edm_goes_through_every_stage(
     model = load(folder)
     assert model.schedule == schedule("edm")
     images, trace = model.sample(4, steps=4, grid="edm", trace=True)
-    drawn = read_tensors(folder / "samples" / "combined-balanced-dpmpp_2m-4-grid=edm-seed0.safetensors")["images"]
+    drawn = read_tensors(
+        folder / "samples" / "combined-balanced-dpmpp_2m-4-grid=edm-seed0.safetensors"
+    )["images"]
     assert torch.equal(to_uint8(images), drawn)
     torch.testing.assert_close(trace.t, time_grid("edm", 4, model.schedule)[:-1])
 
 
-def test_a_run_with_vp_cosine_is_drawn_by_unipc_on_even_log_snr(small: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_run_with_vp_cosine_is_drawn_by_unipc_on_even_log_snr(
+    small: Callable[..., Config], tmp_path: Path
+) -> None:
     folder = tmp_path / "cosine"
-    words = ("schedule.name=vp_cosine", "sample.sampler=unipc", "sample.order=2", "sample.grid=uniform_log_snr")
+    words = (
+        "schedule.name=vp_cosine",
+        "sample.sampler=unipc",
+        "sample.order=2",
+        "sample.grid=uniform_log_snr",
+    )
     run(small(folder, *FEWER, *words), ["partition", "expert", "router", "bundle", "sample"])
     model = load(folder)
     assert model.schedule == schedule("vp_cosine")
-    images, trace = model.sample(4, steps=4, sampler="unipc", order=2, grid="uniform_log_snr", trace=True)
+    images, trace = model.sample(
+        4, steps=4, sampler="unipc", order=2, grid="uniform_log_snr", trace=True
+    )
     name = "combined-balanced-unipc-4-grid=uniform_log_snr-order=2-seed0.safetensors"
     drawn = read_tensors(folder / "samples" / name)["images"]
     assert torch.equal(to_uint8(images), drawn)
@@ -231,7 +274,9 @@ def test_a_run_with_vp_cosine_is_drawn_by_unipc_on_even_log_snr(small: Callable[
     assert trace.calls == 4 * 4
 
 
-def test_training_an_expert_tells_how_far_it_is(small_run: Path, small: Callable[..., Config], tmp_path: Path) -> None:
+def test_training_an_expert_tells_how_far_it_is(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
     copy = tmp_path / "run"
     copy.mkdir()
     shutil.copytree(small_run / "partition", copy / "partition")

@@ -15,14 +15,23 @@ from train.config import Config
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["expert.stepz=3"], "expert.stepz: Key 'stepz' not in 'ExpertStageConfig'. Did you mean: 'steps'?"),
+        (
+            ["expert.stepz=3"],
+            "expert.stepz: Key 'stepz' not in 'ExpertStageConfig'. Did you mean: 'steps'?",
+        ),
         (["sample.n=["], "sample.n: while parsing a flow node"),
-        (["expert.steps=many"], "expert.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        (
+            ["expert.steps=many"],
+            "expert.steps: Value 'many' of type 'str' could not be converted to Integer",
+        ),
         (["expert.steps=0"], "expert.steps must be at least 1, got 0"),
-        (["expert.unet.channels=6"], "expert.unet.channels must be a positive multiple of 4, got 6"),
+        (
+            ["expert.unet.channels=6"],
+            "expert.unet.channels must be a positive multiple of 4, got 6",
+        ),
         (
             ["expert.unet.multipliers=[1,2,2,2,2]"],
-            "expert.unet.multipliers must halve a square picture of 8 x 8 evenly",
+            "expert.unet.multipliers must halve a square image of 8 x 8 evenly",
         ),
         (["expert.precision=int8"], "expert.precision: Invalid value 'int8', expected one of"),
         (["expert.index=7"], "expert.index must be in [0, 2]"),
@@ -31,17 +40,23 @@ from train.config import Config
             "data.name: Invalid value 'imagenet', expected one of ['digits', 'cifar10', 'celeba_hq', 'folder']",
         ),
         (["data.name=cifar10", "data.root=nowhere"], "CIFAR-10 is not in nowhere"),
-        (["data.name=celeba_hq", "data.root=nowhere"], "CelebA-HQ is not in nowhere: put its pictures into"),
+        (
+            ["data.name=celeba_hq", "data.root=nowhere"],
+            "CelebA-HQ is not in nowhere: put its images into",
+        ),
         (
             ["data.name=folder", "data.root=nowhere"],
-            "nowhere holds no pictures: data.name=folder takes one sub-folder a class",
+            "nowhere holds no images: data.name=folder takes one sub-folder a class",
         ),
         (
             ["schedule.name=vp_quartic"],
             "schedule.name must be one of vp_constant vp_linear vp_polynomial vp_exponential vp_cosine ve_exponential"
             " ve_polynomial rectified_flow edm two_phase, got 'vp_quartic'",
         ),
-        (["schedule.beta_mix=3"], "schedule.beta_mix must be a parameter of vp_linear (beta_min, beta_max), got 3"),
+        (
+            ["schedule.beta_mix=3"],
+            "schedule.beta_mix must be a parameter of vp_linear (beta_min, beta_max), got 3",
+        ),
         (["schedule.beta_min=-1"], "schedule.beta_min must be above 0, got -1"),
         (
             ["sample.sampler=heum"],
@@ -53,10 +68,19 @@ from train.config import Config
             "sample.policy must be one of full top_k nucleus fixed stochastic balanced adaptive, got 'any'",
         ),
         (["sample.budget=0.5"], "sample.budget must be at least 1 call a step, got 0.5"),
-        (["sample.budget=much"], "sample.budget: Value 'much' of type 'str' could not be converted to Float"),
-        (["sample.control=best"], "sample.control must be one of none gaussian, got 'best'"),
+        (
+            ["sample.budget=much"],
+            "sample.budget: Value 'much' of type 'str' could not be converted to Float",
+        ),
+        (
+            ["sample.control_variate=best"],
+            "sample.control_variate must be one of none gaussian, got 'best'",
+        ),
         (["sample.order=4"], "sample.order must be 2 or 3, got 4"),
-        (["sample.grid=even"], "sample.grid must be one of uniform_t uniform_log_snr quadratic edm own, got 'even'"),
+        (
+            ["sample.grid=even"],
+            "sample.grid must be one of uniform_t uniform_log_snr quadratic edm own, got 'even'",
+        ),
         (
             ["sample.grid=own"],
             "sample.grid must not be own for VPLinear(beta_min=0.1, beta_max=20.0), which has no steps",
@@ -78,18 +102,30 @@ from train.config import Config
             "sample.grid must not be own where several numbers of steps are compared, got 'own'",
         ),
         (["sample.steps=0"], "sample.steps must be in [1, 1000], got 0"),
-        (["router.bands=[0.7,0.3]"], "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]"),
+        (
+            ["router.bands=[0.7,0.3]"],
+            "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]",
+        ),
         (["router.switch_step=99"], "router.switch_step must be in [1, router.steps = 10), got 99"),
         (["router.batch=10"], "router.batch must be a multiple of 3"),
-        (["partition.k=500"], "partition.k must be at most the number of pictures, 240, got 500"),
-        (["partition.k=11"], "partition.k must be at most 10, the number of labels or combinations, got 11"),
-        (["partition.k=10", "data.limit=5"], "partition.k must be at most the number of pictures, 5, got 10"),
+        (["partition.k=500"], "partition.k must be at most the number of images, 240, got 500"),
+        (
+            ["partition.k=11"],
+            "partition.k must be at most 10, the number of labels or combinations, got 11",
+        ),
+        (
+            ["partition.k=10", "data.limit=5"],
+            "partition.k must be at most the number of images, 5, got 10",
+        ),
         (
             ["partition.by=attribute", "partition.attributes=[Male]"],
-            "partition.by must be label or kmeans for pictures without attributes",
+            "partition.by must be label or kmeans for images without attributes",
         ),
         (["partition.by=attribute"], "partition.attributes must name at least one attribute"),
-        (["partition.by=kmeans", "partition.k=null"], "partition.k must be given for partition.by=kmeans"),
+        (
+            ["partition.by=kmeans", "partition.k=null"],
+            "partition.k must be given for partition.by=kmeans",
+        ),
         (
             ["partition.by=kmeans", "partition.features=no.pt"],
             "partition.features must be a TorchScript file that loads here, got 'no.pt'",
@@ -102,7 +138,10 @@ from train.config import Config
             ["evaluate.features=[classifier, no.pt]"],
             "evaluate.features must be of classifier, inception, TorchScript files and folders of them, got 'no.pt'",
         ),
-        (["evaluate.features=[]"], "evaluate.features must hold at least one network: such as [classifier], got []"),
+        (
+            ["evaluate.features=[]"],
+            "evaluate.features must hold at least one network: such as [classifier], got []",
+        ),
         (
             ["evaluate.features=[inception]"],
             "evaluate.inception_weights must be a file for inception among evaluate.features, got None",
@@ -113,8 +152,14 @@ from train.config import Config
         ),
         (["evaluate.seeds=0"], "evaluate.seeds must be in [1, 100], got 0"),
         (["evaluate.methods=[]"], "evaluate.methods must name at least one method, got []"),
-        (["table.methods=[balanced, best]"], "table.methods must be one of DDIM Naive MoG-a MoG-da balanced"),
-        (["evaluate.precision=16-mixed"], "evaluate.precision: Invalid value '16-mixed', expected one of"),
+        (
+            ["table.methods=[balanced, best]"],
+            "table.methods must be one of DDIM Naive MoG-a MoG-da balanced",
+        ),
+        (
+            ["evaluate.precision=16-mixed"],
+            "evaluate.precision: Invalid value '16-mixed', expected one of",
+        ),
         (
             ["evaluate.samplers={a: {}, b: {sampler: heum}}"],
             "evaluate.samplers.b: sample.sampler must be one of euler ddim heun",
@@ -123,7 +168,10 @@ from train.config import Config
             ["evaluate.samplers={b: {sampler: unipc, order: 4}}"],
             "evaluate.samplers.b: sample.order must be 2 or 3, got 4",
         ),
-        (["evaluate.samplers={b: {stepz: 3}}"], "evaluate.samplers.b: stepz: Key 'stepz' not in 'SampleConfig'"),
+        (
+            ["evaluate.samplers={b: {stepz: 3}}"],
+            "evaluate.samplers.b: stepz: Key 'stepz' not in 'SampleConfig'",
+        ),
         (
             ["evaluate.samplers={b: {grid: own}}"],
             "evaluate.samplers.b: sample.grid must not be own where several numbers of steps are compared, got 'own'",
@@ -145,12 +193,14 @@ from train.config import Config
         ),
         (
             ["exprt"],
-            "a word must be a config (*.yaml), a stage (partition expert router bundle sample evaluate) or key=value, got 'exprt'",
+            "a word must be a config (*.yaml), a stage (partition expert router bundle monolith sample evaluate) or key=value, got 'exprt'",
         ),
         (["seed=-1"], "seed must be in [0, 2^63), got -1"),
     ],
 )
-def test_it_is_refused(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status = main([*SMALL, f"run={tmp_path / 'run'}", *words])
     error = capsys.readouterr().err
     assert status == 2
@@ -162,7 +212,9 @@ def test_an_empty_cluster_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     for label, count in (("a", 2), ("b", 0)):
         (tmp_path / "set" / label).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / "set" / label / f"{i}.png")
+            Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(
+                tmp_path / "set" / label / f"{i}.png"
+            )
     status = main(
         [
             *SMALL,
@@ -174,10 +226,13 @@ def test_an_empty_cluster_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         ]
     )
     assert status == 2
-    assert "error: cluster 1 (b) of 2 has no pictures: every cluster needs at least one" in capsys.readouterr().err
+    assert (
+        "error: cluster 1 (b) of 2 has no images: every cluster needs at least one"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_corrupt_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "set" / "a").mkdir(parents=True)
     (tmp_path / "set" / "a" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     status = main(
@@ -191,10 +246,12 @@ def test_a_corrupt_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         ]
     )
     assert status == 2
-    assert "set/a/1.png is no picture that can be read" in capsys.readouterr().err
+    assert "set/a/1.png is no image that can be read" in capsys.readouterr().err
 
 
-def test_a_config_that_is_no_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_is_no_yaml_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "bad.yaml").write_text("run: [1, 2\nexpert: }")
     assert main([str(tmp_path / "bad.yaml")]) == 2
     assert "bad.yaml is no YAML file that can be read" in capsys.readouterr().err
@@ -203,17 +260,30 @@ def test_a_config_that_is_no_yaml_is_named(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("file", "stage", "said"),
     [
-        ("partition/cluster-02.safetensors", "router", "cluster-02.safetensors is damaged or foreign: its SHA-256 is"),
+        (
+            "partition/cluster-02.safetensors",
+            "router",
+            "cluster-02.safetensors is damaged or foreign: its SHA-256 is",
+        ),
         ("partition/partition.json", "bundle", "partition.json is damaged: it is not JSON"),
         ("experts/00/expert.json", "expert", "expert.json is damaged: it is not JSON"),
         ("experts/00/expert.safetensors", "bundle", "expert-00.safetensors is damaged or foreign"),
-        ("bundle/router.safetensors", "sample", "router.safetensors is damaged or foreign: its SHA-256 is"),
+        (
+            "bundle/router.safetensors",
+            "sample",
+            "router.safetensors is damaged or foreign: its SHA-256 is",
+        ),
         ("bundle/manifest.json", "sample", "manifest.json is damaged: it is not JSON"),
         ("config.yaml", "sample", "config.yaml is damaged"),
     ],
 )
 def test_a_damaged_file_is_named(
-    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, stage: str, said: str
+    small_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    stage: str,
+    said: str,
 ) -> None:
     copy = shutil.copytree(small_run, tmp_path / "run")
     shutil.rmtree(copy / "samples")
@@ -229,7 +299,9 @@ def test_a_damaged_file_is_named(
     assert "Traceback" not in error
 
 
-def test_a_file_that_holds_a_list_is_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_holds_a_list_is_no_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert main([str(tmp_path / "list.yaml")]) == 2
     assert "list.yaml must hold keys with values, and holds a list" in capsys.readouterr().err

@@ -27,7 +27,9 @@ def _command(folder: Path, *words: str) -> list[str]:
         ("router", "router/stage-2/resume.ckpt", "router/router.safetensors"),
     ],
 )
-def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path: Path, stage: str, checkpoint: str, made: str) -> None:
+def test_a_killed_run_resumes_to_bit_identical_weights(
+    tmp_path: Path, stage: str, checkpoint: str, made: str
+) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ("partition", stage, "expert.index=1")
@@ -44,6 +46,8 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path: Path, stage: st
     process.wait()
     assert not (cut / made).exists(), "it ended before it was killed"
 
-    again = subprocess.run(_command(cut, *words), check=True, env=environment, capture_output=True, text=True)
+    again = subprocess.run(
+        _command(cut, *words), check=True, env=environment, capture_output=True, text=True
+    )
     assert "Traceback" not in again.stderr
     assert sha256(cut / made) == sha256(whole / made)

@@ -1,4 +1,4 @@
-"""What pictures are judged by: features, and where there is a classifier, its logits. Every figure is named after them."""
+"""What images are judged by: features, and where there is a classifier, its logits. Every figure is named after them."""
 
 import hashlib
 import pickle
@@ -13,58 +13,84 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from ddm.errors import ConfigError
-from ddm.training import Batches, scaled
-from ddm.rng import Use, seed_of
+from ddm.rng import RngStream, derive_seed
+from ddm.training import Batches, to_float
 from train.progress import bar
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A set of pictures as a feature network sees it: `features` `[N, d]`, `logits` `[N, classes]` or None."""
+class NetworkFeatures:
+    """A set of images as a feature network sees it: `features` `[N, d]`, `logits` `[N, classes]` or None."""
 
     features: Tensor
     logits: Tensor | None
 
 
 class FeatureNetwork:
-    """uint8 pictures `[N, C, H, W]` -> `Judged`. `name`, a word, and `what` say which features a figure was made with."""
+    """uint8 images `[N, C, H, W]` -> `Judged`. `name`, a word, and `what` say which features a figure was made with."""
 
     def __init__(
-        self, name: str, what: str, network: nn.Module, rgb: bool, device: str, file: Path | None = None
+        self,
+        name: str,
+        what: str,
+        network: nn.Module,
+        rgb: bool,
+        device: str,
+        file: Path | None = None,
     ) -> None:
         self.name, self.what, self.rgb, self.device, self.file = name, what, rgb, device, file
         self.network = network.eval().to(device)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, advance: Callable[[int], object], batch: int = 250) -> Judged:
+    def __call__(
+        self, images: Tensor, advance: Callable[[int], object], batch: int = 250
+    ) -> NetworkFeatures:
         features, logits = [], []
         for part in images.split(batch):
-            answer = self.network((part.expand(-1, 3, -1, -1) if self.rgb else part).to(self.device))
+            answer = self.network(
+                (part.expand(-1, 3, -1, -1) if self.rgb else part).to(self.device)
+            )
             parts = answer if isinstance(answer, tuple) else (answer,)
-            features.append(parts[0].float().cpu())  # for singular values in float64, a GPU's are the slower ones
+            features.append(
+                parts[0].float().cpu()
+            )  # for singular values in float64, a GPU's are the slower ones
             logits += [parts[1].float().cpu()] if len(parts) > 1 else []
             advance(len(part))
-        return Judged(torch.cat(features), torch.cat(logits) if logits else None)
+        return NetworkFeatures(torch.cat(features), torch.cat(logits) if logits else None)
 
 
 def feature_networks(
-    named: Sequence[str], inception_weights: str | None, pictures: dict[str, Tensor], seed: int, device: str
+    named: Sequence[str],
+    inception_weights: str | None,
+    images: dict[str, Tensor],
+    seed: int,
+    device: str,
 ) -> list[FeatureNetwork]:
-    """The networks that `evaluate.features` names; `pictures` are the partition's, on which a classifier may be trained.
+    """The networks that `evaluate.features` names; `images` are the partition's, on which a classifier may be trained.
 
     Raises `ConfigError` where one cannot be had.
     """
     networks = []
     for name in named:
         if name == "classifier":
-            networks.append(_trained_classifier(pictures, seed, device))
+            networks.append(_trained_classifier(images, seed, device))
         elif name == "inception":
             network = _Inception(inception_weights)
             networks.append(
-                FeatureNetwork(name, "Inception v3 (2015)", network, True, device, Path(inception_weights or ""))
+                FeatureNetwork(
+                    name,
+                    "Inception v3 (2015)",
+                    network,
+                    True,
+                    device,
+                    Path(inception_weights or ""),
+                )
             )
         else:
-            networks += [script_network("evaluate.features", str(file), device) for file in script_files(Path(name))]
+            networks += [
+                script_network("evaluate.features", str(file), device)
+                for file in script_files(Path(name))
+            ]
     return networks
 
 
@@ -78,19 +104,20 @@ _classifiers: dict[
 ] = {}  # by what they were trained on: ablations ask for the same one again and again
 
 
-def _trained_classifier(pictures: dict[str, Tensor], seed: int, device: str) -> FeatureNetwork:
-    labels = pictures.get("labels", pictures["cluster"])
+def _trained_classifier(images: dict[str, Tensor], seed: int, device: str) -> FeatureNetwork:
+    labels = images.get("labels", images["cluster"])
     if int(labels.max()) == 0:
         raise ConfigError(
-            "evaluate.features must hold inception or a TorchScript file for pictures of one class, got 'classifier'"
+            "evaluate.features must hold inception or a TorchScript file for images of one class, got 'classifier'"
         )
-    what = f"a small classifier trained on half of the pictures ({int(labels.max()) + 1} classes)"
+    what = f"a small classifier trained on half of the images ({int(labels.max()) + 1} classes)"
     contents = (
-        hashlib.sha256(tensor.contiguous().numpy().tobytes()).digest() for tensor in (pictures["images"], labels)
+        hashlib.sha256(tensor.contiguous().numpy().tobytes()).digest()
+        for tensor in (images["images"], labels)
     )
     key = (*contents, seed, device)
     if key not in _classifiers:
-        _classifiers[key] = _classifier(pictures["images"], labels, seed, device)
+        _classifiers[key] = _classifier(images["images"], labels, seed, device)
     return FeatureNetwork("classifier", what, _classifiers[key], rgb=False, device=device)
 
 
@@ -101,13 +128,19 @@ def script_network(key: str, path: str, device: str) -> FeatureNetwork:
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit.load` is", FutureWarning)  # the form feature networks come in
+            warnings.filterwarnings(
+                "ignore", "`torch.jit.load` is", FutureWarning
+            )  # the form feature networks come in
             network = torch.jit.load(path, map_location=device)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key} must be a TorchScript file that loads here, got {path!r} ({reason})") from error
+        raise ConfigError(
+            f"{key} must be a TorchScript file that loads here, got {path!r} ({reason})"
+        ) from error
     stem = Path(path).stem
-    return FeatureNetwork(stem, f"the TorchScript network {stem}", network, rgb=True, device=device, file=Path(path))
+    return FeatureNetwork(
+        stem, f"the TorchScript network {stem}", network, rgb=True, device=device, file=Path(path)
+    )
 
 
 class _Inception(nn.Module):
@@ -116,9 +149,13 @@ class _Inception(nn.Module):
     def __init__(self, weights: str | None) -> None:
         super().__init__()
         try:
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
+            self.network = NoTrainInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], weights
+            )
         except ModuleNotFoundError as error:
-            raise ConfigError("evaluate.features=inception needs torch-fidelity: pip install torch-fidelity") from error
+            raise ConfigError(
+                "evaluate.features=inception needs torch-fidelity: pip install torch-fidelity"
+            ) from error
         except (RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
@@ -126,12 +163,14 @@ class _Inception(nn.Module):
             ) from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self.network._torch_fidelity_forward(images)  # its own forward keeps the first alone
+        features, logits = self.network._torch_fidelity_forward(
+            images
+        )  # its own forward keeps the first alone
         return features, logits
 
 
 class _Classifier(nn.Module):
-    """A small convolutional network: uint8 pictures -> (64 features, logits)."""
+    """A small convolutional network: uint8 images -> (64 features, logits)."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -148,34 +187,40 @@ class _Classifier(nn.Module):
             nn.Flatten(),
             nn.Linear(1024, 64),
             nn.ReLU(),
-            nn.LayerNorm(64, elementwise_affine=False),  # features of size 1, for which KID's cubic kernel is made
+            nn.LayerNorm(
+                64, elementwise_affine=False
+            ),  # features of size 1, for which KID's cubic kernel is made
         )
         self.dropout, self.head = nn.Dropout(0.3), nn.Linear(64, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = scaled(images)
-        features = self.body(F.adaptive_avg_pool2d(x, 16) if x.shape[-1] > 16 else x)  # easy classes show at a glance
+        x = to_float(images)
+        features = self.body(
+            F.adaptive_avg_pool2d(x, 16) if x.shape[-1] > 16 else x
+        )  # easy classes show at a glance
         return features, self.head(self.dropout(features))
 
 
 def held_out(count: int, seed: int) -> Tensor:
-    """Which of `count` pictures the classifier never sees, bool `[count]`: a random half."""
+    """Which of `count` images the classifier never sees, bool `[count]`: a random half."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return torch.zeros(count, dtype=torch.bool).scatter_(0, order[: count // 2], True)
 
 
-def _classifier(images: Tensor, labels: Tensor, seed: int, device: str, steps: int = 300) -> nn.Module:
+def _classifier(
+    images: Tensor, labels: Tensor, seed: int, device: str, steps: int = 300
+) -> nn.Module:
     """Train on the half that is not held out. Fit for telling easy classes apart, as the digits are."""
     seen = ~held_out(len(images), seed)
     batches = Batches(images[seen].to(device), 128, seed)
     targets = labels[seen].to(device)
     with torch.random.fork_rng():
-        torch.manual_seed(seed_of(seed, Use.DROPOUT, 0))
+        torch.manual_seed(derive_seed(seed, RngStream.DROPOUT, 0))
         network = _Classifier(images.shape[1], int(labels.max()) + 1).to(device)
         optimizer = torch.optim.Adam(network.parameters(), 2e-3, fused=True)
         with bar("classifier", steps) as advance:
             for step in range(steps):
-                x, place = batches.pictures(step)
+                x, place = batches.x0(step)
                 loss = F.cross_entropy(network(x)[1], targets[place])
                 optimizer.zero_grad()
                 loss.backward()

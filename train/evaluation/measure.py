@@ -1,4 +1,4 @@
-"""Measuring a run: every method's pictures, drawn by the very code that serves, against the real ones."""
+"""Measuring a run: every method's images, drawn by the very code that serves, against the real ones."""
 
 import logging
 import time
@@ -15,18 +15,18 @@ from ddm.errors import require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
 from train.config import Config, EvaluateConfig, plain
-from train.evaluation.samples import Draw, Drawn, Draws
 from train.evaluation.features import FeatureNetwork, feature_networks, held_out, script_files
 from train.evaluation.methods import Method, methods
+from train.evaluation.report import print_tables, write_report
+from train.evaluation.results import Cell, Evaluation, Features, Score
+from train.evaluation.samples import SampleSet, SampleSpec, SampleStore
+from train.evaluation.scores import Scores, class_frequencies_of, read_reference
 from train.launch import workers_for
 from train.progress import bar
-from train.evaluation.results import Cell, Evaluation, Features, Score
-from train.evaluation.report import print_tables, write_report
-from train.evaluation.scores import Scores, class_shares, read_reference
 
 log = logging.getLogger(__name__)
 
-_JUDGE = 0  # the seed of the classifier and of the real pictures it judges, whatever the run's
+_JUDGE = 0  # the seed of the classifier and of the real images it judges, whatever the run's
 
 
 def evaluate(config: Config, monolith: Config | None) -> Evaluation:
@@ -40,7 +40,12 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
         shown = {(d.method.name, d.steps): measured.drawn(d) for d in measured.first_draws()}
         write_report(report, evaluation, shown)
     print_tables(evaluation)
-    log.info("evaluate   %s in %.0f s: %s", "done" if fresh else "up to date", time.monotonic() - began, report)
+    log.info(
+        "evaluate   %s in %.0f s: %s",
+        "done" if fresh else "up to date",
+        time.monotonic() - began,
+        report,
+    )
     return evaluation
 
 
@@ -50,43 +55,58 @@ class Measurement:
     Raises `ConfigError` where a sampler or a file of features cannot be had.
     """
 
-    def __init__(self, config: Config, monolith: Config | None, own: EvaluateConfig, section: str) -> None:
-        self.config, self.own, self.folder = config, own, config.folder / section
-        own.check_files(section)
+    def __init__(
+        self, config: Config, monolith: Config | None, cfg: EvaluateConfig, section: str
+    ) -> None:
+        self.config, self.cfg, self.folder = config, cfg, config.folder / section
+        cfg.check_files(section)
         self.cut = Partition.read(config.folder / "partition")
-        self.methods = methods(config, monolith, own.methods, self.cut.k)
-        require(len(self.methods) > 0, f"{section}.methods", "name a row besides DDIM without a monolith", own.methods)
-        self.samplers = {name: plain(sampler) for name, sampler in config.samplers(own, section).items()}
-        self.draws = Draws(self.folder / "draws", config.device, own.precision, own.batch)
+        self.methods = methods(config, monolith, cfg.methods, self.cut.k)
+        require(
+            len(self.methods) > 0,
+            f"{section}.methods",
+            "name a row besides DDIM without a monolith",
+            cfg.methods,
+        )
+        self.samplers = {
+            name: plain(sampler) for name, sampler in config.samplers(cfg, section).items()
+        }
+        self.draws = SampleStore(self.folder / "draws", config.device, cfg.precision, cfg.batch)
         self.cells = [
-            Draw(method, sampler, steps, seed, own.n, own.trajectories if seed == 0 else 0, settings)
+            SampleSpec(
+                method, sampler, steps, seed, cfg.n, cfg.trajectories if seed == 0 else 0, settings
+            )
             for method in self.methods
             for sampler, settings in self.samplers.items()
-            for steps in own.steps
-            for seed in range(own.seeds)
+            for steps in cfg.steps
+            for seed in range(cfg.seeds)
         ]
         mixture = Method(
             "reference",
             config.run,
             sha256(config.folder / "bundle" / MANIFEST),
-            {"source": "posterior", "policy": "full", "control": "none"},
+            {"source": "posterior", "policy": "full", "control_variate": "none"},
         )
         first, settings = next(iter(self.samplers.items()))
-        paths = own.trajectories
-        self.reference = Draw(mixture, first, own.reference_steps, 0, paths, paths, settings)
+        paths = cfg.trajectories
+        self.reference = SampleSpec(mixture, first, cfg.reference_steps, 0, paths, paths, settings)
 
     def make(self) -> Evaluation:
         """Draw and score what is not there yet, and write `record.json`."""
         if self.is_made():
             return Evaluation.read(self.folder / "record.json")
-        own, config, cut = self.own, self.config, self.cut
+        cfg, config, cut = self.cfg, self.config, self.cut
         every = [self.reference, *self.cells]
         calls = [_calls_per_step(draw.method, config, cut.k) for draw in every]
         self.draws.make(every, calls, workers_for(len(every), config.device, config.expert.workers))
         whole = cut.all(config.folder / "partition")
-        order = whole["index"].argsort()  # so that the judge is the same however the pictures were cut
+        order = whole[
+            "index"
+        ].argsort()  # so that the judge is the same however the images were cut
         whole = {name: tensor[order] for name, tensor in whole.items()}
-        networks = feature_networks(own.features, own.inception_weights, whole, _JUDGE, config.device)
+        networks = feature_networks(
+            cfg.features, cfg.inception_weights, whole, _JUDGE, config.device
+        )
         ends, scores, features = self.drawn(self.reference).ends, {}, {}
         for network in networks:
             scores[network.name], features[network.name] = self._scored(network, whole)
@@ -96,16 +116,18 @@ class Measurement:
             compared = draw.paths > 0 and draw.method.run == config.run
             error = trajectory_error(drawn.ends, ends) if compared else None
             of = {name: found[draw.name] for name, found in scores.items()}
-            cells.append(Cell(draw.method.name, draw.sampler, draw.steps, draw.seed, drawn.calls, error, of))
+            cells.append(
+                Cell(draw.method.name, draw.sampler, draw.steps, draw.seed, drawn.calls, error, of)
+            )
         evaluation = Evaluation(
             config=plain(config),
             versions={row.name: row.version for row in self.methods},
-            pictures_seen={row.name: _pictures_seen(row) for row in self.methods},
+            images_seen={row.name: _images_seen(row) for row in self.methods},
             features=features,
             samplers=self.samplers,
-            n=own.n,
-            seeds=own.seeds,
-            precision=own.precision,
+            n=cfg.n,
+            seeds=cfg.seeds,
+            precision=cfg.precision,
             cells=cells,
             fits=_fits(cells),
         )
@@ -117,44 +139,54 @@ class Measurement:
         path = self.folder / "record.json"
         return path.exists() and read_json(path).get("key") == self._key()
 
-    def drawn(self, draw: Draw) -> Drawn:
+    def drawn(self, draw: SampleSpec) -> SampleSet:
         """What a draw gave."""
         return self.draws.read(draw)
 
-    def first_draws(self) -> list[Draw]:
+    def first_draws(self) -> list[SampleSpec]:
         """The cells of the first sampler and of seed 0, which are shown."""
         first = next(iter(self.samplers))
         return [draw for draw in self.cells if draw.sampler == first and draw.seed == 0]
 
     def _key(self) -> str:
-        files = [sha256(Path(file)) for name in self.own.features for file in _files(name, self.own)]
-        draws = [self.draws.facts(draw) | {"name": draw.name} for draw in [self.reference, *self.cells]]
-        return digest([draws, plain(self.own), self.cut.hash, files])
+        files = [
+            sha256(Path(file)) for name in self.cfg.features for file in _files(name, self.cfg)
+        ]
+        draws = [
+            self.draws.facts(draw) | {"name": draw.name} for draw in [self.reference, *self.cells]
+        ]
+        return digest([draws, plain(self.cfg), self.cut.hash, files])
 
-    def _scored(self, network: FeatureNetwork, whole: dict[str, Tensor]) -> tuple[dict[str, Score], Features]:
-        """The score of every cell with one network, by the draw's name, and what the pictures were held against.
+    def _scored(
+        self, network: FeatureNetwork, whole: dict[str, Tensor]
+    ) -> tuple[dict[str, Score], Features]:
+        """The score of every cell with one network, by the draw's name, and what the images were held against.
 
         Scores are kept in files, one a draw, so that whoever is cut off here has not lost them.
         """
         count = len(whole["images"])
         order = torch.randperm(count, generator=torch.Generator().manual_seed(_JUDGE))
-        file = reference_file(network.file, self.own.reference)
-        if file is not None:  # the real pictures are then only for what compares picture by picture
-            order = order[: self.own.n]
+        file = reference_file(network.file, self.cfg.reference)
+        if file is not None:  # the real images are then only for what compares image by image
+            order = order[: self.cfg.n]
         facts = Features(
             what=network.what,
             file=sha256(network.file) if network.file else None,
-            reference=file.name if file else f"the {count:,} pictures of the run",
+            reference=file.name if file else f"the {count:,} images of the run",
             reference_file=sha256(file) if file else None,
             real_confidence=None,
-            real_shares=None,
+            real_class_frequencies=None,
         )
-        with bar(f"scoring: {network.name}"[:24], len(order) + self.own.n * len(self.cells)) as advance:
+        with bar(
+            f"scoring: {network.name}"[:24], len(order) + self.cfg.n * len(self.cells)
+        ) as advance:
             judged = network(whole["images"][order], advance)
             if judged.logits is not None and network.name == "classifier":
                 unseen = judged.logits[held_out(count, _JUDGE)[order]]
                 facts.real_confidence = float(unseen.softmax(dim=1).amax(dim=1).mean())
-                facts.real_shares = class_shares(whole.get("labels", whole["cluster"]), unseen.shape[1])
+                facts.real_class_frequencies = class_frequencies_of(
+                    whole.get("labels", whole["cluster"]), unseen.shape[1]
+                )
             measure, found = Scores(judged.features, read_reference(file) if file else None), {}
             for draw in self.cells:
                 kept = self.folder / "scores" / f"{draw.name}-{network.name}.json"
@@ -163,7 +195,7 @@ class Measurement:
                     score = measure(network(self.drawn(draw).images, lambda _: None))
                     write_json(kept, {"key": key, "score": asdict(score)})
                 found[draw.name] = Score(**read_json(kept)["score"])
-                advance(self.own.n)
+                advance(self.cfg.n)
         return found, facts
 
 
@@ -175,19 +207,26 @@ def reference_file(network: Path | None, reference: str | None) -> Path | None:
     return file if file.is_file() else None
 
 
-def _files(name: str, own: EvaluateConfig) -> list[Path]:
+def _files(name: str, cfg: EvaluateConfig) -> list[Path]:
     """The files that a word of `evaluate.features` stands for, statistics included."""
     if name == "classifier":
         return []
     if name == "inception":
-        return [Path(own.inception_weights or "")]
+        return [Path(cfg.inception_weights or "")]
     networks = script_files(Path(name))
-    return networks + [file for network in networks if (file := reference_file(network, own.reference))]
+    return networks + [
+        file for network in networks if (file := reference_file(network, cfg.reference))
+    ]
 
 
 def _calls_per_step(method: Method, config: Config, k: int) -> float:
     """About how many experts a step asks, for the order of the work."""
-    of = {"full": float(k), "top_k": float(method.settings.get("top_k", 1)), "nucleus": 2.0, "adaptive": 1.5}
+    of = {
+        "full": float(k),
+        "top_k": float(method.settings.get("top_k", 1)),
+        "nucleus": 2.0,
+        "adaptive": 1.5,
+    }
     return 1.0 if method.run != config.run else of.get(method.settings["policy"], 1.0)
 
 
@@ -196,14 +235,21 @@ def _fits(cells: Sequence[Cell]) -> dict[str, dict[str, PowerLaw]]:
     errors: dict[str, dict[str, dict[int, float]]] = {}
     for cell in cells:
         if cell.trajectory_error is not None:
-            errors.setdefault(cell.method, {}).setdefault(cell.sampler, {})[cell.steps] = cell.trajectory_error
+            errors.setdefault(cell.method, {}).setdefault(cell.sampler, {})[cell.steps] = (
+                cell.trajectory_error
+            )
     return {
-        method: {name: power_law_fit(list(points), list(points.values())) for name, points in by_sampler.items()}
+        method: {
+            name: power_law_fit(list(points), list(points.values()))
+            for name, points in by_sampler.items()
+        }
         for method, by_sampler in errors.items()
     }
 
 
-def _pictures_seen(row: Method) -> int:
+def _images_seen(row: Method) -> int:
     bundle = Path(row.run) / "bundle"
-    names = [name for name in read_json(bundle / MANIFEST)["artifacts"] if name.startswith("expert-")]
-    return sum(read_json(bundle / f"{name}.json")["pictures_seen"] for name in names)
+    names = [
+        name for name in read_json(bundle / MANIFEST)["artifacts"] if name.startswith("expert-")
+    ]
+    return sum(read_json(bundle / f"{name}.json")["images_seen"] for name in names)

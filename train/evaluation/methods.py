@@ -1,4 +1,4 @@
-"""The rows of the table: who moves the picture, and where alpha comes from."""
+"""The rows of the table: who moves the image, and where alpha comes from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from ddm.bundle import MANIFEST
 from train.config import PAPER, Config
 
 MEANING = {
-    "DDIM": "one model on all pictures",
+    "DDIM": "one model on all images",
     "Naive": "one expert, drawn from the shares and kept",
     "MoG-a": "each step one expert, drawn from the posterior net's alpha",
     "MoG-da": "each step one expert, drawn from the integrated alpha",
     "balanced": "each step one expert, with error feedback",
-    "controlled": "balanced, with Gaussians standing in for the experts not asked",
+    "balanced-cv": "balanced, with Gaussians standing in for the experts not asked",
     "adaptive": "controlled, with a second expert where alpha is undecided",
     "top-1": "each step the likeliest expert",
     "top-2": "each step the two likeliest, weighted by alpha",
@@ -36,14 +36,17 @@ class Method:
 def methods(config: Config, monolith: Config | None, names: Sequence[str], k: int) -> list[Method]:
     """The rows of these names; those of a mixture only where there are several clusters, DDIM only where there is a monolith.
 
-    What is not the paper's takes alpha from the config's own source, at its temperature. `control` is off but for `controlled`
+    What is not the paper's takes alpha from the config's own source, at its temperature. `control` is off but for `balanced-cv`
     and `adaptive`.
     """
 
     def row(name: str, of: Config, **settings: Any) -> Method:
         paper = name in PAPER
-        alpha = {"source": config.sample.source, "temperature": 1.0 if paper else config.sample.temperature}
-        usual = {**alpha, "control": "none", "clusters": {}}
+        alpha = {
+            "source": config.sample.source,
+            "temperature": 1.0 if paper else config.sample.temperature,
+        }
+        usual = {**alpha, "control_variate": "none", "clusters": {}}
         return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), {**usual, **settings})
 
     if k == 1:
@@ -53,8 +56,8 @@ def methods(config: Config, monolith: Config | None, names: Sequence[str], k: in
         "MoG-a": row("MoG-a", config, source="posterior", policy="stochastic"),
         "MoG-da": row("MoG-da", config, source="combined", policy="stochastic"),
         "balanced": row("balanced", config, policy="balanced"),
-        "controlled": row("controlled", config, policy="balanced", control="gaussian"),
-        "adaptive": row("adaptive", config, policy="adaptive", control="gaussian"),
+        "balanced-cv": row("balanced-cv", config, policy="balanced", control_variate="gaussian"),
+        "adaptive": row("adaptive", config, policy="adaptive", control_variate="gaussian"),
         "top-1": row("top-1", config, policy="top_k", top_k=1),
         "top-2": row("top-2", config, policy="top_k", top_k=2),
         "nucleus": row("nucleus", config, policy="nucleus", nucleus_p=0.9),

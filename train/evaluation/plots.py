@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train.evaluation.samples import Drawn
 from train.evaluation.results import Evaluation
+from train.evaluation.samples import SampleSet
 
 # Okabe and Ito's colours, which the colour-blind tell apart; a method has the same one everywhere.
 COLOURS = {
@@ -22,7 +22,7 @@ COLOURS = {
     "MoG-a": "#56B4E9",
     "MoG-da": "#0072B2",
     "balanced": "#D55E00",
-    "controlled": "#E69F00",
+    "balanced-cv": "#E69F00",
     "adaptive": "#882255",
     "top-1": "#CC79A7",
     "top-2": "#DDAADD",
@@ -46,7 +46,9 @@ def save(path: Path, figure: Figure, dpi: int = 150) -> None:
     plt.close(figure)
 
 
-def frechet(evaluation: Evaluation, features: str | None = None, sampler: str | None = None) -> Figure:
+def frechet(
+    evaluation: Evaluation, features: str | None = None, sampler: str | None = None
+) -> Figure:
     """Frechet distance over the number of steps, a line a method, with the deviation over the seeds where there are several.
 
     With the first features and the first sampler where none are named.
@@ -88,7 +90,8 @@ def trajectory(evaluation: Evaluation, sampler: str | None = None) -> Figure:
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for name, fits in evaluation.fits.items():
             of = {
-                n: evaluation.over_seeds(name, n, lambda cell: cell.trajectory_error, walked) for n in evaluation.steps
+                n: evaluation.over_seeds(name, n, lambda cell: cell.trajectory_error, walked)
+                for n in evaluation.steps
             }
             points = {n: spread.mean for n, spread in of.items() if spread is not None}
             steps, fit = np.array(list(points)), fits[walked]
@@ -107,16 +110,22 @@ def trajectory(evaluation: Evaluation, sampler: str | None = None) -> Figure:
         return figure
 
 
-def load(drawn: Mapping[str, Drawn], names: Sequence[str], pi: Sequence[float]) -> Figure:
-    """The share of the calls that each expert answered, beside its cluster's share of the pictures."""
+def load(drawn: Mapping[str, SampleSet], names: Sequence[str], pi: Sequence[float]) -> Figure:
+    """The share of the calls that each expert answered, beside its cluster's share of the images."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.4))
         width = 0.8 / (len(drawn) + 1)
         places = np.arange(len(names))
-        axes.bar(places - 0.4 + width / 2, pi, width, color="#DDDDDD", label="share of the pictures")
+        axes.bar(places - 0.4 + width / 2, pi, width, color="#DDDDDD", label="share of the images")
         for i, (method, draw) in enumerate(drawn.items(), start=1):
             share = draw.load.sum(dim=0) / draw.load.sum()
-            axes.bar(places - 0.4 + (i + 0.5) * width, share.numpy(), width, color=COLOURS[method], label=method)
+            axes.bar(
+                places - 0.4 + (i + 0.5) * width,
+                share.numpy(),
+                width,
+                color=COLOURS[method],
+                label=method,
+            )
         axes.set_xticks(places, names, rotation=0 if len(names) <= 6 else 60)
         axes.set_ylabel("share of the calls")
         axes.legend(fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -124,8 +133,8 @@ def load(drawn: Mapping[str, Drawn], names: Sequence[str], pi: Sequence[float]) 
         return figure
 
 
-def certainty(drawn: Mapping[str, Drawn]) -> Figure:
-    """How sure the router is over time: the largest alpha, averaged over the pictures."""
+def certainty(drawn: Mapping[str, SampleSet]) -> Figure:
+    """How sure the router is over time: the largest alpha, averaged over the images."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.2))
         for method, draw in drawn.items():
@@ -138,10 +147,10 @@ def certainty(drawn: Mapping[str, Drawn]) -> Figure:
         return figure
 
 
-def alpha_over_time(draw: Drawn, names: Sequence[str], pictures: int = 4) -> Figure:
-    """For a few pictures: alpha as a stack over time, and under it who moved the picture at each step."""
+def alpha_over_time(draw: SampleSet, names: Sequence[str], images: int = 4) -> Figure:
+    """For a few images: alpha as a stack over time, and under it who moved the image at each step."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        shown = min(pictures, draw.alpha.shape[1])
+        shown = min(images, draw.alpha.shape[1])
         figure, rows = plt.subplots(
             shown, 2, figsize=(7.6, 1.25 * shown), width_ratios=[9, 1], squeeze=False, sharex="col"
         )
@@ -157,22 +166,30 @@ def alpha_over_time(draw: Drawn, names: Sequence[str], pictures: int = 4) -> Fig
             )
             for n, chosen in enumerate(draw.chosen[:, i].numpy()):
                 axes.fill_between(
-                    [edges[n], edges[n + 1]], -0.22, -0.06, color=palette(int(chosen.argmax()) % palette.N), linewidth=0
+                    [edges[n], edges[n + 1]],
+                    -0.22,
+                    -0.06,
+                    color=palette(int(chosen.argmax()) % palette.N),
+                    linewidth=0,
                 )
             axes.set_xlim(1, 0)
             axes.set_ylim(-0.24, 1)
             axes.set_yticks([0, 1])
             side.imshow(_displayed(draw, i), cmap="gray", vmin=0, vmax=255)
             side.axis("off")
-        rows[-1, 0].set_xlabel("t   (strip: the expert that moved the picture)")
-        figure.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(5, len(names)), fontsize=8.5)
+        rows[-1, 0].set_xlabel("t   (strip: the expert that moved the image)")
+        figure.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(5, len(names)), fontsize=8.5
+        )
         figure.tight_layout()
         return figure
 
 
 def losses(folder: Path) -> Figure:
     """The training losses of a run's experts and router."""
-    files = sorted((folder / "experts").glob("*/losses.txt")) + sorted((folder / "router").glob("*/losses.txt"))
+    files = sorted((folder / "experts").glob("*/losses.txt")) + sorted(
+        (folder / "router").glob("*/losses.txt")
+    )
     with plt.rc_context(STYLE):
         figure, pair = plt.subplots(1, 2, figsize=(8.4, 3.2))
         for file in files:
@@ -191,9 +208,9 @@ def losses(folder: Path) -> Figure:
         return figure
 
 
-def _displayed(draw: Drawn, i: int) -> np.ndarray:
-    picture = draw.images[i].permute(1, 2, 0).numpy()
-    return picture[:, :, 0] if picture.shape[2] == 1 else picture
+def _displayed(draw: SampleSet, i: int) -> np.ndarray:
+    image = draw.images[i].permute(1, 2, 0).numpy()
+    return image[:, :, 0] if image.shape[2] == 1 else image
 
 
 def _log_steps(axes: Axes, evaluation: Evaluation) -> None:

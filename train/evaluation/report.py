@@ -13,10 +13,10 @@ from rich.table import Table
 
 from ddm.partition import Partition
 from serve.model.images import contact_sheet, write_png
-from train import plots
-from train.evaluation.samples import Drawn
+from train.evaluation import plots
 from train.evaluation.methods import MEANING
 from train.evaluation.results import Cell, Evaluation, Score, Spread
+from train.evaluation.samples import SampleSet
 
 
 class _Measure(NamedTuple):
@@ -27,22 +27,40 @@ class _Measure(NamedTuple):
     best: Callable[..., float] | None  # which of a column is the best, if any
 
 
-_FRECHET = _Measure("Fréchet distance", "lower is better", lambda cell: first_score(cell).frechet, ".2f", min)
-_ERROR = _Measure("Trajectory error E(N)", "lower is better", lambda cell: cell.trajectory_error, ".4f", min)
+_FRECHET = _Measure(
+    "Fréchet distance", "lower is better", lambda cell: first_score(cell).frechet, ".2f", min
+)
+_ERROR = _Measure(
+    "Trajectory error E(N)", "lower is better", lambda cell: cell.trajectory_error, ".4f", min
+)
 _MEASURES = [
     _FRECHET,
-    _Measure("KID × 1000", "lower is better", lambda cell: 1000 * first_score(cell).kid, ".2f", min),
+    _Measure(
+        "KID × 1000", "lower is better", lambda cell: 1000 * first_score(cell).kid, ".2f", min
+    ),
     _Measure(
         "Coverage",
-        "of real pictures by drawn ones; higher is better",
+        "of real images by drawn ones; higher is better",
         lambda cell: first_score(cell).coverage,
         ".3f",
         max,
     ),
-    _Measure("Inception score", "higher is better", lambda cell: first_score(cell).inception_score, ".2f", max),
-    _Measure("Mean confidence of the classifier", "", lambda cell: first_score(cell).confidence, ".3f", None),
+    _Measure(
+        "Inception score",
+        "higher is better",
+        lambda cell: first_score(cell).inception_score,
+        ".2f",
+        max,
+    ),
+    _Measure(
+        "Mean confidence of the classifier",
+        "",
+        lambda cell: first_score(cell).confidence,
+        ".3f",
+        None,
+    ),
     _ERROR,
-    _Measure("Expert calls a picture", "", lambda cell: cell.calls, ".0f", None),
+    _Measure("Expert NFE per image", "", lambda cell: cell.calls, ".0f", None),
 ]
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 66rem; margin: 2rem auto;
@@ -63,32 +81,51 @@ def print_tables(evaluation: Evaluation) -> None:
     steps, sampler = evaluation.steps, next(iter(evaluation.samplers))
     features = next(iter(evaluation.features.values()))
     for measure, last_column in ((_FRECHET, f"calls at {steps[-1]}"), (_ERROR, "falls as")):
-        table = Table(title=f"{measure.title}, {measure.note}", box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(
+            title=f"{measure.title}, {measure.note}", box=box.SIMPLE_HEAD, title_justify="left"
+        )
         table.add_column("method")
         for column in [*(f"{n} steps" for n in steps), last_column]:
             table.add_column(column, justify="right")
         for method in evaluation.versions:
             if measure is _FRECHET:
-                last = shown(evaluation.over_seeds(method, steps[-1], lambda cell: cell.calls), ".0f")
+                last = shown(
+                    evaluation.over_seeds(method, steps[-1], lambda cell: cell.calls), ".0f"
+                )
             elif method in evaluation.fits:
                 last = f"N^{-evaluation.fits[method][sampler].exponent:.2f}"
             else:
                 continue
-            cells = (shown(evaluation.over_seeds(method, n, measure.value), measure.form) for n in steps)
+            cells = (
+                shown(evaluation.over_seeds(method, n, measure.value), measure.form) for n in steps
+            )
             table.add_row(method, *cells, last)
         console.print(table)
     middle = min(steps, key=lambda n: abs(n - 25))
     for method in evaluation.versions:
-        score = next(first_score(c) for c in evaluation.cells if (c.method, c.steps) == (method, middle))
-        if features.real_confidence and features.real_shares and score.confidence and score.shares:
-            ratios = [share / real for share, real in zip(score.shares, features.real_shares, strict=True) if real > 0]
+        score = next(
+            first_score(c) for c in evaluation.cells if (c.method, c.steps) == (method, middle)
+        )
+        if (
+            features.real_confidence
+            and features.real_class_frequencies
+            and score.confidence
+            and score.class_frequencies
+        ):
+            ratios = [
+                share / real
+                for share, real in zip(
+                    score.class_frequencies, features.real_class_frequencies, strict=True
+                )
+                if real > 0
+            ]
             console.print(
                 f"{method:10} at {middle} steps: the classifier is {score.confidence / features.real_confidence:.3f} times "
-                f"as sure as of unseen real pictures; classes come {min(ratios):.2f} to {max(ratios):.2f} times as often",
+                f"as sure as of unseen real images; classes come {min(ratios):.2f} to {max(ratios):.2f} times as often",
                 soft_wrap=True,
             )
     seeds = f" and seed, {evaluation.seeds} seeds" if evaluation.seeds > 1 else ""
-    console.print(f"{evaluation.n} pictures a cell{seeds}; features: {features.what}", style="dim")
+    console.print(f"{evaluation.n} images a cell{seeds}; features: {features.what}", style="dim")
 
 
 def first_score(cell: Cell) -> Score:
@@ -104,25 +141,29 @@ def shown(value: Spread | None, form: str) -> str:
     return f"{value.mean:{form}}{spread}"
 
 
-def write_report(path: Path, evaluation: Evaluation, drawn: Mapping[tuple[str, int], Drawn]) -> None:
-    """Write `report.html`; its pictures also lie in `evaluate/plots/`."""
+def write_report(
+    path: Path, evaluation: Evaluation, drawn: Mapping[tuple[str, int], SampleSet]
+) -> None:
+    """Write `report.html`; its images also lie in `evaluate/plots/`."""
     folder, plotted = path.parent, path.parent / "evaluate" / "plots"
     cut = Partition.read(folder / "partition")
     middle = min(evaluation.steps, key=lambda n: abs(n - 25))
     rows = {name: drawn[name, middle] for name in evaluation.versions}
-    best = rows.get("controlled", rows[next(iter(rows))])
+    best = rows.get("balanced-cv", rows[next(iter(rows))])
     plots.save(plotted / "frechet.png", plots.frechet(evaluation))
     plots.save(plotted / "trajectory.png", plots.trajectory(evaluation))
     single = {name: draw for name, draw in rows.items() if name not in ("DDIM", "full")} or rows
     plots.save(plotted / "load.png", plots.load(single, cut.names, cut.pi.tolist()))
     followed = {
-        name: draw for name, draw in rows.items() if name in ("MoG-a", "MoG-da", "balanced", "controlled")
+        name: draw
+        for name, draw in rows.items()
+        if name in ("MoG-a", "MoG-da", "balanced", "balanced-cv")
     } or rows
     plots.save(plotted / "certainty.png", plots.certainty(followed))
     plots.save(plotted / "alpha.png", plots.alpha_over_time(best, cut.names))
     plots.save(plotted / "losses.png", plots.losses(folder))
     sheets = {
-        "pictures": best.images[:48].split(12),
+        "images": best.images[:48].split(12),
         "methods": [draw.images[:12] for draw in rows.values()],
         "clusters": [cut.cluster(folder / "partition", k)["images"][:12] for k in range(cut.k)],
     }
@@ -139,8 +180,8 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
     *_, last = evaluation.versions
     sampler = next(iter(evaluation.samplers))
     features = next(iter(evaluation.features.values()))
-    seen = evaluation.pictures_seen
-    trained = f"Pictures seen in training: {seen[last]:,}"
+    seen = evaluation.images_seen
+    trained = f"Images seen in training: {seen[last]:,}"
     trained += (
         f" by the experts together, {seen['DDIM']:,} by the one model of the row DDIM."
         if last != "DDIM" and "DDIM" in seen
@@ -151,15 +192,21 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
         for row, by_sampler in evaluation.fits.items()
         for fit in [by_sampler[sampler]]
     )
-    clusters = "; ".join(f"{cluster} ({size})" for cluster, size in zip(cut.names, cut.sizes, strict=True))
+    clusters = "; ".join(
+        f"{cluster} ({size})" for cluster, size in zip(cut.names, cut.sizes, strict=True)
+    )
     shape = " × ".join(map(str, cut.shape))
     parts = [
         f"<h1>{name}</h1>",
-        f"<p class=facts>{cut.k} experts on {sum(cut.sizes):,} pictures of {shape}; "
+        f"<p class=facts>{cut.k} experts on {sum(cut.sizes):,} images of {shape}; "
         f"bundle {evaluation.versions[last][:12]}. {trained}</p>",
-        _image(plotted, "pictures", f"48 pictures drawn with balanced and control=gaussian in {middle} steps"),
-        "<h2>How good are the pictures?</h2>",
-        f"<p>{evaluation.n} pictures a cell, all methods from the same noise, sampler {sampler}. "
+        _image(
+            plotted,
+            "images",
+            f"48 images drawn with balanced and control_variate=gaussian in {middle} steps",
+        ),
+        "<h2>How good are the images?</h2>",
+        f"<p>{evaluation.n} images a cell, all methods from the same noise, sampler {sampler}. "
         f"Features: {html.escape(features.what)}; figures made with other features cannot be compared with these.</p>",
         *(_table(evaluation, measure) for measure in _MEASURES),
         _image(plotted, "frechet", "Fréchet distance over steps"),
@@ -170,17 +217,17 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
         "Lines are power laws E(N) = C N<sup>−p</sup>, fitted in log E over log N.</p>",
         _image(plotted, "trajectory", "Trajectory error over steps with fitted power laws"),
         f"<table><tr><th class=name>method<th>p<th>C<th>R²</tr>{fits}</table>",
-        "<h2>Who moves the pictures?</h2>",
+        "<h2>Who moves the images?</h2>",
         f"<p>At {middle} steps.</p>",
         _image(plotted, "load", "Share of the calls by expert"),
         _image(plotted, "certainty", "Mean largest alpha over time"),
-        "<p>Four of these pictures: alpha over time, and the expert that moved each at every step.</p>",
-        _image(plotted, "alpha", "Alpha over time for four pictures"),
+        "<p>Four of these images: alpha over time, and the expert that moved each at every step.</p>",
+        _image(plotted, "alpha", "Alpha over time for four images"),
         "<h2>The same noise, every method</h2>",
         f"<p>Rows from the top, {middle} steps: {', '.join(evaluation.versions)}. A column is one noise.</p>",
         _image(plotted, "methods", "One row a method"),
         f"<h2>The clusters</h2><p>Rows from the top: {html.escape(clusters)}.</p>",
-        _image(plotted, "clusters", "Pictures of each cluster"),
+        _image(plotted, "clusters", "Images of each cluster"),
         "<h2>Training</h2>",
         _image(plotted, "losses", "Training losses"),
         "<details><summary>config.yaml</summary>"
@@ -195,20 +242,26 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
 def _table(evaluation: Evaluation, measure: _Measure) -> str:
     """One measure, methods down and steps across, the best of a column in bold; nothing where it was not measured."""
     rows, steps = [], evaluation.steps
-    columns = {n: {name: evaluation.over_seeds(name, n, measure.value) for name in evaluation.versions} for n in steps}
+    columns = {
+        n: {name: evaluation.over_seeds(name, n, measure.value) for name in evaluation.versions}
+        for n in steps
+    }
     for name in evaluation.versions:
         if any(columns[n][name] is None for n in steps):
             continue
         numbers = "".join(
-            f"<td{_bold(columns[n], name, measure)}>{shown(columns[n][name], measure.form)}</td>" for n in steps
+            f"<td{_bold(columns[n], name, measure)}>{shown(columns[n][name], measure.form)}</td>"
+            for n in steps
         )
-        rows.append(f"<tr><td class=name>{name}</td><td class=meaning>{MEANING.get(name, '')}</td>{numbers}</tr>")
+        rows.append(
+            f"<tr><td class=name>{name}</td><td class=meaning>{MEANING.get(name, '')}</td>{numbers}</tr>"
+        )
     if not rows:
         return ""
     note = measure.note
     sure = next(iter(evaluation.features.values())).real_confidence
     if measure.title.startswith("Mean confidence") and sure is not None:
-        note = f"on real pictures it never saw: {sure:.3f}"
+        note = f"on real images it never saw: {sure:.3f}"
     head = "".join(f"<th>{n} steps" for n in steps)
     caption = f"<caption>{measure.title} <small>{note}</small></caption>"
     return f"<div class=scroll><table>{caption}<tr><th class=name>method<th>{head}</tr>{''.join(rows)}</table></div>"
@@ -216,7 +269,11 @@ def _table(evaluation: Evaluation, measure: _Measure) -> str:
 
 def _bold(column: Mapping[str, Spread | None], name: str, measure: _Measure) -> str:
     values = {method: value.mean for method, value in column.items() if value is not None}
-    return " class=best" if measure.best is not None and values[name] == measure.best(values.values()) else ""
+    return (
+        " class=best"
+        if measure.best is not None and values[name] == measure.best(values.values())
+        else ""
+    )
 
 
 def _image(plotted: Path, name: str, alt: str) -> str:

@@ -21,7 +21,7 @@ class Score:
     coverage: float
     inception_score: float | None
     confidence: float | None  # the mean of the classifier's largest probability
-    shares: list[float] | None  # of the classes, by the classifier
+    class_frequencies: list[float] | None  # of the classes, by the classifier
 
 
 @dataclass
@@ -32,21 +32,23 @@ class Cell:
     sampler: str
     steps: int
     seed: int
-    calls: float  # expert evaluations a picture
-    trajectory_error: float | None  # None where the method has no reference, or the paths are another seed's
+    calls: float  # expert evaluations an image
+    trajectory_error: (
+        float | None
+    )  # None where the method has no reference, or the paths are another seed's
     scores: dict[str, Score]  # by the name of the features
 
 
 @dataclass
 class Features:
-    """A feature network, and the real pictures that the drawn ones were held against."""
+    """A feature network, and the real images that the drawn ones were held against."""
 
     what: str  # in words
     file: str | None  # the SHA-256 of its file; None for one that was trained on the spot
     reference: str  # what the Frechet distance is to
     reference_file: str | None  # the SHA-256 of the reference's file
-    real_confidence: float | None  # the classifier's, on pictures it never saw
-    real_shares: list[float] | None  # of the classes
+    real_confidence: float | None  # the classifier's, on images it never saw
+    real_class_frequencies: list[float] | None  # of the classes
 
 
 class Spread(NamedTuple):
@@ -62,10 +64,12 @@ class Evaluation:
 
     config: dict[str, Any]
     versions: dict[str, str]  # a method, its bundle's SHA-256
-    pictures_seen: dict[str, int]  # a method, the pictures its networks saw in training, the router's not counted
+    images_seen: dict[
+        str, int
+    ]  # a method, the images its networks saw in training, the router's not counted
     features: dict[str, Features]  # by name; the first one's figures come first
     samplers: dict[str, dict[str, Any]]  # by name, their settings
-    n: int  # pictures a cell and seed
+    n: int  # images a cell and seed
     seeds: int
     precision: str  # of the networks while drawing
     cells: list[Cell]
@@ -77,7 +81,11 @@ class Evaluation:
         return sorted({cell.steps for cell in self.cells})
 
     def over_seeds(
-        self, method: str, steps: int, value: Callable[[Cell], float | None], sampler: str | None = None
+        self,
+        method: str,
+        steps: int,
+        value: Callable[[Cell], float | None],
+        sampler: str | None = None,
     ) -> Spread | None:
         """A measure of a cell of the table, with the first sampler where none is named; None where it was not measured."""
         wanted = (method, steps, sampler or next(iter(self.samplers)))
@@ -93,14 +101,19 @@ class Evaluation:
     @staticmethod
     def of(facts: dict[str, Any]) -> "Evaluation":
         """From plain data; what it holds besides is left out."""
-        own = {name: facts[name] for name in Evaluation.__dataclass_fields__}
+        cfg = {name: facts[name] for name in Evaluation.__dataclass_fields__}
         cells = [
-            Cell(**{**cell, "scores": {name: Score(**score) for name, score in cell["scores"].items()}})
-            for cell in own["cells"]
+            Cell(
+                **{
+                    **cell,
+                    "scores": {name: Score(**score) for name, score in cell["scores"].items()},
+                }
+            )
+            for cell in cfg["cells"]
         ]
         fits = {
             method: {name: PowerLaw(*fit) for name, fit in by_sampler.items()}
-            for method, by_sampler in own["fits"].items()
+            for method, by_sampler in cfg["fits"].items()
         }
-        features = {name: Features(**found) for name, found in own["features"].items()}
-        return Evaluation(**{**own, "cells": cells, "fits": fits, "features": features})
+        features = {name: Features(**found) for name, found in cfg["features"].items()}
+        return Evaluation(**{**cfg, "cells": cells, "fits": fits, "features": features})

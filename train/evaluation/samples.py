@@ -1,4 +1,4 @@
-"""The pictures that evaluation measures: drawn once, kept in files, each with a record of how it came about."""
+"""The images that evaluation measures: drawn once, kept in files, each with a record of how it came about."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +15,17 @@ from serve import Model, load
 from serve.model.images import to_uint8
 from train.config import Precision
 from train.evaluation.methods import Method
-from train.launch import Tell, run_jobs
+from train.launch import OnProgress, run_jobs
 from train.progress import bar
 
-_WORTH_A_PROCESS = 100_000  # expert evaluations: with fewer, starting processes costs more time than they save
+_WORTH_A_PROCESS = (
+    100_000  # expert evaluations: with fewer, starting processes costs more time than they save
+)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """A cell of the table at one seed: a method with a sampler at a number of steps, n pictures.
+class SampleSpec:
+    """A cell of the table at one seed: a method with a sampler at a number of steps, n images.
 
     `settings` are those of `sample`, all that matter. The ends of the first `paths` are kept as float.
     """
@@ -45,30 +47,38 @@ class Draw:
     def facts(self) -> dict[str, Any]:
         """All that makes the draw what it is, but for the precision."""
         settings = {**self.settings, **self.method.settings, "steps": self.steps}
-        return {"version": self.method.version, "seed": self.seed, "n": self.n, "paths": self.paths, **settings}
+        return {
+            "version": self.method.version,
+            "seed": self.seed,
+            "n": self.n,
+            "paths": self.paths,
+            **settings,
+        }
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampleSet:
     """What a draw gave."""
 
     images: Tensor  # uint8 [n, C, H, W]
     ends: Tensor  # [paths, C, H, W], where the first paths ended
     t: Tensor  # [N]
-    load: Tensor  # [N, K], the share of the pictures that each expert moved
+    load: Tensor  # [N, K], the share of the images that each expert moved
     certainty: Tensor  # [N], the mean of the largest alpha
-    alpha: Tensor  # [N, 8, K], of the first pictures
+    alpha: Tensor  # [N, 8, K], of the first images
     chosen: Tensor  # uint8 [N, 8, K]
-    calls: float  # expert evaluations a picture
+    calls: float  # expert evaluations an image
 
 
-class Draws:
+class SampleStore:
     """A folder of draws, all made on one device in one precision, in batches of so many."""
 
     def __init__(self, folder: Path, device: str, precision: Precision, batch: int) -> None:
         self.folder, self.device, self.precision, self.batch = folder, device, precision, batch
 
-    def make(self, draws: Sequence[Draw], calls_per_step: Sequence[float], workers: int) -> None:
+    def make(
+        self, draws: Sequence[SampleSpec], calls_per_step: Sequence[float], workers: int
+    ) -> None:
         """Draw what is not there yet, the longest first. Raises `DdmError` naming the draw that failed."""
         todo = [
             (round(d.n * d.steps * calls), d)
@@ -80,27 +90,33 @@ class Draws:
             return
         with bar("evaluate: drawing", sum(cost for cost, _ in todo)) as advance:
             few = sum(cost for cost, _ in todo) < _WORTH_A_PROCESS
-            results = run_jobs(partial(_work, self), todo, 1 if few else min(workers, len(todo)), advance)
+            results = run_jobs(
+                partial(_work, self), todo, 1 if few else min(workers, len(todo)), advance
+            )
         for (_, draw), result in zip(todo, results, strict=True):
             if isinstance(result, Exception):
                 raise DdmError(f"drawing {draw.name} failed: {result}") from result
 
-    def read(self, draw: Draw) -> Drawn:
+    def read(self, draw: SampleSpec) -> SampleSet:
         """What a draw gave. Raises `ArtifactError` where it is not there."""
         facts = read_json(self.stem(draw).with_suffix(".json"))
-        return Drawn(**read_tensors(self.stem(draw).with_suffix(".safetensors")), calls=facts["calls"])
+        return SampleSet(
+            **read_tensors(self.stem(draw).with_suffix(".safetensors")), calls=facts["calls"]
+        )
 
-    def draw(self, draw: Draw, cost: int, tell: Tell) -> None:
+    def draw(self, draw: SampleSpec, cost: int, on_progress: OnProgress) -> None:
         """Make one draw and write its files."""
         model = _model(draw.method.run, self.device)
         settings = {**draw.settings, **draw.method.settings, "steps": draw.steps}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+        with torch.autocast(
+            model.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"
+        ):
             images, trace = model.sample(
                 draw.n,
                 seed=draw.seed,
                 batch=self.batch,
                 trace=True,
-                progress=lambda n: tell(n * cost / (draw.n * draw.steps)),
+                progress=lambda n: on_progress(n * cost / (draw.n * draw.steps)),
                 **settings,
             )
         tensors = {
@@ -113,23 +129,28 @@ class Draws:
             "chosen": trace.chosen[:, :8].to(torch.uint8),
         }
         write_tensors(self.stem(draw).with_suffix(".safetensors"), tensors)
-        write_json(self.stem(draw).with_suffix(".json"), {**self.facts(draw), "calls": trace.calls / draw.n})
+        write_json(
+            self.stem(draw).with_suffix(".json"),
+            {**self.facts(draw), "calls": trace.calls / draw.n},
+        )
 
-    def stem(self, draw: Draw) -> Path:
+    def stem(self, draw: SampleSpec) -> Path:
         """Where a draw's files lie, without their suffixes."""
         return self.folder / draw.name
 
-    def facts(self, draw: Draw) -> dict[str, Any]:
+    def facts(self, draw: SampleSpec) -> dict[str, Any]:
         """All that makes a draw what it is."""
         return {**draw.facts, "precision": self.precision}
 
-    def _is_made(self, draw: Draw) -> bool:
+    def _is_made(self, draw: SampleSpec) -> bool:
         path = self.stem(draw).with_suffix(".json")
-        return path.exists() and {k: v for k, v in read_json(path).items() if k != "calls"} == self.facts(draw)
+        return path.exists() and {
+            k: v for k, v in read_json(path).items() if k != "calls"
+        } == self.facts(draw)
 
 
-def _work(draws: Draws, job: tuple[int, Draw], tell: Tell) -> None:
-    draws.draw(job[1], job[0], tell)
+def _work(draws: SampleStore, job: tuple[int, SampleSpec], on_progress: OnProgress) -> None:
+    draws.draw(job[1], job[0], on_progress)
 
 
 @lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""How good a set of drawn pictures is, as a feature network sees it: distances to the real ones, and what they cover."""
+"""How good a set of drawn images is, as a feature network sees it: distances to the real ones, and what they cover."""
 
 import warnings
 from pathlib import Path
@@ -11,21 +11,23 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddm.errors import ConfigError
 from ddm.measures import FrechetDistance, neighbours
-from train.evaluation.features import Judged
+from train.evaluation.features import NetworkFeatures
 from train.evaluation.results import Score
 
 
 class Scores:
-    """Measures drawn pictures against the features of real ones `[N, d]`.
+    """Measures drawn images against the features of real ones `[N, d]`.
 
     The Frechet distance is to `reference`, the Gaussian of a file (`read_reference`), where there is one, else to that of the
-    real features. Precision, recall and coverage compare as many real pictures as drawn ones.
+    real features. Precision, recall and coverage compare as many real images as drawn ones.
     """
 
     def __init__(self, real: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> None:
         self.real = real
         self.frechet = (
-            FrechetDistance(*(part.to(real.device) for part in reference)) if reference else FrechetDistance.to(real)
+            FrechetDistance(*(part.to(real.device) for part in reference))
+            if reference
+            else FrechetDistance.to(real)
         )
         given = _Given(real.shape[1])
         with warnings.catch_warnings():
@@ -34,13 +36,13 @@ class Scores:
             self.kid = KernelInceptionDistance(given, subsets=10, reset_real_features=False)
         self.kid.update(real, real=True)
 
-    def __call__(self, judged: Judged) -> Score:
-        """The measures of drawn pictures."""
+    def __call__(self, judged: NetworkFeatures) -> Score:
+        """The measures of drawn images."""
         drawn, n = judged.features, len(judged.features)
         self.kid.reset()
         self.kid.update(drawn, real=False)
         self.kid.subset_size = min(1000, min(n, len(self.real)) // 2)
-        score = confidence = shares = None
+        score = confidence = class_frequencies = None
         with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(0)  # both draw subsets
             kid = float(self.kid.compute()[0])
@@ -50,8 +52,17 @@ class Scores:
                 score = float(self.inception.compute()[0])
                 probability = judged.logits.softmax(dim=1)
                 confidence = float(probability.amax(dim=1).mean())
-                shares = class_shares(probability.argmax(dim=1), probability.shape[1])
-        return Score(self.frechet(drawn), kid, *neighbours(self.real[:n], drawn), score, confidence, shares)
+                class_frequencies = class_frequencies_of(
+                    probability.argmax(dim=1), probability.shape[1]
+                )
+        return Score(
+            self.frechet(drawn),
+            kid,
+            *neighbours(self.real[:n], drawn),
+            score,
+            confidence,
+            class_frequencies,
+        )
 
 
 class _Given(nn.Module):
@@ -65,7 +76,7 @@ class _Given(nn.Module):
         return features
 
 
-def class_shares(labels: Tensor, classes: int) -> list[float]:
+def class_frequencies_of(labels: Tensor, classes: int) -> list[float]:
     """How often each class comes, as shares."""
     return (torch.bincount(labels, minlength=classes) / len(labels)).tolist()
 

@@ -18,12 +18,16 @@ def make_bundle(config: Config) -> None:
     experts = [expert_stem(config, k) for k in range(cut.k)]
     for k, stem in enumerate(experts):
         if not stem.with_suffix(".json").exists():
-            raise ArtifactError(f"{stem}.json is missing: train it with the stage 'expert' and expert.index={k}")
+            raise ArtifactError(
+                f"{stem}.json is missing: train it with the stage 'expert' and expert.index={k}"
+            )
     router_stem = config.folder / "router" / "router"
     has_router = cut.k > 1 and router_stem.with_suffix(".json").exists()
     stems = experts + ([router_stem] if has_router else [])
     folder, half = config.folder / "bundle", config.folder / "bundle-half"
-    listed = read_json(folder / MANIFEST).get("artifacts", {}) if (folder / MANIFEST).exists() else {}
+    listed = (
+        read_json(folder / MANIFEST).get("artifacts", {}) if (folder / MANIFEST).exists() else {}
+    )
     if sorted(listed.values()) == sorted(sha256(stem.with_suffix(".json")) for stem in stems):
         log.info("bundle     up to date")
     else:
@@ -31,7 +35,8 @@ def make_bundle(config: Config) -> None:
         made = f"{cut.k} experts{' and their router' if has_router else ' without a router'}"
         log.info("bundle     %s, version %s", made, read_bundle(folder).version[:12])
     if config.bundle.half and not (
-        half.exists() and read_json(half / "expert-00.json").get("half_of") == sha256(folder / MANIFEST)
+        half.exists()
+        and read_json(half / "expert-00.json").get("half_of") == sha256(folder / MANIFEST)
     ):
         write_half(folder, half)
         size = sum(file.stat().st_size for file in half.iterdir()) / 1e6

@@ -1,6 +1,6 @@
-// The page for people: asks for pictures, hears of every step as it happens, and shows who moved what.
+// The page for people: asks for images, hears of every step as it happens, and shows who moved what.
 //
-// In order: small tools, the server, the form, a run, its pictures, the one that is looked at, what hands do.
+// In order: small tools, the server, the form, a run, its images, the one that is looked at, what hands do.
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
@@ -28,7 +28,7 @@ const MATTERS = {
   nucleus_p: (v) => v.policy === "nucleus",
   budget: (v) => v.policy === "adaptive",
   order: (v) => v.sampler === "unipc",
-  pull: (v) => v.source === "combined",
+  relaxation_rate: (v) => v.source === "combined",
 };
 
 let card = null; // what /v1/models says of the model
@@ -97,7 +97,7 @@ async function meet() {
   card = data[0];
   const [channels, height, width] = card.shape;
   document.title = `${card.id} · ddm`;
-  say("model", `${card.id}: ${counted(card.clusters.length, "expert")}, ${width}×${height} pictures${channels === 1 ? " in grey" : ""}, version ${card.version.slice(0, 12)}`);
+  say("model", `${card.id}: ${counted(card.clusters.length, "expert")}, ${width}×${height} images${channels === 1 ? " in grey" : ""}, version ${card.version.slice(0, 12)}`);
   document.documentElement.style.setProperty("--tile", width < 32 ? "5.5rem" : "7.5rem");
   $("large").style.aspectRatio = `${width} / ${height}`;
   for (const [name, values] of Object.entries(card.choices)) form[name].append(...values.map((value) => new Option(value)));
@@ -172,7 +172,7 @@ function link() {
   const query = new URLSearchParams(run.asked);
   for (const name of run.clusters) query.append("clusters", name);
   query.set("version", run.version.slice(0, 12));
-  if (run.selected) query.set("picture", run.selected);
+  if (run.selected) query.set("image", run.selected);
   if (run.at !== null && run.at < run.calls) query.set("at", run.at);
   return `${location.pathname}?${query}`;
 }
@@ -193,7 +193,7 @@ function readLink() {
   const query = new URLSearchParams(location.search);
   if (!query.has("seed")) return;
   linked = Object.fromEntries(query);
-  const { clusters, version, picture, at, ...given } = linked;
+  const { clusters, version, image, at, ...given } = linked;
   fill(Object.fromEntries(Object.entries(given).filter(([name]) => form.elements.namedItem(name)?.name)));
   if (clusters !== undefined) for (const box of boxes()) box.checked = query.getAll("clusters").includes(box.value);
   follow();
@@ -245,11 +245,11 @@ async function draw() {
     for await (const [name, data] of events(reply.body)) {
       if (name === "start") begin(data, asked);
       else if (name === "step") step(data);
-      else if (name === "picture") run.pictures[data.index].final = png(data.b64_json);
+      else if (name === "image") run.images[data.index].final = png(data.b64_json);
       else if (name === "done") finish(data, (performance.now() - began) / 1000);
       else if (name === "error") throw new Refused(data.error.message, { param: data.error.param });
     }
-    if (run === before || !run.done) throw new Refused("the answer ended before the pictures were done");
+    if (run === before || !run.done) throw new Refused("the answer ended before the images were done");
   } catch (error) {
     if (drawing !== mine) return; // another has taken its place
     if (run !== before && !run.done) settle(mine.signal.aborted ? "Stopped." : "Not finished.");
@@ -270,17 +270,17 @@ function begin(start, asked) {
   const ticked = boxes().filter((box) => box.checked).map((box) => box.value);
   run = {
     ...start,
-    asked: { ...{ seed }, ...asked, seed }, // the seed first, given or not: the same pictures have the same address
+    asked: { ...{ seed }, ...asked, seed }, // the seed first, given or not: the same images have the same address
     clusters: ticked.length < boxes().length || Object.keys(card.defaults.clusters).length ? ticked : [],
-    pictures: Array.from({ length: start.n }, () => ({ steps: [], final: null })),
-    calls: start.calls_a_picture,
+    images: Array.from({ length: start.n }, () => ({ steps: [], final: null })),
+    calls: start.nfe_per_image,
     heard: 0,
-    selected: Math.min(Number(linked?.picture) || 0, start.n - 1),
+    selected: Math.min(Number(linked?.image) || 0, start.n - 1),
     at: null, // which call is shown; null is the newest
     done: false,
   };
   if (linked?.version && !start.version.startsWith(linked.version)) {
-    say("note", `The link was made with version ${linked.version} of this model and ${start.version.slice(0, 12)} is served now, so these may be other pictures.`);
+    say("note", `The link was made with version ${linked.version} of this model and ${start.version.slice(0, 12)} is served now, so these may be other images.`);
   }
   $("empty").hidden = true;
   $("shown").hidden = false;
@@ -289,32 +289,32 @@ function begin(start, asked) {
   $("progress").hidden = false;
   $("progress").max = start.n * run.calls;
   $("progress").value = 0;
-  say("status", `Drawing ${counted(start.n, "picture")} …`);
+  say("status", `Drawing ${counted(start.n, "image")} …`);
   say("holds", asked.policy === "fixed" ? "which was drawn at the start" : "which is the one with the largest alpha");
   hang();
   address();
 }
 
 function step({ index, t, alpha, chosen, b64_json }) {
-  const { steps } = run.pictures[index];
+  const { steps } = run.images[index];
   steps.push({ t, alpha, chosen, preview: b64_json ? png(b64_json) : (steps.at(-1)?.preview ?? null) });
   run.heard += 1;
   // A screen reader hears of quarters, not of steps.
   const quarter = Math.floor((4 * run.heard) / (run.n * run.calls));
-  if (quarter > 0 && quarter < 4) say("status", `Drawing ${counted(run.n, "picture")}: ${25 * quarter} % …`);
+  if (quarter > 0 && quarter < 4) say("status", `Drawing ${counted(run.n, "image")}: ${25 * quarter} % …`);
   if (!calm.matches) refresh();
   else $("progress").value = run.heard;
 }
 
 function finish({ calls, degraded }, took_s) {
   run.done = true;
-  run.calls = run.pictures[0].steps.length; // some samplers save a call at the end
+  run.calls = run.images[0].steps.length; // some samplers save a call at the end
   $("at").max = run.calls;
   run.at = Math.min(linked?.at === undefined ? run.calls : Number(linked.at) || 0, run.calls);
   const all = run.n * run.calls * run.experts.length;
   const of = calls < all ? ` (all experts at every step: ${all.toLocaleString("en")})` : "";
   const without = degraded.length ? ` Done without ${degraded.join(", ")}.` : "";
-  settle(`${counted(run.n, "picture")} in ${took_s.toFixed(1)} s, seed ${run.asked.seed}: ${counted(calls, "expert call")}${of}.${without}`);
+  settle(`${counted(run.n, "image")} in ${took_s.toFixed(1)} s, seed ${run.asked.seed}: ${counted(calls, "expert call")}${of}.${without}`);
   $("time").hidden = $("copy").hidden = false;
   $("progress").hidden = true;
   linked = null;
@@ -326,14 +326,14 @@ function settle(text) {
   paint();
 }
 
-// ---------------------------------------------------------------- its pictures
+// ---------------------------------------------------------------- its images
 
-/** What a picture looks like at the time that is shown, and who holds it then. */
+/** What an image looks like at the time that is shown, and who holds it then. */
 function look({ steps, final }) {
   const last = run.at === null || run.at >= run.calls;
   const seen = last ? steps.at(-1) : steps[run.at];
   if (!seen) return null;
-  // An expert that was drawn once holds its picture whatever alpha says.
+  // An expert that was drawn once holds its image whatever alpha says.
   const holder = run.asked.policy === "fixed" ? seen.chosen[0] : largest(seen.alpha);
   return { ...seen, holder, source: last && final ? final : seen.preview, last: last && final !== null };
 }
@@ -344,10 +344,10 @@ const cells = (steps, k) => steps.map(({ chosen }, i) => (chosen.includes(k) ? `
 function hang() {
   const { experts, calls, shape: [, height, width] } = run;
   const rows = experts.length;
-  $("gallery").replaceChildren(...run.pictures.map((picture, i) => {
-    const image = node("img", { alt: "", hidden: "" });
+  $("gallery").replaceChildren(...run.images.map((image, i) => {
+    const img = node("img", { alt: "", hidden: "" });
     const none = node("div", { class: "none" });
-    image.style.aspectRatio = none.style.aspectRatio = `${width} / ${height}`;
+    img.style.aspectRatio = none.style.aspectRatio = `${width} / ${height}`;
     const paths = experts.map((_, k) => {
       const path = node("path", { "data-expert": k });
       path.style.color = colour(k);
@@ -357,8 +357,8 @@ function hang() {
     const strip = node("svg", { viewBox: `0 0 ${calls} ${rows}`, preserveAspectRatio: "none", "aria-hidden": "true" }, ...paths, now);
     strip.style.height = `${Math.max(8, rows * (rows > 8 ? 3 : 4))}px`;
     const name = node("span", { class: "name" });
-    const tile = node("div", { class: "tile", role: "option", "data-index": i }, image, none, strip, name);
-    picture.parts = { image, none, paths, now, strip, name, tile };
+    const tile = node("div", { class: "tile", role: "option", "data-index": i }, img, none, strip, name);
+    image.parts = { img, none, paths, now, strip, name, tile };
     return tile;
   }));
   choose(run.selected);
@@ -374,28 +374,28 @@ function paint() {
   frame = 0;
   if (!run) return;
   $("progress").value = run.heard;
-  run.pictures.forEach((picture, i) => paintTile(picture, i));
+  run.images.forEach((image, i) => paintTile(image, i));
   const at = run.at ?? 0;
   $("at").value = at;
-  const t = run.pictures[run.selected].steps[at]?.t;
+  const t = run.images[run.selected].steps[at]?.t;
   $("at").setAttribute("aria-valuetext", at < run.calls ? `step ${at + 1} of ${run.calls}, t ${t?.toFixed(2)}` : "finished");
   paintDetail();
 }
 
-function paintTile(picture, i) {
-  const { image, none, paths, now, strip, name, tile } = picture.parts;
-  const seen = look(picture);
-  if (picture.drawn !== picture.steps.length) {
-    paths.forEach((path, k) => path.setAttribute("d", cells(picture.steps, k)));
+function paintTile(image, i) {
+  const { img, none, paths, now, strip, name, tile } = image.parts;
+  const seen = look(image);
+  if (image.drawn !== image.steps.length) {
+    paths.forEach((path, k) => path.setAttribute("d", cells(image.steps, k)));
     if (run.done) strip.setAttribute("viewBox", `0 0 ${run.calls} ${run.experts.length}`);
-    picture.drawn = picture.steps.length;
+    image.drawn = image.steps.length;
   }
   const holder = seen ? run.experts[seen.holder] : "";
-  tile.setAttribute("aria-label", `Picture ${i + 1}${holder && `, ${holder}`}`);
+  tile.setAttribute("aria-label", `Image ${i + 1}${holder && `, ${holder}`}`);
   if (!seen) return;
-  if (seen.source && image.getAttribute("src") !== seen.source) image.src = seen.source;
-  image.hidden = !seen.source;
-  none.hidden = !image.hidden;
+  if (seen.source && img.getAttribute("src") !== seen.source) img.src = seen.source;
+  img.hidden = !seen.source;
+  none.hidden = !img.hidden;
   tile.style.color = colour(seen.holder);
   name.textContent = holder;
   now.setAttribute("x", run.at ?? 0);
@@ -404,11 +404,11 @@ function paintTile(picture, i) {
 
 function choose(index, focus = false) {
   run.selected = index;
-  run.pictures.forEach(({ parts: { tile } }, i) => {
+  run.images.forEach(({ parts: { tile } }, i) => {
     tile.setAttribute("aria-selected", String(i === index));
     tile.tabIndex = i === index ? 0 : -1;
   });
-  if (focus) run.pictures[index].parts.tile.focus();
+  if (focus) run.images[index].parts.tile.focus();
   paint();
   addressSoon();
 }
@@ -422,16 +422,16 @@ function goTo(at) {
 // ---------------------------------------------------------------- the one that is looked at
 
 function paintDetail() {
-  const { steps } = run.pictures[run.selected];
-  const seen = look(run.pictures[run.selected]);
-  say("which", `Picture ${run.selected + 1}${seen ? `: ${run.experts[seen.holder]}` : ""}`);
+  const { steps } = run.images[run.selected];
+  const seen = look(run.images[run.selected]);
+  say("which", `Image ${run.selected + 1}${seen ? `: ${run.experts[seen.holder]}` : ""}`);
   if (!seen) {
     $("large").removeAttribute("src");
     for (const id of ["when", "alphas", "chart"]) $(id).replaceChildren();
     return;
   }
   if (seen.source) $("large").src = seen.source;
-  $("large").alt = `Picture ${run.selected + 1}, enlarged`;
+  $("large").alt = `Image ${run.selected + 1}, enlarged`;
   $("large").style.color = colour(seen.holder);
   const call = run.at === null || run.at >= run.calls ? steps.length : run.at + 1;
   const moved = seen.chosen.map((k) => run.experts[k]).join(", ");
@@ -447,7 +447,7 @@ function paintDetail() {
   if ($("numbers").open) tabulate(steps);
 }
 
-/** Alpha over t as bands, and under it an expert a row: its name, a mark where it moved the picture, how often it did. */
+/** Alpha over t as bands, and under it an expert a row: its name, a mark where it moved the image, how often it did. */
 function chart(steps, width) {
   const { experts } = run;
   const [left, right, top, high, row] = [Math.min(124, 26 + 7 * Math.max(...experts.map((name) => name.length), 4)), 34, 6, 150, 20];

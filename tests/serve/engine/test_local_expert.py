@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from serve import load
-from serve.engine.scheduler import Engine
-from serve.engine.state import Job
 from serve.engine.local_expert import LocalExpert, Runner, local_experts
+from serve.engine.scheduler import Engine
+from serve.engine.state import Request
 
 
 def affine(x: Tensor, t: Tensor) -> Tensor:
@@ -32,7 +32,9 @@ def test_a_compiled_network_sees_only_powers_of_two_and_answers_no_more_than_it_
 ) -> None:
     sizes = []
 
-    def compiled(network: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def compiled(
+        network: Callable[[Tensor, Tensor], Tensor], dynamic: bool
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         assert not dynamic
 
         def call(x: Tensor, t: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def test_experts_on_one_device_and_routing_are_never_at_work_together(small_run:
     expected = model.sample(6, seed=1, **settings)
     model.posterior = one_at_a_time(model.posterior)  # type: ignore[assignment]
     model._routers.clear()
-    model._recipes.clear()
+    model._plans.clear()
 
     async def work() -> None:
         turn = asyncio.Semaphore(1)
@@ -94,11 +96,13 @@ def test_experts_on_one_device_and_routing_are_never_at_work_together(small_run:
         experts = [LocalExpert(f"expert-{k:02d}", runner, turn) for k, runner in enumerate(runners)]
         engine = Engine(experts, turn, max_batch=2)
         engine.start()
-        job = Job(model.recipe(model.settings(**settings)), 1, torch.arange(6))
+        request = Request(model.plan(model.settings(**settings)), 1, torch.arange(6))
         async with asyncio.timeout(30):
-            await engine.run(job)
+            await engine.run(request)
         await engine.close()
-        torch.testing.assert_close(torch.stack([job.pictures[i] for i in range(6)]), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.stack([request.images[i] for i in range(6)]), expected, rtol=0, atol=1e-4
+        )
 
     asyncio.run(work())
     assert most == 1

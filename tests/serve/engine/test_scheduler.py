@@ -1,4 +1,4 @@
-"""The step engine: the pictures of `Model.sample`, whatever the company, the order and the faults, and nobody waits for ever."""
+"""The step engine: the images of `Model.sample`, whatever the company, the order and the faults, and nobody waits for ever."""
 
 import asyncio
 import dataclasses
@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddm.rng import Use, uniform
+from ddm.rng import RngStream, uniform
 from ddm.samplers import SAMPLERS, drive
 from router.policies import POLICIES, weights
 from router.routing import RoutedDenoiser, Router
-from router.sources import SOURCES, Forgetful, prior
+from router.sources import SOURCES, Stateless, prior
 from serve import load
 from serve.engine.expert import ExpertAwayError, ExpertFailedError, ServingError, UnavailableError
-from serve.engine.scheduler import Engine
-from serve.engine.state import Job, Taken
 from serve.engine.metrics import Metrics
+from serve.engine.scheduler import Engine
+from serve.engine.state import Request, StepRecord
 from serve.model.model import Model, Trace
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -34,15 +34,21 @@ AWAY = UnavailableError("no route")
 class Fake:
     """An expert at hand. It answers as `denoise` does; it can be held, and be told what goes wrong in its next calls."""
 
-    def __init__(self, k: int, denoise: Denoise, calls: int = 1, turn: asyncio.Semaphore | None = None) -> None:
+    def __init__(
+        self, k: int, denoise: Denoise, calls: int = 1, turn: asyncio.Semaphore | None = None
+    ) -> None:
         self.name, self.denoise, self.calls = f"expert-{k:02d}", denoise, calls
         self.turn = turn or asyncio.Semaphore(calls)
         self.batches: list[tuple[Tensor, Tensor]] = []  # of every call, as it came
         self.free = asyncio.Event()  # while it is not set, calls wait
         self.free.set()
-        self.faults: deque[Exception | Denoise | None] = deque()  # of the next calls: raised, or what answers instead
+        self.faults: deque[Exception | Denoise | None] = (
+            deque()
+        )  # of the next calls: raised, or what answers instead
         self.away = False  # then every call and check is lost
-        self.poison: Callable[[Tensor], bool] = lambda x: False  # a picture `[C, H, W]` over which it stumbles
+        self.poison: Callable[[Tensor], bool] = lambda x: (
+            False
+        )  # an image `[C, H, W]` over which it stumbles
 
     async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.batches.append((x, t))
@@ -52,7 +58,7 @@ class Fake:
             raise AWAY
         if isinstance(fault, BaseException):
             raise fault
-        if any(self.poison(picture) for picture in x):
+        if any(self.poison(image) for image in x):
             raise RuntimeError("poisoned")
         with torch.inference_mode():
             return (fault or self.denoise)(x, t)
@@ -93,21 +99,33 @@ def job_of(
     n: int = 1,
     seed: int = 0,
     first_index: int = 0,
-    watch: Callable[[int, Taken, Tensor], None] | None = None,
+    watch: Callable[[int, StepRecord, Tensor], None] | None = None,
     trace: bool = False,
     **settings: Any,
-) -> Job:
-    return Job(model.recipe(model.settings(**settings)), seed, torch.arange(first_index, first_index + n), watch, trace)
+) -> Request:
+    return Request(
+        model.plan(model.settings(**settings)),
+        seed,
+        torch.arange(first_index, first_index + n),
+        watch,
+        trace,
+    )
 
 
 def only(model: Model, k: int, steps: int = 3) -> dict[str, Any]:
-    """Settings with which pictures need expert k and no other."""
-    return {"clusters": {model.names[k]: 1.0}, "source": "prior", "policy": "top_k", "steps": steps, "control": "none"}
+    """Settings with which images need expert k and no other."""
+    return {
+        "clusters": {model.names[k]: 1.0},
+        "source": "prior",
+        "policy": "top_k",
+        "steps": steps,
+        "control_variate": "none",
+    }
 
 
-def pictures(job: Job) -> Tensor:
-    assert sorted(job.pictures) == list(range(len(job.index)))
-    return torch.stack([job.pictures[place] for place in range(len(job.index))])
+def images(request: Request) -> Tensor:
+    assert sorted(request.images) == list(range(len(request.index)))
+    return torch.stack([request.images[place] for place in range(len(request.index))])
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -125,7 +143,7 @@ async def running(experts: list[Fake], **settings: Any) -> AsyncIterator[Engine]
         for expert in experts:
             expert.free.set()
         await engine.close()
-    assert not engine.jobs
+    assert not engine.requests
     assert asyncio.all_tasks() == {asyncio.current_task()}  # it leaves none behind
 
 
@@ -144,7 +162,7 @@ EVERYTHING: list[dict[str, Any]] = [
     *({"source": source} for source in SOURCES),
     {"sampler": "heun", "policy": "adaptive"},
     {"sampler": "accelerated_ode", "policy": "nucleus", "source": "posterior"},
-    {"sampler": "ddpm", "policy": "stochastic", "control": "none"},
+    {"sampler": "ddpm", "policy": "stochastic", "control_variate": "none"},
     {"policy": "top_k", "top_k": 2, "clip": False},
     {"policy": "stochastic", "temperature": 0.2},
     {"policy": "full", "temperature": 5.0, "source": "posterior"},
@@ -158,58 +176,71 @@ def clustered(model: Model) -> list[dict[str, Any]]:
     return [
         {"clusters": {second: 1.0}},
         {"clusters": {first: 1.0, third: 3.0}, "policy": "stochastic"},
-        {"clusters": {first: 0.2, second: 5.0, third: 1.0}, "policy": "full", "source": "posterior"},
+        {
+            "clusters": {first: 0.2, second: 5.0, third: 1.0},
+            "policy": "full",
+            "source": "posterior",
+        },
     ]
 
 
-def test_a_request_alone_gets_the_pictures_choices_and_calls_of_sample_whatever_its_settings(model: Model) -> None:
+def test_a_request_alone_gets_the_images_choices_and_calls_of_sample_whatever_its_settings(
+    model: Model,
+) -> None:
     async def work() -> None:
         async with running(fakes(model)) as engine:
             for settings in [{"steps": 5, **more} for more in [*EVERYTHING, *clustered(model)]]:
-                job = job_of(model, 2, seed=4, first_index=3, trace=True, **settings)
-                await engine.run(job)
+                request = job_of(model, 2, seed=4, first_index=3, trace=True, **settings)
+                await engine.run(request)
                 expected, trace = model.sample(2, seed=4, first_index=3, trace=True, **settings)
-                same(pictures(job), expected)
-                told(job, trace)
+                same(images(request), expected)
+                told(request, trace)
 
     run(work)
 
 
-def told(job: Job, trace: Trace) -> None:
+def told(request: Request, trace: Trace) -> None:
     """A job's trace is that of `sample`."""
-    for place in range(len(job.index)):
-        way = job.taken[place]
-        assert [taken.t for taken in way] == pytest.approx(trace.t.tolist())
+    for place in range(len(request.index)):
+        way = request.record[place]
+        assert [record.t for record in way] == pytest.approx(trace.t.tolist())
         torch.testing.assert_close(
-            torch.stack([taken.alpha for taken in way]), trace.alpha[:, place], atol=1e-4, rtol=0
+            torch.stack([record.alpha for record in way]), trace.alpha[:, place], atol=1e-4, rtol=0
         )
-        assert torch.stack([taken.chosen for taken in way]).equal(trace.chosen[:, place])
-    assert job.calls == trace.calls
+        assert torch.stack([record.chosen for record in way]).equal(trace.chosen[:, place])
+    assert request.calls == trace.calls
 
 
-def test_a_picture_among_64_others_of_all_settings_that_joined_at_other_moments_is_that_of_sample(model: Model) -> None:
-    mix = [{"steps": 3 + i % 5, **more} for i, more in enumerate([*EVERYTHING, *clustered(model)] * 3)][:65]
+def test_an_image_among_64_others_of_all_settings_that_joined_at_other_moments_is_that_of_sample(
+    model: Model,
+) -> None:
+    mix = [
+        {"steps": 3 + i % 5, **more} for i, more in enumerate([*EVERYTHING, *clustered(model)] * 3)
+    ][:65]
 
     async def work() -> None:
         turn = asyncio.Semaphore(1)  # one device: routing and all experts take turns
         experts = fakes(model, turn=turn)
         calls = 0
 
-        def heard(place: int, taken: Taken, denoised: Tensor) -> None:
+        def heard(place: int, record: StepRecord, denoised: Tensor) -> None:
             nonlocal calls
             calls += 1
 
         async with running(experts, turn=turn, max_active=40, max_batch=16) as engine:
             first = job_of(model, 1, seed=1, steps=40, watch=heard)
-            jobs = [job_of(model, 1 + i % 2, seed=100 + i, first_index=i % 7, **more) for i, more in enumerate(mix)]
+            requests = [
+                job_of(model, 1 + i % 2, seed=100 + i, first_index=i % 7, **more)
+                for i, more in enumerate(mix)
+            ]
             async with asyncio.TaskGroup() as group:
                 group.create_task(engine.run(first))
-                for i, job in enumerate(jobs):
+                for i, request in enumerate(requests):
                     await until(lambda i=i: calls >= i // 4)  # type: ignore[misc]
-                    group.create_task(engine.run(job))
-        same(pictures(first), model.sample(1, seed=1, steps=40))
-        for i, (job, more) in enumerate(zip(jobs, mix, strict=True)):
-            same(pictures(job), model.sample(1 + i % 2, seed=100 + i, first_index=i % 7, **more))
+                    group.create_task(engine.run(request))
+        same(images(first), model.sample(1, seed=1, steps=40))
+        for i, (request, more) in enumerate(zip(requests, mix, strict=True)):
+            same(images(request), model.sample(1 + i % 2, seed=100 + i, first_index=i % 7, **more))
         times = [t for expert in experts for _, t in expert.batches]
         assert max(map(len, times)) == 16
         assert sum(len(t.unique()) > 3 for t in times) > 10  # many steps in one call
@@ -217,24 +248,28 @@ def test_a_picture_among_64_others_of_all_settings_that_joined_at_other_moments_
     run(work)
 
 
-def test_pictures_are_known_by_their_place_and_number_in_whatever_order_they_end(model: Model) -> None:
+def test_images_are_known_by_their_place_and_number_in_whatever_order_they_end(
+    model: Model,
+) -> None:
     async def work() -> None:
         for max_active in (1, 2, 9):
             async with running(fakes(model), max_active=max_active, max_batch=2) as engine:
-                job = job_of(model, 1, seed=2, steps=4)
-                job.index = torch.tensor([7, 2, 2**33 + 5, 0])
-                await engine.run(job)
-                for place, i in enumerate(job.index.tolist()):
-                    same(job.pictures[place], model.sample(1, seed=2, first_index=i, steps=4)[0])
+                request = job_of(model, 1, seed=2, steps=4)
+                request.index = torch.tensor([7, 2, 2**33 + 5, 0])
+                await engine.run(request)
+                for place, i in enumerate(request.index.tolist()):
+                    same(request.images[place], model.sample(1, seed=2, first_index=i, steps=4)[0])
 
     run(work)
 
 
-def test_what_is_watched_is_what_the_sampler_was_told_and_the_last_is_the_picture(model: Model) -> None:
+def test_what_is_watched_is_what_the_sampler_was_told_and_the_last_is_the_image(
+    model: Model,
+) -> None:
     settings = {"sampler": "heun", "policy": "adaptive", "steps": 4}
-    recipe = model.recipe(model.settings(**settings))
-    index, heard = torch.arange(3), {place: list[tuple[Taken, Tensor]]() for place in range(3)}
-    router = recipe.router
+    plan = model.plan(model.settings(**settings))
+    index, heard = torch.arange(3), {place: list[tuple[StepRecord, Tensor]]() for place in range(3)}
+    router = plan.router
     routed = RoutedDenoiser(
         model.experts,
         router.source,
@@ -244,7 +279,7 @@ def test_what_is_watched_is_what_the_sampler_was_told_and_the_last_is_the_pictur
         pi=router.pi,
         calls_per_step=2,
         clip=True,
-        control=recipe.control,
+        control_variate=plan.control_variate,
     )
     said: list[Tensor] = []
 
@@ -253,18 +288,29 @@ def test_what_is_watched_is_what_the_sampler_was_told_and_the_last_is_the_pictur
         return said[-1]
 
     with torch.inference_mode():
-        drive(recipe.walk(recipe.start(6, index), 6, index), denoise)
+        drive(plan.trajectory(plan.start(6, index), 6, index), denoise)
 
     async def work() -> None:
         async with running(fakes(model)) as engine:
-            job = job_of(
-                model, 3, seed=6, watch=lambda place, taken, d: heard[place].append((taken, d)), trace=True, **settings
+            request = job_of(
+                model,
+                3,
+                seed=6,
+                watch=lambda place, record, d: heard[place].append((record, d)),
+                trace=True,
+                **settings,
             )
-            await engine.run(job)
+            await engine.run(request)
             for place, way in heard.items():
-                same(torch.stack([denoised for _, denoised in way]), torch.stack([d[place] for d in said]))
-                same(way[-1][1], job.pictures[place])
-                assert all(taken is kept for (taken, _), kept in zip(way, job.taken[place], strict=True))
+                same(
+                    torch.stack([denoised for _, denoised in way]),
+                    torch.stack([d[place] for d in said]),
+                )
+                same(way[-1][1], request.images[place])
+                assert all(
+                    record is kept
+                    for (record, _), kept in zip(way, request.record[place], strict=True)
+                )
 
     run(work)
 
@@ -272,7 +318,9 @@ def test_what_is_watched_is_what_the_sampler_was_told_and_the_last_is_the_pictur
 # No barriers, and order
 
 
-def test_while_an_expert_is_held_pictures_that_need_only_others_end_and_new_ones_come_and_end(model: Model) -> None:
+def test_while_an_expert_is_held_images_that_need_only_others_end_and_new_ones_come_and_end(
+    model: Model,
+) -> None:
     async def work() -> None:
         experts = fakes(model)
         experts[0].free.clear()
@@ -283,12 +331,12 @@ def test_while_an_expert_is_held_pictures_that_need_only_others_end_and_new_ones
             for seed in (2, 3):
                 other = job_of(model, 2, seed=seed, **only(model, 1))
                 await engine.run(other)
-                same(pictures(other), model.sample(2, seed=seed, **only(model, 1)))
+                same(images(other), model.sample(2, seed=seed, **only(model, 1)))
             assert not waiting.done()
-            assert not held.pictures
+            assert not held.images
             experts[0].free.set()
             await waiting
-            same(pictures(held), model.sample(2, seed=1, **only(model, 0)))
+            same(images(held), model.sample(2, seed=1, **only(model, 0)))
 
     run(work)
 
@@ -299,13 +347,15 @@ def test_a_new_request_is_in_the_very_next_call_of_its_expert(model: Model) -> N
         expert = experts[1]
         expert.free.clear()
         async with running(experts) as engine, asyncio.TaskGroup() as group:
-            long, late = (job_of(model, 1, seed=seed, **only(model, 1, steps=20)) for seed in (1, 2))
+            long, late = (
+                job_of(model, 1, seed=seed, **only(model, 1, steps=20)) for seed in (1, 2)
+            )
             group.create_task(engine.run(long))
             await until(lambda: len(expert.batches) == 1)
             group.create_task(engine.run(late))
             await until(lambda: engine.waiting(1) == 1)
             expert.free.set()
-        start = late.recipe.start(2, torch.tensor([0]))
+        start = late.plan.start(2, torch.tensor([0]))
         assert expert.batches[1][0].equal(start)
 
     run(work)
@@ -317,7 +367,10 @@ def test_requests_and_steps_share_a_call_and_none_is_above_max_batch(model: Mode
         experts, metrics = fakes(model, turn=turn), Counting()
         expert = experts[2]
         expert.free.clear()
-        async with running(experts, turn=turn, max_batch=4, metrics=metrics) as engine, asyncio.TaskGroup() as group:
+        async with (
+            running(experts, turn=turn, max_batch=4, metrics=metrics) as engine,
+            asyncio.TaskGroup() as group,
+        ):
             group.create_task(engine.run(job_of(model, 10, seed=1, **only(model, 2))))
             await until(lambda: bool(expert.batches))
             group.create_task(engine.run(job_of(model, 1, seed=2, **only(model, 2, steps=4))))
@@ -328,7 +381,7 @@ def test_requests_and_steps_share_a_call_and_none_is_above_max_batch(model: Mode
         assert sum(expert.sizes) == 10 * 3 + 4 + 5 == metrics.counts["calls", "expert-02"]
         assert [fill * 4 for fill in metrics.fills] == expert.sizes
         assert max(len(t.unique()) for _, t in expert.batches) >= 3
-        assert metrics.counts["pictures", ""] == 12
+        assert metrics.counts["images", ""] == 12
         assert not metrics.counts["retries", "expert-02"]
 
     run(work)
@@ -340,27 +393,32 @@ def test_who_waits_for_an_expert_is_served_first_come_first_served(model: Model)
         expert = experts[0]
         expert.free.clear()
         async with running(experts, max_batch=1) as engine, asyncio.TaskGroup() as group:
-            jobs = [job_of(model, 1, seed=seed, **only(model, 0)) for seed in range(6)]
-            for i, job in enumerate(jobs):
-                group.create_task(engine.run(job))
+            requests = [job_of(model, 1, seed=seed, **only(model, 0)) for seed in range(6)]
+            for i, request in enumerate(requests):
+                group.create_task(engine.run(request))
                 await until(lambda i=i: engine.waiting(0) + len(expert.batches) == i + 1)  # type: ignore[misc]
             expert.free.set()
-        for job, (x, _) in zip(jobs, expert.batches, strict=False):
-            assert x.equal(job.recipe.start(job.seed, job.index))
+        for request, (x, _) in zip(requests, expert.batches, strict=False):
+            assert x.equal(request.plan.start(request.seed, request.index))
 
     run(work)
 
 
-def test_nobody_is_starved_between_two_steps_a_bounded_number_of_calls_goes_to_others(model: Model) -> None:
-    """12 pictures are on their way at most and a call takes 2 of them: it is anyone's turn after 6 calls, and 2 for routing."""
+def test_nobody_is_starved_between_two_steps_a_bounded_number_of_calls_goes_to_others(
+    model: Model,
+) -> None:
+    """12 images are on their way at most and a call takes 2 of them: it is anyone's turn after 6 calls, and 2 for routing."""
 
     async def work() -> None:
         turn = asyncio.Semaphore(1)
         experts = fakes(model, turn=turn)
         seen: dict[int, list[int]] = {seed: [] for seed in range(40)}
-        async with running(experts, turn=turn, max_batch=2, max_active=12) as engine, asyncio.TaskGroup() as group:
+        async with (
+            running(experts, turn=turn, max_batch=2, max_active=12) as engine,
+            asyncio.TaskGroup() as group,
+        ):
             for seed, way in seen.items():
-                note = lambda place, taken, d, way=way: way.append(len(experts[0].batches))  # noqa: E731
+                note = lambda place, record, d, way=way: way.append(len(experts[0].batches))  # noqa: E731
                 settings = only(model, 0, steps=4 + 3 * (seed % 5))
                 group.create_task(engine.run(job_of(model, 1, seed=seed, watch=note, **settings)))
         for seed, way in seen.items():
@@ -372,20 +430,22 @@ def test_nobody_is_starved_between_two_steps_a_bounded_number_of_calls_goes_to_o
     run(work)
 
 
-def test_max_active_bounds_the_pictures_under_way_and_later_requests_wait_in_order(model: Model) -> None:
+def test_max_active_bounds_the_images_under_way_and_later_requests_wait_in_order(
+    model: Model,
+) -> None:
     async def work() -> None:
         experts = fakes(model)
         expert = experts[0]
         expert.free.clear()
-        jobs = [job_of(model, n, seed=n, **only(model, 0)) for n in (2, 3, 1, 1)]
+        requests = [job_of(model, n, seed=n, **only(model, 0)) for n in (2, 3, 1, 1)]
         under_way, ended = [], []
 
         def answer(x: Tensor, t: Tensor) -> Tensor:
-            under_way.append(sum(job.begun - len(job.pictures) for job in jobs))
+            under_way.append(sum(request.begun - len(request.images) for request in requests))
             return model.experts[0](x, t)
 
         async def through(i: int) -> None:
-            await engine.run(jobs[i])
+            await engine.run(requests[i])
             ended.append(i)
 
         expert.denoise = answer
@@ -394,45 +454,52 @@ def test_max_active_bounds_the_pictures_under_way_and_later_requests_wait_in_ord
                 for i in range(4):
                     group.create_task(through(i))
                 await until(lambda: engine.waiting(0) + sum(expert.sizes) == 3)
-                assert [job.begun for job in jobs] == [2, 1, 0, 0]
+                assert [request.begun for request in requests] == [2, 1, 0, 0]
                 assert engine.cost == (2 + 3 + 1 + 1) * 3
                 expert.free.set()
             assert engine.cost == 0
         assert max(under_way) == 3
         assert ended[0] == 0 and ended.index(1) < 3
-        for job in jobs:
-            same(pictures(job), model.sample(len(job.index), seed=job.seed, **only(model, 0)))
+        for request in requests:
+            same(
+                images(request),
+                model.sample(len(request.index), seed=request.seed, **only(model, 0)),
+            )
 
     run(work)
 
 
-def test_a_request_that_is_cancelled_leaves_at_once_frees_its_room_and_its_late_answer_is_dropped(model: Model) -> None:
+def test_a_request_that_is_cancelled_leaves_at_once_frees_its_room_and_its_late_answer_is_dropped(
+    model: Model,
+) -> None:
     async def work() -> None:
         experts = fakes(model)
         expert = experts[0]
         expert.free.clear()
         async with running(experts, max_active=3, max_batch=2) as engine:
-            jobs = [job_of(model, 1, seed=seed, **only(model, 0)) for seed in range(5)]
+            requests = [job_of(model, 1, seed=seed, **only(model, 0)) for seed in range(5)]
             tasks = []
-            for i, job in enumerate(jobs):  # 0 in a call, 1 and 2 in the queue, 3 and 4 without room
-                tasks.append(asyncio.create_task(engine.run(job)))
-                await until(lambda job=job: job in engine.jobs)  # type: ignore[misc]
+            for i, request in enumerate(
+                requests
+            ):  # 0 in a call, 1 and 2 in the queue, 3 and 4 without room
+                tasks.append(asyncio.create_task(engine.run(request)))
+                await until(lambda request=request: request in engine.requests)  # type: ignore[misc]
                 await until(lambda i=i: engine.waiting(0) + sum(expert.sizes) == min(i + 1, 3))  # type: ignore[misc]
             assert engine.cost == 5 * 3
             for leaving in (0, 2, 3):
                 tasks[leaving].cancel()
             await asyncio.wait([tasks[0], tasks[2], tasks[3]])
             assert engine.cost == 2 * 3
-            assert list(engine.jobs) == [jobs[1], jobs[4]]
-            await until(lambda: jobs[4].begun == 1)  # while the expert is still held
+            assert list(engine.requests) == [requests[1], requests[4]]
+            await until(lambda: requests[4].begun == 1)  # while the expert is still held
             expert.free.set()
             await asyncio.gather(tasks[1], tasks[4])
             for seed in (1, 4):
-                same(pictures(jobs[seed]), model.sample(1, seed=seed, **only(model, 0)))
+                same(images(requests[seed]), model.sample(1, seed=seed, **only(model, 0)))
             for seed in (0, 2, 3):
                 assert tasks[seed].cancelled()
-                assert not jobs[seed].pictures
-                assert jobs[seed].calls == 0
+                assert not requests[seed].images
+                assert requests[seed].calls == 0
 
     run(work)
 
@@ -440,15 +507,17 @@ def test_a_request_that_is_cancelled_leaves_at_once_frees_its_room_and_its_late_
 # Faults: calls that fail
 
 
-def test_after_a_failed_call_each_of_its_pictures_is_asked_for_again_alone_and_all_are_as_without(model: Model) -> None:
+def test_after_a_failed_call_each_of_its_images_is_asked_for_again_alone_and_all_are_as_without(
+    model: Model,
+) -> None:
     async def work() -> None:
         experts, metrics = fakes(model), Counting()
         expert = experts[1]
         expert.faults.extend([None, RuntimeError("once")])
         async with running(experts, metrics=metrics) as engine:
-            job = job_of(model, 5, seed=3, **only(model, 1))
-            await engine.run(job)
-            same(pictures(job), model.sample(5, seed=3, **only(model, 1)))
+            request = job_of(model, 5, seed=3, **only(model, 1))
+            await engine.run(request)
+            same(images(request), model.sample(5, seed=3, **only(model, 1)))
         assert expert.sizes[:7] == [5, 5, 1, 1, 1, 1, 1]
         assert metrics.counts["retries", "expert-01"] == 5
         assert metrics.counts["calls", "expert-01"] == 15
@@ -462,22 +531,24 @@ def test_an_answer_of_another_shape_is_a_failed_call(model: Model, wrong: Denois
         experts = fakes(model)
         experts[1].faults.extend([wrong, None, wrong])
         async with running(experts) as engine:
-            job = job_of(model, 2, seed=3, **only(model, 1))
-            await engine.run(job)
-            same(pictures(job), model.sample(2, seed=3, **only(model, 1)))
+            request = job_of(model, 2, seed=3, **only(model, 1))
+            await engine.run(request)
+            same(images(request), model.sample(2, seed=3, **only(model, 1)))
 
     run(work)
 
 
-def test_failures_with_an_answer_between_them_never_end_a_request_and_three_in_a_row_do(model: Model) -> None:
+def test_failures_with_an_answer_between_them_never_end_a_request_and_three_in_a_row_do(
+    model: Model,
+) -> None:
     async def work() -> None:
         experts = fakes(model)
         error = RuntimeError("on and off")
         async with running(experts) as engine:
             experts[1].faults.extend([error, error, None] * 6)
-            job = job_of(model, 1, seed=3, **only(model, 1, steps=6))
-            await engine.run(job)
-            same(pictures(job), model.sample(1, seed=3, **only(model, 1, steps=6)))
+            request = job_of(model, 1, seed=3, **only(model, 1, steps=6))
+            await engine.run(request)
+            same(images(request), model.sample(1, seed=3, **only(model, 1, steps=6)))
             experts[1].batches.clear()
             experts[1].faults.extend([error, error, error])
             with pytest.raises(ExpertFailedError, match="expert-01 failed: on and off"):
@@ -488,23 +559,31 @@ def test_failures_with_an_answer_between_them_never_end_a_request_and_three_in_a
 
 
 @pytest.mark.parametrize("policy", ["top_k", "full"])
-def test_a_picture_that_every_expert_stumbles_over_ends_its_own_request_alone(model: Model, policy: str) -> None:
-    settings = {"steps": 3, "policy": policy, "source": "prior", "control": "none"}
+def test_an_image_that_every_expert_stumbles_over_ends_its_own_request_alone(
+    model: Model, policy: str
+) -> None:
+    settings = {"steps": 3, "policy": policy, "source": "prior", "control_variate": "none"}
 
     async def work() -> None:
         turn = asyncio.Semaphore(1)  # so that all share their first calls
         experts = fakes(model, turn=turn)
         bad = job_of(model, 2, seed=13, **settings)
-        poisoned = bad.recipe.start(13, torch.tensor([1]))[0]
+        poisoned = bad.plan.start(13, torch.tensor([1]))[0]
         for expert in experts:
             expert.poison = poisoned.equal
         async with running(experts, turn=turn) as engine:
             good = [job_of(model, 2, seed=seed, **settings) for seed in range(4)]
-            ends = await asyncio.gather(*map(engine.run, [*good[:2], bad, *good[2:]]), return_exceptions=True)
-        assert [type(end) for end in ends] == [type(None)] * 2 + [ExpertFailedError] + [type(None)] * 2
-        for job in good:
-            same(pictures(job), model.sample(2, seed=job.seed, **settings))
-        asked = [len(x) for expert in experts for x, _ in expert.batches if any(map(poisoned.equal, x))]
+            ends = await asyncio.gather(
+                *map(engine.run, [*good[:2], bad, *good[2:]]), return_exceptions=True
+            )
+        assert [type(end) for end in ends] == [type(None)] * 2 + [ExpertFailedError] + [
+            type(None)
+        ] * 2
+        for request in good:
+            same(images(request), model.sample(2, seed=request.seed, **settings))
+        asked = [
+            len(x) for expert in experts for x, _ in expert.batches if any(map(poisoned.equal, x))
+        ]
         assert max(asked) == 10 and asked.count(1) >= 2  # with all, then alone
 
     run(work)
@@ -514,17 +593,19 @@ def test_a_picture_that_every_expert_stumbles_over_ends_its_own_request_alone(mo
 
 
 @pytest.mark.parametrize("fault", [AWAY, asyncio.CancelledError(), TimeoutError()])
-def test_a_lost_call_is_made_again_in_its_place_and_nothing_else_changes(model: Model, fault: Exception) -> None:
+def test_a_lost_call_is_made_again_in_its_place_and_nothing_else_changes(
+    model: Model, fault: Exception
+) -> None:
     async def work() -> None:
         experts, metrics = fakes(model), Counting()
         experts[0].faults.extend([fault, fault, None, fault])
         async with running(experts, metrics=metrics) as engine:
-            jobs = [job_of(model, 3, seed=seed, **only(model, 0)) for seed in (1, 2)]
-            await asyncio.gather(*map(engine.run, jobs))
-            for job in jobs:
-                same(pictures(job), model.sample(3, seed=job.seed, **only(model, 0)))
-                assert job.calls == 3 * 3
-            assert not any(job.absent for job in jobs)
+            requests = [job_of(model, 3, seed=seed, **only(model, 0)) for seed in (1, 2)]
+            await asyncio.gather(*map(engine.run, requests))
+            for request in requests:
+                same(images(request), model.sample(3, seed=request.seed, **only(model, 0)))
+                assert request.calls == 3 * 3
+            assert not any(request.absent for request in requests)
             assert all(engine.alive)
         assert metrics.counts["retries", "expert-00"] >= 9
         assert metrics.counts["calls", "expert-00"] == 18
@@ -532,19 +613,21 @@ def test_a_lost_call_is_made_again_in_its_place_and_nothing_else_changes(model: 
     run(work)
 
 
-def test_whoever_was_in_a_lost_call_is_asked_for_again_before_those_who_came_later(model: Model) -> None:
+def test_whoever_was_in_a_lost_call_is_asked_for_again_before_those_who_came_later(
+    model: Model,
+) -> None:
     async def work() -> None:
         experts = fakes(model)
         expert = experts[0]
         expert.free.clear()
         expert.faults.append(AWAY)
         async with running(experts, max_batch=1) as engine, asyncio.TaskGroup() as group:
-            jobs = [job_of(model, 1, seed=seed, **only(model, 0)) for seed in range(2)]
-            for i, job in enumerate(jobs):
-                group.create_task(engine.run(job))
+            requests = [job_of(model, 1, seed=seed, **only(model, 0)) for seed in range(2)]
+            for i, request in enumerate(requests):
+                group.create_task(engine.run(request))
                 await until(lambda i=i: engine.waiting(0) + len(expert.batches) == i + 1)  # type: ignore[misc]
             expert.free.set()
-        first, second = (job.recipe.start(job.seed, job.index) for job in jobs)
+        first, second = (request.plan.start(request.seed, request.index) for request in requests)
         assert [x.equal(first) for x, _ in expert.batches[:3]] == [True, True, False]
         assert expert.batches[2][0].equal(second)
 
@@ -557,13 +640,13 @@ def test_a_call_without_an_answer_in_time_is_lost_and_made_again(model: Model) -
         hung, begun = experts[0].free, experts[0].batches
         hung.clear()
         async with running(experts, call_timeout_s=0.05) as engine:
-            job = job_of(model, 2, seed=1, **only(model, 0))
-            going = asyncio.create_task(engine.run(job))
+            request = job_of(model, 2, seed=1, **only(model, 0))
+            going = asyncio.create_task(engine.run(request))
             await until(lambda: len(begun) >= 3)
             assert not going.done()
             hung.set()
             await going
-            same(pictures(job), model.sample(2, seed=1, **only(model, 0)))
+            same(images(request), model.sample(2, seed=1, **only(model, 0)))
 
     run(work)
 
@@ -576,9 +659,11 @@ def test_an_expert_that_stays_away_ends_the_requests_that_need_it_by_name_and_is
         async with running(experts, retry_s=0.1) as engine:
             experts[0].away = True
             needing, other = (job_of(model, 2, seed=k, **only(model, k)) for k in (0, 1))
-            ends = await asyncio.gather(engine.run(needing), engine.run(other), return_exceptions=True)
+            ends = await asyncio.gather(
+                engine.run(needing), engine.run(other), return_exceptions=True
+            )
             assert isinstance(ends[0], ExpertAwayError) and str(ends[0]) == "expert-00 is away"
-            same(pictures(other), model.sample(2, seed=1, **only(model, 1)))
+            same(images(other), model.sample(2, seed=1, **only(model, 1)))
             assert engine.alive == [False, True, True]
             asked = len(experts[0].batches)
             with pytest.raises(ExpertAwayError, match="expert-00 is away"):
@@ -588,7 +673,7 @@ def test_an_expert_that_stays_away_ends_the_requests_that_need_it_by_name_and_is
             await until(lambda: engine.alive[0])
             again = job_of(model, 2, seed=0, **only(model, 0))
             await engine.run(again)
-            same(pictures(again), model.sample(2, seed=0, **only(model, 0)))
+            same(images(again), model.sample(2, seed=0, **only(model, 0)))
             assert not again.absent
 
     run(work)
@@ -602,10 +687,10 @@ def test_an_expert_that_stays_away_ends_the_requests_that_need_it_by_name_and_is
         {"policy": "top_k", "top_k": 2},
         {"policy": "nucleus", "source": "prior"},
         {"policy": "stochastic"},
-        {"policy": "stochastic", "sampler": "ddpm", "control": "none"},
+        {"policy": "stochastic", "sampler": "ddpm", "control_variate": "none"},
     ],
 )
-def test_renormalized_over_the_living_a_picture_is_that_of_their_clusters_and_says_whom_it_lacks(
+def test_renormalized_over_the_living_an_image_is_that_of_their_clusters_and_says_whom_it_lacks(
     model: Model, settings: dict[str, Any]
 ) -> None:
     others = {name: 1.0 for k, name in enumerate(model.names) if k != 1}
@@ -617,40 +702,52 @@ def test_renormalized_over_the_living_a_picture_is_that_of_their_clusters_and_sa
             lost = job_of(model, 3, seed=4, steps=4, **settings)  # this one finds out
             await engine.run(lost)
             if not lost.absent:  # nobody of it was expert 1's
-                await engine.run(job_of(model, 1, seed=9, steps=1, **{**settings, "policy": "full"}))
+                await engine.run(
+                    job_of(model, 1, seed=9, steps=1, **{**settings, "policy": "full"})
+                )
             assert engine.alive == [True, False, True]
-            job = job_of(model, 3, seed=4, steps=4, trace=True, **settings)
-            await engine.run(job)
-            expected, trace = model.sample(3, seed=4, steps=4, trace=True, clusters=others, **settings)
-            same(pictures(job), expected)
-            told(job, trace)
-            assert job.absent == {"expert-01"}
+            request = job_of(model, 3, seed=4, steps=4, trace=True, **settings)
+            await engine.run(request)
+            expected, trace = model.sample(
+                3, seed=4, steps=4, trace=True, clusters=others, **settings
+            )
+            same(images(request), expected)
+            told(request, trace)
+            assert request.absent == {"expert-01"}
             if settings["policy"] == "full":
-                same(pictures(lost), expected)
+                same(images(lost), expected)
                 assert lost.absent == {"expert-01"}
 
     run(work)
 
 
-@pytest.mark.parametrize(("policy", "seed"), [("balanced", 5), ("balanced", 6), ("balanced", 8), ("adaptive", 5)])
-def test_a_picture_goes_on_among_the_living_from_the_very_step_at_which_an_expert_was_lost(
+@pytest.mark.parametrize(
+    ("policy", "seed"), [("balanced", 5), ("balanced", 6), ("balanced", 8), ("adaptive", 5)]
+)
+def test_an_image_goes_on_among_the_living_from_the_very_step_at_which_an_expert_was_lost(
     model: Model, policy: str, seed: int
 ) -> None:
     """Against a loop of its own over `Router.route`: that step is routed again from the memory before it."""
-    settings = {"steps": 8, "policy": policy, "control": "none", "clip": False, "sampler": "ddim"}
-    job_recipe = model.recipe(model.settings(**settings))
+    settings = {
+        "steps": 8,
+        "policy": policy,
+        "control_variate": "none",
+        "clip": False,
+        "sampler": "ddim",
+    }
+    job_recipe = model.plan(model.settings(**settings))
     gone, index = 0, torch.tensor([2])
     alive = torch.tensor([k != gone for k in range(3)])
 
     def alone(lost_at: int) -> tuple[Tensor, int]:
-        """The picture if the expert is lost at its call number `lost_at`; and how often it was called."""
+        """The image if the expert is lost at its call number `lost_at`; and how often it was called."""
         router, called = job_recipe.router, 0
         x = job_recipe.start(seed, index)
-        walk = job_recipe.walk(x, seed, index)
-        memory = router.start(x, uniform(seed, Use.CHOICE, index)[:, 0])
-        x, t = next(walk)
+        trajectory = job_recipe.trajectory(x, seed, index)
+        memory = router.start(x, uniform(seed, RngStream.CHOICE, index)[:, 0])
+        x, t = next(trajectory)
         for step in itertools.count(1):
-            draw = uniform(seed, Use.CHOICE, index, step)[:, 0]
+            draw = uniform(seed, RngStream.CHOICE, index, step)[:, 0]
             among = alive if called > lost_at else None
             alpha, after = router.route(x, t, memory, draw, alive=among)
             if after.chosen[0, gone]:
@@ -660,9 +757,11 @@ def test_a_picture_goes_on_among_the_living_from_the_very_step_at_which_an_exper
             memory = after
             share = weights(alpha, after.chosen)[0]
             with torch.inference_mode():
-                answers = [share[k] * model.experts[k](x, t) for k in range(3) if after.chosen[0, k]]
+                answers = [
+                    share[k] * model.experts[k](x, t) for k in range(3) if after.chosen[0, k]
+                ]
                 try:
-                    x, t = walk.send(torch.stack(answers).sum(dim=0))
+                    x, t = trajectory.send(torch.stack(answers).sum(dim=0))
                 except StopIteration as end:
                     return end.value[0], called
         raise AssertionError
@@ -676,7 +775,9 @@ def test_a_picture_goes_on_among_the_living_from_the_very_step_at_which_an_exper
             experts = fakes(model)
             expert = experts[gone]
 
-            def answer(x: Tensor, t: Tensor, expert: Fake = expert, lost_at: int = lost_at) -> Tensor:
+            def answer(
+                x: Tensor, t: Tensor, expert: Fake = expert, lost_at: int = lost_at
+            ) -> Tensor:
                 expert.away = len(expert.batches) > lost_at
                 if expert.away:
                     raise AWAY
@@ -684,12 +785,12 @@ def test_a_picture_goes_on_among_the_living_from_the_very_step_at_which_an_exper
 
             expert.denoise = answer
             async with running(experts, retry_s=0.05, degraded="renormalize") as engine:
-                job = job_of(model, 1, seed=seed, first_index=2, **settings)
-                await engine.run(job)
+                request = job_of(model, 1, seed=seed, first_index=2, **settings)
+                await engine.run(request)
                 expected, _ = alone(lost_at)
-                same(job.pictures[0], expected)
+                same(request.images[0], expected)
                 assert (expected - whole).abs().max() > 1e-2
-                assert job.absent == {"expert-00"}
+                assert request.absent == {"expert-00"}
 
     run(work)
 
@@ -704,15 +805,17 @@ def test_whoever_does_not_need_the_expert_that_is_away_lacks_nobody_and_whoever_
             for _ in range(2):  # lost on the way, and away from the beginning
                 with pytest.raises(ExpertAwayError, match=r"^expert-00 is away$"):
                     await engine.run(job_of(model, 1, seed=1, **only(model, 0)))
-            job = job_of(model, 1, seed=1, **only(model, 1))
-            await engine.run(job)
-            assert not job.absent
-            same(pictures(job), model.sample(1, seed=1, **only(model, 1)))
+            request = job_of(model, 1, seed=1, **only(model, 1))
+            await engine.run(request)
+            assert not request.absent
+            same(images(request), model.sample(1, seed=1, **only(model, 1)))
 
     run(work)
 
 
-def test_with_all_experts_away_a_request_ends_in_either_mode_and_with_all_back_it_is_as_before(model: Model) -> None:
+def test_with_all_experts_away_a_request_ends_in_either_mode_and_with_all_back_it_is_as_before(
+    model: Model,
+) -> None:
     async def work() -> None:
         for degraded in ("fail", "renormalize"):
             experts = fakes(model)
@@ -725,24 +828,26 @@ def test_with_all_experts_away_a_request_ends_in_either_mode_and_with_all_back_i
                 for expert in experts:
                     expert.away = False
                 await until(lambda engine=engine: all(engine.alive))  # type: ignore[misc]
-                job = job_of(model, 2, seed=1, steps=3, policy="full")
-                await engine.run(job)
-                same(pictures(job), model.sample(2, seed=1, steps=3, policy="full"))
-                assert not job.absent
+                request = job_of(model, 2, seed=1, steps=3, policy="full")
+                await engine.run(request)
+                same(images(request), model.sample(2, seed=1, steps=3, policy="full"))
+                assert not request.absent
 
     run(work)
 
 
-def test_an_expert_that_goes_away_while_a_picture_is_routed_to_it_and_others_is_done_without(model: Model) -> None:
+def test_an_expert_that_goes_away_while_an_image_is_routed_to_it_and_others_is_done_without(
+    model: Model,
+) -> None:
     others = dict.fromkeys(model.names[1:], 1.0)
-    settings = {"steps": 3, "policy": "full", "source": "prior", "control": "none"}
+    settings = {"steps": 3, "policy": "full", "source": "prior", "control_variate": "none"}
 
     async def work() -> None:
         experts = fakes(model)
         experts[0].away = True
         routing, go_on = threading.Event(), threading.Event()
         async with running(experts, retry_s=0.05, degraded="renormalize") as engine:
-            job = job_of(model, 1, seed=3, **settings)
+            request = job_of(model, 1, seed=3, **settings)
 
             def slow(x: Tensor, t: Tensor) -> Tensor:
                 if not routing.is_set():
@@ -750,19 +855,23 @@ def test_an_expert_that_goes_away_while_a_picture_is_routed_to_it_and_others_is_
                     go_on.wait(20)
                 return prior(model.pi)(x, t)
 
-            job.recipe = dataclasses.replace(
-                job.recipe, router=dataclasses.replace(job.recipe.router, source=Forgetful(slow))
+            request.plan = dataclasses.replace(
+                request.plan,
+                router=dataclasses.replace(request.plan.router, source=Stateless(slow)),
             )
             finds_out = asyncio.create_task(engine.run(job_of(model, 1, seed=1, **only(model, 0))))
             await until(lambda: bool(experts[0].batches))
-            going = asyncio.create_task(engine.run(job))
+            going = asyncio.create_task(engine.run(request))
             await until(routing.is_set)
             await until(lambda: not engine.alive[0])
             go_on.set()
             await going
-            same(pictures(job), model.sample(1, seed=3, clusters=others, **settings))
-            assert job.absent == {"expert-00"}
-            assert [len(expert.batches) for expert in experts[1:]] == [3, 3]  # nobody was asked twice
+            same(images(request), model.sample(1, seed=3, clusters=others, **settings))
+            assert request.absent == {"expert-00"}
+            assert [len(expert.batches) for expert in experts[1:]] == [
+                3,
+                3,
+            ]  # nobody was asked twice
             with pytest.raises(ExpertAwayError):
                 await finds_out
 
@@ -784,7 +893,8 @@ def test_of_two_calls_under_way_both_find_out_that_their_expert_is_away(model: M
             expert.away = True
             engine.experts = [call_instead(expert, call), *experts[1:]]
             slowly, at_once = (
-                asyncio.create_task(engine.run(job_of(model, 1, seed=s, **only(model, 0)))) for s in (1, 2)
+                asyncio.create_task(engine.run(job_of(model, 1, seed=s, **only(model, 0))))
+                for s in (1, 2)
             )
             with pytest.raises(ExpertAwayError):
                 await at_once
@@ -796,7 +906,9 @@ def test_of_two_calls_under_way_both_find_out_that_their_expert_is_away(model: M
     run(work)
 
 
-def call_instead(expert: Fake, call: Callable[[Tensor, Tensor], Coroutine[Any, Any, Tensor]]) -> Any:
+def call_instead(
+    expert: Fake, call: Callable[[Tensor, Tensor], Coroutine[Any, Any, Tensor]]
+) -> Any:
     """The expert with another call, for the calls to come."""
 
     class Instead(Fake):
@@ -813,7 +925,10 @@ def test_two_calls_lost_long_after_each_other_do_not_make_an_expert_one_that_was
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("serve.engine.scheduler.time", SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now))
+    monkeypatch.setattr(
+        "serve.engine.scheduler.time",
+        SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now),
+    )
 
     async def work() -> None:
         nonlocal now
@@ -827,17 +942,22 @@ def test_two_calls_lost_long_after_each_other_do_not_make_an_expert_one_that_was
             experts[0].away = False
             now = 1000.0
             experts[0].faults.append(AWAY)
-            job = job_of(model, 1, seed=2, **only(model, 0))
-            await engine.run(job)
-            same(pictures(job), model.sample(1, seed=2, **only(model, 0)))
+            request = job_of(model, 1, seed=2, **only(model, 0))
+            await engine.run(request)
+            same(images(request), model.sample(1, seed=2, **only(model, 0)))
             assert all(engine.alive)
 
     run(work)
 
 
-def test_an_expert_is_away_only_after_retry_s_of_lost_calls(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_is_away_only_after_retry_s_of_lost_calls(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 0.0
-    monkeypatch.setattr("serve.engine.scheduler.time", SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now))
+    monkeypatch.setattr(
+        "serve.engine.scheduler.time",
+        SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now),
+    )
 
     async def work() -> None:
         nonlocal now
@@ -863,9 +983,11 @@ def test_an_expert_is_away_only_after_retry_s_of_lost_calls(model: Model, monkey
 
 
 class Stumbling:
-    """A source that stumbles where it is told to: at a start, or over a picture."""
+    """A source that stumbles where it is told to: at a start, or over an image."""
 
-    def __init__(self, at_start: bool = False, over: Callable[[Tensor], bool] | None = None) -> None:
+    def __init__(
+        self, at_start: bool = False, over: Callable[[Tensor], bool] | None = None
+    ) -> None:
         self.at_start, self.over = at_start, over
 
     def start(self, x: Tensor) -> Tensor:
@@ -880,60 +1002,78 @@ class Stumbling:
 
 
 def test_a_router_that_stumbles_ends_its_own_requests_and_no_others(model: Model) -> None:
-    settings = {"steps": 3, "control": "none", "source": "prior", "policy": "top_k"}
+    settings = {"steps": 3, "control_variate": "none", "source": "prior", "policy": "top_k"}
 
     async def work() -> None:
         turn = asyncio.Semaphore(1)
         async with running(fakes(model, turn=turn), turn=turn) as engine:
-            over = job_of(model, 1, seed=21, **settings).recipe.start(21, torch.tensor([0]))[0].equal
+            over = job_of(model, 1, seed=21, **settings).plan.start(21, torch.tensor([0]))[0].equal
             source = Stumbling(over=over)
-            router = Router(source, job_of(model, **settings).recipe.router.policy, torch.tensor([0.5, 0.25, 0.25]))
+            router = Router(
+                source,
+                job_of(model, **settings).plan.router.policy,
+                torch.tensor([0.5, 0.25, 0.25]),
+            )
 
-            def through(router: Router, seed: int) -> Job:
-                job = job_of(model, 2, seed=seed, **settings)
-                job.recipe = dataclasses.replace(job.recipe, router=router)
-                return job
+            def through(router: Router, seed: int) -> Request:
+                request = job_of(model, 2, seed=seed, **settings)
+                request.plan = dataclasses.replace(request.plan, router=router)
+                return request
 
-            bad = [through(dataclasses.replace(router, source=Stumbling(start)), 1) for start in (True, False)]
+            bad = [
+                through(dataclasses.replace(router, source=Stumbling(start)), 1)
+                for start in (True, False)
+            ]
             bad.append(through(router, 21))
             company = through(router, 22)  # of the same router
             good = job_of(model, 2, seed=3, **settings)
-            ends = await asyncio.gather(*map(engine.run, [*bad, company, good]), return_exceptions=True)
+            ends = await asyncio.gather(
+                *map(engine.run, [*bad, company, good]), return_exceptions=True
+            )
             assert [str(end) for end in ends[:3]] == [
-                "a picture failed: no start",
-                "a picture failed: no step",
-                "a picture failed: no step",
+                "an image failed: no start",
+                "an image failed: no step",
+                "an image failed: no step",
             ]
             assert all(type(end) is ServingError for end in ends[:3])
             assert ends[3:] == [None, None]
-            same(pictures(good), model.sample(2, seed=3, **settings))
+            same(images(good), model.sample(2, seed=3, **settings))
             largest = {model.names[0]: 1.0}  # what that router chooses at every step
-            same(pictures(company), model.sample(2, seed=22, clusters=largest, **settings))
+            same(images(company), model.sample(2, seed=22, clusters=largest, **settings))
             after = job_of(model, 1, seed=4, **settings)
             await engine.run(after)
-            same(pictures(after), model.sample(1, seed=4, **settings))
+            same(images(after), model.sample(1, seed=4, **settings))
 
     run(work)
 
 
-def test_a_sampler_or_a_listener_that_stumbles_ends_its_own_request_and_no_other(model: Model) -> None:
+def test_a_sampler_or_a_listener_that_stumbles_ends_its_own_request_and_no_other(
+    model: Model,
+) -> None:
     def short(x: Tensor, *_: Any) -> Any:
         yield x, torch.ones(())
         raise ValueError("no way")
 
-    def deaf(place: int, taken: Taken, denoised: Tensor) -> None:
+    def deaf(place: int, record: StepRecord, denoised: Tensor) -> None:
         raise ValueError("not heard")
 
     async def work() -> None:
         async with running(fakes(model)) as engine:
             lost = job_of(model, 2, seed=1, steps=3)
-            lost.recipe = dataclasses.replace(lost.recipe, method=dataclasses.replace(lost.recipe.method, walk=short))
+            lost.plan = dataclasses.replace(
+                lost.plan, method=dataclasses.replace(lost.plan.method, trajectory=short)
+            )
             unheard = job_of(model, 2, seed=2, steps=3, watch=deaf)
             good = job_of(model, 2, seed=3, steps=3)
-            ends = await asyncio.gather(*map(engine.run, [lost, unheard, good]), return_exceptions=True)
-            assert [str(end) for end in ends[:2]] == ["a picture failed: no way", "a picture failed: not heard"]
+            ends = await asyncio.gather(
+                *map(engine.run, [lost, unheard, good]), return_exceptions=True
+            )
+            assert [str(end) for end in ends[:2]] == [
+                "an image failed: no way",
+                "an image failed: not heard",
+            ]
             assert ends[2] is None
-            same(pictures(good), model.sample(2, seed=3, steps=3))
+            same(images(good), model.sample(2, seed=3, steps=3))
 
     run(work)
 
@@ -942,16 +1082,16 @@ def test_a_worker_that_ends_fails_the_requests_of_that_moment_and_those_that_com
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work() -> None:
-        for broken in ("_tell", "_take"):
+        for broken in ("_report", "_take"):
             experts = fakes(model)
             async with running(experts) as engine:
                 with monkeypatch.context() as patch:
                     patch.setattr(engine, broken, lambda *_: 1 / 0)
                     with pytest.raises(ServingError, match="the engine failed"):
                         await engine.run(job_of(model, 2, seed=1, steps=3))
-                job = job_of(model, 2, seed=1, steps=3)
-                await engine.run(job)
-                same(pictures(job), model.sample(2, seed=1, steps=3))
+                request = job_of(model, 2, seed=1, steps=3)
+                await engine.run(request)
+                same(images(request), model.sample(2, seed=1, steps=3))
 
     run(work)
 
@@ -965,7 +1105,10 @@ def test_closing_ends_what_is_under_way_and_what_comes_later_with_an_error(model
         for expert in experts:
             expert.free.clear()
         async with running(experts, max_active=1) as engine:
-            going = [asyncio.create_task(engine.run(job_of(model, 2, seed=seed, steps=3))) for seed in (1, 2)]
+            going = [
+                asyncio.create_task(engine.run(job_of(model, 2, seed=seed, steps=3)))
+                for seed in (1, 2)
+            ]
             await until(lambda: any(expert.batches for expert in experts))
             await engine.close()
             for task in going:
@@ -982,15 +1125,20 @@ def test_requests_that_come_and_go_leave_nothing_in_the_engine(model: Model) -> 
         experts = fakes(model)
         async with running(experts, max_active=4) as engine:
             for _ in range(5):
-                tasks = [asyncio.create_task(engine.run(job_of(model, 2, seed=s, steps=3))) for s in range(4)]
+                tasks = [
+                    asyncio.create_task(engine.run(job_of(model, 2, seed=s, steps=3)))
+                    for s in range(4)
+                ]
                 calls = sum(len(expert.batches) for expert in experts)
-                await until(lambda calls=calls: sum(len(expert.batches) for expert in experts) > calls + 1)  # type: ignore[misc]
+                await until(
+                    lambda calls=calls: sum(len(expert.batches) for expert in experts) > calls + 1
+                )  # type: ignore[misc]
                 for task in tasks[::2]:
                     task.cancel()
                 for task in tasks:
                     with suppress(asyncio.CancelledError):
                         await task
-            assert not engine.jobs and engine.cost == 0
+            assert not engine.requests and engine.cost == 0
             await until(lambda: [engine.waiting(k) for k in range(3)] == [0, 0, 0])
             assert not engine._ready
 

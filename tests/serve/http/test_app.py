@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from serve import Model, load
-from serve.http.app import build_app
-from serve.settings import settings
 from serve.engine.expert import UnavailableError
 from serve.engine.metrics import Prometheus
 from serve.engine.service import Service
-from tests.serve.conftest import Client, Reply, Server, Start, ask, pixels, same
+from serve.http.app import build_app
+from serve.settings import settings
+from tests.serve.conftest import Client, Reply, Server, Start, params, pixels, same
 
 GIVEN = {"seed": 5, "steps": 4}
 STATUSES = (400, 401, 408, 413, 422, 429, 503, 504)
@@ -36,8 +36,8 @@ def model(small_run: Path) -> Model:
     return load(small_run)
 
 
-def picture(file: bytes) -> np.ndarray[Any, Any]:
-    """A grey picture in a file, `[H, W, 1]`."""
+def image(file: bytes) -> np.ndarray[Any, Any]:
+    """A grey image in a file, `[H, W, 1]`."""
     with Image.open(io.BytesIO(file)) as image:
         return np.array(image.convert("L"))[:, :, None]
 
@@ -54,14 +54,14 @@ def images(reply: Reply) -> np.ndarray[Any, Any]:
 
 
 def decoded(data: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
-    return np.stack([picture(base64.b64decode(item["b64_json"])) for item in data])
+    return np.stack([image(base64.b64decode(item["b64_json"])) for item in data])
 
 
-# Pictures
+# Images
 
 
-def test_npz_holds_the_pictures_of_load_and_sample(server: Server, model: Model) -> None:
-    reply = server.ask("/v1/samples", {**GIVEN, "n": 5, "first_index": 2, "format": "npz"})
+def test_npz_holds_the_images_of_load_and_sample(server: Server, model: Model) -> None:
+    reply = server.params("/v1/samples", {**GIVEN, "n": 5, "first_index": 2, "format": "npz"})
     found = arrays(reply)
     assert set(found) == {"images", "seed", "first_index"}
     assert same(found["images"], pixels(model.sample(5, first_index=2, **GIVEN)))
@@ -69,24 +69,28 @@ def test_npz_holds_the_pictures_of_load_and_sample(server: Server, model: Model)
     assert found["seed"] == 5 and found["first_index"] == 2
     assert reply.headers["ddm-seed"] == "5"
     assert reply.headers["ddm-version"] == model.version
-    assert reply.headers["ddm-calls"] == str(5 * 4)  # `balanced` asks one expert a step
+    assert reply.headers["ddm-nfe"] == str(5 * 4)  # `balanced` asks one expert a step
     assert "ddm-degraded" not in reply.headers
 
 
-def test_one_picture_comes_as_a_png_of_its_pixels_unless_told_otherwise(server: Server, model: Model) -> None:
-    reply = server.ask("/v1/samples", {**GIVEN, "first_index": 3})
+def test_one_image_comes_as_a_png_of_its_pixels_unless_told_otherwise(
+    server: Server, model: Model
+) -> None:
+    reply = server.params("/v1/samples", {**GIVEN, "first_index": 3})
     assert reply.headers["content-type"] == "image/png"
     assert reply.body[:8] == b"\x89PNG\r\n\x1a\n"
-    assert same(picture(reply.body)[None], pixels(model.sample(1, first_index=3, **GIVEN)))
+    assert same(image(reply.body)[None], pixels(model.sample(1, first_index=3, **GIVEN)))
 
 
 @pytest.mark.parametrize("form", ["png", "webp"])
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 2), (5, 3), (9, 3)])
-def test_many_pictures_come_as_a_sheet_of_their_pixels_by_rows(server: Server, form: str, n: int, columns: int) -> None:
-    expected = images(server.ask("/v1/samples", {**GIVEN, "n": n, "format": "npz"}))
-    reply = server.ask("/v1/samples", {**GIVEN, "n": n, "format": form})
+def test_many_images_come_as_a_sheet_of_their_pixels_by_rows(
+    server: Server, form: str, n: int, columns: int
+) -> None:
+    expected = images(server.params("/v1/samples", {**GIVEN, "n": n, "format": "npz"}))
+    reply = server.params("/v1/samples", {**GIVEN, "n": n, "format": form})
     assert reply.headers["content-type"] == f"image/{form}"
-    sheet = picture(reply.body)
+    sheet = image(reply.body)
     rows = -(-n // columns)
     assert sheet.shape == (rows * 10 - 2, columns * 10 - 2, 1)
     for i in range(n):
@@ -97,28 +101,45 @@ def test_many_pictures_come_as_a_sheet_of_their_pixels_by_rows(server: Server, f
 
 
 def test_b64_json_holds_a_png_each_and_says_what_they_are(server: Server, model: Model) -> None:
-    reply = server.ask("/v1/samples", {**GIVEN, "n": 3, "first_index": 7, "format": "b64_json"})
+    reply = server.params("/v1/samples", {**GIVEN, "n": 3, "first_index": 7, "format": "b64_json"})
     assert reply.headers["content-type"] == "application/json"
-    expected = images(server.ask("/v1/samples", {**GIVEN, "n": 3, "first_index": 7, "format": "npz"}))
+    expected = images(
+        server.params("/v1/samples", {**GIVEN, "n": 3, "first_index": 7, "format": "npz"})
+    )
     assert np.array_equal(decoded(reply.json["data"]), expected)
     assert [item["index"] for item in reply.json["data"]] == [7, 8, 9]
     facts = {key: value for key, value in reply.json.items() if key != "data"}
-    assert facts == {"seed": 5, "first_index": 7, "version": model.version, "calls": 12, "degraded": []}
+    assert facts == {
+        "seed": 5,
+        "first_index": 7,
+        "version": model.version,
+        "calls": 12,
+        "degraded": [],
+    }
 
 
-def test_a_trace_is_that_of_load_and_sample_in_npz_and_in_json(server: Server, model: Model) -> None:
-    given = {"seed": 2, "steps": 3, "policy": "adaptive", "budget": 2.0, "source": "posterior", "temperature": 0.7}
+def test_a_trace_is_that_of_load_and_sample_in_npz_and_in_json(
+    server: Server, model: Model
+) -> None:
+    given = {
+        "seed": 2,
+        "steps": 3,
+        "policy": "adaptive",
+        "budget": 2.0,
+        "source": "posterior",
+        "temperature": 0.7,
+    }
     expected, trace = model.sample(4, trace=True, **given)
-    found = arrays(server.ask("/v1/samples", {**given, "n": 4, "trace": True, "format": "npz"}))
+    found = arrays(server.params("/v1/samples", {**given, "n": 4, "trace": True, "format": "npz"}))
     assert set(found) == {"images", "seed", "first_index", "t", "alpha", "chosen", "calls"}
     assert same(found["images"], pixels(expected))
     np.testing.assert_allclose(found["t"], trace.t.numpy())
     np.testing.assert_allclose(found["alpha"], trace.alpha.numpy(), atol=1e-5)
     assert np.array_equal(found["chosen"], trace.chosen.numpy()) and found["chosen"].dtype == bool
     assert found["calls"] == trace.calls
-    told = server.ask("/v1/samples", {**given, "n": 4, "trace": True, "format": "b64_json"})
+    told = server.params("/v1/samples", {**given, "n": 4, "trace": True, "format": "b64_json"})
     assert np.array_equal(decoded(told.json["data"]), found["images"])
-    assert told.json["calls"] == trace.calls and told.headers["ddm-calls"] == str(trace.calls)
+    assert told.json["calls"] == trace.calls and told.headers["ddm-nfe"] == str(trace.calls)
     assert told.json["trace"]["experts"] == model.names
     np.testing.assert_allclose(told.json["trace"]["t"], trace.t.numpy())
     np.testing.assert_allclose(told.json["trace"]["alpha"], trace.alpha.numpy(), atol=1e-5)
@@ -131,32 +152,36 @@ def test_a_trace_is_that_of_load_and_sample_in_npz_and_in_json(server: Server, m
         {"sampler": "heun", "grid": "edm"},
         {"sampler": "unipc", "order": 2, "t_min": 0.01},
         {"sampler": "ddpm", "policy": "stochastic"},
-        {"policy": "top_k", "top_k": 2, "control": "none", "clip": False},
+        {"policy": "top_k", "top_k": 2, "control_variate": "none", "clip": False},
         {"policy": "nucleus", "nucleus_p": 0.5, "source": "posterior"},
         {"policy": "full", "source": "analytic"},
-        {"source": "derivative", "pull": 3.0},
+        {"source": "derivative", "relaxation_rate": 3.0},
         {"source": "prior", "policy": "fixed"},
     ],
 )
-def test_every_setting_of_a_request_is_heard(server: Server, model: Model, given: dict[str, Any]) -> None:
-    reply = server.ask("/v1/samples", {**GIVEN, **given, "n": 3, "format": "npz"})
+def test_every_setting_of_a_request_is_heard(
+    server: Server, model: Model, given: dict[str, Any]
+) -> None:
+    reply = server.params("/v1/samples", {**GIVEN, **given, "n": 3, "format": "npz"})
     expected = pixels(model.sample(3, **GIVEN, **given))
     assert same(images(reply), expected)
     assert not same(expected, pixels(model.sample(3, **GIVEN)))
 
 
 def test_what_a_request_leaves_out_is_the_services_own(server: Server, model: Model) -> None:
-    found = images(server.ask("/v1/samples", {"seed": 1, "n": 2, "format": "npz"}))
+    found = images(server.params("/v1/samples", {"seed": 1, "n": 2, "format": "npz"}))
     assert same(found, pixels(model.sample(2, seed=1, steps=4)))
     assert not same(found, pixels(model.sample(2, seed=1)))  # of 25 steps
 
 
-def test_a_request_without_a_seed_says_which_it_got_and_that_gives_the_same_again(server: Server) -> None:
-    first, other = (server.ask("/v1/samples", {"n": 2, "format": "npz"}) for _ in range(2))
+def test_a_request_without_a_seed_says_which_it_got_and_that_gives_the_same_again(
+    server: Server,
+) -> None:
+    first, other = (server.params("/v1/samples", {"n": 2, "format": "npz"}) for _ in range(2))
     seed = int(first.headers["ddm-seed"])
     assert 0 <= seed < 2**53  # a number that JavaScript keeps
     assert arrays(first)["seed"] == seed
-    again = server.ask("/v1/samples", {"n": 2, "format": "npz", "seed": seed})
+    again = server.params("/v1/samples", {"n": 2, "format": "npz", "seed": seed})
     assert np.array_equal(images(first), images(again))
     assert other.headers["ddm-seed"] != first.headers["ddm-seed"]
     assert not same(images(other), images(first))
@@ -166,12 +191,16 @@ def test_clusters_are_named_or_weighted(server: Server, model: Model) -> None:
     one, two, _ = model.names
 
     def asked(clusters: Any) -> np.ndarray[Any, Any]:
-        return images(server.ask("/v1/samples", {**GIVEN, "n": 6, "clusters": clusters, "format": "npz"}))
+        return images(
+            server.params("/v1/samples", {**GIVEN, "n": 6, "clusters": clusters, "format": "npz"})
+        )
 
     named = asked([one, two])
     assert same(named, pixels(model.sample(6, clusters={one: 1.0, two: 1.0}, **GIVEN)))
     assert np.array_equal(asked({one: 1, two: 1}), named)
-    assert np.array_equal(asked({one: 1e-300, two: 1e-300}), named)  # only their ratio counts, however small
+    assert np.array_equal(
+        asked({one: 1e-300, two: 1e-300}), named
+    )  # only their ratio counts, however small
     assert np.array_equal(asked({one: 1e300, two: 1e300}), named)
     weighted = asked({one: 0.01, two: 5.0})
     assert same(weighted, pixels(model.sample(6, clusters={one: 0.01, two: 5.0}, **GIVEN)))
@@ -183,11 +212,22 @@ def test_clusters_are_named_or_weighted(server: Server, model: Model) -> None:
 
 
 def test_64_requests_at_once_are_answered_as_each_alone(server: Server, model: Model) -> None:
-    kinds: list[dict[str, Any]] = [{}, {"sampler": "heun"}, {"policy": "full"}, {"clusters": model.names[:1]}]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"sampler": "heun"},
+        {"policy": "full"},
+        {"clusters": model.names[:1]},
+    ]
 
     def one(i: int) -> Reply:
-        given = {"seed": i // 8, "first_index": 3 * i, "n": 1 + i % 3, "steps": 2 + i % 4, **kinds[i % 4]}
-        return server.ask("/v1/samples", {**given, "format": "npz", "trace": True})
+        given = {
+            "seed": i // 8,
+            "first_index": 3 * i,
+            "n": 1 + i % 3,
+            "steps": 2 + i % 4,
+            **kinds[i % 4],
+        }
+        return server.params("/v1/samples", {**given, "format": "npz", "trace": True})
 
     alone = [arrays(one(i)) for i in range(64)]
     with ThreadPoolExecutor(64) as pool:
@@ -199,48 +239,68 @@ def test_64_requests_at_once_are_answered_as_each_alone(server: Server, model: M
 
 
 def test_curl_gets_a_png(server: Server, model: Model, tmp_path: Path) -> None:
-    file = tmp_path / "picture.png"
+    file = tmp_path / "image.png"
     words = ["--fail", "--silent", "--json", json.dumps(GIVEN), "--output", str(file)]
     subprocess.run(["curl", *words, f"{server.url}/v1/samples"], check=True, timeout=60)
-    assert same(picture(file.read_bytes())[None], pixels(model.sample(1, **GIVEN)))
+    assert same(image(file.read_bytes())[None], pixels(model.sample(1, **GIVEN)))
 
 
 # Streams
 
 
-def test_a_stream_starts_steps_gives_its_pictures_and_is_done(server: Server, model: Model) -> None:
+def test_a_stream_starts_steps_gives_its_images_and_is_done(server: Server, model: Model) -> None:
     given = {**GIVEN, "n": 3, "first_index": 4, "sampler": "heun"}
     expected, trace = model.sample(3, first_index=4, trace=True, **GIVEN, sampler="heun")
-    reply = server.ask("/v1/samples", {**given, "stream": True, "trace": True, "preview_every": 2})
+    reply = server.params(
+        "/v1/samples", {**given, "stream": True, "trace": True, "preview_every": 2}
+    )
     assert reply.status == 200
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.headers["cache-control"] == "no-store"
     assert reply.headers["ddm-seed"] == "5" and reply.headers["ddm-version"] == model.version
     names, data = zip(*reply.events, strict=True)
     calls = len(trace.t)
-    assert calls == 7  # of Heun's method in 4 steps: of 8 at most, because the last step to t = 0 needs no second
-    assert list(names) == ["start", *["step"] * 3 * calls, *["picture"] * 3, "done"]
+    assert (
+        calls == 7
+    )  # of Heun's method in 4 steps: of 8 at most, because the last step to t = 0 needs no second
+    assert list(names) == ["start", *["step"] * 3 * calls, *["image"] * 3, "done"]
     facts = {"seed": 5, "first_index": 4, "version": model.version, "degraded": []}
-    shape = {"n": 3, "calls_a_picture": 8, "experts": model.names, "shape": [1, 8, 8]}
+    shape = {"n": 3, "nfe_per_image": 8, "experts": model.names, "shape": [1, 8, 8]}
     assert data[0] == {**facts, **shape, "calls": 0}
     assert data[-1] == {**facts, "calls": trace.calls}
     steps = data[1 : 1 + 3 * calls]
     for place in range(3):
-        own = [step for step in steps if step["index"] == 4 + place]
-        assert [step["call"] for step in own] == list(range(1, calls + 1))
-        np.testing.assert_allclose([step["t"] for step in own], trace.t.numpy())
-        np.testing.assert_allclose([step["alpha"] for step in own], trace.alpha[:, place].numpy(), atol=1e-4)
-        assert [step["chosen"] for step in own] == [row.nonzero()[:, 0].tolist() for row in trace.chosen[:, place]]
-        assert [step["call"] for step in own if "b64_json" in step] == [2, 4, 6]
-    pictures = data[1 + 3 * calls : -1]
-    assert [item["index"] for item in pictures] == [4, 5, 6]
-    assert np.array_equal(decoded(list(pictures)), images(server.ask("/v1/samples", {**given, "format": "npz"})))
-    assert same(decoded(list(pictures)), pixels(expected))
+        cfg = [step for step in steps if step["index"] == 4 + place]
+        assert [step["call"] for step in cfg] == list(range(1, calls + 1))
+        np.testing.assert_allclose([step["t"] for step in cfg], trace.t.numpy())
+        np.testing.assert_allclose(
+            [step["alpha"] for step in cfg], trace.alpha[:, place].numpy(), atol=1e-4
+        )
+        assert [step["chosen"] for step in cfg] == [
+            row.nonzero()[:, 0].tolist() for row in trace.chosen[:, place]
+        ]
+        assert [step["call"] for step in cfg if "b64_json" in step] == [2, 4, 6]
+    images = data[1 + 3 * calls : -1]
+    assert [item["index"] for item in images] == [4, 5, 6]
+    assert np.array_equal(
+        decoded(list(images)), images(server.params("/v1/samples", {**given, "format": "npz"}))
+    )
+    assert same(decoded(list(images)), pixels(expected))
 
 
-def test_the_preview_of_a_last_call_is_the_picture_and_the_first_is_not(server: Server) -> None:
-    events = server.ask("/v1/samples", {**GIVEN, "stream": True}).events  # DDIM to t = 0 ends at what was denoised last
-    assert [name for name, _ in events] == ["start", "step", "step", "step", "step", "picture", "done"]
+def test_the_preview_of_a_last_call_is_the_image_and_the_first_is_not(server: Server) -> None:
+    events = server.params(
+        "/v1/samples", {**GIVEN, "stream": True}
+    ).events  # DDIM to t = 0 ends at what was denoised last
+    assert [name for name, _ in events] == [
+        "start",
+        "step",
+        "step",
+        "step",
+        "step",
+        "image",
+        "done",
+    ]
     previews = decoded([data for name, data in events if name == "step"])
     final = decoded([events[-2][1]])[0]
     assert same(previews[-1], final)
@@ -250,16 +310,18 @@ def test_the_preview_of_a_last_call_is_the_picture_and_the_first_is_not(server: 
 
 
 def test_a_stream_without_previews_or_trace_has_no_steps(server: Server) -> None:
-    events = server.ask("/v1/samples", {**GIVEN, "n": 2, "stream": True, "preview_every": 0}).events
-    assert [name for name, _ in events] == ["start", "picture", "picture", "done"]
+    events = server.params(
+        "/v1/samples", {**GIVEN, "n": 2, "stream": True, "preview_every": 0}
+    ).events
+    assert [name for name, _ in events] == ["start", "image", "image", "done"]
 
 
 # What else there is
 
 
 def test_the_service_describes_itself(server: Server, model: Model) -> None:
-    card = server.ask("/v1/models/small").json
-    assert server.ask("/v1/models").json == {"object": "list", "data": [card]}
+    card = server.params("/v1/models/small").json
+    assert server.params("/v1/models").json == {"object": "list", "data": [card]}
     assert card["clusters"] == model.names and card["version"] == model.version
     assert card["shape"] == [1, 8, 8]
     assert card["shares"] == pytest.approx(model.pi.tolist())
@@ -269,22 +331,26 @@ def test_the_service_describes_itself(server: Server, model: Model) -> None:
 
 
 def test_it_says_that_it_lives_and_is_ready(server: Server, model: Model) -> None:
-    assert server.ask("/healthz").json == {"status": "ok"}
-    reply = server.ask("/readyz")
+    assert server.params("/healthz").json == {"status": "ok"}
+    reply = server.params("/readyz")
     states = {f"expert-0{k}": "ready" for k in range(3)}
     assert reply.status == 200
     assert reply.json == {"status": "ready", "version": model.version, "experts": states}
 
 
 def test_the_page_and_the_docs_are_there(server: Server) -> None:
-    for path, kind in (("/", "text/html"), ("/docs", "text/html"), ("/openapi.json", "application/json")):
-        reply = server.ask(path)
+    for path, kind in (
+        ("/", "text/html"),
+        ("/docs", "text/html"),
+        ("/openapi.json", "application/json"),
+    ):
+        reply = server.params(path)
         assert reply.status == 200 and reply.headers["content-type"].startswith(kind)
-    assert server.ask("/page/index.html").body == server.ask("/").body
+    assert server.params("/page/index.html").body == server.params("/").body
 
 
 def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
-    described = server.ask("/openapi.json").json
+    described = server.params("/openapi.json").json
     error = {"$ref": "#/components/schemas/ErrorReply"}
     for path in ("/v1/samples", "/v1/images/generations"):
         responses = described["paths"][path]["post"]["responses"]
@@ -312,10 +378,16 @@ def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
         ({"nucleus_p": 0}, "nucleus_p must be a number in [1e-06, 1], got 0"),
         ({"temperature": 0.001}, "temperature must be a number in [0.01, 100], got 0.001"),
         ({"temperature": "1"}, "temperature must be a number in [0.01, 100], got '1'"),
-        ({"pull": float("nan")}, "pull must be a number in [0, 1000000], got nan"),
+        (
+            {"relaxation_rate": float("nan")},
+            "relaxation_rate must be a number in [0, 1000000], got nan",
+        ),
         ({"clip": 1}, "clip must be true or false, got 1"),
         ({"format": "gif"}, "format must be one of png webp npz b64_json, got 'gif'"),
-        ({"grid": "linear"}, "grid must be one of uniform_t uniform_log_snr quadratic edm own, got 'linear'"),
+        (
+            {"grid": "linear"},
+            "grid must be one of uniform_t uniform_log_snr quadratic edm own, got 'linear'",
+        ),
         ({"trace": True}, "trace must have format npz or b64_json, or stream, got 'png'"),
         (
             {"clusters": {"0 + 1": -1}},
@@ -327,8 +399,10 @@ def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
         ({"seeed": 4, "n": 1}, "'seeed' is no field of this request: /docs lists them"),
     ],
 )
-def test_422_names_the_field_the_rule_and_the_value(server: Server, given: dict[str, Any], message: str | None) -> None:
-    reply = server.ask("/v1/samples", given)
+def test_422_names_the_field_the_rule_and_the_value(
+    server: Server, given: dict[str, Any], message: str | None
+) -> None:
+    reply = server.params("/v1/samples", given)
     assert reply.status == 422
     assert reply.error["type"] == "invalid_value"
     assert reply.error["param"] == next(iter(given))
@@ -337,7 +411,7 @@ def test_422_names_the_field_the_rule_and_the_value(server: Server, given: dict[
 
 def test_an_unknown_cluster_is_answered_with_those_there_are(server: Server, model: Model) -> None:
     for clusters in (["nine"], {"nine": 1.0}):
-        message = server.ask("/v1/samples", {"clusters": clusters}).error["message"]
+        message = server.params("/v1/samples", {"clusters": clusters}).error["message"]
         assert message.startswith("clusters must be one of") and message.endswith("got 'nine'")
         assert all(name in message for name in model.names)
 
@@ -358,29 +432,50 @@ def test_an_unknown_cluster_is_answered_with_those_there_are(server: Server, mod
         (b'{"prompt": "' + b"x" * 66_000 + b'"}', 413, "body_too_large"),
     ],
 )
-def test_a_body_that_is_no_object_is_refused(server: Server, body: bytes, status: int, kind: str) -> None:
-    reply = server.ask("/v1/samples", body, {"content-type": "application/json"})
+def test_a_body_that_is_no_object_is_refused(
+    server: Server, body: bytes, status: int, kind: str
+) -> None:
+    reply = server.params("/v1/samples", body, {"content-type": "application/json"})
     assert (reply.status, reply.error["type"]) == (status, kind)
     assert reply.error["message"].isascii()
 
 
 def test_json_under_another_name_is_refused_with_the_header_to_send(server: Server) -> None:
-    for headers in ({"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
-        reply = server.ask("/v1/samples", b'{"n": 1}', headers)
+    for headers in (
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+    ):
+        reply = server.params("/v1/samples", b'{"n": 1}', headers)
         assert reply.status == 400
         assert "Content-Type: application/json" in reply.error["message"]
-    assert server.ask("/v1/samples", b'{"n": 1}', {"content-type": "application/json; charset=utf-8"}).status == 200
+    assert (
+        server.params(
+            "/v1/samples", b'{"n": 1}', {"content-type": "application/json; charset=utf-8"}
+        ).status
+        == 200
+    )
 
 
 def test_other_paths_and_methods_are_refused_in_the_same_shape(server: Server) -> None:
-    for path in ("/v2/samples", "/v1/samples/", "/page/", "/page/../api.py", "/page/%00", "/page/" + "a" * 3000):
-        reply = server.ask(path)
+    for path in (
+        "/v2/samples",
+        "/v1/samples/",
+        "/page/",
+        "/page/../api.py",
+        "/page/%00",
+        "/page/" + "a" * 3000,
+    ):
+        reply = server.params(path)
         assert (reply.status, reply.error["type"]) == (404, "not_found"), path
-    reply = server.ask("/v1/samples")
+    reply = server.params("/v1/samples")
     assert (reply.status, reply.error["type"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == "POST"
-    reply = server.ask("/v1/models/%ff%00")
-    assert (reply.status, reply.error["type"], reply.error["param"]) == (404, "model_not_found", "model")
+    reply = server.params("/v1/models/%ff%00")
+    assert (reply.status, reply.error["type"], reply.error["param"]) == (
+        404,
+        "model_not_found",
+        "model",
+    )
 
 
 # In this process: errors that have to be brought about
@@ -435,7 +530,7 @@ class Served:
         return self.metrics.registry.get_sample_value(f"ddm_{name}", labels) or 0.0
 
     async def cost(self) -> float:
-        await ask(self.app, "/metrics")
+        await params(self.app, "/metrics")
         return self.counted("pending_cost")
 
 
@@ -456,17 +551,19 @@ def test_more_than_may_be_pending_is_429_with_a_time_to_come_back(small_run: Pat
         first = Client(it.app, "/v1/samples", b'{"n": 5}')
         await it.until_asked()
         assert await it.cost() == 20
-        refused = await ask(it.app, "/v1/samples", {"n": 2})
+        refused = await params(it.app, "/v1/samples", {"n": 2})
         assert refused.status == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.error["type"] == "busy"
-        assert "20 pictures times steps are pending, and 8 more would be above 25" in refused.error["message"]
+        assert (
+            "20 image steps are pending, and 8 more would be above 25" in refused.error["message"]
+        )
         assert it.counted("rejections_total", reason="busy") == 1
         assert it.counted("requests_total", status="429") == 1
         fits = Client(it.app, "/v1/samples", b'{"n": 1}')
         it.open()
         assert (await first.reply()).status == (await fits.reply()).status == 200
-        assert (await ask(it.app, "/v1/samples", {"n": 2})).status == 200
+        assert (await params(it.app, "/v1/samples", {"n": 2})).status == 200
         assert await it.cost() == 0
 
     served(small_run, test, "serve.limits.pending=25")
@@ -474,19 +571,21 @@ def test_more_than_may_be_pending_is_429_with_a_time_to_come_back(small_run: Pat
 
 def test_what_is_not_done_by_the_deadline_is_504_and_takes_its_cost_along(small_run: Path) -> None:
     async def test(it: Served) -> None:
-        reply = await ask(it.app, "/v1/samples", {"n": 2})
+        reply = await params(it.app, "/v1/samples", {"n": 2})
         assert (reply.status, reply.error["type"]) == (504, "deadline")
         assert reply.error["message"] == "not done within 0.2 s"
-        streamed = (await ask(it.app, "/v1/samples", {"stream": True})).events
+        streamed = (await params(it.app, "/v1/samples", {"stream": True})).events
         assert [name for name, _ in streamed] == ["start", "error"]
         assert streamed[1][1]["error"]["type"] == "deadline"
-        asked = (await ask(it.app, "/v1/images/generations", {"prompt": "", "stream": True})).events
+        asked = (
+            await params(it.app, "/v1/images/generations", {"prompt": "", "stream": True})
+        ).events
         assert asked == [("error", {"type": "error", **streamed[1][1]})]
         assert await it.cost() == 0
         assert it.counted("rejections_total", reason="deadline") == 3
         assert it.counted("requests_total", status="504") == 3
         it.open()
-        assert (await ask(it.app, "/v1/samples", {})).status == 200
+        assert (await params(it.app, "/v1/samples", {})).status == 200
 
     served(small_run, test, "serve.limits.deadline_s=0.2")
 
@@ -494,11 +593,11 @@ def test_what_is_not_done_by_the_deadline_is_504_and_takes_its_cost_along(small_
 def test_an_expert_that_is_away_is_503_by_name_and_not_ready(small_run: Path) -> None:
     async def test(it: Served) -> None:
         it.open(UnavailableError("gone"))
-        reply = await ask(it.app, "/v1/samples", {"policy": "full"})
+        reply = await params(it.app, "/v1/samples", {"policy": "full"})
         assert (reply.status, reply.error["type"]) == (503, "unavailable")
         assert "expert-0" in reply.error["message"] and "away" in reply.error["message"]
         assert int(reply.headers["retry-after"]) > 0
-        ready = await ask(it.app, "/readyz")
+        ready = await params(it.app, "/readyz")
         assert ready.status == 503
         assert ready.json["status"] == "unavailable" and "away" in ready.json["experts"].values()
 
@@ -510,12 +609,14 @@ def test_experts_that_are_done_without_are_named_in_header_and_body(small_run: P
         it.open()
         it.gates[1].error = UnavailableError("gone")
         given = {"policy": "full", "steps": 8}
-        reply = await ask(it.app, "/v1/samples", {**given, "format": "b64_json"})
+        reply = await params(it.app, "/v1/samples", {**given, "format": "b64_json"})
         assert reply.status == 200
-        assert reply.headers["ddm-degraded"] == "expert-01" and reply.json["degraded"] == ["expert-01"]
-        streamed = (await ask(it.app, "/v1/samples", {**given, "stream": True})).events
+        assert reply.headers["ddm-degraded"] == "expert-01" and reply.json["degraded"] == [
+            "expert-01"
+        ]
+        streamed = (await params(it.app, "/v1/samples", {**given, "stream": True})).events
         assert streamed[-1][0] == "done" and streamed[-1][1]["degraded"] == ["expert-01"]
-        ready = await ask(it.app, "/readyz")
+        ready = await params(it.app, "/readyz")
         assert ready.status == 200
         assert ready.json["status"] == "degraded" and ready.json["experts"]["expert-01"] == "away"
 
@@ -525,20 +626,26 @@ def test_experts_that_are_done_without_are_named_in_header_and_body(small_run: P
 def test_before_anything_is_in_service_all_is_503(small_run: Path) -> None:
     async def test() -> None:
         it = Served(small_run)
-        for path, tree in (("/v1/samples", {}), ("/v1/images/generations", {"prompt": ""}), ("/v1/models", None)):
-            reply = await ask(it.app, path, tree)
+        for path, tree in (
+            ("/v1/samples", {}),
+            ("/v1/images/generations", {"prompt": ""}),
+            ("/v1/models", None),
+        ):
+            reply = await params(it.app, path, tree)
             assert (reply.status, reply.error["type"]) == (503, "unavailable")
-        ready = await ask(it.app, "/readyz")
+        ready = await params(it.app, "/readyz")
         assert (ready.status, ready.json) == (503, {"status": "starting", "experts": {}})
-        assert (await ask(it.app, "/healthz")).status == 200
-        assert (await ask(it.app, "/metrics")).status == 200
+        assert (await params(it.app, "/healthz")).status == 200
+        assert (await params(it.app, "/metrics")).status == 200
 
     asyncio.run(test())
 
 
 @pytest.mark.parametrize("given", [{"n": 4}, {"n": 4, "stream": True}])
 @pytest.mark.parametrize("path", ["/v1/samples", "/v1/images/generations"])
-def test_a_client_that_leaves_takes_its_cost_along(small_run: Path, path: str, given: dict[str, Any]) -> None:
+def test_a_client_that_leaves_takes_its_cost_along(
+    small_run: Path, path: str, given: dict[str, Any]
+) -> None:
     async def test(it: Served) -> None:
         tree = {**given, "prompt": ""} if "images" in path else given
         client = Client(it.app, path, json.dumps(tree).encode())
@@ -551,7 +658,7 @@ def test_a_client_that_leaves_takes_its_cost_along(small_run: Path, path: str, g
         assert it.counted("active_requests") == 0
         assert it.counted("requests_total", status="499") == 1
         it.open()
-        assert (await ask(it.app, "/v1/samples", {})).status == 200
+        assert (await params(it.app, "/v1/samples", {})).status == 200
 
     served(small_run, test)
 
@@ -572,7 +679,7 @@ def test_a_client_that_stops_reading_and_leaves_takes_its_cost_along(small_run: 
         await it.until(lambda: len(client.sent) == 3)
         client.left.set()
         await asyncio.wait_for(client.task, 20)
-        await it.until(lambda: not it.service.current.engine.jobs)
+        await it.until(lambda: not it.service.current.engine.requests)
         assert await it.cost() == 0
 
     served(small_run, test)
@@ -591,10 +698,12 @@ def test_what_nobody_expects_is_500_in_the_same_shape_and_says_nothing(
         client = Client(it.app, "/v1/samples", b"{}")
         with pytest.raises(RuntimeError):  # what was answered goes on to the server's log
             await client.task
-        answer = Reply(client.sent[0]["status"], {"content-type": "application/json"}, client.sent[1]["body"])
+        answer = Reply(
+            client.sent[0]["status"], {"content-type": "application/json"}, client.sent[1]["body"]
+        )
         assert (answer.status, answer.error["type"]) == (500, "internal")
         assert "secret" not in answer.error["message"]
-        events = (await ask(it.app, "/v1/samples", {"stream": True})).events
+        events = (await params(it.app, "/v1/samples", {"stream": True})).events
         assert [name for name, _ in events] == ["start", "error"]
         assert events[-1][1]["error"]["type"] == "internal"
         assert "secret" not in json.dumps(events)
@@ -608,29 +717,34 @@ def test_what_nobody_expects_is_500_in_the_same_shape_and_says_nothing(
 
 def test_metrics_count_what_happens(small_run: Path, start: Start) -> None:
     server = start(small_run, "sample.steps=4", "serve.limits.body_bytes=500")
-    names = ("ddm_pictures_total", "ddm_calls_total", "ddm_request_seconds_count", "ddm_requests_total")
+    names = ("ddm_images_total", "ddm_nfe_total", "ddm_request_seconds_count", "ddm_requests_total")
     assert [server.metric(name) for name in names] == [0, 0, 0, 0]
-    server.ask("/v1/samples", {"n": 3, "policy": "full"})
-    server.ask("/v1/samples", {"n": 2, "stream": True})
-    server.ask("/v1/images/generations", {"prompt": "", "n": 2})
+    server.params("/v1/samples", {"n": 3, "policy": "full"})
+    server.params("/v1/samples", {"n": 2, "stream": True})
+    server.params("/v1/images/generations", {"prompt": "", "n": 2})
     assert [server.metric(name) for name in names] == [7, 3 * 4 * 3 + 2 * 4 + 2 * 4, 3, 3]
     assert server.metric("ddm_requests_total", status="200") == 3
-    assert server.metric("ddm_calls_total", expert="expert-01") >= 3 * 4
+    assert server.metric("ddm_nfe_total", expert="expert-01") >= 3 * 4
     assert server.metric("ddm_batch_fill_count") == server.metric("ddm_call_seconds_count") > 0
-    assert server.metric("ddm_batch_fill_sum") == pytest.approx(server.metric("ddm_calls_total") / 64)
+    assert server.metric("ddm_batch_fill_sum") == pytest.approx(server.metric("ddm_nfe_total") / 64)
     assert server.metric("ddm_route_seconds_count") >= 12
     assert server.metric("ddm_expert_alive") == 3
-    for name in ("ddm_pending_cost", "ddm_active_requests", "ddm_queue_length", "ddm_rejections_total"):
+    for name in (
+        "ddm_pending_cost",
+        "ddm_active_requests",
+        "ddm_queue_length",
+        "ddm_rejections_total",
+    ):
         assert server.metric(name) == 0
-    server.ask("/v1/samples", {"n": 0})
-    server.ask("/v1/samples", {"steps": 251})
-    server.ask("/v1/samples", b"{", {"content-type": "application/json"})
-    server.ask("/v1/samples", b" " * 501, {"content-type": "application/json"})
-    server.ask("/nowhere")
+    server.params("/v1/samples", {"n": 0})
+    server.params("/v1/samples", {"steps": 251})
+    server.params("/v1/samples", b"{", {"content-type": "application/json"})
+    server.params("/v1/samples", b" " * 501, {"content-type": "application/json"})
+    server.params("/nowhere")
     kinds = {"invalid_value": 2, "not_json": 1, "body_too_large": 1, "not_found": 1}
     assert {kind: server.metric("ddm_rejections_total", reason=kind) for kind in kinds} == kinds
     assert server.metric("ddm_requests_total", status="422") == 2
     assert server.metric("ddm_requests_total", status="400") == 1
-    assert server.metric("ddm_pictures_total") == 7
-    answer = server.ask("/metrics")
+    assert server.metric("ddm_images_total") == 7
+    answer = server.params("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"

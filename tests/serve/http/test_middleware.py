@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve.http.middleware import Guard, shown
+from serve.http.middleware import LimitsMiddleware, shown
 
 TOKEN = "correct-horse"
 
@@ -31,11 +31,14 @@ class Behind:
 
 
 def parts_of(*bodies: bytes) -> list[dict[str, Any]]:
-    return [{"type": "http.request", "body": body, "more_body": i < len(bodies) - 1} for i, body in enumerate(bodies)]
+    return [
+        {"type": "http.request", "body": body, "more_body": i < len(bodies) - 1}
+        for i, body in enumerate(bodies)
+    ]
 
 
 def through(
-    guard: Guard,
+    guard: LimitsMiddleware,
     path: str = "/v1/samples",
     headers: tuple[tuple[bytes, bytes], ...] = (),
     parts: list[dict[str, Any]] | None = None,
@@ -75,12 +78,12 @@ def bearer(token: str, scheme: str = "Bearer") -> tuple[tuple[bytes, bytes], ...
 
 
 def test_without_a_token_all_pass() -> None:
-    assert status_of(Guard(Behind())) == 200
+    assert status_of(LimitsMiddleware(Behind())) == 200
 
 
 def test_a_token_lets_its_bearer_pass_and_nobody_else() -> None:
     behind = Behind()
-    guard = Guard(behind, TOKEN)
+    guard = LimitsMiddleware(behind, TOKEN)
     assert status_of(guard, headers=bearer(TOKEN)) == 200
     assert status_of(guard, headers=bearer(TOKEN, "bearer")) == 200
     passed = len(behind.scopes)
@@ -114,13 +117,21 @@ def test_a_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
     for given in (TOKEN, "wrong"):
-        through(Guard(Behind(), TOKEN), headers=bearer(given))
+        through(LimitsMiddleware(Behind(), TOKEN), headers=bearer(given))
     assert compared == [{TOKEN.encode()}, {TOKEN.encode(), b"wrong"}]
 
 
 def test_the_page_the_docs_and_probes_are_open_and_nothing_else_is() -> None:
-    guard = Guard(Behind(), TOKEN)
-    for path in ("/", "/page/page.css", "/docs", "/openapi.json", "/healthz", "/readyz", "/favicon.ico"):
+    guard = LimitsMiddleware(Behind(), TOKEN)
+    for path in (
+        "/",
+        "/page/page.css",
+        "/docs",
+        "/openapi.json",
+        "/healthz",
+        "/readyz",
+        "/favicon.ico",
+    ):
         assert status_of(guard, path) == 200, path
     for path in (
         "/v1/samples",
@@ -137,14 +148,21 @@ def test_the_page_the_docs_and_probes_are_open_and_nothing_else_is() -> None:
 
 def test_headers_that_override_limits_of_ray_do_not_pass_and_others_do() -> None:
     behind = Behind()
-    given = ((b"x-request-timeout-seconds", b"9"), (b"X-Request-Disconnect-Disabled", b"?1"), (b"accept", b"*/*"))
-    through(Guard(behind), headers=given)
+    given = (
+        (b"x-request-timeout-seconds", b"9"),
+        (b"X-Request-Disconnect-Disabled", b"?1"),
+        (b"accept", b"*/*"),
+    )
+    through(LimitsMiddleware(behind), headers=given)
     assert behind.scopes[0]["headers"] == [(b"accept", b"*/*")]
 
 
 def test_a_body_reaches_the_application_whole() -> None:
     behind = Behind()
-    assert status_of(Guard(behind, body_bytes=6), parts=parts_of(b"ab", b"", b"cd", b"ef")) == 200
+    assert (
+        status_of(LimitsMiddleware(behind, body_bytes=6), parts=parts_of(b"ab", b"", b"cd", b"ef"))
+        == 200
+    )
     assert behind.bodies == [b"abcdef"]
 
 
@@ -156,7 +174,9 @@ def test_a_body_above_the_limit_is_413_however_it_comes() -> None:
         (((b"content-length", b"3"),), parts_of(b"abcdefg")),  # by what it is, whatever it says
         ((), parts_of(b"abc", b"defg")),
     ):
-        sent = through(Guard(behind, body_bytes=6, body_timeout_s=0.1), headers=headers, parts=parts)
+        sent = through(
+            LimitsMiddleware(behind, body_bytes=6, body_timeout_s=0.1), headers=headers, parts=parts
+        )
         assert sent[0]["status"] == 413
         assert dict(sent[0]["headers"])[b"connection"] == b"close"
         assert error_of(sent) == {
@@ -170,7 +190,7 @@ def test_a_body_above_the_limit_is_413_however_it_comes() -> None:
 
 def test_what_follows_a_body_that_is_too_large_is_heard_out_and_dropped() -> None:
     parts = parts_of(*[b"abcd"] * 50)
-    assert status_of(Guard(Behind(), body_bytes=6), parts=parts) == 413
+    assert status_of(LimitsMiddleware(Behind(), body_bytes=6), parts=parts) == 413
     assert parts == []
 
 
@@ -186,7 +206,9 @@ def test_a_client_that_sends_too_much_for_ever_is_left_in_the_end() -> None:
             sent.append(message)
 
         scope = {"type": "http", "path": "/v1/samples", "headers": []}
-        await asyncio.wait_for(Guard(Behind(), body_bytes=6, body_timeout_s=0.1)(scope, receive, send), 20)
+        await asyncio.wait_for(
+            LimitsMiddleware(Behind(), body_bytes=6, body_timeout_s=0.1)(scope, receive, send), 20
+        )
         assert sent[0]["status"] == 413
         assert error_of(sent)["type"] == "body_too_large"
 
@@ -196,7 +218,7 @@ def test_a_client_that_sends_too_much_for_ever_is_left_in_the_end() -> None:
 def test_a_body_that_does_not_come_is_408() -> None:
     behind = Behind()
     unfinished = [{"type": "http.request", "body": b"{", "more_body": True}]
-    sent = through(Guard(behind, body_timeout_s=0.05), parts=unfinished)
+    sent = through(LimitsMiddleware(behind, body_timeout_s=0.05), parts=unfinished)
     assert sent[0]["status"] == 408
     assert dict(sent[0]["headers"])[b"connection"] == b"close"
     assert error_of(sent)["message"] == "the body must arrive within 0.05 s"
@@ -206,7 +228,7 @@ def test_a_body_that_does_not_come_is_408() -> None:
 def test_a_client_that_leaves_within_its_body_is_not_answered() -> None:
     behind = Behind()
     parts = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
-    assert through(Guard(behind), parts=parts) == []
+    assert through(LimitsMiddleware(behind), parts=parts) == []
     assert behind.scopes == []
 
 
@@ -216,29 +238,38 @@ def test_after_the_body_the_application_hears_of_the_client_that_leaves() -> Non
     async def listening(scope: Any, receive: Any, send: Any) -> None:
         heard.extend([await receive(), await receive()])
 
-    through(Guard(listening), parts=[*parts_of(b"abc"), {"type": "http.disconnect"}])
-    assert heard == [{"type": "http.request", "body": b"abc", "more_body": False}, {"type": "http.disconnect"}]
+    through(LimitsMiddleware(listening), parts=[*parts_of(b"abc"), {"type": "http.disconnect"}])
+    assert heard == [
+        {"type": "http.request", "body": b"abc", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
 
 
 def test_there_are_no_websockets_with_or_without_a_token() -> None:
     behind = Behind()
-    for guard in (Guard(behind), Guard(behind, TOKEN)):
+    for guard in (LimitsMiddleware(behind), LimitsMiddleware(behind, TOKEN)):
         assert through(guard, "/page/x", kind="websocket") == [{"type": "websocket.close"}]
     assert behind.scopes == []
 
 
 def test_the_life_of_the_application_is_not_guarded() -> None:
     behind = Behind()
-    through(Guard(behind, TOKEN), kind="lifespan")
+    through(LimitsMiddleware(behind, TOKEN), kind="lifespan")
     assert behind.scopes[0]["type"] == "lifespan"
 
 
 def test_refusals_are_told_by_kind() -> None:
     told: list[str] = []
-    guard = Guard(Behind(), TOKEN, body_bytes=6, body_timeout_s=0.05, refused=told.append)
+    guard = LimitsMiddleware(
+        Behind(), TOKEN, body_bytes=6, body_timeout_s=0.05, refused=told.append
+    )
     through(guard)
     through(guard, headers=bearer(TOKEN), parts=parts_of(b"abcdefg"))
-    through(guard, headers=bearer(TOKEN), parts=[{"type": "http.request", "body": b"", "more_body": True}])
+    through(
+        guard,
+        headers=bearer(TOKEN),
+        parts=[{"type": "http.request", "body": b"", "more_body": True}],
+    )
     through(guard, headers=bearer(TOKEN))
     assert told == ["unauthorized", "body_too_large", "body_timeout"]
 

@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH")
 
-DONE = "#copy:not([hidden])"  # the link is offered once the pictures are there
+DONE = "#copy:not([hidden])"  # the link is offered once the images are there
 Call = Callable[..., Any]
 
 
@@ -36,10 +36,20 @@ def served(run: Path, log: Path, *words: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "serve", str(run), f"serve.port={port}", "serve.device=cpu", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "serve",
+        str(run),
+        f"serve.port={port}",
+        "serve.device=cpu",
+        *words,
+    ]
     with (
         log.open("wb") as out,
-        subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}) as server,
+        subprocess.Popen(
+            command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ) as server,
     ):
         try:
             for _ in range(600):
@@ -87,7 +97,9 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     yield opened
     for context in contexts:
         context.close()
-    refusal = re.compile(r"error: Failed to load resource: the server responded with a status of 4\d\d")
+    refusal = re.compile(
+        r"error: Failed to load resource: the server responded with a status of 4\d\d"
+    )
     assert [text for text in wrong if not refusal.match(text)] == []
 
 
@@ -123,12 +135,14 @@ def shown(page: Page) -> list[np.ndarray]:
 
 
 def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
-    """Equal to a rounding: what a picture is calculated together with may move the last bits."""
-    return len(ours) == len(theirs) and all(np.abs(a - b).max() <= 1 for a, b in zip(ours, theirs, strict=True))
+    """Equal to a rounding: what an image is calculated together with may move the last bits."""
+    return len(ours) == len(theirs) and all(
+        np.abs(a - b).max() <= 1 for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def strip(page: Page, index: int) -> list[set[int]]:
-    """Who moved a picture at each step, read off the geometry of its strip."""
+    """Who moved an image at each step, read off the geometry of its strip."""
     paths = page.locator(".tile").nth(index).locator("svg path")
     cells = [(int(step), int(row)) for d in paths.evaluate_all("all => all.map(path => path.getAttribute('d'))")
              for step, row in re.findall(r"M(\d+) (\d+)h", d)]  # fmt: skip
@@ -150,22 +164,28 @@ def draw(page: Page, **fields: Any) -> None:
     page.wait_for_selector(DONE)
 
 
-def test_the_pictures_are_those_of_the_api_and_their_names_the_likeliest_experts(
+def test_the_images_are_those_of_the_api_and_their_names_the_likeliest_experts(
     page: Page, address: str, call: Call
 ) -> None:
     page.goto(address)
     draw(page, n=5, seed=7, steps=6, sampler="heun", policy="stochastic", source="analytic")
     said = call(n=5, seed=7, steps=6, sampler="heun", policy="stochastic", source="analytic")
-    assert same(shown(page), [pixels(picture["b64_json"]) for picture in said["data"]])
+    assert same(shown(page), [pixels(image["b64_json"]) for image in said["data"]])
     holders = np.asarray(said["trace"]["alpha"])[-1].argmax(axis=1)
     assert len(set(holders)) > 1
-    assert page.locator(".tile .name").all_inner_texts() == [said["trace"]["experts"][k] for k in holders]
+    assert page.locator(".tile .name").all_inner_texts() == [
+        said["trace"]["experts"][k] for k in holders
+    ]
     assert f"{said['calls']} expert calls" in page.inner_text("#status")
-    assert "3 experts" in page.inner_text("#model") and said["version"][:12] in page.inner_text("#model")
+    assert "3 experts" in page.inner_text("#model") and said["version"][:12] in page.inner_text(
+        "#model"
+    )
 
 
 @pytest.mark.parametrize("policy", ["balanced", "top_k", "full", "fixed"])
-def test_a_strip_shows_who_moved_its_picture_at_each_step(page: Page, address: str, call: Call, policy: str) -> None:
+def test_a_strip_shows_who_moved_its_image_at_each_step(
+    page: Page, address: str, call: Call, policy: str
+) -> None:
     page.goto(address)
     fill(page, policy=policy)
     assert page.locator("[name=top_k]").is_visible() == (policy == "top_k")
@@ -180,7 +200,7 @@ def test_a_strip_shows_who_moved_its_picture_at_each_step(page: Page, address: s
         ]
 
 
-def test_the_chart_and_the_numbers_are_the_trace_of_the_picture_that_is_looked_at(
+def test_the_chart_and_the_numbers_are_the_trace_of_the_image_that_is_looked_at(
     page: Page, address: str, call: Call
 ) -> None:
     page.goto(address)
@@ -204,18 +224,30 @@ def test_the_chart_and_the_numbers_are_the_trace_of_the_picture_that_is_looked_a
     assert np.allclose((np.asarray(upper) - 6) / 150, alpha[:, 0], atol=2e-3)
 
 
-def test_the_slider_shows_what_the_experts_made_of_a_picture_at_that_step(page: Page, address: str) -> None:
+def test_the_slider_shows_what_the_experts_made_of_an_image_at_that_step(
+    page: Page, address: str
+) -> None:
     page.goto(address)
     draw(page, n=2, seed=3)
-    body = json.dumps({"n": 2, "seed": 3, "stream": True, "trace": True, "preview_every": 1}).encode()
-    with urlopen(Request(f"{address}/v1/samples", body, {"Content-Type": "application/json"}), timeout=60) as reply:
-        events = [json.loads(line[6:]) for line in reply.read().decode().splitlines() if line.startswith("data: ")]
+    body = json.dumps(
+        {"n": 2, "seed": 3, "stream": True, "trace": True, "preview_every": 1}
+    ).encode()
+    with urlopen(
+        Request(f"{address}/v1/samples", body, {"Content-Type": "application/json"}), timeout=60
+    ) as reply:
+        events = [
+            json.loads(line[6:])
+            for line in reply.read().decode().splitlines()
+            if line.startswith("data: ")
+        ]
     steps = sorted((e["index"], e["b64_json"]) for e in events if e.get("call") == 3)
     page.locator("#at").fill("2")
     assert same(shown(page), [pixels(b64) for _, b64 in steps])
     assert "Step 3 of 6" in page.inner_text("#when")
     assert page.locator("#at").get_attribute("aria-valuetext") == "step 3 of 6, t 0.67"
-    page.get_by_role("button", name="Play").click()  # from there to the end, and then it can be played again
+    page.get_by_role(
+        "button", name="Play"
+    ).click()  # from there to the end, and then it can be played again
     expect(page.locator("#at")).to_have_attribute("aria-valuetext", "finished")
     expect(page.locator("#play")).to_have_text("Play")
 
@@ -298,7 +330,7 @@ def test_everything_can_be_done_with_the_keyboard(page: Page, address: str) -> N
     ):
         page.keyboard.press(key)
         assert on(f".tile[aria-selected=true][data-index='{which - 1}']")
-        assert page.inner_text("#which").startswith(f"Picture {which}:")
+        assert page.inner_text("#which").startswith(f"Image {which}:")
     page.set_viewport_size({"width": 360, "height": 740})
     columns = page.locator(".tile").evaluate_all(
         "all => all.filter(tile => tile.offsetTop === all[0].offsetTop).length"
@@ -310,7 +342,9 @@ def test_everything_can_be_done_with_the_keyboard(page: Page, address: str) -> N
 
 
 @pytest.mark.parametrize("query", ["", "?n=9&seed=1", "?n=3&seed=1&policy=full&at=2"])
-def test_nothing_is_wider_than_a_phone(new_page: Callable[..., Page], address: str, query: str) -> None:
+def test_nothing_is_wider_than_a_phone(
+    new_page: Callable[..., Page], address: str, query: str
+) -> None:
     page = new_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page.goto(f"{address}/{query}")
     page.wait_for_selector(DONE if query else "#form:not([hidden])")
@@ -331,7 +365,9 @@ def test_the_page_asks_nobody_else_and_its_policy_forbids_it(page: Page, address
     )
 
 
-@pytest.mark.parametrize(("field", "value"), [("n", 0), ("steps", 9999), ("seed", "seven"), ("seed", -1), ("t_min", 1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("n", 0), ("steps", 9999), ("seed", "seven"), ("seed", -1), ("t_min", 1)]
+)
 def test_a_refused_value_is_named_in_the_api_s_words_and_its_field_is_in_focus(
     page: Page, address: str, call: Call, field: str, value: Any
 ) -> None:
@@ -345,12 +381,18 @@ def test_a_refused_value_is_named_in_the_api_s_words_and_its_field_is_in_focus(
     expect(page.get_by_role("alert")).to_have_text(call(**{field: value})["error"]["message"])
     expect(page.locator(f"[name={field}]")).to_be_focused()
     assert page.locator(f"[name={field}]").get_attribute("aria-invalid") == "true"
-    assert page.url == before and page.locator(".tile").count() == 1  # what was shown stays, and so does its link
+    assert (
+        page.url == before and page.locator(".tile").count() == 1
+    )  # what was shown stays, and so does its link
     draw(page, **{field: {"n": 2, "steps": 3, "seed": 5, "t_min": 0}[field]})
-    assert page.get_by_role("alert").inner_text() == "" and page.locator("[aria-invalid]").count() == 0
+    assert (
+        page.get_by_role("alert").inner_text() == "" and page.locator("[aria-invalid]").count() == 0
+    )
 
 
-def test_a_link_to_what_this_server_does_not_have_is_refused_in_words(page: Page, address: str, call: Call) -> None:
+def test_a_link_to_what_this_server_does_not_have_is_refused_in_words(
+    page: Page, address: str, call: Call
+) -> None:
     page.goto(f"{address}/?seed=1&sampler=magic")
     expect(page.get_by_role("alert")).to_have_text(call(sampler="magic")["error"]["message"])
     expect(page.locator("[name=sampler]")).to_be_focused()
@@ -366,10 +408,14 @@ def test_no_cluster_at_all_is_refused_in_words(page: Page, address: str) -> None
     expect(page.locator("[name=clusters]").first).to_be_focused()
 
 
-def test_stop_takes_the_pictures_off_the_server(page: Page, address: str) -> None:
+def test_stop_takes_the_images_off_the_server(page: Page, address: str) -> None:
     def pending() -> float:
         with urlopen(f"{address}/metrics", timeout=10) as reply:
-            return float(re.search(r"^ddm_pending_cost(?:{.*})? (\S+)$", reply.read().decode(), re.MULTILINE)[1])
+            return float(
+                re.search(
+                    r"^ddm_pending_cost(?:{.*})? (\S+)$", reply.read().decode(), re.MULTILINE
+                )[1]
+            )
 
     page.goto(address)
     fill(page, n=64, steps=250, seed=1)
@@ -389,7 +435,9 @@ def test_stop_takes_the_pictures_off_the_server(page: Page, address: str) -> Non
     assert page.locator(".tile").count() == 2
 
 
-def test_a_new_seed_while_drawing_takes_the_place_of_what_was_asked(page: Page, address: str, call: Call) -> None:
+def test_a_new_seed_while_drawing_takes_the_place_of_what_was_asked(
+    page: Page, address: str, call: Call
+) -> None:
     page.goto(address)
     fill(page, n=64, steps=250, seed=1)
     page.get_by_role("button", name="Draw", exact=True).click()
@@ -398,20 +446,34 @@ def test_a_new_seed_while_drawing_takes_the_place_of_what_was_asked(page: Page, 
     page.get_by_role("button", name="New seed").click()
     page.wait_for_selector(DONE)
     seed = int(page.locator("#seed").input_value())
-    assert seed != 1 and same(shown(page), [pixels(p["b64_json"]) for p in call(n=2, steps=3, seed=seed)["data"]])
+    assert seed != 1 and same(
+        shown(page), [pixels(p["b64_json"]) for p in call(n=2, steps=3, seed=seed)["data"]]
+    )
 
 
 @pytest.mark.parametrize(
     ("tail", "said"),
     [
-        ('event: error\ndata: {"error": {"message": "expert 2 is away", "param": null}}\n\n', "expert 2 is away"),
-        ("", "the answer ended before the pictures were done"),
+        (
+            'event: error\ndata: {"error": {"message": "expert 2 is away", "param": null}}\n\n',
+            "expert 2 is away",
+        ),
+        ("", "the answer ended before the images were done"),
     ],
 )
 def test_a_stream_that_fails_says_so(page: Page, address: str, tail: str, said: str) -> None:
-    start = {"seed": 1, "version": "0", "n": 1, "calls_a_picture": 3, "experts": ["a", "b"], "shape": [1, 8, 8]}
+    start = {
+        "seed": 1,
+        "version": "0",
+        "n": 1,
+        "nfe_per_image": 3,
+        "experts": ["a", "b"],
+        "shape": [1, 8, 8],
+    }
     body = f"event: start\ndata: {json.dumps(start)}\n\n{tail}"
-    page.route("**/v1/samples", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    page.route(
+        "**/v1/samples", lambda route: route.fulfill(body=body, content_type="text/event-stream")
+    )
     page.goto(f"{address}/?seed=1")
     expect(page.get_by_role("alert")).to_have_text(said)
     assert page.inner_text("#status") == "Not finished." and page.locator("#stop").is_hidden()

@@ -11,8 +11,11 @@ def test_the_range_from_minus_one_to_one_becomes_0_to_255() -> None:
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
 
 
-def test_a_sheet_shows_every_picture_in_its_place() -> None:
-    rows = [torch.full((2, 3, 32, 32), 10, dtype=torch.uint8), torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)]
+def test_a_sheet_shows_every_image_in_its_place() -> None:
+    rows = [
+        torch.full((2, 3, 32, 32), 10, dtype=torch.uint8),
+        torch.full((1, 3, 32, 32), 200, dtype=torch.uint8),
+    ]
     sheet = contact_sheet(rows)
     assert sheet.shape == (3, 66, 66)
     assert sheet[:, :32, :32].unique().tolist() == sheet[:, :32, 34:].unique().tolist() == [10]
@@ -20,16 +23,18 @@ def test_a_sheet_shows_every_picture_in_its_place() -> None:
     assert sheet[:, 34:, 34:].unique().tolist() == [255]
 
 
-def test_a_small_picture_is_enlarged_and_keeps_its_mean() -> None:
-    picture = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8) * 3 + 20
-    sheet = contact_sheet([picture])
+def test_a_small_image_is_enlarged_and_keeps_its_mean() -> None:
+    image = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8) * 3 + 20
+    sheet = contact_sheet([image])
     assert sheet.shape == (1, 32, 32)
-    assert abs(float(sheet.float().mean() - picture.float().mean())) < 1
+    assert abs(float(sheet.float().mean() - image.float().mean())) < 1
 
 
-def test_a_png_read_back_is_the_picture(tmp_path: Path) -> None:
+def test_a_png_read_back_is_the_image(tmp_path: Path) -> None:
     for channels in (1, 3):
-        picture = torch.randint(0, 256, (channels, 5, 7), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-        write_png(tmp_path / "a" / "b.png", picture)
+        image = torch.randint(
+            0, 256, (channels, 5, 7), generator=torch.Generator().manual_seed(0)
+        ).to(torch.uint8)
+        write_png(tmp_path / "a" / "b.png", image)
         read = np.asarray(Image.open(tmp_path / "a" / "b.png")).reshape(5, 7, channels)
-        assert np.array_equal(read, picture.permute(1, 2, 0).numpy())
+        assert np.array_equal(read, image.permute(1, 2, 0).numpy())

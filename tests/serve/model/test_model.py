@@ -12,7 +12,7 @@ from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, writ
 from ddm.errors import ArtifactError, ConfigError
 from ddm.gaussian import moments
 from ddm.partition import Partition
-from ddm.rng import Use, normal
+from ddm.rng import RngStream, normal
 from ddm.samplers import SAMPLERS, drive, sample
 from ddm.samplers import start as walk_of
 from ddm.schedules import schedule
@@ -25,15 +25,26 @@ from serve.model.loading import load_expert
 @pytest.mark.parametrize(
     ("policy", "sampler"),
     [
-        *((policy, "dpmpp_2m") for policy in ("balanced", "adaptive", "stochastic", "fixed", "full")),
+        *(
+            (policy, "dpmpp_2m")
+            for policy in ("balanced", "adaptive", "stochastic", "fixed", "full")
+        ),
         *(("balanced", sampler) for sampler in SAMPLERS if sampler != "dpmpp_2m"),
         ("adaptive", "heun"),
         ("stochastic", "ddpm"),
     ],
 )
-def test_a_picture_is_the_same_alone_and_among_others(small_run: Path, policy: str, sampler: str) -> None:
+def test_an_image_is_the_same_alone_and_among_others(
+    small_run: Path, policy: str, sampler: str
+) -> None:
     model = load(small_run)
-    settings = {"seed": 0, "steps": 6, "policy": policy, "sampler": sampler, "control": "gaussian"}
+    settings = {
+        "seed": 0,
+        "steps": 6,
+        "policy": policy,
+        "sampler": sampler,
+        "control_variate": "gaussian",
+    }
     many, traced = model.sample(8, trace=True, **settings)
     one, alone = model.sample(1, first_index=3, trace=True, **settings)
     assert torch.equal(traced.chosen[:, 3], alone.chosen[:, 0])
@@ -41,13 +52,13 @@ def test_a_picture_is_the_same_alone_and_among_others(small_run: Path, policy: s
     assert (many[3] - many[4]).abs().max() > 0.05
 
 
-def test_the_size_of_the_batch_changes_no_picture(small_run: Path) -> None:
+def test_the_size_of_the_batch_changes_no_image(small_run: Path) -> None:
     model = load(small_run)
     whole, by_three = (model.sample(8, seed=1, steps=5, batch=batch) for batch in (8, 3))
     assert torch.allclose(whole, by_three, atol=1e-4)
 
 
-def test_another_seed_gives_other_pictures(small_run: Path) -> None:
+def test_another_seed_gives_other_images(small_run: Path) -> None:
     model = load(small_run)
     assert (model.sample(2, seed=0, steps=3) - model.sample(2, seed=1, steps=3)).abs().mean() > 0.05
 
@@ -77,7 +88,9 @@ def calls_of(sampler: str, steps: int) -> int:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_goes_with_every_policy_and_its_calls_are_counted(small_run: Path, sampler: str) -> None:
+def test_every_sampler_goes_with_every_policy_and_its_calls_are_counted(
+    small_run: Path, sampler: str
+) -> None:
     model, n, steps = load(small_run), 2, 3
     calls = calls_of(sampler, steps)
     for policy in POLICIES:
@@ -96,14 +109,20 @@ def test_every_sampler_goes_with_every_policy_and_its_calls_are_counted(small_ru
                 assert trace.calls == n * calls, policy
 
 
-def test_a_choice_is_held_within_a_step_of_two_calls_and_drawn_anew_in_the_next(small_run: Path) -> None:
-    _, trace = load(small_run).sample(8, steps=5, sampler="heun", policy="stochastic", source="prior", trace=True)
+def test_a_choice_is_held_within_a_step_of_two_calls_and_drawn_anew_in_the_next(
+    small_run: Path,
+) -> None:
+    _, trace = load(small_run).sample(
+        8, steps=5, sampler="heun", policy="stochastic", source="prior", trace=True
+    )
     first, second = trace.chosen[0:8:2], trace.chosen[1:8:2]
     assert first.equal(second)
     assert not any(one.equal(other) for one, other in pairwise(trace.chosen[0:9:2]))
 
 
-def test_adaptive_takes_as_many_calls_as_its_budget_where_nothing_is_decided(small_run: Path) -> None:
+def test_adaptive_takes_as_many_calls_as_its_budget_where_nothing_is_decided(
+    small_run: Path,
+) -> None:
     model = load(small_run)
     for budget, calls in ((1.0, 8), (1.25, 10), (1.5, 12), (2.0, 16)):
         settings = {"steps": 8, "source": "prior", "policy": "adaptive", "budget": budget}
@@ -134,9 +153,9 @@ def test_one_step_with_control_is_one_without_and_the_gaussians_answer_to_what_i
 ) -> None:
     model = load(small_run)
     settings = {"steps": 1, "clip": False, "source": "prior", "policy": "balanced"}
-    plain, trace = model.sample(4, trace=True, control="none", **settings)
-    controlled = model.sample(4, control="gaussian", **settings)
-    noise = normal(0, Use.START, torch.arange(4), 0, model.shape)
+    plain, trace = model.sample(4, trace=True, control_variate="none", **settings)
+    controlled = model.sample(4, control_variate="gaussian", **settings)
+    noise = normal(0, RngStream.START, torch.arange(4), 0, model.shape)
     x = noise * model.schedule(torch.ones(())).s
     left = trace.alpha[0] - trace.chosen[0].float()
     expected = plain + model.gaussians.mix(x, torch.ones(()), left)
@@ -144,15 +163,19 @@ def test_one_step_with_control_is_one_without_and_the_gaussians_answer_to_what_i
     assert (controlled - plain).abs().max() > 0.1
 
 
-def test_the_control_is_on_unless_told_otherwise_and_never_for_fixed_or_for_all(small_run: Path) -> None:
+def test_the_control_is_on_unless_told_otherwise_and_never_for_fixed_or_for_all(
+    small_run: Path,
+) -> None:
     model = load(small_run)
 
     def both(policy: str) -> tuple[Tensor, Tensor]:
-        plain, controlled = (model.sample(4, steps=4, policy=policy, control=c) for c in ("none", "gaussian"))
+        plain, controlled = (
+            model.sample(4, steps=4, policy=policy, control_variate=c) for c in ("none", "gaussian")
+        )
         assert torch.equal(controlled, model.sample(4, steps=4, policy=policy))
         return plain, controlled
 
-    assert SampleConfig().control == "gaussian"
+    assert SampleConfig().control_variate == "gaussian"
     assert torch.equal(*both("fixed"))
     assert torch.allclose(*both("full"), atol=1e-5)
     for policy in ("balanced", "adaptive", "stochastic", "top_k"):
@@ -169,7 +192,11 @@ def test_the_control_is_on_unless_told_otherwise_and_never_for_fixed_or_for_all(
             r"sample.sampler must be one of euler ddim heun dpmpp_2m unipc for RectifiedFlow.*got 'ddpm'",
         ),
         ("rectified_flow", "accelerated_ode", "it divides by a; got 'accelerated_ode'"),
-        ("edm", "accelerated_sde", r"where a\^2 \+ s\^2 is 6401 at t = 1: it needs 1; got 'accelerated_sde'"),
+        (
+            "edm",
+            "accelerated_sde",
+            r"where a\^2 \+ s\^2 is 6401 at t = 1: it needs 1; got 'accelerated_sde'",
+        ),
     ],
 )
 def test_a_sampler_that_the_schedule_does_not_define_is_refused_before_anything_is_drawn(
@@ -190,7 +217,9 @@ def without(bundle: Path, name: str, tensor: str) -> None:
     """Write an artifact of a bundle anew without one of its tensors, with all hashes right."""
     tensors, facts = read_artifact(bundle / name)
     del tensors[tensor]
-    write_artifact(bundle / name, tensors, {key: value for key, value in facts.items() if key != "sha256"})
+    write_artifact(
+        bundle / name, tensors, {key: value for key, value in facts.items() if key != "sha256"}
+    )
     manifest = read_json(bundle / "manifest.json")
     manifest["artifacts"][name] = sha256(bundle / f"{name}.json")
     write_json(bundle / "manifest.json", manifest)
@@ -209,16 +238,16 @@ def test_an_expert_without_the_moments_of_its_cluster_is_refused_by_name(
         load(bundle)
 
 
-def test_a_bundle_carried_away_gives_the_same_pictures(small_run: Path, tmp_path: Path) -> None:
+def test_a_bundle_carried_away_gives_the_same_images(small_run: Path, tmp_path: Path) -> None:
     shutil.copytree(small_run / "bundle", tmp_path / "elsewhere")
     there, here = load(tmp_path / "elsewhere"), load(small_run)
     assert there.version == here.version
     assert torch.equal(there.sample(2, steps=3), here.sample(2, steps=3))
-    with pytest.raises(ConfigError, match="source=analytic needs the training pictures"):
+    with pytest.raises(ConfigError, match="source=analytic needs the training images"):
         there.sample(1, source="analytic")
 
 
-def test_a_clipped_picture_differs_only_where_it_would_leave_the_range(small_run: Path) -> None:
+def test_a_clipped_image_differs_only_where_it_would_leave_the_range(small_run: Path) -> None:
     model = load(small_run)
     free = model.sample(4, steps=1, clip=False)
     assert torch.allclose(model.sample(4, steps=1, clip=True), free.clamp(-1, 1), atol=1e-6)
@@ -231,11 +260,20 @@ def test_a_clipped_picture_differs_only_where_it_would_leave_the_range(small_run
         ({"steps": 2.5}, r"sample.steps must be in \[1, 1000\], got 2.5"),
         ({"sampler": "eular"}, "sample.sampler must be one of euler ddim heun .*, got 'eular'"),
         ({"policy": "best"}, "sample.policy must be one of full top_k .* adaptive, got 'best'"),
-        ({"policy": "adaptive", "budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
-        ({"control": "best"}, "sample.control must be one of none gaussian, got 'best'"),
+        (
+            {"policy": "adaptive", "budget": 0.5},
+            "sample.budget must be at least 1 call a step, got 0.5",
+        ),
+        (
+            {"control_variate": "best"},
+            "sample.control_variate must be one of none gaussian, got 'best'",
+        ),
         ({"order": 4}, "sample.order must be 2 or 3, got 4"),
         ({"sampler": "unipc", "order": 1}, "sample.order must be 2 or 3, got 1"),
-        ({"grid": "own"}, r"sample.grid must not be own for VPLinear.*, which has no steps of its own"),
+        (
+            {"grid": "own"},
+            r"sample.grid must not be own for VPLinear.*, which has no steps of its own",
+        ),
         ({"source": "oracle"}, "sample.source must be one of prior .*, got 'oracle'"),
         ({"grid": "even"}, "sample.grid must be one of uniform_t .*, got 'even'"),
         ({"policy": "top_k", "top_k": 0}, "sample.top_k must be at least 1, got 0"),
@@ -250,7 +288,9 @@ def test_a_clipped_picture_differs_only_where_it_would_leave_the_range(small_run
         ({"batch": 0}, "sample.batch must be a whole number, at least 1, got 0"),
     ],
 )
-def test_bad_settings_are_refused_by_name(small_run: Path, settings: dict[str, object], said: str) -> None:
+def test_bad_settings_are_refused_by_name(
+    small_run: Path, settings: dict[str, object], said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
         load(small_run).sample(1, **settings)  # type: ignore[call-overload]
 
@@ -260,12 +300,17 @@ def test_bad_settings_are_refused_by_name(small_run: Path, settings: dict[str, o
     [
         ({"budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
         ({"order": 4}, "sample.order must be 2 or 3, got 4"),
-        ({"control": "best"}, "sample.control must be one of none gaussian, got 'best'"),
+        (
+            {"control_variate": "best"},
+            "sample.control_variate must be one of none gaussian, got 'best'",
+        ),
         ({"temperature": -1.0}, r"sample.temperature must be in \[0.01, 100\], got -1.0"),
         ({"t_min": 1.0}, r"sample.t_min must be in \[0, 0.999\], got 1.0"),
     ],
 )
-def test_settings_are_refused_without_a_model_at_hand(settings: dict[str, object], said: str) -> None:
+def test_settings_are_refused_without_a_model_at_hand(
+    settings: dict[str, object], said: str
+) -> None:
     SampleConfig().check()
     with pytest.raises(ConfigError, match=said):
         SampleConfig(**settings).check()  # type: ignore[arg-type]
@@ -273,13 +318,19 @@ def test_settings_are_refused_without_a_model_at_hand(settings: dict[str, object
 
 def test_a_path_ends_at_t_min_with_the_noise_that_is_left_there(small_run: Path) -> None:
     model = load(small_run)
-    settings = {"steps": 9, "policy": "top_k", "source": "prior", "control": "none", "clip": False}
+    settings = {
+        "steps": 9,
+        "policy": "top_k",
+        "source": "prior",
+        "control_variate": "none",
+        "clip": False,
+    }
     images, trace = model.sample(3, t_min=0.1, trace=True, **settings)
     torch.testing.assert_close(trace.t, torch.linspace(1, 0.1, 10, dtype=torch.float64)[:-1])
     assert (images - model.sample(3, **settings)).abs().max() > 0.05
 
 
-def test_no_pictures_are_refused(small_run: Path) -> None:
+def test_no_images_are_refused(small_run: Path) -> None:
     with pytest.raises(ConfigError, match="sample.n must be a whole number, at least 1, got 0"):
         load(small_run).sample(0)
 
@@ -291,7 +342,8 @@ def test_a_changed_weight_is_refused_with_file_and_hashes(small_run: Path, tmp_p
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(
-        ArtifactError, match=r"expert-01.safetensors is damaged or foreign: its SHA-256 is \w{64}, expected \w{64}"
+        ArtifactError,
+        match=r"expert-01.safetensors is damaged or foreign: its SHA-256 is \w{64}, expected \w{64}",
     ):
         load(bundle)
 
@@ -305,7 +357,9 @@ def test_an_expert_of_another_run_is_refused_even_with_its_hash_in_the_manifest(
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["artifacts"]["expert-01"] = sha256(bundle / "expert-01.json")
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="expert-01.json does not belong to this bundle: its partition is '000"):
+    with pytest.raises(
+        ArtifactError, match="expert-01.json does not belong to this bundle: its partition is '000"
+    ):
         load(bundle)
 
 
@@ -323,9 +377,9 @@ def test_an_only_cluster_is_its_expert_alone_and_asks_no_other(small_run: Path) 
     model = load(small_run)
     for k, name in enumerate(model.names):
         for policy in ("full", "balanced", "top_k"):
-            settings = {"steps": 4, "policy": policy, "control": "none", "clip": False}
+            settings = {"steps": 4, "policy": policy, "control_variate": "none", "clip": False}
             images, trace = model.sample(2, trace=True, clusters={name: 2.0}, **settings)
-            start = normal(0, Use.START, torch.arange(2), 0, model.shape)
+            start = normal(0, RngStream.START, torch.arange(2), 0, model.shape)
             with torch.inference_mode():
                 at_one = start * model.schedule(torch.ones(())).s
                 alone = sample(model.experts[k], at_one, model.schedule, "dpmpp_2m", steps=4)
@@ -339,23 +393,34 @@ def test_weights_of_clusters_multiply_alpha_and_equal_ones_change_nothing(small_
     first, second, third = model.names
     settings = {"steps": 1, "policy": "full", "source": "posterior", "trace": True}
     plain, weighted = (
-        model.sample(3, **settings, **more)[1].alpha[0] for more in ({}, {"clusters": {first: 3.0, third: 0.5}})
+        model.sample(3, **settings, **more)[1].alpha[0]
+        for more in ({}, {"clusters": {first: 3.0, third: 0.5}})
     )
     left = plain * torch.tensor([3.0, 0.0, 0.5])
     torch.testing.assert_close(weighted, left / left.sum(dim=1, keepdim=True))
     same = dict.fromkeys((first, second, third), 7.0)
-    torch.testing.assert_close(model.sample(3, steps=4, clusters=same), model.sample(3, steps=4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model.sample(3, steps=4, clusters=same), model.sample(3, steps=4), rtol=0, atol=1e-5
+    )
 
 
-def test_the_temperature_raises_alpha_to_its_inverse_and_1_is_bit_identical_to_none(small_run: Path) -> None:
+def test_the_temperature_raises_alpha_to_its_inverse_and_1_is_bit_identical_to_none(
+    small_run: Path,
+) -> None:
     model = load(small_run)
     settings = {"steps": 4, "source": "posterior", "trace": True}
-    (images, plain), (same, _) = (model.sample(6, **settings, **more) for more in ({}, {"temperature": 1.0}))
+    (images, plain), (same, _) = (
+        model.sample(6, **settings, **more) for more in ({}, {"temperature": 1.0})
+    )
     assert images.equal(same)
     for temperature in (0.25, 4.0):
         cooled, trace = model.sample(6, **settings, temperature=temperature)
-        power = plain.alpha[0].double() ** (1 / temperature)  # at the first step all are at the same noise
-        torch.testing.assert_close(trace.alpha[0].double(), power / power.sum(dim=1, keepdim=True), rtol=1e-4, atol=0)
+        power = plain.alpha[0].double() ** (
+            1 / temperature
+        )  # at the first step all are at the same noise
+        torch.testing.assert_close(
+            trace.alpha[0].double(), power / power.sum(dim=1, keepdim=True), rtol=1e-4, atol=0
+        )
         assert (cooled - images).abs().max() > 1e-3
 
 
@@ -375,10 +440,16 @@ def test_a_cluster_that_there_is_not_is_refused_with_the_list(
     assert all(name in str(error.value) for name in load(small_run).names)
 
 
-@pytest.mark.parametrize("weights", [[0.0], [-1.0], [math.nan], [math.inf], [1.0, -1.0], [0.0, 0.0]])
-def test_weights_of_clusters_that_make_no_sense_are_refused(small_run: Path, weights: list[float]) -> None:
+@pytest.mark.parametrize(
+    "weights", [[0.0], [-1.0], [math.nan], [math.inf], [1.0, -1.0], [0.0, 0.0]]
+)
+def test_weights_of_clusters_that_make_no_sense_are_refused(
+    small_run: Path, weights: list[float]
+) -> None:
     model = load(small_run)
-    with pytest.raises(ConfigError, match="sample.clusters must have finite weights of at least 0, not all 0"):
+    with pytest.raises(
+        ConfigError, match="sample.clusters must have finite weights of at least 0, not all 0"
+    ):
         model.settings(clusters=dict(zip(model.names, weights, strict=False)))
 
 
@@ -399,13 +470,16 @@ def test_an_expert_read_alone_answers_as_the_one_of_the_whole_and_no_other_file_
     assert load_expert(small_run, 1)[1] == model.version
 
 
-def test_an_expert_that_there_is_not_or_that_is_damaged_is_refused_by_name(small_run: Path, tmp_path: Path) -> None:
+def test_an_expert_that_there_is_not_or_that_is_damaged_is_refused_by_name(
+    small_run: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ArtifactError, match="bundle has no expert 3, it has 3"):
         load_expert(small_run, 3)
     bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
     without(bundle, "expert-02", "gaussian.mean")
     with pytest.raises(
-        ArtifactError, match="expert-02.safetensors is not of this version: it has no tensor gaussian.mean"
+        ArtifactError,
+        match="expert-02.safetensors is not of this version: it has no tensor gaussian.mean",
     ):
         load_expert(bundle, 2)
     path = bundle / "expert-01.safetensors"
@@ -423,14 +497,16 @@ def test_a_model_without_its_experts_routes_as_the_whole_one(small_run: Path) ->
     for source in SOURCES:
         routed = []
         for model in (whole, bare):
-            router = model.recipe(model.settings(source=source)).router
+            router = model.plan(model.settings(source=source)).router
             alpha, memory = router.route(x, torch.tensor(1.0), router.start(x, half), half)
             routed.append((alpha, router.route(x, torch.tensor(0.6), memory, half)[0]))
         torch.testing.assert_close(routed[0], routed[1])
     torch.testing.assert_close(bare.gaussians.means, whole.gaussians.means)
 
 
-def test_a_bundle_with_a_damaged_expert_is_refused_without_experts_too(small_run: Path, tmp_path: Path) -> None:
+def test_a_bundle_with_a_damaged_expert_is_refused_without_experts_too(
+    small_run: Path, tmp_path: Path
+) -> None:
     bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
     path = bundle / "expert-01.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -439,33 +515,35 @@ def test_a_bundle_with_a_damaged_expert_is_refused_without_experts_too(small_run
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "unipc", "euler_maruyama", "accelerated_sde"])
-def test_a_recipe_walks_a_picture_as_the_samplers_do(small_run: Path, name: str) -> None:
+def test_a_recipe_walks_an_image_as_the_samplers_do(small_run: Path, name: str) -> None:
     model = load(small_run)
-    recipe = model.recipe(model.settings(sampler=name, steps=5, grid="quadratic", t_min=0.02))
+    plan = model.plan(model.settings(sampler=name, steps=5, grid="quadratic", t_min=0.02))
     index = torch.tensor([4, 9])
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return x.sin() * (1 - t.to(x).reshape(-1, *(1,) * (x.ndim - 1)))
 
-    start = normal(3, Use.START, index, 0, model.shape) * model.schedule(torch.ones(())).s
-    torch.testing.assert_close(recipe.start(3, index), start)
-    found, calls = drive(recipe.walk(recipe.start(3, index), 3, index), denoise)
+    start = normal(3, RngStream.START, index, 0, model.shape) * model.schedule(torch.ones(())).s
+    torch.testing.assert_close(plan.start(3, index), start)
+    found, calls = drive(plan.trajectory(plan.start(3, index), 3, index), denoise)
     by_hand = walk_of(start, model.schedule, name, 5, "quadratic", seed=3, index=index, t_min=0.02)
     expected, _ = drive(by_hand, denoise)
     torch.testing.assert_close(found, expected)
     assert calls == (10 if name == "heun" else 5)
 
 
-def test_a_recipe_is_the_same_for_the_same_settings_and_keeps_nothing_of_those_who_follow_it(small_run: Path) -> None:
+def test_a_recipe_is_the_same_for_the_same_settings_and_keeps_nothing_of_those_who_follow_it(
+    small_run: Path,
+) -> None:
     model = load(small_run)
-    recipe = model.recipe(model.settings(steps=3))
-    assert model.recipe(model.settings(steps=3)) is recipe
-    other = model.recipe(model.settings(steps=4, sampler="heun"))
-    assert other is not recipe and other.router is recipe.router
-    assert model.recipe(model.settings(steps=3, pull=1.0)).router is not recipe.router
+    plan = model.plan(model.settings(steps=3))
+    assert model.plan(model.settings(steps=3)) is plan
+    other = model.plan(model.settings(steps=4, sampler="heun"))
+    assert other is not plan and other.router is plan.router
+    assert model.plan(model.settings(steps=3, relaxation_rate=1.0)).router is not plan.router
     for seed in range(5):
         model.sample(2, seed=seed, steps=3)
-    assert recipe.schedule.cache_info().currsize <= 4  # the times of its grid
+    assert plan.schedule.cache_info().currsize <= 4  # the times of its grid
     for top_k in range(1, 200):
-        model.recipe(model.settings(policy="top_k", top_k=top_k))
-    assert len(model._recipes) <= 64 and len(model._routers) <= 64
+        model.plan(model.settings(policy="top_k", top_k=top_k))
+    assert len(model._plans) <= 64 and len(model._routers) <= 64

@@ -20,24 +20,34 @@ from serve import load
 from serve.model.images import to_uint8
 from tests.train.conftest import frechet, gaussian, means_of
 from train.config import Config
-from train.evaluation.measure import Measurement, evaluate
 from train.evaluation.features import feature_networks
-from train.evaluation.results import Cell, Evaluation, Score
+from train.evaluation.measure import Measurement, evaluate
 from train.evaluation.report import shown
+from train.evaluation.results import Cell, Evaluation, Score
 
 Judge = Callable[..., Path]
-NAMES = ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "controlled", "top-1", "full")
-NAIVE = {"source": "prior", "policy": "fixed", "control": "none"}
-BALANCED = {"source": "combined", "policy": "balanced", "control": "none"}
+NAMES = ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1", "full")
+NAIVE = {"source": "prior", "policy": "fixed", "control_variate": "none"}
+BALANCED = {"source": "combined", "policy": "balanced", "control_variate": "none"}
 
 
 def measured(config: Config) -> Evaluation:
     return Measurement(config, None, config.evaluate, "evaluate").make()
 
 
-def one(record: Evaluation, method: str = "balanced", steps: int = 4, sampler: str = "dpmpp_2m", seed: int = 0) -> Cell:
+def one(
+    record: Evaluation,
+    method: str = "balanced",
+    steps: int = 4,
+    sampler: str = "dpmpp_2m",
+    seed: int = 0,
+) -> Cell:
     wanted = (method, steps, sampler, seed)
-    (found,) = (cell for cell in record.cells if (cell.method, cell.steps, cell.sampler, cell.seed) == wanted)
+    (found,) = (
+        cell
+        for cell in record.cells
+        if (cell.method, cell.steps, cell.sampler, cell.seed) == wanted
+    )
     return found
 
 
@@ -64,10 +74,14 @@ def record(small_run: Path) -> Evaluation:
     return Evaluation.read(small_run / "evaluate" / "record.json")
 
 
-def test_the_recorded_distance_is_that_of_the_drawn_pictures(small_run: Path, record: Evaluation) -> None:
+def test_the_recorded_distance_is_that_of_the_drawn_images(
+    small_run: Path, record: Evaluation
+) -> None:
     whole = Partition.read(small_run / "partition").all(small_run / "partition")
     order = whole["index"].argsort()
-    (network,) = feature_networks(["classifier"], None, {name: part[order] for name, part in whole.items()}, 0, "cpu")
+    (network,) = feature_networks(
+        ["classifier"], None, {name: part[order] for name, part in whole.items()}, 0, "cpu"
+    )
     features = [
         gaussian(network(images, lambda _: None).features.double().numpy())
         for images in (whole["images"], drawn(small_run, "balanced-dpmpp_2m-4-seed0"))
@@ -78,9 +92,12 @@ def test_the_recorded_distance_is_that_of_the_drawn_pictures(small_run: Path, re
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("MoG-a", {"source": "posterior", "policy": "stochastic", "control": "none"}),
+        ("MoG-a", {"source": "posterior", "policy": "stochastic", "control_variate": "none"}),
         ("balanced", BALANCED),
-        ("controlled", {"source": "combined", "policy": "balanced", "control": "gaussian"}),
+        (
+            "balanced-cv",
+            {"source": "combined", "policy": "balanced", "control_variate": "gaussian"},
+        ),
     ],
 )
 def test_the_recorded_trajectory_error_is_that_to_the_full_mixture(
@@ -100,7 +117,9 @@ def test_all_methods_are_in_the_table_with_their_calls(record: Evaluation) -> No
     single = {(name, n): n for name in NAMES[:-1] for n in (2, 4)}
     assert calls == {**single, ("full", 2): 6, ("full", 4): 12}
     assert {(cell.sampler, cell.seed) for cell in record.cells} == {("dpmpp_2m", 0)}
-    assert record.pictures_seen["DDIM"] == record.pictures_seen["full"] == 3 * 12 * 12  # the same compute
+    assert (
+        record.images_seen["DDIM"] == record.images_seen["full"] == 3 * 12 * 12
+    )  # the same compute
     assert one(record, "DDIM").trajectory_error is None  # another model has no path in common
 
 
@@ -112,20 +131,22 @@ def test_the_report_needs_no_other_file(small_run: Path) -> None:
         assert name in page
 
 
-def test_every_seed_draws_pictures_of_its_own_and_the_table_gives_their_mean_and_deviation(
+def test_every_seed_draws_images_of_its_own_and_the_table_gives_their_mean_and_deviation(
     copy: Path, small: Callable[..., Config], means: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("evaluate.methods=[Naive, full]", "evaluate.seeds=3", f"evaluate.features=[{means}]")
     found = evaluate(small(copy, *words), None)
     assert len(found.cells) == 2 * 2 * 3 and found.seeds == 3
-    pictures = [drawn(copy, f"Naive-dpmpp_2m-4-seed{seed}") for seed in range(3)]
-    for seed, images in enumerate(pictures):
+    images = [drawn(copy, f"Naive-dpmpp_2m-4-seed{seed}") for seed in range(3)]
+    for seed, images in enumerate(images):
         assert (images.int() - expected(copy, seed, **NAIVE).int()).abs().max() <= 1
-    assert not pictures[0].equal(pictures[1]) and not pictures[1].equal(pictures[2])
+    assert not images[0].equal(images[1]) and not images[1].equal(images[2])
     of_real = gaussian(means_of(real(copy)))
-    distances = [frechet(of_real, gaussian(means_of(images))) for images in pictures]
+    distances = [frechet(of_real, gaussian(means_of(images))) for images in images]
     spread = found.over_seeds("Naive", 4, lambda cell: cell.scores["means"].frechet)
-    assert spread == pytest.approx((statistics.mean(distances), statistics.stdev(distances)), rel=1e-3)
+    assert spread == pytest.approx(
+        (statistics.mean(distances), statistics.stdev(distances)), rel=1e-3
+    )
     errors = found.over_seeds("Naive", 4, lambda cell: cell.trajectory_error)
     assert errors is not None and errors.deviation is None  # paths are those of seed 0
     assert errors.mean == one(found, "Naive").trajectory_error
@@ -146,7 +167,15 @@ def test_one_seed_has_no_deviation_and_what_was_not_measured_no_mean(record: Eva
 
 def test_a_mean_over_seeds_is_of_one_method_one_number_of_steps_and_one_sampler() -> None:
     cells = [
-        Cell(method, sampler, steps, seed, 100 * (method == "b") + 10 * steps + (sampler == "y") + seed**2, None, {})
+        Cell(
+            method,
+            sampler,
+            steps,
+            seed,
+            100 * (method == "b") + 10 * steps + (sampler == "y") + seed**2,
+            None,
+            {},
+        )
         for method in "ab"
         for sampler in "xy"
         for steps in (2, 3)
@@ -154,7 +183,11 @@ def test_a_mean_over_seeds_is_of_one_method_one_number_of_steps_and_one_sampler(
     ]
     table = Evaluation({}, {}, {}, {}, {"x": {}, "y": {}}, 20, 3, "32-true", cells, {})
     deviation = statistics.stdev([0, 1, 4])
-    for method, steps, sampler, base in (("a", 2, None, 20), ("b", 3, "x", 130), ("b", 2, "y", 121)):
+    for method, steps, sampler, base in (
+        ("a", 2, None, 20),
+        ("b", 3, "x", 130),
+        ("b", 2, "y", 121),
+    ):
         spread = table.over_seeds(method, steps, lambda cell: cell.calls, sampler)
         assert spread == pytest.approx((base + 5 / 3, deviation))
 
@@ -170,8 +203,11 @@ def test_each_sampler_draws_with_its_own_settings_above_those_of_sample(
         "evaluate.methods=[Naive, balanced]",
     )
     found = evaluate(small(copy, *words, samplers), None)
-    own = {"t_min": 0.01, **BALANCED}
-    settings: dict[str, dict[str, Any]] = {"a": own, "b": {"sampler": "dpmpp_2m", "grid": "uniform_log_snr", **own}}
+    cfg = {"t_min": 0.01, **BALANCED}
+    settings: dict[str, dict[str, Any]] = {
+        "a": cfg,
+        "b": {"sampler": "dpmpp_2m", "grid": "uniform_log_snr", **cfg},
+    }
     for name, given in settings.items():
         images = drawn(copy, f"balanced-{name}-4-seed0")
         assert (images.int() - expected(copy, **given).int()).abs().max() <= 1
@@ -189,10 +225,16 @@ def test_each_sampler_draws_with_its_own_settings_above_those_of_sample(
         assert found.fits["balanced"][name] == pytest.approx(power_law_fit([2, 4], errors))  # type: ignore[arg-type]
     # The reference is walked by the first of them.
     reference = read_json(copy / "evaluate" / "draws" / "reference-a-8-seed0.json")
-    assert (reference["sampler"], reference["policy"], reference["source"]) == ("dpmpp_2m", "full", "posterior")
+    assert (reference["sampler"], reference["policy"], reference["source"]) == (
+        "dpmpp_2m",
+        "full",
+        "posterior",
+    )
 
 
-def test_what_was_measured_is_read_again_as_it_was_written(small_run: Path, record: Evaluation) -> None:
+def test_what_was_measured_is_read_again_as_it_was_written(
+    small_run: Path, record: Evaluation
+) -> None:
     facts = json.loads((small_run / "evaluate" / "record.json").read_text())
     assert Evaluation.of({**facts, "and": "more"}) == record
     assert isinstance(one(record).scores["classifier"], Score)
@@ -203,7 +245,10 @@ def test_what_was_measured_is_read_again_as_it_was_written(small_run: Path, reco
 def forged(folder: Path, name: str) -> None:
     """Put a figure into a kept score that no computation gives."""
     kept = read_json(folder / "evaluate" / "scores" / f"{name}.json")
-    write_json(folder / "evaluate" / "scores" / f"{name}.json", {**kept, "score": {**kept["score"], "kid": -77.0}})
+    write_json(
+        folder / "evaluate" / "scores" / f"{name}.json",
+        {**kept, "score": {**kept["score"], "kid": -77.0}},
+    )
 
 
 def test_a_kept_score_is_not_computed_again_unless_its_draw_or_its_features_changed(
@@ -211,19 +256,24 @@ def test_a_kept_score_is_not_computed_again_unless_its_draw_or_its_features_chan
 ) -> None:
     network = judge(tmp_path / "own.pt", 4)
     words = [f"evaluate.features=[{network}]", "evaluate.methods=[Naive, balanced]"]
-    names = [f"{method}-dpmpp_2m-{steps}-seed0" for method in ("Naive", "balanced") for steps in (2, 4)]
+    names = [
+        f"{method}-dpmpp_2m-{steps}-seed0" for method in ("Naive", "balanced") for steps in (2, 4)
+    ]
 
     def kids(*more: str) -> list[float]:
         (copy / "evaluate" / "record.json").unlink(missing_ok=True)
         found = measured(small(copy, *words, *more))
-        return [one(found, name.split("-")[0], int(name.split("-")[2])).scores["own"].kid for name in names]
+        return [
+            one(found, name.split("-")[0], int(name.split("-")[2])).scores["own"].kid
+            for name in names
+        ]
 
     true = kids()
     assert -77.0 not in true
     for name in names:
         forged(copy, f"{name}-own")
     assert kids() == [-77.0] * 4
-    changed = kids("sample.t_min=0.02")  # other pictures
+    changed = kids("sample.t_min=0.02")  # other images
     assert -77.0 not in changed and changed != true
     assert kids() == true
     forged(copy, f"{names[0]}-own")
@@ -241,7 +291,11 @@ def test_a_record_of_the_same_is_read_and_anything_else_is_measured_anew(
     first = measured(small(copy, *words))
     write_json(path, {**read_json(path), "n": 12345})
     assert measured(small(copy, *words)).n == 12345
-    for more in (["evaluate.steps=[2, 3]"], ["evaluate.precision=bf16-mixed"], ["sample.clip=false"]):
+    for more in (
+        ["evaluate.steps=[2, 3]"],
+        ["evaluate.precision=bf16-mixed"],
+        ["sample.clip=false"],
+    ):
         config = small(copy, *words, *more)
         assert not Measurement(config, None, config.evaluate, "evaluate").is_made()
     assert measured(small(copy, *words, "evaluate.steps=[2, 3]")).n == 20
@@ -250,24 +304,39 @@ def test_a_record_of_the_same_is_read_and_anything_else_is_measured_anew(
     assert measured(small(copy, *words)) != first
 
 
-def test_two_sections_are_measured_side_by_side(copy: Path, small: Callable[..., Config], means: Path) -> None:
+def test_two_sections_are_measured_side_by_side(
+    copy: Path, small: Callable[..., Config], means: Path
+) -> None:
     before = (copy / "evaluate" / "record.json").read_bytes()
     config = small(copy, f"evaluate.features=[{means}]")
-    own = replace(config.table, n=20, seeds=1, steps=[2, 3], methods=["top-1"], features=[str(means)], trajectories=2)
-    found = Measurement(config, None, replace(own, reference_steps=4), "table").make()
+    cfg = replace(
+        config.table,
+        n=20,
+        seeds=1,
+        steps=[2, 3],
+        methods=["top-1"],
+        features=[str(means)],
+        trajectories=2,
+    )
+    found = Measurement(config, None, replace(cfg, reference_steps=4), "table").make()
     assert {cell.method for cell in found.cells} == {"top-1"}
     assert (copy / "table" / "record.json").exists()
     assert (copy / "evaluate" / "record.json").read_bytes() == before
     with pytest.raises(ConfigError, match="table.features must hold at least one network"):
-        Measurement(config, None, replace(own, features=[]), "table")
+        Measurement(config, None, replace(cfg, features=[]), "table")
 
 
-def test_the_precision_of_the_networks_is_in_the_record(copy: Path, small: Callable[..., Config], means: Path) -> None:
+def test_the_precision_of_the_networks_is_in_the_record(
+    copy: Path, small: Callable[..., Config], means: Path
+) -> None:
     words = (f"evaluate.features=[{means}]", "evaluate.methods=[Naive]")
     single = drawn(copy, "Naive-dpmpp_2m-4-seed0")
     found = measured(small(copy, *words, "evaluate.precision=bf16-mixed"))
     assert found.precision == "bf16-mixed"
-    assert read_json(copy / "evaluate" / "draws" / "Naive-dpmpp_2m-4-seed0.json")["precision"] == "bf16-mixed"
+    assert (
+        read_json(copy / "evaluate" / "draws" / "Naive-dpmpp_2m-4-seed0.json")["precision"]
+        == "bf16-mixed"
+    )
     apart = (drawn(copy, "Naive-dpmpp_2m-4-seed0").float() - single.float()).abs()
     assert 0 < apart.mean() < 2  # of 255
     assert measured(small(copy, *words)).precision == "32-true"
@@ -276,16 +345,23 @@ def test_the_precision_of_the_networks_is_in_the_record(copy: Path, small: Calla
 def test_the_reference_is_the_run_s_own_mixture_in_whatever_order_the_rows_are_asked_for(
     small_run: Path, small: Callable[..., Config]
 ) -> None:
-    own, other = (sha256(folder / "bundle" / "manifest.json") for folder in (small_run, small_run / "monolith"))
-    assert own != other
+    cfg, other = (
+        sha256(folder / "bundle" / "manifest.json")
+        for folder in (small_run, small_run / "monolith")
+    )
+    assert cfg != other
     for rows in ("full, DDIM", "DDIM, full", "DDIM"):
         config = small(small_run, f"evaluate.methods=[{rows}]")
-        measurement = Measurement(config, small(small_run / "monolith", "partition.k=1"), config.evaluate, "evaluate")
+        measurement = Measurement(
+            config, small(small_run / "monolith", "partition.k=1"), config.evaluate, "evaluate"
+        )
         assert measurement.reference.method.run == str(small_run)
-        assert measurement.reference.method.version == own
+        assert measurement.reference.method.version == cfg
 
 
-def test_rows_that_there_are_none_of_are_refused_by_name(small_run: Path, small: Callable[..., Config]) -> None:
+def test_rows_that_there_are_none_of_are_refused_by_name(
+    small_run: Path, small: Callable[..., Config]
+) -> None:
     config = small(small_run, "evaluate.methods=[DDIM]", "evaluate.monolith_steps=0")
     with pytest.raises(ConfigError, match=r"evaluate.methods must .*, got \['DDIM'\]"):
         Measurement(config, None, config.evaluate, "evaluate")

@@ -10,22 +10,22 @@ import pytest
 
 from ddm.artifacts import sha256
 from train.config import METHODS, Config
-from train.evaluation.samples import Drawn
 from train.evaluation.measure import Measurement
 from train.evaluation.methods import MEANING, methods
 from train.evaluation.plots import COLOURS
+from train.evaluation.samples import SampleSet
 from train.stages.monolith import monolith_config, train_monolith
 from train.stages.run import run
 
-PLAIN = {"control": "none", "temperature": 2.0, "clusters": {}}
+PLAIN = {"control_variate": "none", "temperature": 2.0, "clusters": {}}
 ROWS: dict[str, dict[str, Any]] = {
     "DDIM": {"source": "prior", "policy": "full", "temperature": 1.0},
     "Naive": {"source": "prior", "policy": "fixed", "temperature": 1.0},
     "MoG-a": {"source": "posterior", "policy": "stochastic", "temperature": 1.0},
     "MoG-da": {"source": "combined", "policy": "stochastic", "temperature": 1.0},
     "balanced": {"source": "analytic", "policy": "balanced"},
-    "controlled": {"source": "analytic", "policy": "balanced", "control": "gaussian"},
-    "adaptive": {"source": "analytic", "policy": "adaptive", "control": "gaussian"},
+    "balanced-cv": {"source": "analytic", "policy": "balanced", "control_variate": "gaussian"},
+    "adaptive": {"source": "analytic", "policy": "adaptive", "control_variate": "gaussian"},
     "top-1": {"source": "analytic", "policy": "top_k", "top_k": 1},
     "top-2": {"source": "analytic", "policy": "top_k", "top_k": 2},
     "nucleus": {"source": "analytic", "policy": "nucleus", "nucleus_p": 0.9},
@@ -36,15 +36,23 @@ ROWS: dict[str, dict[str, Any]] = {
 def test_a_name_stands_for_its_settings_and_what_is_not_the_paper_s_takes_alpha_and_its_temperature_from_the_config(
     small_run: Path, small: Callable[..., Config]
 ) -> None:
-    words = ("sample.source=analytic", "sample.control=gaussian", "sample.policy=full", "sample.temperature=2")
-    config, monolith = small(small_run, *words), small(small_run / "monolith", "partition.k=1", *words)
+    words = (
+        "sample.source=analytic",
+        "sample.control_variate=gaussian",
+        "sample.policy=full",
+        "sample.temperature=2",
+    )
+    config, monolith = (
+        small(small_run, *words),
+        small(small_run / "monolith", "partition.k=1", *words),
+    )
     rows = {row.name: row for row in methods(config, monolith, METHODS, 3)}
     assert list(rows) == list(ROWS) == list(METHODS)
     for name, settings in ROWS.items():
         assert rows[name].settings == {**PLAIN, **settings}, name
-        own = small_run / "monolith" if name == "DDIM" else small_run
-        assert rows[name].run == str(own)
-        assert rows[name].version == sha256(own / "bundle" / "manifest.json")
+        cfg = small_run / "monolith" if name == "DDIM" else small_run
+        assert rows[name].run == str(cfg)
+        assert rows[name].version == sha256(cfg / "bundle" / "manifest.json")
         assert name in MEANING and name in COLOURS
 
 
@@ -56,7 +64,9 @@ def test_the_rows_come_in_the_order_asked_for_and_ddim_only_where_there_is_a_mon
     assert [row.name for row in methods(config, None, asked, 3)] == ["full", "nucleus"]
     assert [row.name for row in methods(config, small(small_run / "monolith"), asked, 3)] == asked
     alone = methods(config, None, asked, 1)
-    assert [(row.name, row.settings["policy"], row.settings["source"]) for row in alone] == [("DDIM", "full", "prior")]
+    assert [(row.name, row.settings["policy"], row.settings["source"]) for row in alone] == [
+        ("DDIM", "full", "prior")
+    ]
 
 
 def test_no_monolith_is_trained_where_no_row_wants_one(
@@ -85,7 +95,7 @@ def test_a_monolith_has_the_steps_asked_for_or_as_many_as_all_experts(
         assert monolith.folder == small_run / "monolith"
 
 
-def chosen_by_hand(drawn: Drawn, mass: float) -> np.ndarray:
+def chosen_by_hand(drawn: SampleSet, mass: float) -> np.ndarray:
     """The fewest experts of largest alpha that carry that mass, `[N, 8, K]`, a row at a time."""
     alpha = drawn.alpha.double().numpy()
     chosen = np.zeros(alpha.shape, bool)
@@ -102,7 +112,11 @@ def test_adaptive_top_2_and_nucleus_ask_as_many_experts_as_they_should(
     small_run: Path, small: Callable[..., Config], tmp_path: Path, means: Path
 ) -> None:
     copy = shutil.copytree(small_run, tmp_path / "run")
-    words = ("evaluate.methods=[adaptive, top-2, nucleus]", f"evaluate.features=[{means}]", "evaluate.n=20")
+    words = (
+        "evaluate.methods=[adaptive, top-2, nucleus]",
+        f"evaluate.features=[{means}]",
+        "evaluate.n=20",
+    )
     config = small(copy, *words, "evaluate.steps=[4, 10]", "evaluate.reference_steps=11")
     measurement = Measurement(config, None, config.evaluate, "evaluate")
     record = measurement.make()
@@ -115,4 +129,6 @@ def test_adaptive_top_2_and_nucleus_ask_as_many_experts_as_they_should(
         by_hand = chosen_by_hand(nucleus, 0.9)
         assert np.array_equal(nucleus.chosen.numpy().astype(bool), by_hand)
         assert steps < calls["nucleus", steps] <= 3 * steps
-        assert calls["nucleus", steps] == pytest.approx(by_hand.sum(axis=(0, 2)).mean(), rel=0.3)  # of 8 of the 20
+        assert calls["nucleus", steps] == pytest.approx(
+            by_hand.sum(axis=(0, 2)).mean(), rel=0.3
+        )  # of 8 of the 20

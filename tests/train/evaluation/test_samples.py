@@ -1,4 +1,4 @@
-"""The pictures that evaluation measures: drawn as the run's own code draws, once, with a record of how."""
+"""The images that evaluation measures: drawn as the run's own code draws, once, with a record of how."""
 
 from pathlib import Path
 from typing import Any
@@ -10,26 +10,30 @@ from ddm.artifacts import read_json
 from ddm.errors import DdmError
 from serve import load
 from serve.model.images import to_uint8
-from train.evaluation.samples import Draw, Draws
 from train.evaluation.methods import Method
+from train.evaluation.samples import SampleSpec, SampleStore
 
-PLAIN = {"source": "posterior", "policy": "balanced", "control": "none"}
+PLAIN = {"source": "posterior", "policy": "balanced", "control_variate": "none"}
 
 
 def row(run: Path, name: str = "some", **settings: Any) -> Method:
     return Method(name, str(run), load(run).version, {**PLAIN, **settings})
 
 
-def draw_of(method: Method, steps: int = 2, seed: int = 0, n: int = 5, **settings: Any) -> Draw:
-    return Draw(method, "own", steps, seed, n, 2, settings)
+def draw_of(
+    method: Method, steps: int = 2, seed: int = 0, n: int = 5, **settings: Any
+) -> SampleSpec:
+    return SampleSpec(method, "own", steps, seed, n, 2, settings)
 
 
 def files(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted(folder.iterdir())}
 
 
-def test_a_draw_that_is_there_is_not_drawn_again_and_a_changed_one_is(small_run: Path, tmp_path: Path) -> None:
-    draws, method = Draws(tmp_path, "cpu", "32-true", 20), row(small_run)
+def test_a_draw_that_is_there_is_not_drawn_again_and_a_changed_one_is(
+    small_run: Path, tmp_path: Path
+) -> None:
+    draws, method = SampleStore(tmp_path, "cpu", "32-true", 20), row(small_run)
     first = draw_of(method)
     draws.make([first], [1], 1)
     before = files(tmp_path)
@@ -38,7 +42,9 @@ def test_a_draw_that_is_there_is_not_drawn_again_and_a_changed_one_is(small_run:
     after = files(tmp_path)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {
-        f"some-own-{rest}.{suffix}" for rest in ("3-seed0", "2-seed1") for suffix in ("json", "safetensors")
+        f"some-own-{rest}.{suffix}"
+        for rest in ("3-seed0", "2-seed1")
+        for suffix in ("json", "safetensors")
     }
     changes = [
         draw_of(method, n=6),
@@ -55,13 +61,35 @@ def test_a_draw_that_is_there_is_not_drawn_again_and_a_changed_one_is(small_run:
 def test_a_draw_takes_the_settings_of_its_sampler_and_those_of_its_method_above_them(
     small_run: Path, tmp_path: Path
 ) -> None:
-    model, draws = load(small_run), Draws(tmp_path, "cpu", "32-true", 3)  # in batches that are no part of the whole
-    for control in ("none", "gaussian"):
-        given = {"sampler": "unipc", "order": 2, "grid": "quadratic", "control": "ignored", "policy": "full"}
-        draw = draw_of(row(small_run, control, control=control), steps=5, seed=3, n=4, **given)
+    model, draws = (
+        load(small_run),
+        SampleStore(tmp_path, "cpu", "32-true", 3),
+    )  # in batches that are no part of the whole
+    for control_variate in ("none", "gaussian"):
+        given = {
+            "sampler": "unipc",
+            "order": 2,
+            "grid": "quadratic",
+            "control_variate": "ignored",
+            "policy": "full",
+        }
+        draw = draw_of(
+            row(small_run, control_variate, control_variate=control_variate),
+            steps=5,
+            seed=3,
+            n=4,
+            **given,
+        )
         draws.make([draw], [1], 1)
         expected, trace = model.sample(
-            4, seed=3, trace=True, **PLAIN | {"control": control}, sampler="unipc", order=2, grid="quadratic", steps=5
+            4,
+            seed=3,
+            trace=True,
+            **PLAIN | {"control_variate": control_variate},
+            sampler="unipc",
+            order=2,
+            grid="quadratic",
+            steps=5,
         )
         found = draws.read(draw)
         torch.testing.assert_close(found.ends, expected[:2], rtol=0, atol=1e-4)
@@ -74,12 +102,17 @@ def test_a_draw_takes_the_settings_of_its_sampler_and_those_of_its_method_above_
 def test_bf16_draws_are_close_to_those_in_float32_and_not_equal_and_the_record_says_so(
     small_run: Path, tmp_path: Path
 ) -> None:
-    draw = draw_of(row(small_run, control="gaussian"), steps=6, n=8)
-    single, half = Draws(tmp_path / "single", "cpu", "32-true", 20), Draws(tmp_path / "half", "cpu", "bf16-mixed", 20)
+    draw = draw_of(row(small_run, control_variate="gaussian"), steps=6, n=8)
+    single, half = (
+        SampleStore(tmp_path / "single", "cpu", "32-true", 20),
+        SampleStore(tmp_path / "half", "cpu", "bf16-mixed", 20),
+    )
     for draws in (single, half):
         draws.make([draw], [1], 1)
     a, b = single.read(draw), half.read(draw)
-    same = (a.chosen == b.chosen).all(dim=2).all(dim=0)  # a choice may turn, and then the picture is another
+    same = (
+        (a.chosen == b.chosen).all(dim=2).all(dim=0)
+    )  # a choice may turn, and then the image is another
     assert same.sum() >= 6
     apart = (a.images[same].float() - b.images[same].float()).abs()
     assert 0 < apart.mean() < 2  # of 255
@@ -88,15 +121,19 @@ def test_bf16_draws_are_close_to_those_in_float32_and_not_equal_and_the_record_s
     assert [part.pop("precision") for part in facts] == ["32-true", "bf16-mixed"]
     assert facts[0] == facts[1]
     written = files(half.folder)
-    Draws(half.folder, "cpu", "bf16-mixed", 20).make([draw], [1], 1)
+    SampleStore(half.folder, "cpu", "bf16-mixed", 20).make([draw], [1], 1)
     assert files(half.folder) == written
-    Draws(half.folder, "cpu", "32-true", 20).make([draw], [1], 1)
+    SampleStore(half.folder, "cpu", "32-true", 20).make([draw], [1], 1)
     assert torch.equal(half.read(draw).images, a.images)
 
 
-def test_a_draw_that_fails_is_named_and_the_others_are_made(small_run: Path, tmp_path: Path) -> None:
-    draws = Draws(tmp_path, "cpu", "32-true", 20)
+def test_a_draw_that_fails_is_named_and_the_others_are_made(
+    small_run: Path, tmp_path: Path
+) -> None:
+    draws = SampleStore(tmp_path, "cpu", "32-true", 20)
     good, bad = draw_of(row(small_run)), draw_of(row(small_run, "wrong", policy="best"), steps=4)
-    with pytest.raises(DdmError, match="drawing wrong-own-4-seed0 failed: sample.policy must be one of"):
+    with pytest.raises(
+        DdmError, match="drawing wrong-own-4-seed0 failed: sample.policy must be one of"
+    ):
         draws.make([bad, good], [1, 1], 1)
     assert len(draws.read(good).images) == 5

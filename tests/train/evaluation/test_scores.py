@@ -1,4 +1,4 @@
-"""The scores of drawn pictures: beside torchmetrics, and beside the script that judges this project from outside."""
+"""The scores of drawn images: beside torchmetrics, and beside the script that judges this project from outside."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddm.measures import neighbours
 from train.data import DataConfig
-from train.evaluation.features import Judged, script_network
+from train.evaluation.features import NetworkFeatures, script_network
 from train.evaluation.scores import Scores, read_reference
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -25,50 +25,64 @@ def polynomial_kid(real: np.ndarray, drawn: np.ndarray) -> float:
     """The unbiased squared MMD with the kernel (x.y / d + 1)^3 of all points at once (arXiv 1801.01401, equation 4)."""
     n, m, d = len(real), len(drawn), real.shape[1]
     xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((real, real), (drawn, drawn), (real, drawn)))
-    return float((xx.sum() - np.trace(xx)) / n / (n - 1) + (yy.sum() - np.trace(yy)) / m / (m - 1) - 2 * xy.mean())
+    return float(
+        (xx.sum() - np.trace(xx)) / n / (n - 1)
+        + (yy.sum() - np.trace(yy)) / m / (m - 1)
+        - 2 * xy.mean()
+    )
 
 
 def test_the_kernel_distance_is_that_of_all_points_but_for_the_subsets_it_is_a_mean_over() -> None:
     real, drawn = features(400, 0), 0.8 * features(400, 1) + 0.3
-    found = Scores(real)(Judged(drawn, None)).kid
-    assert found == pytest.approx(polynomial_kid(real.double().numpy(), drawn.double().numpy()), rel=0.15)
-    assert abs(Scores(real)(Judged(features(400, 2), None)).kid) < 0.1 * found
+    found = Scores(real)(NetworkFeatures(drawn, None)).kid
+    assert found == pytest.approx(
+        polynomial_kid(real.double().numpy(), drawn.double().numpy()), rel=0.15
+    )
+    assert abs(Scores(real)(NetworkFeatures(features(400, 2), None)).kid) < 0.1 * found
 
 
-def test_a_score_is_a_function_of_the_pictures_and_not_of_what_was_scored_before_nor_of_torch_s_generator() -> None:
+def test_a_score_is_a_function_of_the_images_and_not_of_what_was_scored_before_nor_of_torch_s_generator() -> (
+    None
+):
     real, drawn, logits = features(100, 0), features(60, 1), 3 * features(60, 2)
     scores = Scores(real)
-    first = scores(Judged(drawn, logits))
+    first = scores(NetworkFeatures(drawn, logits))
     torch.manual_seed(5)
-    scores(Judged(features(80, 3), None))
+    scores(NetworkFeatures(features(80, 3), None))
     state = torch.get_rng_state()
-    assert scores(Judged(drawn, logits)) == first == Scores(real)(Judged(drawn, logits))
+    assert (
+        scores(NetworkFeatures(drawn, logits))
+        == first
+        == Scores(real)(NetworkFeatures(drawn, logits))
+    )
     assert torch.get_rng_state().equal(state)
 
 
-def test_precision_recall_and_coverage_are_taken_beside_as_many_real_pictures_as_drawn_ones() -> None:
+def test_precision_recall_and_coverage_are_taken_beside_as_many_real_images_as_drawn_ones() -> None:
     real, drawn = features(200, 0), 0.9 * features(50, 1)
-    score = Scores(real)(Judged(drawn, None))
+    score = Scores(real)(NetworkFeatures(drawn, None))
     assert (score.precision, score.recall, score.coverage) == neighbours(real[:50], drawn)
     assert neighbours(real[:50], drawn) != neighbours(real, drawn)
 
 
 def test_logits_give_the_inception_score_the_confidence_and_the_shares_of_the_classes() -> None:
     logits = 4 * torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
-    score = Scores(features(100, 0))(Judged(features(100, 1), logits))
+    score = Scores(features(100, 0))(NetworkFeatures(features(100, 1), logits))
     p = logits.double().softmax(dim=1)
     assert score.confidence == pytest.approx(float(p.max(dim=1).values.mean()), rel=1e-5)
     counts = np.bincount(p.argmax(dim=1).numpy(), minlength=5)
-    assert score.shares == pytest.approx(list(counts / 100), rel=1e-6)
+    assert score.class_frequencies == pytest.approx(list(counts / 100), rel=1e-6)
     whole = float((p * (p.log() - p.mean(dim=0).log())).sum(dim=1).mean().exp())
     assert score.inception_score == pytest.approx(whole, rel=0.1)  # it is the mean over halves
-    plain = Scores(features(100, 0))(Judged(features(100, 1), None))
-    assert (plain.inception_score, plain.confidence, plain.shares) == (None, None, None)
+    plain = Scores(features(100, 0))(NetworkFeatures(features(100, 1), None))
+    assert (plain.inception_score, plain.confidence, plain.class_frequencies) == (None, None, None)
     assert (plain.frechet, plain.kid, plain.coverage) == (score.frechet, score.kid, score.coverage)
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(("network", "count"), [("cifar10_shufflenet", 300)])  # the larger one takes minutes here
+@pytest.mark.parametrize(
+    ("network", "count"), [("cifar10_shufflenet", 300)]
+)  # the larger one takes minutes here
 def test_the_distance_is_that_of_the_script_that_judges_from_outside(
     real_data: Path, tmp_path: Path, network: str, count: int
 ) -> None:
@@ -77,12 +91,20 @@ def test_the_distance_is_that_of_the_script_that_judges_from_outside(
     missing = [str(path) for path in (script, module, reference) if not path.is_file()]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)}")
-    pictures = DataConfig(name="cifar10", root=str(real_data), limit=count).build().images
-    noise = 25 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    noisy = (pictures + noise).round().clamp(0, 255).to(torch.uint8)
+    images = DataConfig(name="cifar10", root=str(real_data), limit=count).build().images
+    noise = 25 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (images + noise).round().clamp(0, 255).to(torch.uint8)
     np.savez(tmp_path / "noisy.npz", images=noisy.permute(0, 2, 3, 1).numpy())
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path / "noisy.npz"), str(module), str(reference)],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(script),
+            str(tmp_path / "noisy.npz"),
+            str(module),
+            str(reference),
+        ],
         check=True,
         capture_output=True,
         text=True,
@@ -90,7 +112,9 @@ def test_the_distance_is_that_of_the_script_that_judges_from_outside(
     distance, number = done.stdout.split()
     assert number == f"n={count}"
     judge = script_network("evaluate.features", str(module), "cpu")
-    real = judge(pictures, lambda _: None).features
+    real = judge(images, lambda _: None).features
     found = Scores(real, read_reference(reference))(judge(noisy, lambda _: None)).frechet
     assert found == pytest.approx(float(distance), rel=0.005)
-    assert Scores(real)(judge(noisy, lambda _: None)).frechet != pytest.approx(float(distance), rel=0.005)
+    assert Scores(real)(judge(noisy, lambda _: None)).frechet != pytest.approx(
+        float(distance), rel=0.005
+    )
