@@ -113,7 +113,8 @@ class RoutedDenoiser:
     sampler's; the choice of experts is held within a step. clip: bound the result to [-1, 1], after mixing. trace: keep a
     `Step` for every call in `steps`.
 
-    control_variate: cheap stand-ins G_k for the experts, given as the sum `(x, t, weight [B, K]) -> sum_k weight_k G_k(x, t)`, such as
+    control_variate: cheap stand-ins G_k for the experts, given as the sum `(x, t, weight [B, K]) -> sum_k weight_k G_k(x,
+    t)`, such as
     `Gaussians.mix`. To what the chosen experts say is added what the stand-ins of all say, less what those of the chosen say:
     a control variate, which leaves the mean over the draws of a policy as it was, with less noise around it.
 

@@ -44,10 +44,10 @@ from serve.engine.metrics import METRICS, Metrics  # noqa: E402
 from serve.engine.service import Service  # noqa: E402
 from serve.http.app import build_app  # noqa: E402
 from serve.http.middleware import LimitsMiddleware  # noqa: E402
-from serve.model.loading import (
+from serve.model.loading import (  # noqa: E402
     bundle_folder,
     load_expert,
-    picked_device,  # noqa: E402
+    picked_device,
 )
 from serve.settings import Settings, settings  # noqa: E402
 

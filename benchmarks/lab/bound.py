@@ -158,7 +158,8 @@ def measure() -> dict[str, Any]:
 TEXT = """
 # The bound and the truth
 
-The theorem of `benchmarks.lab.theory` against measurement, for the routed Euler sampler. Data in a ball of radius R in d dimensions,
+The theorem of `benchmarks.lab.theory` against measurement, for the routed Euler sampler. Data in a ball of radius R in d
+dimensions,
 in K clusters; N even steps from t = 1 to delta, each by one expert drawn from the router's weights (the policy `stochastic`).
 Where the router is within eps_router of the posterior (Euclidean, over its K weights) and the experts within eps_expert of
 exact, in root mean square over the sampler's own points,
@@ -167,7 +168,8 @@ exact, in root mean square over the sampler's own points,
                             S a(1) R       O(1/N)     O(1/sqrt N)    O(eps)
     W2(x_delta, x0)  <= sqrt((1 - a_delta)^2 R^2 + s_delta^2 d)                              the early stop
 
-with every constant explicit; the proof is in the docstrings of `benchmarks/lab/theory.py`. A part adds up the errors that the steps make,
+with every constant explicit; the proof is in the docstrings of `benchmarks/lab/theory.py`. A part adds up the errors that
+the steps make,
 each times what the later steps may stretch it by. From t = 1 on, that is the stability factor, as N grows:
 
     S = (s_delta / s_1) exp(R^2/2 (a_delta^2/s_delta^2 - a_1^2/s_1^2))

@@ -89,7 +89,8 @@ def page(numbers: dict[str, Any]) -> Page:
 2M and UniPC pass a polynomial through their last answers. When one expert answers a step, those answers come from different
 experts. Three meanings of history were measured: **raw**, the answers as they came; **restarted**, where an image whose
 expert has changed takes a step of DDIM's; **the mixture's estimate**, where every answer is first corrected by the Gaussians
-that stand in for the experts not asked (`control_variate=gaussian`). E is the mean square distance to the end of the full mixture's
+that stand in for the experts not asked (`control_variate=gaussian`). E is the mean square distance to the end of the full
+mixture's
 own path; one call a step, so columns are calls and steps alike; the accelerated ODE sampler, which asks the same expert
 twice a step and remembers nothing between steps, takes half as many. vp_linear, uniform in t; intervals are 95 %. On the first
 mixture the clusters are Gaussian, so the estimate is exact; on the second they are not. `full` asks all four experts.
@@ -149,7 +150,8 @@ E as a share of that of 2M restarted (geometric mean over the columns): below 1 
 
 {table(["mixture", "policy", "ddim", "raw", "the mixture's estimate"], body)}
 
-Samplers keep **raw** history: they know nothing of experts, and need not. Where `control_variate=gaussian`, the default, the answers are
+Samplers keep **raw** history: they know nothing of experts, and need not. Where `control_variate=gaussian`, the default,
+the answers are
 the mixture's estimate already, and history with them. The reason that raw history does no harm: a multistep sampler's result is
 a sum of answers with weights that change little from step to step, so the noise of the choices cancels in it as in DDIM's.
 """

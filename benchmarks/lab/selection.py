@@ -134,7 +134,8 @@ Exact experts and the exact posterior on Gaussian mixtures, so that all error is
 square distance, a number of the data, between where a path ends and where the full mixture's own path ends (UniPC-3, 500 steps).
 Every method gets the same **calls** an image, {", ".join(map(str, calls))}: `full`, which asks all K experts, takes
 calls/K steps, `top-2` calls/2, `adaptive` and `nucleus` calls/1.5 (nucleus asks as many as it needs: its true calls are in the
-JSON). `balanced-cv` is `balanced` with `control_variate=gaussian`: Gaussians stand in for the experts that are not asked, so where
+JSON). `balanced-cv` is `balanced` with `control_variate=gaussian`: Gaussians stand in for the experts that are not asked,
+so where
 clusters *are* Gaussians it is the full mixture at one call a step. DDIM, uniform in t. Intervals are 95 %, by resampling
 the paths. `python -m benchmarks.lab routing` makes this page.
 """
@@ -160,7 +161,8 @@ the paths. `python -m benchmarks.lab routing` makes this page.
         f"""## Where alpha comes from: {numbers["beds"][0]["bed"]}
 
 The exact posterior; the prior; the posterior's exact rate integrated from the prior (`derivative`); and the same pulled to the
-posterior by {RELAXATION_RATE:g} a unit of t (`combined`), which corrects what integration loses when one expert at a time takes the path
+posterior by {RELAXATION_RATE:g} a unit of t (`combined`), which corrects what integration loses when one expert at a time
+takes the path
 away from the mixture's.
 
 {table(head, rows)}

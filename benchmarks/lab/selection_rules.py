@@ -190,7 +190,8 @@ columns are NFE per image (`full` alone takes K times as many); DDIM. On CIFAR-1
 of its cluster's images, nothing is trained, and the path is the mixture's of 500 DDIM steps.
 `DDM_DATA=data python -m benchmarks.lab policies` makes this page.
 
-- **control_variate=gaussian**: a Gaussian a cluster (mean, and variances in the cosine basis) says what each expert not asked would say.
+- **control_variate=gaussian**: a Gaussian a cluster (mean, and variances in the cosine basis) says what each expert not
+asked would say.
 - **last words**: instead of it, or besides it, what an expert said at its last call, fading as the noise falls.
 - **adaptive**: a second expert where alpha is undecided, fewer steps.
 - **credit by ...**: the credit counts a step by how much of x it replaces, or by its share of log SNR, or forgets a tenth a step.
@@ -249,7 +250,8 @@ def _verdict(numbers: dict[str, Any]) -> str:
 Geometric mean over 10, 25 and 50 calls; above 1 is better than `balanced`. A path ends on another image or cluster or it does
 not, so few paths make most of E: the intervals above are wide, and on CIFAR-10 factors below 1.3 mean little.
 
-**Kept**: `control_variate=gaussian`, the default. Over these calls it is better than `balanced` on every bed, if not in every cell; it is
+**Kept**: `control_variate=gaussian`, the default. Over these calls it is better than `balanced` on every bed, if not in
+every cell; it is
 exact where clusters are Gaussian, costs no call and remembers nothing; on trained digits it halves E at 10 and 25 steps
 ([results](../results/digits.md)). `adaptive` is kept for a number of steps that is given: on mixtures its calls are better spent
 on more steps of `balanced`, on the finite sets of CIFAR-10 they are not.

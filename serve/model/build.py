@@ -17,6 +17,7 @@ C = TypeVar("C")
 
 
 def build_expert(artifact: Artifact, schedule: Schedule, device: torch.device) -> Denoiser:
+    """The denoiser of an artifact. Raises `ArtifactError` naming its file."""
     denoiser = _config(ExpertConfig, artifact).build(artifact.facts["shape"], schedule)
     _fill(denoiser, artifact)
     return denoiser.eval().requires_grad_(False).to(device)

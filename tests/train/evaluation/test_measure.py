@@ -138,8 +138,8 @@ def test_every_seed_draws_images_of_its_own_and_the_table_gives_their_mean_and_d
     found = evaluate(small(copy, *words), None)
     assert len(found.cells) == 2 * 2 * 3 and found.seeds == 3
     images = [drawn(copy, f"Naive-dpmpp_2m-4-seed{seed}") for seed in range(3)]
-    for seed, images in enumerate(images):
-        assert (images.int() - expected(copy, seed, **NAIVE).int()).abs().max() <= 1
+    for seed, of_seed in enumerate(images):
+        assert (of_seed.int() - expected(copy, seed, **NAIVE).int()).abs().max() <= 1
     assert not images[0].equal(images[1]) and not images[1].equal(images[2])
     of_real = gaussian(means_of(real(copy)))
     distances = [frechet(of_real, gaussian(means_of(images))) for images in images]
