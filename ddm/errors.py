@@ -6,6 +6,8 @@ DdmError
  └── ArtifactError   a file of a run or bundle that is missing, damaged, or belongs to something else
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -38,3 +40,18 @@ def require(condition: bool, key: str, rule: str, value: Any) -> None:
 def one_of(key: str, name: Any, names: tuple[str, ...]) -> ConfigError:
     """The error for a name that is not among those there are."""
     return ConfigError(f"{key} must be one of {' '.join(names)}, got {name!r}", key)
+
+
+@contextmanager
+def within(section: str) -> Iterator[None]:
+    """Name the section of the keys of a `ConfigError` raised inside: `steps` becomes `sample.steps`."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key is None:
+            raise
+        key = f"{section}.{error.key}"
+        message = str(error)
+        if message.startswith(error.key):
+            message = key + message.removeprefix(error.key)
+        raise ConfigError(message, key) from error.__cause__
