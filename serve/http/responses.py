@@ -200,10 +200,12 @@ async def streamed(service: Service, params: SamplingParams, every: int) -> Stre
     told = StreamQueue(every)
     order = service.order(params, told)
     model, first = order.version.model, params.first_index
+    calls_per_step = order.request.plan.method.calls_per_step
 
     async def events() -> AsyncGenerator[str]:
         start = {
             "n": params.n,
+            "steps": len(order.request.plan.times) - 1,
             "nfe_per_image": order.request.steps,
             "experts": model.names,
             "shape": list(model.shape),
@@ -212,7 +214,12 @@ async def streamed(service: Service, params: SamplingParams, every: int) -> Stre
         try:
             async with aclosing(told_by(service, order, told)) as news:
                 async for place, call, record, denoised in news:
-                    step: dict[str, Any] = {"index": first + place, "call": call, "t": record.t}
+                    step: dict[str, Any] = {
+                        "index": first + place,
+                        "step": (call - 1) // calls_per_step + 1,
+                        "call": call,
+                        "t": record.t,
+                    }
                     if params.trace:
                         step["alpha"] = [round(p, 4) for p in record.alpha.tolist()]
                         step["chosen"] = record.chosen.nonzero()[:, 0].tolist()

@@ -265,13 +265,14 @@ def test_a_stream_starts_steps_gives_its_images_and_is_done(server: Server, mode
     )  # of Heun's method in 4 steps: of 8 at most, because the last step to t = 0 needs no second
     assert list(names) == ["start", *["step"] * 3 * calls, *["image"] * 3, "done"]
     facts = {"seed": 5, "first_index": 4, "version": model.version, "degraded": []}
-    shape = {"n": 3, "nfe_per_image": 8, "experts": model.names, "shape": [1, 8, 8]}
+    shape = {"n": 3, "steps": 4, "nfe_per_image": 8, "experts": model.names, "shape": [1, 8, 8]}
     assert data[0] == {**facts, **shape, "calls": 0}
     assert data[-1] == {**facts, "calls": trace.calls}
     steps = data[1 : 1 + 3 * calls]
     for place in range(3):
         cfg = [step for step in steps if step["index"] == 4 + place]
         assert [step["call"] for step in cfg] == list(range(1, calls + 1))
+        assert [step["step"] for step in cfg] == [1, 1, 2, 2, 3, 3, 4]
         np.testing.assert_allclose([step["t"] for step in cfg], trace.t.numpy())
         np.testing.assert_allclose(
             [step["alpha"] for step in cfg], trace.alpha[:, place].numpy(), atol=1e-4
