@@ -30,11 +30,11 @@ def time_grid(
     Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1, given times that do not fall,
     or `own` for a schedule that has no steps or another number of them.
     """
-    require(isinstance(steps, int) and steps >= 1, "sample.steps", "be at least 1", steps)
+    require(isinstance(steps, int) and steps >= 1, "steps", "be at least 1", steps)
     if not isinstance(name, str):
         return _given(torch.as_tensor(name, dtype=torch.float64).cpu(), steps)
-    require(0 <= t_min < t_max, "sample.t_min", f"be in [0, {t_max})", t_min)
-    require(t_max <= 1, "sample.t_max", "be at most 1", t_max)
+    require(0 <= t_min < t_max, "t_min", f"be in [0, {t_max})", t_min)
+    require(t_max <= 1, "t_max", "be at most 1", t_max)
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     match name:
         case "uniform_t":
@@ -50,7 +50,7 @@ def time_grid(
         case "own":
             return _expert_config(steps, schedule, t_min, t_max)
         case _:
-            raise one_of("sample.grid", name, GRIDS)
+            raise one_of("grid", name, GRIDS)
 
 
 def _even(
@@ -94,22 +94,22 @@ def _given(times: Tensor, steps: int) -> Tensor:
         and len(times) == steps + 1
         and bool((times.diff() < 0).all() and times[0] <= 1 and times[-1] >= 0)
     )
-    require(falls, "sample.grid", rule, times.tolist())
+    require(falls, "grid", rule, times.tolist())
     return times
 
 
 def _expert_config(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
     if not isinstance(schedule, TwoPhase):
         raise ConfigError(
-            f"sample.grid must not be own for {schedule}, which has no steps of its own"
+            f"grid must not be own for {schedule}, which has no steps of its own", "grid"
         )
     require(
         steps == schedule.steps,
-        "sample.steps",
-        f"be schedule.steps = {schedule.steps} for sample.grid=own",
+        "steps",
+        f"be {schedule.steps}, as in the schedule, for grid=own",
         steps,
     )
     first, last = round(t_max * steps), round(t_min * steps)
     whole = abs(t_max * steps - first) + abs(t_min * steps - last) < 1e-9
-    require(whole, "sample.t_min", f"be one of the steps n / {steps} for sample.grid=own", t_min)
+    require(whole, "t_min", f"be one of the steps n / {steps} for grid=own", t_min)
     return torch.arange(first, last - 1, -1, dtype=torch.float64) / steps

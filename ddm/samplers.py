@@ -262,8 +262,8 @@ SAMPLERS = tuple(_SAMPLERS)
 def sampler(name: str, order: int = 3) -> Sampler:
     """The sampler of that name; `order` is unipc's, 2 or 3. Raises `ConfigError` for one that does not exist."""
     if name not in _SAMPLERS:
-        raise one_of("sample.sampler", name, SAMPLERS)
-    require(order in (2, 3), "sample.order", "be 2 or 3", order)
+        raise one_of("sampler", name, SAMPLERS)
+    require(order in (2, 3), "order", "be 2 or 3", order)
     found = _SAMPLERS[name]
     return (
         replace(found, trajectory=partial(unipc, order=order), order=order)
@@ -289,7 +289,8 @@ def plan_steps(
     if lacking:
         defined = [other for other in SAMPLERS if not sampler(other).lacks(schedule, times)]
         raise ConfigError(
-            f"sample.sampler must be one of {' '.join(defined)} for {schedule}, {lacking}; got {name!r}"
+            f"sampler must be one of {' '.join(defined)} for {schedule}, {lacking}; got {name!r}",
+            "sampler",
         )
     return method, times
 

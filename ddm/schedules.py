@@ -42,7 +42,7 @@ class _Positive:
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            require(value > 0, f"schedule.{key}", "be above 0", value)
+            require(value > 0, key, "be above 0", value)
 
 
 def _preserving(log_a: Tensor, rate: Tensor) -> Coeffs:
@@ -80,11 +80,11 @@ class VPLinear:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        require(self.beta_min > 0, "schedule.beta_min", "be above 0", self.beta_min)
+        require(self.beta_min > 0, "beta_min", "be above 0", self.beta_min)
         require(
             self.beta_max >= self.beta_min,
-            "schedule.beta_max",
-            "be at least schedule.beta_min",
+            "beta_max",
+            "be at least beta_min",
             self.beta_max,
         )
 
@@ -198,15 +198,13 @@ class TwoPhase:
     def __post_init__(self) -> None:
         require(
             self.steps == int(self.steps) and self.steps >= 2,
-            "schedule.steps",
+            "steps",
             "be a whole number, at least 2",
             self.steps,
         )
-        require(self.c0 > 0, "schedule.c0", "be above 0", self.c0)
+        require(self.c0 > 0, "c0", "be above 0", self.c0)
         highest = self.steps / math.log(self.steps)
-        require(
-            0 < self.c1 < highest, "schedule.c1", f"be in (0, T / log T = {highest:.4g})", self.c1
-        )
+        require(0 < self.c1 < highest, "c1", f"be in (0, T / log T = {highest:.4g})", self.c1)
 
     @cached_property
     def betas(self) -> Tensor:
@@ -279,16 +277,18 @@ def schedule(name: str, **parameters: Any) -> Schedule:
     Raises `ConfigError` for a name or a parameter that does not exist, or a value out of range.
     """
     if name not in _PROCESSES:
-        raise one_of("schedule.name", name, SCHEDULES)
+        raise one_of("name", name, SCHEDULES)
     kind = _PROCESSES[name]
     known = kind.__dataclass_fields__
     for key, value in parameters.items():
         if key not in known:
             raise ConfigError(
-                f"schedule.{key} must be a parameter of {name} ({', '.join(known) or 'it has none'}), got {value!r}"
+                f"{key} must be a parameter of {name} ({', '.join(known) or 'it has none'}), "
+                f"got {value!r}",
+                key,
             )
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        require(is_number and math.isfinite(value), f"schedule.{key}", "be a finite number", value)
+        require(is_number and math.isfinite(value), key, "be a finite number", value)
     return kind(**parameters)
 
 

@@ -148,9 +148,9 @@ class Adaptive(Balanced):
 
 def policy(name: str, top_k: int = 1, nucleus_p: float = 0.9, budget: float = 1.5) -> Policy:
     """The policy of that name. Raises `ConfigError` for one that does not exist, or a parameter out of range."""
-    require(isinstance(top_k, int) and top_k >= 1, "sample.top_k", "be at least 1", top_k)
-    require(0 < nucleus_p <= 1, "sample.nucleus_p", "be in (0, 1]", nucleus_p)
-    require(budget >= 1, "sample.budget", "be at least 1 call a step", budget)
+    require(isinstance(top_k, int) and top_k >= 1, "top_k", "be at least 1", top_k)
+    require(0 < nucleus_p <= 1, "nucleus_p", "be in (0, 1]", nucleus_p)
+    require(budget >= 1, "budget", "be at least 1 call a step", budget)
     known: dict[str, Policy] = {
         "full": Full(),
         "top_k": TopK(top_k),
@@ -161,5 +161,5 @@ def policy(name: str, top_k: int = 1, nucleus_p: float = 0.9, budget: float = 1.
         "adaptive": Adaptive(budget),
     }
     if name not in known:
-        raise one_of("sample.policy", name, POLICIES)
+        raise one_of("policy", name, POLICIES)
     return known[name]

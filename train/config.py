@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import configs
-from ddm.errors import ConfigError, one_of, require
+from ddm.errors import ConfigError, one_of, require, within
 from ddm.samplers import plan_steps
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
@@ -200,7 +200,8 @@ class Config:
         require(bool(self.run), "run", "be a folder", self.run)
         require(0 <= self.seed < 2**63, "seed", "be in [0, 2^63)", self.seed)
         require("name" in self.schedule, "schedule.name", "be given", None)
-        schedule(**self.schedule)
+        with within("schedule"):
+            schedule(**self.schedule)
         self.data.check()
         self.partition.check()
         self.expert.check("expert")
@@ -212,10 +213,10 @@ class Config:
 
     def check_plan(self, cfg: SampleConfig, *steps: int) -> None:
         """Raise `ConfigError` where the sampler or the grid is not defined for the schedule at these numbers of steps."""
-        for count in steps:
-            plan_steps(
-                cfg.sampler, count, cfg.grid, schedule(**self.schedule), cfg.t_min, cfg.order
-            )
+        process = schedule(**self.schedule)
+        with within("sample"):
+            for count in steps:
+                plan_steps(cfg.sampler, count, cfg.grid, process, cfg.t_min, cfg.order)
 
     def samplers(self, cfg: EvaluateConfig, section: str) -> dict[str, SampleConfig]:
         """The samplers that are compared, by name; `sample`'s own where none is named.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddm.bundle import Bundle
-from ddm.errors import ConfigError, one_of, require
+from ddm.errors import ConfigError, one_of, require, within
 from ddm.rng import RngStream, normal
 from ddm.samplers import Sampler, Trajectory, drive, plan_steps
 from ddm.schedules import Schedule, schedule
@@ -162,9 +162,10 @@ class Model:
                 raise ConfigError(f"sample has no setting {key!r}; it takes {', '.join(known)}")
         config = SampleConfig(**settings)
         config.check()
-        plan_steps(
-            config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order
-        )
+        with within("sample"):
+            plan_steps(
+                config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order
+            )
         if unknown := [name for name in config.clusters if name not in self.names]:
             raise one_of("sample.clusters", unknown[0], tuple(self.names))
         needs_router = (

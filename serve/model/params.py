@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from ddm.errors import one_of, require
+from ddm.errors import one_of, require, within
 from ddm.grids import GRIDS
 from ddm.samplers import SAMPLERS, sampler
 from router.policies import POLICIES, policy
@@ -40,8 +40,12 @@ class SampleConfig:
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `sample.…` of a value that is unknown or out of range."""
+        with within("sample"):
+            self._check()
+
+    def _check(self) -> None:
         whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
-        require(whole and 1 <= self.steps <= 1000, "sample.steps", "be in [1, 1000]", self.steps)
+        require(whole and 1 <= self.steps <= 1000, "steps", "be in [1, 1000]", self.steps)
         for key, names in (
             ("sampler", SAMPLERS),
             ("grid", GRIDS),
@@ -49,26 +53,26 @@ class SampleConfig:
             ("policy", POLICIES),
         ):
             if getattr(self, key) not in names:
-                raise one_of(f"sample.{key}", getattr(self, key), names)
+                raise one_of(key, getattr(self, key), names)
         if self.control_variate not in CONTROL_VARIATES:
-            raise one_of("sample.control_variate", self.control_variate, CONTROL_VARIATES)
+            raise one_of("control_variate", self.control_variate, CONTROL_VARIATES)
         policy(self.policy, self.top_k, self.nucleus_p, self.budget)
         require(
             0.01 <= self.temperature <= 100,
-            "sample.temperature",
+            "temperature",
             "be in [0.01, 100]",
             self.temperature,
         )
         sampler(self.sampler, self.order)
-        require(self.relaxation_rate >= 0, "sample.pull", "be at least 0", self.relaxation_rate)
-        require(0 <= self.t_min <= 0.999, "sample.t_min", "be in [0, 0.999]", self.t_min)
+        require(self.relaxation_rate >= 0, "relaxation_rate", "be at least 0", self.relaxation_rate)
+        require(0 <= self.t_min <= 0.999, "t_min", "be in [0, 0.999]", self.t_min)
         enough = (
             all(0 <= weight < math.inf for weight in self.clusters.values())
             and sum(self.clusters.values()) > 0
         )
         require(
             not self.clusters or enough,
-            "sample.clusters",
+            "clusters",
             "have finite weights of at least 0, not all 0",
             self.clusters,
         )

@@ -140,13 +140,13 @@ def test_own_walks_the_steps_of_a_two_phase_schedule() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "two_phase"])
 def test_own_is_refused_for_a_schedule_that_has_no_steps(name: str) -> None:
-    message = f"sample.grid must not be own for {schedule(name)}, which has no steps of its own"
+    message = f"grid must not be own for {schedule(name)}, which has no steps of its own"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         time_grid("own", 5, schedule(name))
 
 
 def test_own_is_refused_for_another_number_of_steps() -> None:
-    message = "sample.steps must be schedule.steps = 1000 for sample.grid=own, got 999"
+    message = "steps must be 1000, as in the schedule, for grid=own, got 999"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         time_grid("own", 999, schedule("two_phase"))
 
@@ -174,7 +174,7 @@ def test_times_of_ones_own_stay_as_they_are(
 def test_times_of_ones_own_must_fall_and_be_as_many_as_the_steps(times: list[float]) -> None:
     rule = f"be a name of {' '.join(GRIDS)}, or steps + 1 = 4 times that fall, from at most 1 to at least 0"
     with pytest.raises(
-        ConfigError, match=f"^{re.escape(f'sample.grid must {rule}, got {times}')}$"
+        ConfigError, match=f"^{re.escape(f'grid must {rule}, got {times}')}$"
     ):
         time_grid(times, 3, schedule("vp_linear"))
 
@@ -182,12 +182,12 @@ def test_times_of_ones_own_must_fall_and_be_as_many_as_the_steps(times: list[flo
 @pytest.mark.parametrize(
     ("steps", "t_min", "t_max", "message"),
     [
-        (0, 0.0, 1.0, "sample.steps must be at least 1, got 0"),
-        (2.5, 0.0, 1.0, "sample.steps must be at least 1, got 2.5"),
-        (5, -0.1, 1.0, "sample.t_min must be in [0, 1.0), got -0.1"),
-        (5, 0.5, 0.5, "sample.t_min must be in [0, 0.5), got 0.5"),
-        (5, float("nan"), 1.0, "sample.t_min must be in [0, 1.0), got nan"),
-        (5, 0.0, 1.5, "sample.t_max must be at most 1, got 1.5"),
+        (0, 0.0, 1.0, "steps must be at least 1, got 0"),
+        (2.5, 0.0, 1.0, "steps must be at least 1, got 2.5"),
+        (5, -0.1, 1.0, "t_min must be in [0, 1.0), got -0.1"),
+        (5, 0.5, 0.5, "t_min must be in [0, 0.5), got 0.5"),
+        (5, float("nan"), 1.0, "t_min must be in [0, 1.0), got nan"),
+        (5, 0.0, 1.5, "t_max must be at most 1, got 1.5"),
     ],
 )
 def test_steps_and_times_out_of_range_are_refused_by_name(
@@ -199,7 +199,7 @@ def test_steps_and_times_out_of_range_are_refused_by_name(
 
 def test_an_unknown_grid_is_refused_with_those_there_are() -> None:
     with pytest.raises(
-        ConfigError, match=rf"^sample.grid must be one of {' '.join(GRIDS)}, got 'uniform'$"
+        ConfigError, match=rf"^grid must be one of {' '.join(GRIDS)}, got 'uniform'$"
     ):
         time_grid("uniform", 5, schedule("vp_linear"))
 
@@ -208,6 +208,6 @@ def test_an_unknown_grid_is_refused_with_those_there_are() -> None:
 def test_own_is_refused_an_end_that_is_no_step(t_min: float) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf"^sample.t_min must be one of the steps n / 5 for sample.grid=own, got {t_min}$",
+        match=rf"^t_min must be one of the steps n / 5 for grid=own, got {t_min}$",
     ):
         time_grid("own", 5, schedule("two_phase", steps=5, c1=2.0), t_min)

@@ -293,43 +293,43 @@ def test_mixing_denoisers_is_mixing_velocities(name: str) -> None:
         (
             "vp_linear",
             {"beta": 3},
-            "schedule.beta must be a parameter of vp_linear (beta_min, beta_max), got 3",
+            "beta must be a parameter of vp_linear (beta_min, beta_max), got 3",
         ),
         (
             "rectified_flow",
             {"shift": 0.1},
-            "schedule.shift must be a parameter of rectified_flow (it has none), got 0.1",
+            "shift must be a parameter of rectified_flow (it has none), got 0.1",
         ),
         (
             "two_phase",
             {"T": 100},
-            "schedule.T must be a parameter of two_phase (steps, c0, c1), got 100",
+            "T must be a parameter of two_phase (steps, c0, c1), got 100",
         ),
-        ("vp_constant", {"beta": 0.0}, "schedule.beta must be above 0, got 0.0"),
-        ("vp_polynomial", {"rho": 0.0}, "schedule.rho must be above 0, got 0.0"),
-        ("vp_exponential", {"c": 0.0}, "schedule.c must be above 0, got 0.0"),
-        ("ve_exponential", {"b": -1.0}, "schedule.b must be above 0, got -1.0"),
-        ("ve_polynomial", {"c": 0}, "schedule.c must be above 0, got 0"),
-        ("edm", {"sigma_max": -80.0}, "schedule.sigma_max must be above 0, got -80.0"),
-        ("two_phase", {"steps": 1}, "schedule.steps must be a whole number, at least 2, got 1"),
-        ("two_phase", {"c0": 0.0}, "schedule.c0 must be above 0, got 0.0"),
+        ("vp_constant", {"beta": 0.0}, "beta must be above 0, got 0.0"),
+        ("vp_polynomial", {"rho": 0.0}, "rho must be above 0, got 0.0"),
+        ("vp_exponential", {"c": 0.0}, "c must be above 0, got 0.0"),
+        ("ve_exponential", {"b": -1.0}, "b must be above 0, got -1.0"),
+        ("ve_polynomial", {"c": 0}, "c must be above 0, got 0"),
+        ("edm", {"sigma_max": -80.0}, "sigma_max must be above 0, got -80.0"),
+        ("two_phase", {"steps": 1}, "steps must be a whole number, at least 2, got 1"),
+        ("two_phase", {"c0": 0.0}, "c0 must be above 0, got 0.0"),
         (
             "two_phase",
             {"steps": 100, "c1": 22},
-            "schedule.c1 must be in (0, T / log T = 21.71), got 22",
+            "c1 must be in (0, T / log T = 21.71), got 22",
         ),
-        ("two_phase", {"c1": 0.0}, "schedule.c1 must be in (0, T / log T = 144.8), got 0.0"),
-        ("vp_linear", {"beta_min": 0.0}, "schedule.beta_min must be above 0, got 0.0"),
+        ("two_phase", {"c1": 0.0}, "c1 must be in (0, T / log T = 144.8), got 0.0"),
+        ("vp_linear", {"beta_min": 0.0}, "beta_min must be above 0, got 0.0"),
         (
             "vp_linear",
             {"beta_max": 0.05},
-            "schedule.beta_max must be at least schedule.beta_min, got 0.05",
+            "beta_max must be at least beta_min, got 0.05",
         ),
-        ("vp_linear", {"beta_max": "20"}, "schedule.beta_max must be a finite number, got '20'"),
-        ("vp_linear", {"beta_max": math.inf}, "schedule.beta_max must be a finite number, got inf"),
-        ("vp_cosine", {"shift": math.nan}, "schedule.shift must be a finite number, got nan"),
-        ("vp_cosine", {"shift": True}, "schedule.shift must be a finite number, got True"),
-        ("vp_cosine", {"shift": -0.1}, "schedule.shift must be above 0, got -0.1"),
+        ("vp_linear", {"beta_max": "20"}, "beta_max must be a finite number, got '20'"),
+        ("vp_linear", {"beta_max": math.inf}, "beta_max must be a finite number, got inf"),
+        ("vp_cosine", {"shift": math.nan}, "shift must be a finite number, got nan"),
+        ("vp_cosine", {"shift": True}, "shift must be a finite number, got True"),
+        ("vp_cosine", {"shift": -0.1}, "shift must be above 0, got -0.1"),
     ],
 )
 def test_parameters_that_make_no_sense_are_refused_by_name(
@@ -341,7 +341,7 @@ def test_parameters_that_make_no_sense_are_refused_by_name(
 
 def test_an_unknown_schedule_is_refused_with_those_there_are() -> None:
     with pytest.raises(
-        ConfigError, match=rf"^schedule.name must be one of {' '.join(SCHEDULES)}, got 'vp_linera'$"
+        ConfigError, match=rf"^name must be one of {' '.join(SCHEDULES)}, got 'vp_linera'$"
     ):
         schedule("vp_linera")
 

@@ -323,19 +323,19 @@ def test_a_row_of_adaptive_is_the_same_alone_and_among_others() -> None:
     [
         (
             {"name": "best"},
-            "sample.policy must be one of full top_k nucleus fixed stochastic balanced adaptive, got 'best'",
+            "policy must be one of full top_k nucleus fixed stochastic balanced adaptive, got 'best'",
         ),
-        ({"name": "top_k", "top_k": 0}, "sample.top_k must be at least 1, got 0"),
-        ({"name": "top_k", "top_k": 1.5}, "sample.top_k must be at least 1, got 1.5"),
-        ({"name": "nucleus", "nucleus_p": 0.0}, "sample.nucleus_p must be in (0, 1], got 0.0"),
-        ({"name": "nucleus", "nucleus_p": 1.1}, "sample.nucleus_p must be in (0, 1], got 1.1"),
+        ({"name": "top_k", "top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"name": "top_k", "top_k": 1.5}, "top_k must be at least 1, got 1.5"),
+        ({"name": "nucleus", "nucleus_p": 0.0}, "nucleus_p must be in (0, 1], got 0.0"),
+        ({"name": "nucleus", "nucleus_p": 1.1}, "nucleus_p must be in (0, 1], got 1.1"),
         (
             {"name": "adaptive", "budget": 0.5},
-            "sample.budget must be at least 1 call a step, got 0.5",
+            "budget must be at least 1 call a step, got 0.5",
         ),
         (
             {"name": "adaptive", "budget": math.nan},
-            "sample.budget must be at least 1 call a step, got nan",
+            "budget must be at least 1 call a step, got nan",
         ),
     ],
 )

@@ -95,7 +95,7 @@ from train.config import Config
         ),
         (
             ["schedule={name: two_phase, steps: 6, c1: 1.0}", "sample.grid=own"],
-            "sample.steps must be schedule.steps = 6 for sample.grid=own, got 3",
+            "sample.steps must be 6, as in the schedule, for grid=own, got 3",
         ),
         (
             ["schedule={name: two_phase, steps: 3, c1: 1.0}", "sample.grid=own", "evaluate"],
