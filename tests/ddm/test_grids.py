@@ -173,9 +173,7 @@ def test_times_of_ones_own_stay_as_they_are(
 )
 def test_times_of_ones_own_must_fall_and_be_as_many_as_the_steps(times: list[float]) -> None:
     rule = f"be a name of {' '.join(GRIDS)}, or steps + 1 = 4 times that fall, from at most 1 to at least 0"
-    with pytest.raises(
-        ConfigError, match=f"^{re.escape(f'grid must {rule}, got {times}')}$"
-    ):
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'grid must {rule}, got {times}')}$"):
         time_grid(times, 3, schedule("vp_linear"))
 
 

@@ -720,9 +720,7 @@ def test_the_two_noises_of_a_step_and_those_of_its_neighbours_are_independent() 
 def test_a_sampler_is_refused_where_it_is_not_defined_with_those_that_are(
     name: str, process: str, message: str
 ) -> None:
-    with pytest.raises(
-        ConfigError, match=f"^{re.escape('sampler must be one of ' + message)}$"
-    ):
+    with pytest.raises(ConfigError, match=f"^{re.escape('sampler must be one of ' + message)}$"):
         sample(lambda x, t: x, torch.zeros(1, 2), schedule(process), sampler=name)
 
 
