@@ -133,33 +133,32 @@ class Encoder(nn.Module):
 
 
 def check_encoder(
-    section: str,
     channels: int,
     multipliers: Sequence[int],
     blocks: int,
     dropout: float,
     shape: Sequence[int],
 ) -> None:
-    """Refuse sizes that make no network, naming the key `section.…`; `shape` is the images' `[C, H, W]`."""
+    """Raise `ConfigError` naming a size that makes no network for images of `shape` `[C, H, W]`."""
     require(
         channels >= 4 and channels % 4 == 0,
-        f"{section}.channels",
+        "channels",
         "be a positive multiple of 4",
         channels,
     )
     require(
         all(m >= 1 for m in multipliers) and len(multipliers) > 0,
-        f"{section}.multipliers",
+        "multipliers",
         "be whole numbers >= 1",
         multipliers,
     )
-    require(blocks >= 1, f"{section}.blocks", "be at least 1", blocks)
-    require(0 <= dropout < 1, f"{section}.dropout", "be in [0, 1)", dropout)
+    require(blocks >= 1, "blocks", "be at least 1", blocks)
+    require(0 <= dropout < 1, "dropout", "be in [0, 1)", dropout)
     halvings = 2 ** (len(multipliers) - 1)
     fits = shape[1] == shape[2] and shape[1] % halvings == 0
     require(
         fits,
-        f"{section}.multipliers",
+        "multipliers",
         f"halve a square image of {shape[1]} x {shape[2]} evenly",
         multipliers,
     )

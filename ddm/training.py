@@ -29,23 +29,15 @@ class FitConfig:
     checkpoint_every: int = 1000  # steps between checkpoints to resume from
     t_min: float = 1e-3  # times are drawn from [t_min, 1]
 
-    def check(self, section: str) -> None:
-        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
+    def check(self) -> None:
+        """Raise `ConfigError` naming the key of a value out of its range."""
         for key in ("steps", "batch", "checkpoint_every"):
-            require(
-                getattr(self, key) >= 1, f"{section}.{key}", "be at least 1", getattr(self, key)
-            )
-        require(
-            self.learning_rate > 0, f"{section}.learning_rate", "be above 0", self.learning_rate
-        )
-        require(
-            self.warmup_steps >= 0, f"{section}.warmup_steps", "be at least 0", self.warmup_steps
-        )
-        require(
-            self.gradient_clip >= 0, f"{section}.gradient_clip", "be at least 0", self.gradient_clip
-        )
-        require(0 <= self.ema_decay < 1, f"{section}.ema_decay", "be in [0, 1)", self.ema_decay)
-        require(0 < self.t_min < 1, f"{section}.t_min", "be in (0, 1)", self.t_min)
+            require(getattr(self, key) >= 1, key, "be at least 1", getattr(self, key))
+        require(self.learning_rate > 0, "learning_rate", "be above 0", self.learning_rate)
+        require(self.warmup_steps >= 0, "warmup_steps", "be at least 0", self.warmup_steps)
+        require(self.gradient_clip >= 0, "gradient_clip", "be at least 0", self.gradient_clip)
+        require(0 <= self.ema_decay < 1, "ema_decay", "be in [0, 1)", self.ema_decay)
+        require(0 < self.t_min < 1, "t_min", "be in (0, 1)", self.t_min)
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> Any:
         """The optimizer and its schedule, as `LightningModule.configure_optimizers` returns them."""

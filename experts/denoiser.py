@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ddm.errors import require
+from ddm.errors import require, within
 from ddm.schedules import Schedule
 from ddm.training import FitConfig
 from experts.unet import UNetConfig
@@ -28,17 +28,17 @@ class ExpertConfig(FitConfig):
     min_snr_gamma: float = 5.0
     times: Times = "uniform"  # of the noisy images it learns from
 
-    def check(self, section: str) -> None:
-        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
-        super().check(section)
-        require(self.sigma_data > 0, f"{section}.sigma_data", "be above 0", self.sigma_data)
-        require(
-            self.min_snr_gamma > 0, f"{section}.min_snr_gamma", "be above 0", self.min_snr_gamma
-        )
+    def check(self) -> None:
+        """Raise `ConfigError` naming the key of a value out of its range."""
+        super().check()
+        require(self.sigma_data > 0, "sigma_data", "be above 0", self.sigma_data)
+        require(self.min_snr_gamma > 0, "min_snr_gamma", "be above 0", self.min_snr_gamma)
 
     def build(self, shape: Sequence[int], schedule: Schedule) -> "Denoiser":
         """A fresh expert for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
-        return Denoiser(self.unet.build(shape), schedule, self.parameterization, self.sigma_data)
+        with within("unet"):
+            network = self.unet.build(shape)
+        return Denoiser(network, schedule, self.parameterization, self.sigma_data)
 
 
 class Denoiser(nn.Module):

@@ -22,9 +22,9 @@ class UNetConfig:
     )  # sides of the feature maps that get self-attention
     dropout: float = 0.1
 
-    def check(self, shape: Sequence[int], section: str = "expert.unet") -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise `ConfigError` naming the key of a size that cannot be for images `[C, H, W]`."""
-        check_encoder(section, self.channels, self.multipliers, self.blocks, self.dropout, shape)
+        check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape)
 
     def build(self, shape: Sequence[int]) -> "UNet":
         """A fresh network for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddm.blocks import Encoder, check_encoder, group_norm
-from ddm.errors import require
+from ddm.errors import require, within
 from ddm.schedules import Schedule
 from ddm.training import FitConfig
 
@@ -26,9 +26,9 @@ class RouterNetConfig:
     )  # sides of the feature maps that get self-attention
     dropout: float = 0.0
 
-    def check(self, shape: Sequence[int], section: str = "router.net") -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise `ConfigError` naming the key of a size that cannot be for images `[C, H, W]`."""
-        check_encoder(section, self.channels, self.multipliers, self.blocks, self.dropout, shape)
+        check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape)
 
     def build(self, shape: Sequence[int], clusters: int, schedule: Schedule) -> "Scorer":
         """A fresh network for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
@@ -41,7 +41,7 @@ class RouterConfig(FitConfig):
     """The router: its networks, their two training stages and the bands of t. `steps` counts both stages."""
 
     net: RouterNetConfig = field(default_factory=RouterNetConfig)
-    batch: int = 129  # a third for each band
+    batch: int = 129  # at least: rounded up to a multiple of 3, a third for each band
     switch_step: int = 500  # stage 1 ends here
     label_weight: float = 1.0  # stage 1: of the cross-entropy
     posterior_weight: float = 1.0  # stage 1: of the squared error to the exact posterior
@@ -50,41 +50,37 @@ class RouterConfig(FitConfig):
         default_factory=lambda: [0.3, 0.7]
     )  # the two times between the three bands
 
-    def check(self, section: str) -> None:
-        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
-        super().check(section)
+    def check(self) -> None:
+        """Raise `ConfigError` naming the key of a value out of its range."""
+        super().check()
         require(
             1 <= self.switch_step < self.steps,
-            f"{section}.switch_step",
-            f"be in [1, {section}.steps = {self.steps})",
+            "switch_step",
+            f"be in [1, steps = {self.steps})",
             self.switch_step,
         )
         for key in ("label_weight", "posterior_weight", "rate_weight"):
-            require(
-                getattr(self, key) >= 0, f"{section}.{key}", "be at least 0", getattr(self, key)
-            )
+            require(getattr(self, key) >= 0, key, "be at least 0", getattr(self, key))
         require(
             self.label_weight + self.posterior_weight > 0,
-            f"{section}.label_weight",
-            f"be above 0 where {section}.posterior_weight is 0",
+            "label_weight",
+            "be above 0 where posterior_weight is 0",
             0,
         )
         rising = len(self.bands) == 2 and self.t_min < self.bands[0] < self.bands[1] < 1
-        require(
-            rising, f"{section}.bands", f"be two rising times in ({section}.t_min, 1)", self.bands
-        )
-        require(
-            self.batch % 3 == 0,
-            f"{section}.batch",
-            "be a multiple of 3, a third for each band",
-            self.batch,
-        )
+        require(rising, "bands", "be two rising times in (t_min, 1)", self.bands)
+
+    @property
+    def images_per_step(self) -> int:
+        """`batch`, rounded up to a multiple of 3: each band of t gets a third."""
+        return -(-self.batch // 3) * 3
 
     def build(
         self, shape: Sequence[int], pi: Tensor, schedule: Schedule
     ) -> "tuple[PosteriorNet, DerivativeNet]":
         """A fresh router for images `[C, H, W]` in clusters of shares `pi` `[K]`. Raises `ConfigError` naming a bad size."""
-        scorer = self.net.build(shape, len(pi), schedule)
+        with within("net"):
+            scorer = self.net.build(shape, len(pi), schedule)
         return PosteriorNet(scorer, pi), DerivativeNet.from_trunk(scorer, self.bands)
 
 

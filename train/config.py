@@ -31,18 +31,18 @@ class ExpertStageConfig(ExpertConfig):
     index: int | None = None  # train only this one
     workers: int | None = None  # processes; null is one a core on a CPU, one on a GPU
 
-    def check(self, section: str) -> None:
-        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
-        super().check(section)
+    def check(self) -> None:
+        """Raise `ConfigError` naming the key of a value out of its range."""
+        super().check()
         require(
             self.index is None or self.index >= 0,
-            f"{section}.index",
+            "index",
             "be at least 0, or null for all",
             self.index,
         )
         require(
             self.workers is None or self.workers >= 1,
-            f"{section}.workers",
+            "workers",
             "be at least 1, or null",
             self.workers,
         )
@@ -204,8 +204,10 @@ class Config:
             schedule(**self.schedule)
         self.data.check()
         self.partition.check()
-        self.expert.check("expert")
-        self.router.check("router")
+        with within("expert"):
+            self.expert.check()
+        with within("router"):
+            self.router.check()
         self.sample.check()
         self.evaluate.check("evaluate")
         self.table.check("table")

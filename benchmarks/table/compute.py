@@ -27,8 +27,8 @@ def compute(config: Config, cut: Partition, monolith_steps: int | None) -> dict[
     found = {
         "experts": one * config.expert.steps * config.expert.batch * cut.k,
         "monolith": one * (monolith_steps or 0) * config.expert.batch,
-        "router": scorer * cfg.batch * (cfg.switch_step + 2 * second),
-        "exact_targets": dots * cfg.batch * (cfg.switch_step + 2 * second),
+        "router": scorer * cfg.images_per_step * (cfg.switch_step + 2 * second),
+        "exact_targets": dots * cfg.images_per_step * (cfg.switch_step + 2 * second),
     }
     return {
         **{name: float(count) for name, count in found.items()},

@@ -136,20 +136,20 @@ def test_the_encoder_sees_each_image_alone_and_at_its_own_time() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": 0}, "expert.unet.channels must be a positive multiple of 4, got 0"),
-        ({"channels": 30}, "expert.unet.channels must be a positive multiple of 4, got 30"),
-        ({"multipliers": []}, "expert.unet.multipliers must be whole numbers >= 1, got []"),
-        ({"multipliers": [1, 0]}, "expert.unet.multipliers must be whole numbers >= 1, got [1, 0]"),
-        ({"blocks": 0}, "expert.unet.blocks must be at least 1, got 0"),
-        ({"dropout": 1.0}, "expert.unet.dropout must be in [0, 1), got 1.0"),
-        ({"dropout": -0.1}, "expert.unet.dropout must be in [0, 1), got -0.1"),
+        ({"channels": 0}, "channels must be a positive multiple of 4, got 0"),
+        ({"channels": 30}, "channels must be a positive multiple of 4, got 30"),
+        ({"multipliers": []}, "multipliers must be whole numbers >= 1, got []"),
+        ({"multipliers": [1, 0]}, "multipliers must be whole numbers >= 1, got [1, 0]"),
+        ({"blocks": 0}, "blocks must be at least 1, got 0"),
+        ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
+        ({"dropout": -0.1}, "dropout must be in [0, 1), got -0.1"),
         (
             {"multipliers": [1] * 5},
-            "expert.unet.multipliers must halve a square image of 8 x 8 evenly, got [1, 1, 1, 1, 1]",
+            "multipliers must halve a square image of 8 x 8 evenly, got [1, 1, 1, 1, 1]",
         ),
         (
             {"shape": [1, 8, 6]},
-            "expert.unet.multipliers must halve a square image of 8 x 6 evenly, got [1, 2]",
+            "multipliers must halve a square image of 8 x 6 evenly, got [1, 2]",
         ),
     ],
 )
@@ -163,9 +163,9 @@ def test_sizes_that_make_no_network_are_refused_by_name(
         "dropout": 0.1,
         "shape": [1, 8, 8],
     }
-    check_encoder("expert.unet", **sizes)
+    check_encoder(**sizes)
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        check_encoder("expert.unet", **{**sizes, **change})
+        check_encoder(**{**sizes, **change})
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_sizes_that_make_no_network_are_refused_by_name(
     [(4, [1, 3]), (12, [1, 2, 4]), (36, [1, 3]), (32, [5]), (96, [1, 2])],
 )
 def test_sizes_that_are_let_through_make_a_network(channels: int, multipliers: list[int]) -> None:
-    check_encoder("expert.unet", channels, multipliers, 1, 0.0, [1, 8, 8])
+    check_encoder(channels, multipliers, 1, 0.0, [1, 8, 8])
     net = Encoder([1, 8, 8], channels, multipliers, 1, [4], 0.0).double()
     maps, _ = net(noise(1, 1, 8, 8), torch.tensor(0.5))
     assert maps[-1].isfinite().all()

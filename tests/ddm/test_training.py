@@ -93,7 +93,7 @@ def test_a_deep_copy_shares_the_images() -> None:
     twin = copy.deepcopy(batches)
     assert twin is not batches
     assert twin.images is batches.images
-    assert torch.equal(twin.x0(3)[0], batches.images(3)[0])
+    assert torch.equal(twin.x0(3)[0], batches.x0(3)[0])
 
 
 @pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1, 1]), (3, [0.25, 0.5, 0.75, 1, 1])])
@@ -118,18 +118,18 @@ def test_the_learning_rate_warms_up_linearly(warmup: int, expected: list[float])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "expert.steps must be at least 1, got 0"),
-        ({"batch": -1}, "expert.batch must be at least 1, got -1"),
-        ({"checkpoint_every": 0}, "expert.checkpoint_every must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "expert.learning_rate must be above 0, got 0.0"),
-        ({"warmup_steps": -1}, "expert.warmup_steps must be at least 0, got -1"),
-        ({"gradient_clip": -0.5}, "expert.gradient_clip must be at least 0, got -0.5"),
-        ({"ema_decay": 1.0}, "expert.ema_decay must be in [0, 1), got 1.0"),
-        ({"t_min": 0.0}, "expert.t_min must be in (0, 1), got 0.0"),
-        ({"t_min": 1.0}, "expert.t_min must be in (0, 1), got 1.0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch": -1}, "batch must be at least 1, got -1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"gradient_clip": -0.5}, "gradient_clip must be at least 0, got -0.5"),
+        ({"ema_decay": 1.0}, "ema_decay must be in [0, 1), got 1.0"),
+        ({"t_min": 0.0}, "t_min must be in (0, 1), got 0.0"),
+        ({"t_min": 1.0}, "t_min must be in (0, 1), got 1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(change: dict[str, Any], message: str) -> None:
-    FitConfig().check("expert")
+    FitConfig().check()
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        FitConfig(**change).check("expert")
+        FitConfig(**change).check()

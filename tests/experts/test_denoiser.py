@@ -127,16 +127,16 @@ def test_one_time_for_all_of_any_dtype_gives_what_the_same_time_for_each_gives(
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("sigma_data", 0.0, "expert.sigma_data must be above 0, got 0.0"),
-        ("min_snr_gamma", -1.0, "expert.min_snr_gamma must be above 0, got -1.0"),
-        ("steps", 0, "expert.steps must be at least 1, got 0"),
-        ("t_min", 0.0, "expert.t_min must be in (0, 1), got 0.0"),
-        ("ema_decay", 1.0, "expert.ema_decay must be in [0, 1), got 1.0"),
+        ("sigma_data", 0.0, "sigma_data must be above 0, got 0.0"),
+        ("min_snr_gamma", -1.0, "min_snr_gamma must be above 0, got -1.0"),
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("t_min", 0.0, "t_min must be in (0, 1), got 0.0"),
+        ("ema_decay", 1.0, "ema_decay must be in [0, 1), got 1.0"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(
     key: str, value: float, message: str
 ) -> None:
-    ExpertConfig().check("expert")
+    ExpertConfig().check()
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        ExpertConfig(**{key: value}).check("expert")  # type: ignore[arg-type]
+        ExpertConfig(**{key: value}).check()  # type: ignore[arg-type]

@@ -153,43 +153,49 @@ def test_the_network_sees_x_over_the_root_of_a2_plus_s2(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"switch_step": 1000}, "router.switch_step must be in [1, router.steps = 1000), got 1000"),
-        ({"switch_step": 0}, "router.switch_step must be in [1, router.steps = 1000), got 0"),
-        ({"rate_weight": -1.0}, "router.rate_weight must be at least 0, got -1.0"),
+        ({"switch_step": 1000}, "switch_step must be in [1, steps = 1000), got 1000"),
+        ({"switch_step": 0}, "switch_step must be in [1, steps = 1000), got 0"),
+        ({"rate_weight": -1.0}, "rate_weight must be at least 0, got -1.0"),
         (
             {"label_weight": 0, "posterior_weight": 0},
-            "router.label_weight must be above 0 where router.posterior_weight is 0, got 0",
+            "label_weight must be above 0 where posterior_weight is 0, got 0",
         ),
         (
             {"bands": [0.7, 0.3]},
-            "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]",
+            "bands must be two rising times in (t_min, 1), got [0.7, 0.3]",
         ),
-        ({"bands": [0.5]}, "router.bands must be two rising times in (router.t_min, 1), got [0.5]"),
+        ({"bands": [0.5]}, "bands must be two rising times in (t_min, 1), got [0.5]"),
         (
             {"bands": [1e-3, 0.5]},
-            "router.bands must be two rising times in (router.t_min, 1), got [0.001, 0.5]",
+            "bands must be two rising times in (t_min, 1), got [0.001, 0.5]",
         ),
-        ({"batch": 100}, "router.batch must be a multiple of 3, a third for each band, got 100"),
-        ({"learning_rate": 0.0}, "router.learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(
     config: dict[str, Any], message: str
 ) -> None:
-    RouterConfig(batch=96).check("router")
+    RouterConfig(batch=96).check()
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        RouterConfig(**{"batch": 96, **config}).check("router")
+        RouterConfig(**{"batch": 96, **config}).check()
+
+
+@pytest.mark.parametrize(("batch", "images"), [(1, 3), (3, 3), (10, 12), (128, 129), (129, 129)])
+def test_a_batch_is_rounded_up_to_a_third_per_band(batch: int, images: int) -> None:
+    cfg = RouterConfig(batch=batch)
+    cfg.check()
+    assert cfg.images_per_step == images
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"channels": 6}, "router.net.channels must be a positive multiple of 4, got 6"),
+        ({"channels": 6}, "net.channels must be a positive multiple of 4, got 6"),
         (
             {"multipliers": [1, 1, 1, 1]},
-            "router.net.multipliers must halve a square image of 4 x 4 evenly, got [1, 1, 1, 1]",
+            "net.multipliers must halve a square image of 4 x 4 evenly, got [1, 1, 1, 1]",
         ),
-        ({"blocks": 0}, "router.net.blocks must be at least 1, got 0"),
+        ({"blocks": 0}, "net.blocks must be at least 1, got 0"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused_by_key_rule_and_value(

@@ -104,10 +104,9 @@ from train.config import Config
         (["sample.steps=0"], "sample.steps must be in [1, 1000], got 0"),
         (
             ["router.bands=[0.7,0.3]"],
-            "router.bands must be two rising times in (router.t_min, 1), got [0.7, 0.3]",
+            "router.bands must be two rising times in (t_min, 1), got [0.7, 0.3]",
         ),
-        (["router.switch_step=99"], "router.switch_step must be in [1, router.steps = 10), got 99"),
-        (["router.batch=10"], "router.batch must be a multiple of 3"),
+        (["router.switch_step=99"], "router.switch_step must be in [1, steps = 10), got 99"),
         (["partition.k=500"], "partition.k must be at most the number of images, 240, got 500"),
         (
             ["partition.k=11"],

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ddm.artifacts import digest, read_json, write_artifact
-from ddm.errors import ArtifactError, ConfigError, DdmError
+from ddm.errors import ArtifactError, ConfigError, DdmError, within
 from ddm.gaussian import MOMENTS, moments
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
@@ -70,10 +70,10 @@ def train_experts(config: Config) -> None:
     An expert that fails costs only itself: the others are trained first, then `DdmError` names it.
     """
     partition = Partition.read(config.folder / "partition")
-    config.expert.unet.check(partition.shape)
-    config.router.net.check(
-        partition.shape
-    )  # here, so that a router that cannot be is known before days of training
+    with within("expert.unet"):
+        config.expert.unet.check(partition.shape)
+    with within("router.net"):  # here, so that a bad router size is known before days of training
+        config.router.net.check(partition.shape)
     index = config.expert.index
     if index is not None and index >= partition.k:
         raise ConfigError(

@@ -46,7 +46,9 @@ def train_router(config: Config) -> None:
     seed = derive_seed(config.seed, RngStream.ROUTER, 0)
     torch.manual_seed(seed)
     posterior, _ = cfg.build(cut.shape, cut.pi, schedule(**config.schedule))
-    batches = Batches(images, cfg.batch, seed)
+    batches = Batches(images, cfg.images_per_step, seed)
+    if batches.batch != cfg.batch:
+        log.info("router     router.batch=%d rounded up to %d", cfg.batch, batches.batch)
     with bar("router", cfg.steps) as advance:
         done = 0
 
