@@ -1,6 +1,12 @@
 """What several test files need: a small run, trained once a session, and the real image sets where they are."""
 
 import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,4 +68,61 @@ def real_data() -> Path:
     folder = Path(os.environ.get("DDM_DATA", "data"))
     if not (folder / "cifar-10-batches-py").is_dir() or not (folder / "celeba_hq").is_dir():
         pytest.skip(f"needs CIFAR-10 and CelebA-HQ in {folder} (DDM_DATA)")
+    return folder
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """`sdist` or `wheel` of the project in `source`, by the setuptools of this environment."""
+    pytest.importorskip("setuptools", "77")
+    code = f"import setuptools.build_meta as m; print(m.build_{kind}({str(folder)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True
+    )
+    return folder / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, built from a copy of this project."""
+    folder = tmp_path_factory.mktemp("sdist")
+    made_here = ("*.egg-info", "__pycache__", "build", "data", "dist", "runs", "shared", ".*")
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*made_here))
+    return build("sdist", folder / "source", folder)
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist: Path) -> Path:
+    """The wheel, built from the source distribution."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(sdist.parent, filter="data")
+    return build("wheel", sdist.parent / sdist.name.removesuffix(".tar.gz"), sdist.parent)
+
+
+@pytest.fixture(scope="session")
+def installed_ddm(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command `ddm` of a fresh environment that has the wheel, and all else from this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    (site_packages / "this.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    subprocess.run(
+        [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)],
+        check=True,
+        capture_output=True,
+    )
+    return folder / "bin" / "ddm"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder whose files have the names of our packages, and stop whoever imports them."""
+    folder = tmp_path / "hostile"
+    (folder / "configs").mkdir(parents=True)
+    trap = 'raise SystemExit("hijacked")'
+    for name in ("benchmarks", "ddm", "experts", "router", "serve", "train", "configs/__init__"):
+        (folder / f"{name}.py").write_text(trap)
     return folder

