@@ -8,6 +8,14 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where resized images are kept, of this test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "ddm"
+
+
 class Means(torch.nn.Module):
     def __init__(self, side: int = 4) -> None:
         super().__init__()

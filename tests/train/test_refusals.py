@@ -245,7 +245,7 @@ def test_a_corrupt_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
         ]
     )
     assert status == 2
-    assert "set/a/1.png is no image that can be read" in capsys.readouterr().err
+    assert "set/a/1.png cannot be read as an image" in capsys.readouterr().err
 
 
 def test_a_config_that_is_no_yaml_is_named(
