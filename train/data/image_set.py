@@ -1,0 +1,61 @@
+"""Images with their labels or attributes, and how a part of them is chosen."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddm.artifacts import digest
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in memory.
+
+    `images` uint8 `[N, C, H, W]`; `labels` int64 `[N]` and the names of the classes;
+    `attributes` bool `[N, A]` and their names.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    label_names: Sequence[str] = ()
+    attributes: Tensor | None = None
+    attribute_names: Sequence[str] = ()
+
+    @property
+    def hash(self) -> str:
+        """The content hash of images, labels and attributes."""
+        parts = [self.images, self.labels, self.attributes]
+        return digest([None if p is None else [list(p.shape), _digest_bytes(p)] for p in parts])
+
+
+def stratified(labels: Tensor, limit: int | None) -> Tensor:
+    """The places of at most `limit` items in which the classes keep their proportions, int64, rising.
+
+    `labels` is int64 `[N]`. Each class has at least one place if `limit` allows it; the rest is
+    apportioned by largest remainder. Within a class the first items are taken. None is all.
+    """
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    sizes = torch.bincount(labels)
+    present = (sizes > 0).long()
+    quota = present if limit >= present.sum() else torch.zeros_like(sizes)
+    quota = quota + _largest_remainder(sizes - quota, limit - int(quota.sum()))
+    places = [(labels == label).nonzero()[:n, 0] for label, n in enumerate(quota.tolist())]
+    return torch.cat(places).sort().values
+
+
+def _largest_remainder(sizes: Tensor, seats: int) -> Tensor:
+    """Apportion `seats` in proportion to `sizes`, int64 `[K]`; equal remainders favour the first."""
+    total = max(1, int(sizes.sum()))
+    whole = sizes * seats // total
+    remainder = sizes * seats % total
+    first = remainder.argsort(descending=True, stable=True)[: seats - int(whole.sum())]
+    whole[first] += 1
+    return whole
+
+
+def _digest_bytes(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
