@@ -1,4 +1,4 @@
-"""What can go wrong that a user can mend.
+"""What can go wrong that a user can fix.
 
 DdmError
  ├── ConfigError     a key, an argument or a combination of them that makes no sense
@@ -6,17 +6,22 @@ DdmError
  └── ArtifactError   a file of a run or bundle that is missing, damaged, or belongs to something else
 """
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxdict = _BRIEF.maxlist = _BRIEF.maxtuple = 20
+_BRIEF.maxstring = _BRIEF.maxother = 300
+
 
 class DdmError(Exception):
-    """The root of all errors that the user of this project can cause and mend; `python -m train` exits with status 2."""
+    """The root of all errors that a user can cause and fix; the command line exits with status 2."""
 
 
 class ConfigError(DdmError, ValueError):
-    """A key, an argument or a combination of them that makes no sense; `key` is its full name, where it is one key."""
+    """A key, an argument or a combination of them that makes no sense; `key` is its full name if it is one key."""
 
     def __init__(self, message: str, key: str | None = None) -> None:
         super().__init__(message)
@@ -31,15 +36,20 @@ class ArtifactError(DdmError):
     """A file of a run or bundle that is missing, damaged, or belongs to something else."""
 
 
+def shown(value: Any) -> str:
+    """A value for the text of an error: its `repr`, shortened if it is long or deeply nested."""
+    return _BRIEF.repr(value)
+
+
 def require(condition: bool, key: str, rule: str, value: Any) -> None:
     """Raise `ConfigError("KEY must RULE, got VALUE")` unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{key} must {rule}, got {value!r}", key)
+        raise ConfigError(f"{key} must {rule}, got {shown(value)}", key)
 
 
 def one_of(key: str, name: Any, names: tuple[str, ...]) -> ConfigError:
-    """The error for a name that is not among those there are."""
-    return ConfigError(f"{key} must be one of {' '.join(names)}, got {name!r}", key)
+    """The error for a name that is not in `names`."""
+    return ConfigError(f"{key} must be one of {' '.join(names)}, got {shown(name)}", key)
 
 
 @contextmanager

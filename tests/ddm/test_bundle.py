@@ -1,17 +1,27 @@
 """A bundle: every file is the one that was put in, and all belong together."""
 
+import multiprocessing
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ddm.artifacts import read_json, read_tensors, sha256, write_artifact, write_json, write_tensors
-from ddm.bundle import read_bundle, write_bundle, write_half
-from ddm.errors import ArtifactError
+from ddm.artifacts import (
+    read_json,
+    read_tensors,
+    scratch_beside,
+    sha256,
+    write_artifact,
+    write_json,
+    write_tensors,
+)
+from ddm.bundle import Bundle, read_bundle, write_bundle, write_half
+from ddm.errors import ArtifactError, shown
 from ddm.partition import Partition
 
 SCHEDULE = {"name": "vp_linear", "beta_max": 20.0}
@@ -56,9 +66,17 @@ def run(tmp_path: Path) -> Run:
     return made
 
 
+def read_whole(folder: Path, only: Collection[str] | None = None) -> Bundle:
+    """A bundle with its weights read."""
+    bundle = read_bundle(folder, only)
+    for artifact in bundle.artifacts:
+        assert artifact.tensors.keys() == artifact.layout.keys()
+    return bundle
+
+
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(ArtifactError, match=re.escape(message)):
-        read_bundle(folder)
+        read_whole(folder)
 
 
 def test_a_bundle_holds_what_was_put_in_wherever_it_is_carried(run: Run, tmp_path: Path) -> None:
@@ -137,14 +155,14 @@ def test_an_artifact_of_another_run_is_refused_naming_what_differs(
 ) -> None:
     ours = run.facts()[key]
     run.train(1, **{key: value})
-    message = f"expert-01.json does not belong to this bundle: its {key} is {value!r}, the manifest's {ours!r}"
+    message = f"{run.experts[1]}.json does not belong to this bundle: its {key} is {shown(value)}, expected {shown(ours)}"
     with pytest.raises(ArtifactError, match=re.escape(message)):
         run.write()
     run.train(1)
     write_artifact(run.router, {}, run.facts(**{key: value}))
     with pytest.raises(
         ArtifactError,
-        match=re.escape(f"router.json does not belong to this bundle: its {key} is {value!r}"),
+        match=re.escape(f"{run.router}.json does not belong to this bundle: its {key} is"),
     ):
         run.write()
 
@@ -152,7 +170,10 @@ def test_an_artifact_of_another_run_is_refused_naming_what_differs(
 def test_swapped_experts_are_refused_by_name(run: Run) -> None:
     run.experts.reverse()
     with pytest.raises(
-        ArtifactError, match=re.escape("expert-00.json does not belong here: it is expert 1, not 0")
+        ArtifactError,
+        match=re.escape(
+            "01/expert.json does not belong to this bundle: its index is 1, expected 0"
+        ),
     ):
         run.write()
 
@@ -199,8 +220,11 @@ def change_the_shape(manifest: dict[str, Any]) -> None:
     [
         (swap_in_manifest, "expert-00.json is damaged or foreign"),
         (lose_an_expert, "manifest.json lists no expert-01, but has 2 clusters"),
-        (add_an_expert, "manifest.json lists an artifact that no cluster has: expert-02"),
-        (lose_the_sizes, "manifest.json does not describe a partition: KeyError('sizes')"),
+        (add_an_expert, "manifest.json lists an artifact that no cluster has: 'expert-02'"),
+        (
+            lose_the_sizes,
+            "manifest.json does not describe a partition: sizes must be whole numbers in [1, 2^40], got None",
+        ),
         (
             be_of_another_format,
             "manifest.json is not the manifest of a bundle: its format must be 'ddm-bundle-1'",
@@ -230,14 +254,33 @@ def test_files_swapped_with_their_hashes_are_refused_by_name(run: Run) -> None:
     swap_in_manifest(manifest)
     write_json(run.bundle / "manifest.json", manifest)
     refused(
-        run.bundle, f"{run.bundle / 'expert-00.json'} does not belong here: it is expert 1, not 0"
+        run.bundle,
+        f"{run.bundle / 'expert-00.json'} does not belong to this bundle: its index is 1, expected 0",
     )
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null"])
 def test_a_manifest_of_another_kind_is_refused_by_name(run: Run, content: str) -> None:
     (run.bundle / "manifest.json").write_text(content)
-    refused(run.bundle, f"{run.bundle / 'manifest.json'} is not the manifest of a bundle")
+    refused(run.bundle, f"{run.bundle / 'manifest.json'} must hold a JSON object")
+
+
+@pytest.mark.parametrize("value", [None, "", "0" * 63, 0, [], {"sha256": "0" * 64}])
+def test_a_listed_hash_that_is_no_sha256_is_refused(run: Run, value: object) -> None:
+    manifest = read_json(run.bundle / "manifest.json")
+    manifest["artifacts"]["expert-01"] = value
+    write_json(run.bundle / "manifest.json", manifest)
+    refused(
+        run.bundle,
+        f"{run.bundle / 'manifest.json'} is damaged: the hash of expert-01 must be 64 hex digits",
+    )
+
+
+@pytest.mark.parametrize("value", [None, [], "vp_linear", {"name": ["vp_linear"]}, {"name": {}}])
+def test_a_schedule_that_is_not_flat_is_refused(run: Run, value: object) -> None:
+    manifest = read_json(run.bundle / "manifest.json")
+    write_json(run.bundle / "manifest.json", {**manifest, "schedule": value})
+    refused(run.bundle, f"{run.bundle / 'manifest.json'} is damaged: schedule must be an object")
 
 
 def test_a_pickle_among_the_weights_is_refused_by_name(run: Run) -> None:
@@ -248,7 +291,7 @@ def test_a_pickle_among_the_weights_is_refused_by_name(run: Run) -> None:
         {**facts, "sha256": sha256(run.experts[1].with_suffix(".safetensors"))},
     )
     with pytest.raises(
-        ArtifactError, match=r"expert.*01.*\.safetensors is damaged: it is no safetensors file"
+        ArtifactError, match=r"expert.*01.*\.safetensors is damaged: it is not a safetensors file"
     ):
         run.write()
 
@@ -264,9 +307,10 @@ def test_a_failed_write_leaves_the_old_bundle(run: Run) -> None:
 
 
 def test_a_new_bundle_replaces_the_old_and_carries_nothing_of_a_failed_one(run: Run) -> None:
-    leftover = run.bundle.with_name("bundle.part")
+    leftover = scratch_beside(run.bundle)
     leftover.mkdir()
     (leftover / "expert-07.json").write_text("{}")
+    os.utime(leftover, (0, 0))
     (run.bundle / "old").write_text("")
     run.write()
     names = {
@@ -276,6 +320,72 @@ def test_a_new_bundle_replaces_the_old_and_carries_nothing_of_a_failed_one(run: 
     }
     assert {path.name for path in run.bundle.iterdir()} == names | {"manifest.json"}
     assert not leftover.exists()
+
+
+def killed_while_replacing(run: Run, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+    """Write a new bundle, and stop as a kill would at the rename after so many of the folder."""
+    rename, done = Path.rename, []
+
+    def counted(self: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        moved = rename(self, target)
+        done.append(target)
+        return moved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", counted)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            run.write()
+
+
+def test_a_kill_between_the_renames_loses_no_bundle(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = read_bundle(run.bundle).version
+    run.train(0, weight=0.5)
+    killed_while_replacing(run, monkeypatch, renames=1)
+    assert not run.bundle.exists()
+    assert read_bundle(run.bundle).version == old
+    killed_while_replacing(run, monkeypatch, renames=1)
+    run.write()
+    assert float(read_whole(run.bundle).experts[0].tensors["weight"]) == 0.5
+    assert not [path for path in run.folder.iterdir() if path.suffix == ".old"]
+
+
+def write_often(run: Run, folder: Path, experts: int) -> None:
+    mine = Run(folder / f"run-{experts}")
+    mine.bundle = run.bundle
+    for turn in range(10):
+        mine.train(1, weight=float(10 * experts + turn))
+        mine.write()
+
+
+def test_concurrent_writers_leave_one_whole_bundle(run: Run, tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        pool.starmap(write_often, [(run, tmp_path, writer) for writer in range(3)])
+    weight = float(read_whole(run.bundle).experts[1].tensors["weight"])
+    assert weight in {1.0 + 10 * writer + 9 for writer in range(3)}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_linked_bundle_is_replaced_where_the_link_leads(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    run.bundle.rename(target)
+    run.bundle.symlink_to(target)
+    run.train(1, weight=0.5)
+    run.write()
+    assert run.bundle.is_symlink()
+    assert float(read_whole(target).experts[1].tensors["weight"]) == 1.5
+
+
+def test_a_bundle_in_place_of_a_file_is_refused_by_name(run: Run) -> None:
+    shutil.rmtree(run.bundle)
+    run.bundle.write_text("mine")
+    with pytest.raises(ArtifactError, match=re.escape(f"{run.bundle} cannot be written: Not a")):
+        run.write()
+    assert run.bundle.read_text() == "mine"
 
 
 def test_too_few_experts_are_refused_and_leave_the_old_bundle(run: Run) -> None:
@@ -324,7 +434,7 @@ def test_what_alone_is_asked_for_is_checked_as_ever_and_so_is_the_manifest(run: 
     path = run.bundle / "expert-01.safetensors"
     write_tensors(path, {"weight": read_tensors(path)["weight"] + 1})
     with pytest.raises(ArtifactError, match=re.escape(f"{path} is damaged or foreign")):
-        read_bundle(run.bundle, only=["expert-01"])
+        read_whole(run.bundle, only=["expert-01"])
     assert len(read_bundle(run.bundle, only=["expert-00", "router"]).experts) == 1
     manifest = read_json(run.bundle / "manifest.json")
     lose_an_expert(manifest)
@@ -340,7 +450,8 @@ def test_an_expert_of_another_number_is_refused_alone_too(run: Run) -> None:
     manifest["artifacts"]["expert-01"] = manifest["artifacts"]["expert-00"]
     write_json(run.bundle / "manifest.json", manifest)
     with pytest.raises(
-        ArtifactError, match="expert-01.json does not belong here: it is expert 0, not 1"
+        ArtifactError,
+        match="expert-01.json does not belong to this bundle: its index is 0, expected 1",
     ):
         read_bundle(run.bundle, only=["expert-01"])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddm.artifacts import read_json, sha256, write_json, write_tensors
+from ddm.artifacts import digest, read_json, sha256, write_json, write_tensors
 from ddm.errors import ArtifactError, DataError
 from ddm.partition import Partition
 
@@ -99,18 +99,50 @@ def test_a_changed_description_is_refused_naming_the_file_and_both_hashes(tmp_pa
     changed = {**read_json(path), "sizes": [3, 2, 1]}
     write_json(path, changed)
     found = Partition(partition.shape, partition.names, [3, 2, 1], partition.hashes).hash
-    message = f"{path} is damaged: the hash of its partition is {found}, it says {partition.hash}"
+    message = f"{path} is damaged: the hash of its partition is {found}, it says '{partition.hash}'"
     with pytest.raises(ArtifactError, match=re.escape(message)):
         Partition.read(tmp_path)
 
 
-@pytest.mark.parametrize("facts", [{"shape": [1, 2, 2]}, [], 3])
-def test_json_that_describes_no_partition_is_refused_by_name(tmp_path: Path, facts: object) -> None:
-    write_json(tmp_path / "partition.json", facts)
+HASH = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"shape": shape}
+            for shape in ([8, 8], [0, 8, 8], [1, 8, 10**6], [1, 8.0, 8], "188", None)
+        ),
+        *({"shape": shape} for shape in ([True, 8, 8], {"0": 1})),
+        *({"sizes": sizes} for sizes in ([], [1, 2], [1, 2, 0], [1, 2, -3], [1, 2, 2**41])),
+        *({"sizes": sizes} for sizes in ([1, 2, 3.0], [1, 2, True], [1, 2, None], 3, [1] * 10**5)),
+        *({"names": names} for names in (["a", "b"], ["a", "b", "a"], ["a", "b", 3], "abc")),
+        *({"names": names} for names in (["a", "b", "x" * 256], ["a", "b", "\ud800"], None)),
+        *({"hashes": [HASH, HASH, value]} for value in (None, "", "g" * 64, "0" * 63, 0)),
+        {"hashes": [HASH]},
+    ],
+)
+def test_json_that_describes_no_partition_is_refused_by_name(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    write(tmp_path)
+    path = tmp_path / "partition.json"
+    facts = {key: value for key, value in read_json(path).items() if key != "hash"} | change
+    write_json(path, {**facts, "hash": digest(facts)})
     with pytest.raises(
-        ArtifactError,
-        match=re.escape(f"{tmp_path / 'partition.json'} does not describe a partition"),
-    ):
+        ArtifactError, match=re.escape(f"{path} does not describe a partition: ")
+    ) as error:
+        Partition.read(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [None, "", 3, []])
+def test_a_partition_without_its_hash_is_refused_by_name(tmp_path: Path, value: object) -> None:
+    write(tmp_path)
+    path = tmp_path / "partition.json"
+    write_json(path, {**read_json(path), "hash": value})
+    with pytest.raises(ArtifactError, match=re.escape(f"{path} is damaged: the hash")):
         Partition.read(tmp_path)
 
 
