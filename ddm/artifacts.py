@@ -16,8 +16,9 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -121,7 +122,7 @@ def _refuse(path: Path, what: str, error: OSError) -> NoReturn:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file, open for reading. A fifo or a device is never opened, because that may wait for ever.
 
     Raises `ArtifactError` naming the file that is missing, not a regular one, or cannot be read.
