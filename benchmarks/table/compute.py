@@ -1,4 +1,4 @@
-"""What training costs, in floating-point operations counted on the networks themselves."""
+"""The floating-point operations of training, counted on the networks themselves."""
 
 from typing import Any
 
@@ -12,23 +12,26 @@ from train.config import Config
 
 
 def compute(config: Config, cut: Partition, monolith_steps: int | None) -> dict[str, Any]:
-    """Operations of training: `experts` together, the `monolith`, the `router`'s networks, and its `exact_targets` in float64.
+    """Operations of training all `experts`, the `monolith`, the `router`'s networks, and its `exact_targets` in float64.
 
-    A step counts three times its forward pass. Also the `parameters` of one expert and of the router.
+    A training step counts as three forward passes. Also the `parameters` of one expert and of the router.
     """
-    process, pi = schedule(**config.schedule), cut.pi
+    process = schedule(**config.schedule)
     expert = config.expert.build(cut.shape, process)
-    posterior, derivative = config.router.build(cut.shape, pi, process)
-    one, cfg = 3 * _forward(expert, cut.shape), config.router
-    scorer = 3 * _forward(posterior, cut.shape)
-    second = cfg.steps - cfg.switch_step
+    posterior, derivative = config.router.build(cut.shape, cut.pi, process)
+    expert_image = 3 * _forward(expert, cut.shape)
+    router_image = 3 * _forward(posterior, cut.shape)
+    cfg = config.router
+    stage_two = cfg.steps - cfg.switch_step
+    router_batches = cfg.switch_step + 2 * stage_two  # stage 2 trains two networks
     images = sum(cut.sizes) * (2 if config.data.flip else 1)
-    dots = 2 * images * torch.Size(cut.shape).numel()  # of one noisy image with every real one
+    numbers = torch.Size(cut.shape).numel()
+    products = 2 * images * numbers  # of one noisy image with every real one
     found = {
-        "experts": one * config.expert.steps * config.expert.batch * cut.k,
-        "monolith": one * (monolith_steps or 0) * config.expert.batch,
-        "router": scorer * cfg.images_per_step * (cfg.switch_step + 2 * second),
-        "exact_targets": dots * cfg.images_per_step * (cfg.switch_step + 2 * second),
+        "experts": expert_image * config.expert.steps * config.expert.batch * cut.k,
+        "monolith": expert_image * (monolith_steps or 0) * config.expert.batch,
+        "router": router_image * cfg.images_per_step * router_batches,
+        "exact_targets": products * cfg.images_per_step * router_batches,
     }
     return {
         **{name: float(count) for name, count in found.items()},

@@ -1,4 +1,4 @@
-"""The images that a table's page shows: what every method drew from the same noise, the best method's, and real ones."""
+"""The images on a table's page: the samples of every method from the same noise, the best method's, and real images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,44 +15,48 @@ from train.evaluation.plots import save
 from train.evaluation.results import Evaluation
 
 _COLUMNS = 12
-_SINGLE = ("MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1")  # routed, one expert a step
+_PIXELS = 48  # the least height of an image on a contact sheet
+_SINGLE = ("MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1")  # routed, one expert per step
 
 
 def write(
     folder: Path, name: str, config: Config, measured: Measurement, evaluation: Evaluation
 ) -> list[str]:
     """Write `NAME-methods-STEPS.png`, `NAME-images.png` and `NAME-real.png`; returns the files' names."""
-    few, middle = evaluation.steps[0], shown_steps(evaluation)
-    drawn = {
+    middle = shown_steps(evaluation)
+    samples = {
         (draw.method.name, draw.steps): measured.drawn(draw).images
         for draw in measured.first_draws()
     }
-    made = []
-    for steps in sorted({few, middle}):
-        rows = {method: drawn[method, steps][:_COLUMNS] for method in evaluation.versions}
-        save(folder / f"{name}-methods-{steps}.png", _labelled(rows), dpi=100)
-        made.append(f"{name}-methods-{steps}.png")
-    write_png(
-        folder / f"{name}-images.png",
-        contact_sheet(drawn[shown_method(evaluation), middle][: 8 * _COLUMNS].split(_COLUMNS), 48),
-    )
-    whole = measured.cut.all(config.folder / "partition")
-    any_real = torch.randperm(len(whole["images"]), generator=torch.Generator().manual_seed(0))[
-        : 4 * _COLUMNS
-    ]
-    write_png(
-        folder / f"{name}-real.png", contact_sheet(whole["images"][any_real].split(_COLUMNS), 48)
-    )
-    return [*made, f"{name}-images.png", f"{name}-real.png"]
+    files = []
+    for steps in sorted({evaluation.steps[0], middle}):
+        rows = {method: samples[method, steps][:_COLUMNS] for method in evaluation.versions}
+        files.append(f"{name}-methods-{steps}.png")
+        save(folder / files[-1], _labelled(rows), dpi=100)
+    shown = samples[shown_method(evaluation), middle][: 8 * _COLUMNS]
+    for file, images in (
+        (f"{name}-images.png", shown),
+        (f"{name}-real.png", _real(config, measured)),
+    ):
+        write_png(folder / file, contact_sheet(images.split(_COLUMNS), _PIXELS))
+        files.append(file)
+    return files
+
+
+def _real(config: Config, measured: Measurement) -> Tensor:
+    """Real images, chosen at random."""
+    images = measured.cut.all(config.folder / "partition")["images"]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[: 4 * _COLUMNS]]
 
 
 def shown_steps(evaluation: Evaluation) -> int:
-    """The number of steps of the images that are shown: the nearest to 25."""
+    """The number of steps of the images on the page: the closest to 25."""
     return min(evaluation.steps, key=lambda n: abs(n - 25))
 
 
-def best(evaluation: Evaluation, steps: int, features: str, sampler: str) -> str | None:
-    """The routed method of one expert a step with the smallest Frechet distance; None where none was measured."""
+def best_single(evaluation: Evaluation, steps: int, features: str, sampler: str) -> str | None:
+    """The routed method with one expert per step and the smallest Fréchet distance; None if none was measured."""
 
     def distance(method: str) -> float:
         found = evaluation.over_seeds(
@@ -61,32 +65,27 @@ def best(evaluation: Evaluation, steps: int, features: str, sampler: str) -> str
         assert found is not None
         return found.mean
 
-    return min(
-        (method for method in evaluation.versions if method in _SINGLE), key=distance, default=None
-    )
+    measured = [method for method in evaluation.versions if method in _SINGLE]
+    return min(measured, key=distance, default=None)
 
 
 def shown_method(evaluation: Evaluation) -> str:
-    """The method whose images are shown: the best, by the first features and sampler."""
-    features, sampler = next(iter(evaluation.features)), next(iter(evaluation.samplers))
-    return best(evaluation, shown_steps(evaluation), features, sampler) or next(
-        iter(evaluation.versions)
-    )
+    """The method whose images are on the page: the best, by the first features and sampler."""
+    features = next(iter(evaluation.features))
+    sampler = next(iter(evaluation.samplers))
+    best = best_single(evaluation, shown_steps(evaluation), features, sampler)
+    return best or next(iter(evaluation.versions))
 
 
 def _labelled(rows: Mapping[str, Tensor]) -> Figure:
-    """One row of images a method, with its name beside it."""
-    sheet = contact_sheet(list(rows.values()), 48)
-    high, wide = sheet.shape[1:]
-    figure, axes = plt.subplots(figsize=(wide / 100, high / 100))
-    axes.imshow(
-        sheet.permute(1, 2, 0).squeeze(2).numpy(),
-        cmap="gray",
-        vmin=0,
-        vmax=255,
-        interpolation="nearest",
-    )
-    axes.set_yticks([(i + 0.5) * high / len(rows) for i in range(len(rows))], list(rows))
+    """One row of images per method, labelled with its name."""
+    sheet = contact_sheet(list(rows.values()), _PIXELS)
+    height, width = sheet.shape[1:]
+    figure, axes = plt.subplots(figsize=(width / 100, height / 100))
+    image = sheet.permute(1, 2, 0).squeeze(2).numpy()
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    centres = [(i + 0.5) * height / len(rows) for i in range(len(rows))]
+    axes.set_yticks(centres, list(rows))
     axes.tick_params(length=0)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""Making a table: train, draw, score; then the record, with a hash of everything that the figures stand on."""
+"""Making a table: train, sample, score; then the record, with the hash of everything the figures depend on."""
 
 import os
 import platform
@@ -20,9 +20,9 @@ from train.stages.run import run
 
 
 def make(config: Config, command: str, folder: Path) -> Path:
-    """The record of the table of a config, made by that command, and its images: `folder/NAME.json`.
+    """Write the record of a config's table and its images, and return the record's path `folder/NAME.json`.
 
-    Raises a `DdmError` that says what to mend.
+    `command` is recorded as the way to reproduce it. Raises a `DdmError` that says what to fix.
     """
     cfg = config.table
     cfg.check_files("table")
@@ -56,18 +56,15 @@ def make(config: Config, command: str, folder: Path) -> Path:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What it ran on."""
-    found = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{os.cpu_count()} cores of {platform.machine()}"
-    )
+    """The hardware and the versions of the packages."""
+    cpu = f"{os.cpu_count()} cores of {platform.machine()}"
+    found = torch.cuda.get_device_name() if device == "cuda" else cpu
     packages = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
     return {"device": found, "python": platform.python_version(), **packages}
 
 
 def rounded(facts: Any) -> Any:
-    """Plain data with numbers to six digits, which is more than is known of any of them."""
+    """Plain data with floats rounded to six digits, which is below the error of any of them."""
     if isinstance(facts, dict):
         return {key: rounded(value) for key, value in facts.items()}
     if isinstance(facts, list | tuple):
@@ -76,6 +73,6 @@ def rounded(facts: Any) -> Any:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record. Raises `ArtifactError` where it is missing or no JSON."""
+    """A record. Raises `ArtifactError` if it is missing or not JSON."""
     found: dict[str, Any] = read_json(path)
     return found

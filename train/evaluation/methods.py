@@ -1,4 +1,4 @@
-"""The rows of the table: who moves the image, and where alpha comes from."""
+"""The rows of the table: which experts update the image, and where alpha comes from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from train.config import PAPER, Config
 
 MEANING = {
     "DDIM": "one model on all images",
-    "Naive": "one expert, drawn from the shares and kept",
-    "MoG-a": "each step one expert, drawn from the posterior net's alpha",
-    "MoG-da": "each step one expert, drawn from the integrated alpha",
-    "balanced": "each step one expert, with error feedback",
-    "balanced-cv": "balanced, with Gaussians standing in for the experts not asked",
-    "adaptive": "controlled, with a second expert where alpha is undecided",
-    "top-1": "each step the likeliest expert",
-    "top-2": "each step the two likeliest, weighted by alpha",
-    "nucleus": "each step the likeliest that carry 0.9 of alpha",
-    "full": "each step all experts, weighted by alpha",
+    "Naive": "one expert per image, drawn from the mixture weights",
+    "MoG-a": "one expert per step, drawn from the posterior net's alpha",
+    "MoG-da": "one expert per step, drawn from the integrated alpha",
+    "balanced": "one expert per step, with error feedback",
+    "balanced-cv": "balanced, with the Gaussian control variate",
+    "adaptive": "balanced-cv, with a second expert where alpha is undecided",
+    "top-1": "the most likely expert of each step",
+    "top-2": "the two most likely experts of each step, weighted by alpha",
+    "nucleus": "the fewest experts per step that carry 0.9 of alpha, weighted by alpha",
+    "full": "all experts at each step, weighted by alpha",
 }
 
 
