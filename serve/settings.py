@@ -1,6 +1,8 @@
 """How a bundle is served: one tree of keys for `python -m serve`, and for `args` of a Ray Serve config."""
 
 import ipaddress
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,10 @@ class LimitsConfig:
     steps: int = 250
     body_bytes: int = 65_536
     body_timeout_s: float = 10.0  # for a request's body to arrive
+    header_timeout_s: float = 10.0  # for a request's headers to arrive; not behind Ray's proxy
+    send_timeout_s: float = 30.0  # for a client that does not read its answer; then it is cut off
+    keep_alive_s: float = 75.0  # a connection without a request is kept; not behind Ray's proxy
+    connections: int = 1000  # open at once; then idle ones are closed; not behind Ray's proxy
     pending: int = 100_000  # image steps, accepted and still to come; beyond it 429
     deadline_s: float = 300.0  # from a request to its last image; beyond it 504
 
@@ -43,6 +49,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    name: str | None = None  # the model's, in the API; null for the run folder's name
     token_file: str | None = None  # a file with the bearer token that requests must carry
     open: bool = False  # allow a host beyond this machine without a token
     placement: Literal["local", "ray"] = "local"
@@ -53,6 +60,7 @@ class ServeConfig:
     call_timeout_s: float = 30.0
     retry_s: float = 60.0  # how long an expert may be unreachable before it counts as away
     degraded: Literal["fail", "renormalize"] = "fail"
+    drain_s: float = 15.0  # for requests under way, after the first SIGTERM or ctrl-C
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -82,6 +90,10 @@ class Settings:
             require(
                 getattr(config, key) > 0, f"{section}.{key}", "be above 0", getattr(config, key)
             )
+        require(0 <= serve.drain_s < math.inf, "serve.drain_s", "be at least 0", serve.drain_s)
+        name = serve.name
+        named = name is None or (0 < len(name) <= 256 and name.isprintable() and "/" not in name)
+        require(named, "serve.name", "have 1 to 256 printable characters, and no /", name)
         for key in ("gpus", "cpus", "service_cpus"):
             require(getattr(ray, key) >= 0, f"serve.ray.{key}", "be at least 0", getattr(ray, key))
         most = ray.max_replicas
@@ -99,14 +111,26 @@ class Settings:
             serve.host,
         )
 
+    def name(self) -> str:
+        """The model's name in the API: `serve.name`, or the run folder's as it was given."""
+        if self.serve.name is not None:
+            return self.serve.name
+        # Follows no link, since its target may change.
+        folder = Path(os.path.abspath(self.run))  # noqa: PTH100
+        if folder.name == "bundle" and folder.parent.name:
+            folder = folder.parent
+        return folder.name or "ddm"
+
     def token(self) -> str | None:
-        """The bearer token, if one is asked for. Raises `ConfigError` where its file is missing or empty."""
+        """The bearer token, None without `serve.token_file`. Raises `ConfigError`."""
         if self.serve.token_file is None:
             return None
+        file, token = Path(self.serve.token_file), ""
         try:
-            token = Path(self.serve.token_file).read_text().strip()
+            if file.is_file():  # a pipe could block for ever
+                token = file.read_text().strip()
         except (OSError, UnicodeDecodeError):
-            token = ""
+            pass
         require(bool(token), "serve.token_file", "be a file with a token", self.serve.token_file)
         return token
 

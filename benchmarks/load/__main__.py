@@ -1,10 +1,12 @@
-"""python -m benchmarks.load [RUN] [closed] [open] [ray] [drill] [--clients=64] [--requests=512] [--rate=20] [--out=FOLDER]
+"""python -m benchmarks.load [RUN] [MODE ...] [--clients=64] [--requests=512] [--rate=20] [--out=FOLDER]
 
 Load on loopback against `python -m serve RUN` (default: runs/digits), which this starts and stops:
   closed  64 clients, each asking for an image when it has the last, beside one offline `sample` call of as many images, in
           turn, medians; and beside a server that answers one request after another
   open    requests at a rate, whether or not the server keeps up
   ray     the time of a step with each expert a deployment, beside a bare call of a Ray handle
+  fairness  latency of small requests behind six giant ones (benchmarks/load/fairness.py)
+  stalled   memory of the server while 20 clients do not read their streams
   drill   what becomes of 500 requests while experts, a node and weights go (see benchmarks/load/drill.py)
 Prints a table and writes load.json. None named: closed open ray.
 """
@@ -23,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load.client import closed, opened
+from benchmarks.load.fairness import fairness_mode, stalled_mode
 from benchmarks.load.server import server
 from serve import load
 
-MODES = ("closed", "open", "ray", "drill")
+MODES = ("closed", "open", "ray", "drill", "fairness", "stalled")
 COLUMNS = ("requests", "failed", "images_per_s", "p50_ms", "p90_ms", "p99_ms", "max_ms")
 
 
@@ -150,6 +153,10 @@ def main(words: list[str]) -> int:
                 found[mode] = open_mode(runs[0], rate, requests // 2)
             case "ray":
                 found[mode] = ray_mode(runs[0], clients, requests)
+            case "fairness":
+                found[mode] = fairness_mode(runs[0])
+            case "stalled":
+                found[mode] = stalled_mode(runs[0])
             case _:
                 from benchmarks.load.drill import drill
 

@@ -1,4 +1,4 @@
-"""What the engine asks of an expert, wherever it runs, and how it can fail."""
+"""An expert as the engine calls it, wherever it runs, and how it can fail."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,21 +9,21 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# One thread for all arithmetic of this process: turns are taken anyway, and its caches stay warm.
+# One thread for all arithmetic in this process: it runs in turns anyway, and caches stay warm.
 _THREAD = ThreadPoolExecutor(1, "arithmetic")
 
 
 async def in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Run arithmetic beside the loop."""
+    """Run arithmetic in a thread, so that the event loop stays responsive."""
     return await asyncio.get_running_loop().run_in_executor(_THREAD, work, *args)
 
 
 class UnavailableError(Exception):
-    """An expert cannot be reached now; the same call may be made again, since an answer depends on (x, t) alone."""
+    """An expert cannot be reached now. The call may be repeated: it depends on (x, t) alone."""
 
 
 class ServingError(Exception):
-    """Why a request's images were not made."""
+    """Why a request's images could not be sampled."""
 
 
 class ExpertAwayError(ServingError):
@@ -31,14 +31,14 @@ class ExpertAwayError(ServingError):
 
 
 class ExpertFailedError(ServingError):
-    """An expert answered an image with an error, each time it was asked."""
+    """An expert failed on an image each time it was called."""
 
 
 class Expert(Protocol):
-    """Where one expert can be asked.
+    """An expert that can be called.
 
-    `turn` is acquired for each call: the experts of one device share one, and a remote expert's counts its replicas. `calls` is
-    how many can be under way at once.
+    turn: acquired for each call; the experts of one device share it, a remote expert's counts its
+    replicas. calls: how many may be under way at once.
     """
 
     name: str
@@ -46,9 +46,9 @@ class Expert(Protocol):
     calls: int
 
     async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """x `[B, C, H, W]`, t `[B]` -> the denoised x. Raises `UnavailableError` where it cannot be reached."""
+        """The denoised x `[B, C, H, W]` at t `[B]`. Raises `UnavailableError`."""
         ...
 
     async def check(self) -> None:
-        """Return if it can be reached, else raise `UnavailableError`."""
+        """Return if the expert can be reached. Raises `UnavailableError` if it cannot."""
         ...

@@ -13,7 +13,7 @@ from serve.model.model import Model
 class Runner:
     """One expert's network on its device: `(x [B, C, H, W], t [B]) -> [B, C, H, W]`, on x's device.
 
-    With `compiled` the network is compiled, and batches are filled up to a power of two, so that it is compiled for a few sizes.
+    A compiled network gets batches padded to a power of two, so that it is compiled for few sizes.
     """
 
     def __init__(
@@ -29,16 +29,14 @@ class Runner:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         size = len(x)
         if self.compiled:
-            fill = (1 << (size - 1).bit_length()) - size
-            x, t = (
-                torch.cat([x, x[-1:].expand(fill, *x.shape[1:])]),
-                torch.cat([t, t[-1:].expand(fill)]),
-            )
+            padding = (1 << (size - 1).bit_length()) - size
+            x = torch.cat([x, x[-1:].expand(padding, *x.shape[1:])])
+            t = torch.cat([t, t[-1:].expand(padding)])
         return self.denoiser(x.to(self.device), t.to(self.device, torch.float32))[:size].to(x)
 
 
 class LocalExpert:
-    """An expert in this process; all on one device take turns."""
+    """An expert in this process; all experts of one device share `turn`."""
 
     calls = 1
 
@@ -49,7 +47,7 @@ class LocalExpert:
         return await in_thread(self.run, x, t)
 
     async def check(self) -> None:
-        """It is always here."""
+        """Always available."""
 
 
 def local_experts(

@@ -1,7 +1,7 @@
-"""A service: bundles that answer requests, one after another in time, each with an engine of its own.
+"""A service: the current bundle answers requests, with an engine of its own.
 
-A request finishes on the version that it began with; `switch` makes another one the current, and the old one goes when its last
-request is done.
+A request finishes on the version of the bundle that it began with. `switch` makes another version
+the current one; the old one goes when its last request is done.
 """
 
 import asyncio
@@ -15,27 +15,27 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
 
 from ddm.errors import require
 from serve.engine.expert import Expert, ServingError
 from serve.engine.local_expert import local_experts
 from serve.engine.metrics import Metrics
 from serve.engine.scheduler import Engine
-from serve.engine.state import Request, StepRecord
+from serve.engine.state import OnStep, Request
 from serve.model.loading import load, picked_device
 from serve.model.model import Model, SamplingPlan, Trace, kept
 from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
-Watch = Callable[[int, StepRecord, Tensor], None]
 # A loaded model, its folder, and the turn that routing takes -> its experts.
 Connect = Callable[[Model, Path, asyncio.Semaphore], Sequence[Expert]]
 
+_OBSERVE_S = 2.0  # between two updates of the gauges
+
 
 class BusyError(ServingError):
-    """More is pending than the service accepts; `retry_after_s` is a guess at when there is room."""
+    """More is pending than the service accepts; `retry_after_s` estimates when there is room."""
 
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
@@ -44,7 +44,11 @@ class BusyError(ServingError):
 
 @dataclass
 class SamplingParams:
-    """What a request asks for; `settings` are fields of `SampleConfig`, the service's own where they are missing."""
+    """What a request asks for.
+
+    n: images. seed: None for a random one. first_index: of the first image. settings: fields of
+    `SampleConfig`; those that are missing are the service's own.
+    """
 
     n: int = 1
     seed: int | None = None
@@ -55,49 +59,55 @@ class SamplingParams:
 
 @dataclass(eq=False)
 class Version:
-    """A bundle in service, and what was ordered of it and is not done; an order that is dropped before it is made leaves."""
+    """A bundle in service, and the requests that were admitted to it and are not done.
+
+    A request that is dropped before it runs disappears from `admitted`.
+    """
 
     model: Model
     folder: Path
     engine: Engine
-    plans: dict[str, SamplingPlan] = field(
-        default_factory=dict
-    )  # by what requests gave, so that it is checked once
-    orders: "WeakSet[AdmittedRequest]" = field(default_factory=WeakSet)
+    plans: dict[str, SamplingPlan] = field(default_factory=dict)  # checked once, by settings
+    admitted: "WeakSet[AdmittedRequest]" = field(default_factory=WeakSet)
 
 
 @dataclass(frozen=True, eq=False)
 class AdmittedRequest:
-    """A request that was accepted: its version, its job, and the seed that it got."""
+    """A request that was accepted, its version of the bundle, and its seed."""
 
     version: Version
     request: Request
     seed: int
 
     def trace(self) -> Trace:
-        """What happened on the way of its images, once they are done and where the job was traced."""
-        ways = [self.request.record[place] for place in range(len(self.request.index))]
+        """The trace of a request that is done and was traced."""
+        n = len(self.request.index)
+        trajectories = [self.request.records[place] for place in range(n)]
+        alpha = [torch.stack([step.alpha for step in steps]) for steps in trajectories]
+        chosen = [torch.stack([step.chosen for step in steps]) for steps in trajectories]
         return Trace(
-            torch.tensor([record.t for record in ways[0]], dtype=torch.float64),
-            torch.stack([torch.stack([record.alpha for record in way]) for way in ways], dim=1),
-            torch.stack([torch.stack([record.chosen for record in way]) for way in ways], dim=1),
-            self.request.calls,
+            torch.tensor([step.t for step in trajectories[0]], dtype=torch.float64),
+            torch.stack(alpha, dim=1),
+            torch.stack(chosen, dim=1),
+            self.request.nfe,
         )
 
 
 class Service:
-    """Answers requests for images. `start` it on the loop that it is to live on; `stop` it there.
+    """Answers requests for images. `start` and `stop` it on one event loop.
 
-    Making one loads the bundle: raises `DdmError` naming what is wrong with it, or with the settings for it.
+    `__init__` loads the bundle. Raises `DdmError` naming what is wrong with it, or with the
+    settings for it.
     """
 
     def __init__(
         self, settings: Settings, metrics: Metrics, connect: Connect | None = None
     ) -> None:
         self.settings, self.metrics = settings, metrics
-        self.name = Path(settings.run).resolve().name
+        self.name = settings.name()
         self.current: Version | None = None
         self.versions: list[Version] = []
+        self.draining = False
         self.began_s = int(time.time())
         self._remote = connect is not None
         self._connect = connect or (
@@ -106,31 +116,29 @@ class Service:
         self._observer: asyncio.Task[None] | None = None
         self._pace = 0.0  # image steps a second, lately
         self._switching = asyncio.Lock()
-        self._first: tuple[Model, Path] | None = (
-            self._load(settings.run),
-            Path(settings.run),
-        )  # until it is begun
+        # Loaded, until `start`.
+        self._first: tuple[Model, Path] | None = (self._load(settings.run), Path(settings.run))
 
     @property
     def pending(self) -> int:
-        """Image steps that were accepted and are still to come."""
-        return sum(order.request.cost for version in self.versions for order in version.orders)
+        """Images × denoiser calls that are accepted and not done."""
+        return sum(each.request.cost for version in self.versions for each in version.admitted)
 
     async def start(self) -> None:
-        """Begin."""
+        """Start the engine."""
         assert self._first is not None
         first, self._first = self._first, None
         self._begin(*first)
         self._observer = asyncio.create_task(self._observe())
 
     async def switch(self, folder: str | Path) -> None:
-        """Make the bundle there the current version; requests under way finish on theirs.
+        """Make the bundle in a folder the current version; requests under way finish on theirs.
 
-        Raises `DdmError`, and the old version stays.
+        Raises `DdmError`; the old version then stays.
         """
         async with self._switching:
             model = await asyncio.to_thread(self._load, folder)
-            if self._first is not None:  # it did not start yet
+            if self._first is not None:  # not started yet
                 self._first = model, Path(folder)
             elif self.current is not None and self.current.model.version != model.version:
                 self._begin(model, Path(folder))
@@ -149,9 +157,8 @@ class Service:
             turn,
             max_batch=serve.max_batch,
             max_active=serve.max_active,
-            call_timeout_s=serve.call_timeout_s
-            if self._remote
-            else None,  # here a call can be slow, and never lost
+            # A local call may be slow, but is never lost.
+            call_timeout_s=serve.call_timeout_s if self._remote else None,
             retry_s=serve.retry_s,
             degraded=serve.degraded,
             metrics=self.metrics,
@@ -169,85 +176,87 @@ class Service:
         for version in versions:
             await version.engine.close()
 
-    def order(self, params: SamplingParams, watch: Watch | None = None) -> AdmittedRequest:
-        """Check a request against the current version and the limits.
+    def drain(self) -> None:
+        """Admit no more requests."""
+        self.draining = True
 
-        Raises `ConfigError` naming the key, `BusyError` where there is no room, `ServingError` where nothing is in service.
+    def admit(self, params: SamplingParams, on_step: OnStep | None = None) -> AdmittedRequest:
+        """Check a request against the current version and the limits, and accept it.
+
+        Raises `ConfigError` naming the key, `BusyError` if there is no room, `ServingError` if
+        nothing is in service.
         """
+        if self.draining:
+            raise ServingError("the server is stopping")
         if self.current is None:
             raise ServingError("no bundle is in service")
         model, limits = self.current.model, self.settings.serve.limits
-        plan = kept(
-            self.current.plans, repr(params.settings), lambda: self._plan(model, params.settings)
-        )
-        config = plan.config
+        key = repr(params.settings)
+        plan = kept(self.current.plans, key, lambda: self._plan(model, params.settings))
+        steps = plan.config.steps
         require(1 <= params.n <= limits.n, "sample.n", f"be in [1, {limits.n}]", params.n)
-        require(
-            config.steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", config.steps
-        )
+        require(steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", steps)
         for key, value in (("seed", params.seed), ("first_index", params.first_index)):
-            require(
-                value is None or 0 <= value < 2**63 - limits.n,
-                f"sample.{key}",
-                "be in [0, 2^63 - n)",
-                value,
-            )
+            fits = value is None or 0 <= value < 2**63 - limits.n
+            require(fits, f"sample.{key}", "be in [0, 2^63 - n)", value)
         # 53 bits: a number that any JSON reader keeps whole
         seed = secrets.randbits(53) if params.seed is None else params.seed
         index = torch.arange(params.first_index, params.first_index + params.n, device=model.device)
-        request = Request(plan, seed, index, watch, params.trace)
-        pending = self.pending
-        if pending and pending + request.cost > limits.pending:
+        request = Request(plan, seed, index, on_step, params.trace)
+        self._require_room(request.cost)
+        admitted = AdmittedRequest(self.current, request, seed)
+        self.current.admitted.add(admitted)
+        return admitted
+
+    def _require_room(self, cost: int) -> None:
+        pending, limit = self.pending, self.settings.serve.limits.pending
+        if pending and pending + cost > limit:
             wait_s = pending / self._pace if self._pace else 1.0
-            said = f"{pending} image steps are pending, and {request.cost} more would be above {limits.pending}"
-            raise BusyError(said, int(min(60, max(1, wait_s))))
-        order = AdmittedRequest(self.current, request, seed)
-        self.current.orders.add(order)
-        return order
+            message = f"{pending} image steps are pending, and {cost} more would exceed {limit}"
+            raise BusyError(message, int(min(60, max(1, wait_s))))
 
     def _plan(self, model: Model, given: dict[str, Any]) -> SamplingPlan:
         return model.plan(model.settings(**{**asdict(self.settings.sample), **given}))
 
-    async def make(self, order: AdmittedRequest) -> None:
-        """Make an order's images, within the deadline.
+    async def run(self, admitted: AdmittedRequest) -> None:
+        """Sample the images of an admitted request. Cancelling takes them off the engine at once.
 
-        Raises `ServingError`; `TimeoutError` after the deadline. Cancelling it takes the images off the engine at once.
+        Raises `ServingError`; `TimeoutError` after `serve.limits.deadline_s`.
         """
-        started, cost = time.perf_counter(), order.request.cost
+        started, cost = time.perf_counter(), admitted.request.cost
         try:
             async with asyncio.timeout(self.settings.serve.limits.deadline_s):
-                await order.version.engine.run(order.request)
+                await admitted.version.engine.run(admitted.request)
             pace = cost / (time.perf_counter() - started)
             self._pace = max(pace, 0.9 * self._pace)
         finally:
-            order.version.orders.discard(order)
+            admitted.version.admitted.discard(admitted)
             await self._retire()
 
     async def _retire(self) -> None:
-        """Close the engines of versions that are neither current nor asked for anything more."""
+        """Close the engines of old versions without requests."""
         idle = [
             version
             for version in self.versions
-            if version is not self.current and not version.orders
+            if version is not self.current and not version.admitted
         ]
         self.versions = [version for version in self.versions if version not in idle]
         for version in idle:
             await version.engine.close()
 
     async def _observe(self) -> None:
-        """Keep the gauges fresh for a scraper that does not come here for them, as Ray's does not."""
+        """Update the gauges at intervals, for scrapers that do not call `/metrics`, as Ray's."""
         while True:
             self.observe()
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(_OBSERVE_S)
 
     def observe(self) -> None:
         """Set the gauges."""
         self.metrics.gauge("pending_cost", self.pending)
-        self.metrics.gauge(
-            "active_requests", sum(len(version.engine.requests) for version in self.versions)
-        )
+        active = sum(len(version.engine.requests) for version in self.versions)
+        self.metrics.gauge("active_requests", active)
         if self.current is not None:
             engine = self.current.engine
-            for k, expert in enumerate(engine.experts):
+            for k, (expert, alive) in enumerate(zip(engine.experts, engine.alive, strict=True)):
                 self.metrics.gauge("queue_length", engine.waiting(k), expert=expert.name)
-                self.metrics.gauge("expert_alive", float(engine.alive[k]), expert=expert.name)
+                self.metrics.gauge("expert_alive", float(alive), expert=expert.name)

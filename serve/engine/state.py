@@ -14,52 +14,63 @@ from serve.model.model import SamplingPlan
 
 
 class StepRecord(NamedTuple):
-    """One call on an image's way: the time, alpha `[K]`, who was asked, bool `[K]`, and how many they are."""
+    """One denoiser call for an image.
+
+    t: its time, in [0, 1]. alpha: `[K]`. chosen: bool `[K]`, the experts evaluated. nfe: their
+    number.
+    """
 
     t: float
     alpha: Tensor
     chosen: Tensor
-    calls: int
+    nfe: int
+
+
+# Called on the loop with (place, record, denoised [C, H, W]) after each denoiser call for an image.
+OnStep = Callable[[int, StepRecord, Tensor], None]
 
 
 @dataclass(eq=False)
 class Request:
-    """Images `index` `[n]` of a seed, under one recipe; `watch` hears `(place, call, denoised [C, H, W])` as it happens."""
+    """Images `index` `[n]` of a seed, sampled by one plan; a place is a position in `index`."""
 
     plan: SamplingPlan
     seed: int
     index: Tensor
-    watch: Callable[[int, StepRecord, Tensor], None] | None = None
+    on_step: OnStep | None = None
     trace: bool = False
-    images: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # by place, `[C, H, W]`, as they are done
-    record: dict[int, list[StepRecord]] = field(default_factory=dict)  # by place, where traced
-    calls: int = 0  # expert evaluations
-    absent: set[str] = field(default_factory=set)  # experts that were done without
-    begun: int = 0  # images on their way or done
+    images: dict[int, Tensor] = field(default_factory=dict)  # finished, by place, [C, H, W]
+    records: dict[int, list[StepRecord]] = field(default_factory=dict)  # by place, if traced
+    nfe: int = 0  # expert evaluations so far
+    absent: set[str] = field(default_factory=set)  # experts that were away when routed
+    begun: int = 0  # images under way or finished
     done: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
     @property
-    def steps(self) -> int:
-        """Denoiser calls on an image's way."""
+    def denoiser_calls(self) -> int:
+        """Denoiser calls per image; some samplers need one less."""
         return (len(self.plan.times) - 1) * self.plan.method.calls_per_step
 
     @property
     def cost(self) -> int:
-        """Images × steps that are still to come."""
-        return (len(self.index) - len(self.images)) * self.steps
+        """Images × denoiser calls that are not done."""
+        return (len(self.index) - len(self.images)) * self.denoiser_calls
+
+    @property
+    def active(self) -> int:
+        """Images under way."""
+        return self.begun - len(self.images)
 
     def fail(self, error: ServingError) -> None:
-        """End it."""
+        """End the request with an error, unless it has ended."""
         if not self.done.done():
             self.done.set_exception(error)
 
 
 class Row(NamedTuple):
-    """What routing remembers of one path: a row of the batch that it was routed in."""
+    """An image's routing state: a row of the batch in which it was routed."""
 
     memory: Memory
     i: int
@@ -67,28 +78,24 @@ class Row(NamedTuple):
 
 @dataclass(eq=False)
 class ImageState:
-    """One image on its way. Everything about it is its own, so its company changes nothing."""
+    """One image under way. Independent of the rest of its batch."""
 
     request: Request
     place: int
     trajectory: Trajectory
-    draws: list[float]  # uniform, one a step
+    uniforms: list[float]  # in [0, 1), one per step, for drawing experts
     memory: Row
-    before: Row  # the last call's, for routing it again
+    previous_memory: Row  # as before the last routing, to route again
     x: Tensor | None = None  # [1, C, H, W]
     t: Tensor | None = None  # []
-    asked: int = 0  # calls of its sampler
+    calls: int = 0  # denoiser calls so far
     alpha: Tensor | None = None  # [K]
     chosen: Tensor | None = None  # bool [K]
-    waits_for: dict[int, float] = field(
-        default_factory=dict
-    )  # the experts asked, and the weight of what each says
-    answers: dict[int, Tensor] = field(default_factory=dict)
-    rest: Tensor | None = None  # what the stand-ins add, [1, C, H, W]
-    turn: int = 0  # counts what is asked, so that an answer to an earlier question is known as such
-    failures: dict[int, int] = field(
-        default_factory=dict
-    )  # by expert: calls in a row that it answered with an error
-    record: StepRecord | None = None  # the call that brought it here
-    denoised: Tensor | None = None  # what was said then, [1, C, H, W]
-    image: Tensor | None = None  # [C, H, W], at the end
+    expert_weights: dict[int, float] = field(default_factory=dict)  # of the experts to evaluate
+    answers: dict[int, Tensor] = field(default_factory=dict)  # by expert, [1, C, H, W]
+    control_term: Tensor | None = None  # added by the control variate, [1, C, H, W]
+    attempt: int = 0  # changes when routed anew, so that late answers are recognized
+    failures: dict[int, int] = field(default_factory=dict)  # by expert: failed calls in a row
+    record: StepRecord | None = None  # of the last denoiser call, until it is reported
+    denoised: Tensor | None = None  # by the last denoiser call, [1, C, H, W]
+    image: Tensor | None = None  # [C, H, W], when finished

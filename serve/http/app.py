@@ -146,7 +146,7 @@ def _images(app: FastAPI, service: Service) -> None:
         params = SamplingParams(asked.n, asked.seed, asked.first_index, asked.trace, asked.given())
         if asked.stream:
             return await streamed(service, params, asked.preview_every)
-        order = service.order(params)
+        order = service.admit(params)
         await made(service, order, request)
         body, media = await asyncio.to_thread(body_of, order, asked.format)
         service.metrics.count("requests", status="200")

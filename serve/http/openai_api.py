@@ -86,7 +86,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
             asked.output_format or "png",
         )
         told = StreamQueue(0)
-        order = service.order(params, told if asked.stream else None)
+        order = service.admit(params, told if asked.stream else None)
         facts = {
             "created": int(time.time()),
             "output_format": form,
@@ -96,7 +96,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
         }
         if asked.stream:
             told.every = (
-                math.ceil(order.request.steps / (asked.partial_images + 1))
+                math.ceil(order.request.denoiser_calls / (asked.partial_images + 1))
                 if asked.partial_images
                 else 0
             )
@@ -119,7 +119,7 @@ async def _events(
     try:
         async with aclosing(told_by(service, order, told)) as news:
             async for place, call, _, denoised in news:
-                if denoised is not None and call < order.request.steps:
+                if denoised is not None and call < order.request.denoiser_calls:
                     single = await asyncio.to_thread(b64, to_uint8(denoised), form)
                     kind, number = "image_generation.partial_image", partials[place]
                     yield event(
@@ -137,7 +137,7 @@ async def _events(
 
 def _usage(order: AdmittedRequest) -> dict[str, Any]:
     """That API counts tokens; here an expert's evaluation of an image is one."""
-    calls = order.request.calls
+    calls = order.request.nfe
     details = {"text_tokens": 0, "image_tokens": 0}
     return {
         "input_tokens": 0,

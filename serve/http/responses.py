@@ -36,7 +36,7 @@ class ClientGoneError(Exception):
 async def made(service: Service, order: AdmittedRequest, request: Request) -> None:
     """Make an order's images; a client that leaves takes them off the engine."""
     started = time.perf_counter()
-    making = asyncio.create_task(service.make(order))
+    making = asyncio.create_task(service.run(order))
     leaving = asyncio.create_task(_left(request))
     try:
         await asyncio.wait((making, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -61,7 +61,7 @@ def headers_of(order: AdmittedRequest) -> dict[str, str]:
     found = {
         "ddm-seed": str(order.seed),
         "ddm-version": order.version.model.version,
-        "ddm-nfe": str(request.calls),
+        "ddm-nfe": str(request.nfe),
     }
     return found | ({"ddm-degraded": " ".join(sorted(request.absent))} if request.absent else {})
 
@@ -73,7 +73,7 @@ def facts_of(order: AdmittedRequest) -> dict[str, Any]:
         "seed": order.seed,
         "first_index": int(request.index[0]),
         "version": model.version,
-        "calls": request.calls,
+        "calls": request.nfe,
         "degraded": sorted(request.absent),
     }
 
@@ -153,7 +153,7 @@ async def told_by(
 ) -> AsyncGenerator[tuple[int, int, StepRecord, Tensor | None]]:
     """What happens while an order is made, until it is done. Leaving this takes its images off the engine."""
     started = time.perf_counter()
-    making = asyncio.create_task(service.make(order))
+    making = asyncio.create_task(service.run(order))
     hearing: asyncio.Task[Any] | None = None
     try:
         while True:
@@ -198,7 +198,7 @@ def failed(service: Service, error: Exception) -> dict[str, Any]:
 async def streamed(service: Service, params: SamplingParams, every: int) -> StreamingResponse:
     """An answer as server-sent events: `start`, a `step` each call, a `image` each, and `done`; or `error`."""
     told = StreamQueue(every)
-    order = service.order(params, told)
+    order = service.admit(params, told)
     model, first = order.version.model, params.first_index
     calls_per_step = order.request.plan.method.calls_per_step
 
@@ -206,7 +206,7 @@ async def streamed(service: Service, params: SamplingParams, every: int) -> Stre
         start = {
             "n": params.n,
             "steps": len(order.request.plan.times) - 1,
-            "nfe_per_image": order.request.steps,
+            "nfe_per_image": order.request.denoiser_calls,
             "experts": model.names,
             "shape": list(model.shape),
         }

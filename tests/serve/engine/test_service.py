@@ -134,12 +134,12 @@ def test_a_request_gets_the_images_and_the_trace_of_sample_with_the_service_s_ow
 ) -> None:
     async def work() -> None:
         async with serving(small_run, "sample.sampler=heun") as service:
-            order = service.order(
+            order = service.admit(
                 SamplingParams(
                     3, seed=5, first_index=2, trace=True, settings={"policy": "stochastic"}
                 )
             )
-            await service.make(order)
+            await service.run(order)
             expected, trace = load(small_run).sample(
                 3,
                 seed=5,
@@ -167,11 +167,11 @@ def test_a_seed_that_was_not_given_is_another_each_time_and_gives_the_same_image
 ) -> None:
     async def work() -> None:
         async with serving(small_run) as service:
-            first, second = service.order(SamplingParams(2)), service.order(SamplingParams(2))
+            first, second = service.admit(SamplingParams(2)), service.admit(SamplingParams(2))
             assert first.seed != second.seed and 0 <= first.seed < 2**53
-            await asyncio.gather(service.make(first), service.make(second))
-            again = service.order(SamplingParams(2, seed=first.seed))
-            await service.make(again)
+            await asyncio.gather(service.run(first), service.run(second))
+            again = service.admit(SamplingParams(2, seed=first.seed))
+            await service.run(again)
             same(images(again), images(first))
             same(images(first), load(small_run).sample(2, seed=first.seed, steps=STEPS))
             assert (images(first) - images(second)).abs().max() > 0.05
@@ -204,7 +204,7 @@ def test_a_request_beyond_a_limit_is_refused_by_its_key_and_costs_nothing(
     async def work() -> None:
         async with serving(small_run, "serve.limits.n=4", "serve.limits.steps=20") as service:
             with pytest.raises(ConfigError, match=re.escape(f"{key} must {said}")) as error:
-                service.order(params)
+                service.admit(params)
             assert error.value.key == key
             assert service.pending == 0
 
@@ -214,8 +214,8 @@ def test_a_request_beyond_a_limit_is_refused_by_its_key_and_costs_nothing(
 def test_the_largest_seed_and_the_largest_number_of_an_image_are_served(small_run: Path) -> None:
     async def work() -> None:
         async with serving(small_run, "serve.limits.n=4") as service:
-            order = service.order(SamplingParams(2, seed=2**63 - 5, first_index=2**63 - 5))
-            await service.make(order)
+            order = service.admit(SamplingParams(2, seed=2**63 - 5, first_index=2**63 - 5))
+            await service.run(order)
             same(
                 images(order),
                 load(small_run).sample(2, seed=2**63 - 5, first_index=2**63 - 5, steps=STEPS),
@@ -234,27 +234,27 @@ def test_beyond_the_pending_cost_requests_are_turned_away_until_there_is_room_ev
             small_run, f"serve.limits.pending={10 * STEPS}", connect=connect
         ) as service:
             orders = [
-                service.order(SamplingParams(4, seed=1)),
-                service.order(SamplingParams(6, seed=2)),
+                service.admit(SamplingParams(4, seed=1)),
+                service.admit(SamplingParams(6, seed=2)),
             ]  # accepted, not yet made
             assert service.pending == 10 * STEPS
             with pytest.raises(
                 BusyError, match=f"{10 * STEPS} image steps are pending, and {STEPS} more"
             ) as busy:
-                service.order(SamplingParams(1))
+                service.admit(SamplingParams(1))
             assert busy.value.retry_after_s >= 1
-            making = [asyncio.create_task(service.make(order)) for order in orders]
+            making = [asyncio.create_task(service.run(order)) for order in orders]
             await until(lambda: connect.asked > 0)
             with pytest.raises(BusyError):
-                service.order(SamplingParams(1))
+                service.admit(SamplingParams(1))
             connect.free.set()
             await asyncio.gather(*making)
             assert service.pending == 0
-            await service.make(service.order(SamplingParams(1)))
+            await service.run(service.admit(SamplingParams(1)))
             service._pace = 1e-9
-            orders = [service.order(SamplingParams(10))]
+            orders = [service.admit(SamplingParams(10))]
             with pytest.raises(BusyError) as busy:
-                service.order(SamplingParams(1))
+                service.admit(SamplingParams(1))
             assert busy.value.retry_after_s == 60
             del orders
 
@@ -266,8 +266,8 @@ def test_one_request_above_the_pending_limit_is_taken_where_nothing_else_is_pend
 ) -> None:
     async def work() -> None:
         async with serving(small_run, "serve.limits.pending=1") as service:
-            order = service.order(SamplingParams(2, seed=3))
-            await service.make(order)
+            order = service.admit(SamplingParams(2, seed=3))
+            await service.run(order)
             same(images(order), load(small_run).sample(2, seed=3, steps=STEPS))
 
     run(work)
@@ -276,7 +276,7 @@ def test_one_request_above_the_pending_limit_is_taken_where_nothing_else_is_pend
 def test_an_order_that_is_dropped_before_it_is_made_costs_nothing_more(small_run: Path) -> None:
     async def work() -> None:
         async with serving(small_run) as service:
-            order = service.order(SamplingParams(4))
+            order = service.admit(SamplingParams(4))
             assert service.pending == 4 * STEPS
             del order
             gc.collect()
@@ -291,13 +291,13 @@ def test_beyond_the_deadline_a_request_ends_and_its_room_is_free(small_run: Path
         connect.free.clear()
         async with serving(small_run, "serve.limits.deadline_s=0.2", connect=connect) as service:
             with pytest.raises(TimeoutError):
-                await service.make(service.order(SamplingParams(4)))
+                await service.run(service.admit(SamplingParams(4)))
             assert service.pending == 0
             assert service.current is not None and not service.current.engine.requests
             connect.free.set()
             service.settings.serve.limits.deadline_s = 60.0
-            order = service.order(SamplingParams(1, seed=2))
-            await service.make(order)
+            order = service.admit(SamplingParams(1, seed=2))
+            await service.run(order)
             same(images(order), load(small_run).sample(1, seed=2, steps=STEPS))
 
     run(work)
@@ -309,7 +309,7 @@ def test_a_request_that_is_cancelled_frees_its_cost(small_run: Path) -> None:
         connect.free.clear()
         async with serving(small_run, connect=connect) as service:
             stays, leaves = (
-                asyncio.create_task(service.make(service.order(SamplingParams(n)))) for n in (2, 3)
+                asyncio.create_task(service.run(service.admit(SamplingParams(n)))) for n in (2, 3)
             )
             await until(lambda: connect.asked > 0)
             assert service.pending == 5 * STEPS
@@ -335,12 +335,12 @@ def test_an_expert_that_is_away_is_named_and_the_settings_of_failure_reach_the_e
                 small_run, f"serve.degraded={degraded}", *words, connect=connect
             ) as service:
                 connect.experts[2].away = True
-                order = service.order(SamplingParams(2, seed=1, settings={"policy": "full"}))
+                order = service.admit(SamplingParams(2, seed=1, settings={"policy": "full"}))
                 if degraded == "fail":
                     with pytest.raises(ExpertAwayError, match="expert-02 is away"):
-                        await service.make(order)
+                        await service.run(order)
                 else:
-                    await service.make(order)
+                    await service.run(order)
                     model = load(small_run)
                     others = dict.fromkeys(model.names[:2], 1.0)
                     same(
@@ -368,34 +368,34 @@ def test_after_a_switch_old_requests_end_on_the_old_weights_and_new_ones_begin_o
         connect.free.clear()
         async with serving(small_run, connect=connect) as service:
             begun, ordered = (
-                service.order(SamplingParams(2, seed=1)),
-                service.order(SamplingParams(2, seed=2)),
+                service.admit(SamplingParams(2, seed=1)),
+                service.admit(SamplingParams(2, seed=2)),
             )
             first = begun.version
-            making = asyncio.create_task(service.make(begun))
+            making = asyncio.create_task(service.run(begun))
             await until(lambda: connect.asked > 0)
             await service.switch(other_run)
             assert service.current is not None
             assert service.current.model.version == new.version
             assert service.versions == [first, service.current]
-            late = service.order(SamplingParams(2, seed=1))
+            late = service.admit(SamplingParams(2, seed=1))
             assert late.version.model.version == new.version
             assert service.pending == 6 * STEPS
             connect.free.set()
-            await asyncio.gather(making, service.make(late))
+            await asyncio.gather(making, service.run(late))
             same(images(begun), old.sample(2, seed=1, steps=STEPS))
             same(images(late), new.sample(2, seed=1, steps=STEPS))
             assert service.versions == [
                 first,
                 service.current,
             ]  # one was ordered of the old, and not made
-            await service.make(ordered)
+            await service.run(ordered)
             same(images(ordered), old.sample(2, seed=2, steps=STEPS))
             assert ordered.version.model.version == old.version
             assert service.versions == [service.current]
             assert not first.engine._workers
             with pytest.raises(ServingError, match="stopping"):
-                await service.make(begun)
+                await service.run(begun)
 
     run(work)
 
@@ -406,14 +406,14 @@ def test_a_version_that_nobody_needs_goes_at_once_with_its_weights(
     async def work() -> None:
         async with serving(small_run) as service:
             assert service.current is not None
-            await service.make(service.order(SamplingParams(1)))
+            await service.run(service.admit(SamplingParams(1)))
             model = weakref.ref(service.current.model)
             await service.switch(other_run)
             assert len(service.versions) == 1
             gc.collect()
             assert model() is None
-            order = service.order(SamplingParams(1, seed=4))
-            await service.make(order)
+            order = service.admit(SamplingParams(1, seed=4))
+            await service.run(order)
             same(images(order), load(other_run).sample(1, seed=4, steps=STEPS))
 
     run(work)
@@ -453,8 +453,8 @@ def test_a_bundle_that_is_broken_or_does_not_suit_leaves_the_old_in_service(
                 with pytest.raises(error, match=said):
                     await service.switch(folder)
                 assert service.current is before and service.versions == [before]
-            order = service.order(SamplingParams(1, seed=1))
-            await service.make(order)
+            order = service.admit(SamplingParams(1, seed=1))
+            await service.run(order)
             same(images(order), load(small_run).sample(1, seed=1, steps=STEPS))
 
     run(work)
@@ -466,7 +466,7 @@ def test_weights_that_came_before_the_service_began_are_those_it_begins_with(
     async def work() -> None:
         service = Service(settings({"run": str(small_run), "sample": {"steps": STEPS}}), Metrics())
         with pytest.raises(ServingError, match="no bundle is in service"):
-            service.order(SamplingParams())
+            service.admit(SamplingParams())
         await service.switch(other_run)
         await service.start()
         assert service.current is not None
@@ -483,11 +483,11 @@ def test_two_versions_that_end_together_are_each_closed_once(
         connect = Connected()
         connect.free.clear()
         async with serving(small_run, connect=connect) as service:
-            orders = [service.order(SamplingParams(1, seed=1))]
+            orders = [service.admit(SamplingParams(1, seed=1))]
             for folder in (other_run, small_run):
                 await service.switch(folder)
-                orders.append(service.order(SamplingParams(1, seed=1)))
-            making = [asyncio.create_task(service.make(order)) for order in orders]
+                orders.append(service.admit(SamplingParams(1, seed=1)))
+            making = [asyncio.create_task(service.run(order)) for order in orders]
             await until(lambda: all(order.version.engine.requests for order in orders))
             for task in making[:2]:
                 task.cancel()
@@ -509,16 +509,16 @@ def test_stopping_ends_requests_with_an_error_and_none_comes_after(small_run: Pa
         connect = Connected()
         connect.free.clear()
         async with serving(small_run, connect=connect) as service:
-            going, waiting = service.order(SamplingParams(2)), service.order(SamplingParams(2))
-            making = asyncio.create_task(service.make(going))
+            going, waiting = service.admit(SamplingParams(2)), service.admit(SamplingParams(2))
+            making = asyncio.create_task(service.run(going))
             await until(lambda: connect.asked > 0)
             await service.stop()
             with pytest.raises(ServingError, match="the server is stopping"):
                 await making
             with pytest.raises(ServingError, match="the server is stopping"):
-                await service.make(waiting)
+                await service.run(waiting)
             with pytest.raises(ServingError, match="no bundle is in service"):
-                service.order(SamplingParams(1))
+                service.admit(SamplingParams(1))
 
     run(work)
 
@@ -582,7 +582,7 @@ def test_the_gauges_are_what_is_pending_waiting_and_alive(small_run: Path) -> No
             name = load(small_run).names[1]
             one = {"clusters": {name: 1.0}, "policy": "top_k", "source": "prior"}
             making = asyncio.create_task(
-                service.make(service.order(SamplingParams(5, settings=one)))
+                service.run(service.admit(SamplingParams(5, settings=one)))
             )
             await until(lambda: connect.asked > 0)
             service.observe()
