@@ -1,4 +1,4 @@
-"""The page for people, in a real browser without a head, against a real server in a process of its own."""
+"""The web page, in headless Chromium, against a server in another process."""
 
 import base64
 import io
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -20,18 +21,19 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
+PAGE = Path(__file__).parents[3] / "serve" / "http" / "page"
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH")
 
-DONE = "#copy:not([hidden])"  # the link is offered once the images are there
-Call = Callable[..., Any]
+DONE = "#copy:not([hidden])"  # the link appears when the images are finished
+Api = Callable[..., Any]
 
 
 @contextmanager
 def served(run: Path, log: Path, *words: str) -> Iterator[str]:
-    """The address of a server of its own."""
+    """Serve a run in a new process; gives the address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,7 +76,7 @@ def address(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    # The loop that Playwright runs in this thread ends with this module.
+    # Playwright runs an event loop in this thread, so it must end with this module.
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
@@ -83,7 +85,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """`new_page(**context)`: a page without a past. Whatever it complains of fails the test, refusals of the API apart."""
+    """`new_page(**context)`: a page in a fresh context. Its errors and console messages fail the test.
+
+    Exempt are the messages about refusals of the API.
+    """
     contexts, wrong = [], []
 
     def opened(**settings: Any) -> Page:
@@ -91,7 +96,7 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}"))
+        page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
         return page
 
     yield opened
@@ -109,10 +114,10 @@ def page(new_page: Callable[..., Page]) -> Page:
 
 
 @pytest.fixture
-def call(address: str) -> Call:
-    """`call(**fields)`: the API's own answer, in JSON."""
+def api(address: str) -> Api:
+    """`api(**fields)`: the API's response, in JSON."""
 
-    def asked(**fields: Any) -> Any:
+    def post(**fields: Any) -> Any:
         body = json.dumps({"format": "b64_json", "trace": True, **fields}).encode()
         request = Request(f"{address}/v1/samples", body, {"Content-Type": "application/json"})
         try:
@@ -122,7 +127,7 @@ def call(address: str) -> Call:
             with error:
                 return json.load(error)
 
-    return asked
+    return post
 
 
 def pixels(b64: str) -> np.ndarray:
@@ -135,14 +140,14 @@ def shown(page: Page) -> list[np.ndarray]:
 
 
 def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
-    """Equal to a rounding: what an image is calculated together with may move the last bits."""
+    """Equal to one level: the rest of the batch may change the last bits of an image."""
     return len(ours) == len(theirs) and all(
         np.abs(a - b).max() <= 1 for a, b in zip(ours, theirs, strict=True)
     )
 
 
 def strip(page: Page, index: int) -> list[set[int]]:
-    """Who moved an image at each step, read off the geometry of its strip."""
+    """The experts used at each step of an image, from the geometry of its strip."""
     paths = page.locator(".tile").nth(index).locator("svg path")
     cells = [(int(step), int(row)) for d in paths.evaluate_all("all => all.map(path => path.getAttribute('d'))")
              for step, row in re.findall(r"M(\d+) (\d+)h", d)]  # fmt: skip
@@ -158,77 +163,97 @@ def fill(page: Page, **fields: Any) -> None:
             field.fill(str(value))
 
 
-def draw(page: Page, **fields: Any) -> None:
+def sample(page: Page, **fields: Any) -> None:
     fill(page, **fields)
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(DONE)
 
 
-def test_the_images_are_those_of_the_api_and_their_names_the_likeliest_experts(
-    page: Page, address: str, call: Call
+def test_images_match_the_api_and_show_the_most_likely_expert(
+    page: Page, address: str, api: Api
 ) -> None:
     page.goto(address)
-    draw(page, n=5, seed=7, steps=6, sampler="heun", policy="stochastic", source="analytic")
-    said = call(n=5, seed=7, steps=6, sampler="heun", policy="stochastic", source="analytic")
-    assert same(shown(page), [pixels(image["b64_json"]) for image in said["data"]])
-    holders = np.asarray(said["trace"]["alpha"])[-1].argmax(axis=1)
-    assert len(set(holders)) > 1
+    sample(page, n=5, seed=7, steps=6, sampler="heun", policy="stochastic", source="analytic")
+    response = api(n=5, seed=7, steps=6, sampler="heun", policy="stochastic", source="analytic")
+    assert same(shown(page), [pixels(image["b64_json"]) for image in response["data"]])
+    likeliest = np.asarray(response["trace"]["alpha"])[-1].argmax(axis=1)
+    assert len(set(likeliest)) > 1
     assert page.locator(".tile .name").all_inner_texts() == [
-        said["trace"]["experts"][k] for k in holders
+        response["trace"]["experts"][k] for k in likeliest
     ]
-    assert f"{said['calls']} expert calls" in page.inner_text("#status")
-    assert "3 experts" in page.inner_text("#model") and said["version"][:12] in page.inner_text(
-        "#model"
-    )
+    assert "3 experts" in page.inner_text("#model")
+    assert response["version"][:12] in page.inner_text("#model")
 
 
 @pytest.mark.parametrize("policy", ["balanced", "top_k", "full", "fixed"])
-def test_a_strip_shows_who_moved_its_image_at_each_step(
-    page: Page, address: str, call: Call, policy: str
+def test_strip_shows_the_experts_of_each_step(
+    page: Page, address: str, api: Api, policy: str
 ) -> None:
     page.goto(address)
     fill(page, policy=policy)
     assert page.locator("[name=top_k]").is_visible() == (policy == "top_k")
     more = {"top_k": 2} if policy == "top_k" else {}
-    draw(page, n=3, seed=1, **more)
-    trace = call(n=3, seed=1, policy=policy, **more)["trace"]
+    sample(page, n=3, seed=1, **more)
+    trace = api(n=3, seed=1, policy=policy, **more)["trace"]
     for i in range(3):
         assert strip(page, i) == [set(np.flatnonzero(step[i])) for step in trace["chosen"]]
-    if policy == "fixed":  # whatever alpha says, the expert that was drawn holds it
+    if policy == "fixed":  # the tile keeps the sampled expert, whatever alpha is
         assert page.locator(".tile .name").all_inner_texts() == [
             trace["experts"][np.argmax(row)] for row in trace["chosen"][0]
         ]
 
 
-def test_the_chart_and_the_numbers_are_the_trace_of_the_image_that_is_looked_at(
-    page: Page, address: str, call: Call
+def test_chart_and_table_match_the_trace_of_the_selected_image(
+    page: Page, address: str, api: Api
 ) -> None:
     page.goto(address)
-    draw(page, n=3, seed=5)
+    sample(page, n=3, seed=5)
     page.locator(".tile").nth(2).click()
-    page.get_by_text("As numbers").click()
-    trace = call(n=3, seed=5)["trace"]
+    page.get_by_text("Show as a table").click()
+    trace = api(n=3, seed=5)["trace"]
+    expect(page.locator("#table tr")).to_have_count(7)
     chosen, alpha = np.asarray(trace["chosen"])[:, 2], np.asarray(trace["alpha"])[:, 2]
-    marks = page.locator("#chart .moves").evaluate_all(
+    marks = page.locator("#chart .marks").evaluate_all(
         "all => all.map(path => path.getAttribute('d').split('M').length - 1)"
     )
     assert marks == chosen.sum(axis=0).tolist()
-    rows = [row.locator("td").all_inner_texts() for row in page.locator("#numbers tr").all()[1:]]
+    rows = [row.locator("td").all_inner_texts() for row in page.locator("#table tr").all()[1:]]
     assert np.allclose([[float(cell) for cell in row[3:]] for row in rows], alpha, atol=6e-4)
     assert np.allclose([float(row[1]) for row in rows], trace["t"], atol=6e-4)
     assert [row[2] for row in rows] == [trace["experts"][np.argmax(row)] for row in chosen]
     assert page.locator("#chart").inner_text().split("alpha")[1].count("×") == 3
-    # The upper edge of the second band is where the first one ends: at alpha of the first expert, of 150 pixels.
+    # The upper edge of the second band is at alpha of the first expert, of 150 pixels.
     band = page.locator("#chart .band").nth(1).get_attribute("d") or ""
     upper = [float(point.split()[1]) for point in band.strip("MZ").split("L")][: len(alpha)]
     assert np.allclose((np.asarray(upper) - 6) / 150, alpha[:, 0], atol=2e-3)
 
 
-def test_the_slider_shows_what_the_experts_made_of_an_image_at_that_step(
-    page: Page, address: str
-) -> None:
+def test_heun_counts_steps_and_nfe_apart(page: Page, address: str, api: Api) -> None:
     page.goto(address)
-    draw(page, n=2, seed=3)
+    sample(page, n=2, seed=7, steps=6, sampler="heun", policy="stochastic")
+    # Two evaluations per step, except in the last one, which ends at t = 0.
+    assert "6 steps, 11 NFE per image (all experts: 33)" in page.inner_text("#status")
+    assert page.inner_text("#when").startswith("Finished after 6 steps.")
+    assert page.locator("#at").get_attribute("max") == "6"
+    progress = page.locator("#progress").evaluate("bar => [bar.value, bar.max]")
+    assert progress == [12, 12]  # steps of two images
+    trace = api(n=2, seed=7, steps=6, sampler="heun", policy="stochastic")["trace"]
+    first_of_step = slice(None, None, 2)
+    chosen = np.asarray(trace["chosen"])[first_of_step]
+    for i in range(2):
+        assert strip(page, i) == [set(np.flatnonzero(row)) for row in chosen[:, i]]
+    page.get_by_text("Show as a table").click()
+    expect(page.locator("#table tr")).to_have_count(7)
+    rows = [row.locator("td").all_inner_texts() for row in page.locator("#table tr").all()[1:]]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert np.allclose([float(row[1]) for row in rows], trace["t"][first_of_step], atol=6e-4)
+    alpha = np.asarray(trace["alpha"])[first_of_step, 0]
+    assert np.allclose([[float(cell) for cell in row[3:]] for row in rows], alpha, atol=6e-4)
+
+
+def test_slider_shows_the_preview_of_that_step(page: Page, address: str) -> None:
+    page.goto(address)
+    sample(page, n=2, seed=3)
     body = json.dumps(
         {"n": 2, "seed": 3, "stream": True, "trace": True, "preview_every": 1}
     ).encode()
@@ -244,20 +269,22 @@ def test_the_slider_shows_what_the_experts_made_of_an_image_at_that_step(
     page.locator("#at").fill("2")
     assert same(shown(page), [pixels(b64) for _, b64 in steps])
     assert "Step 3 of 6" in page.inner_text("#when")
-    assert page.locator("#at").get_attribute("aria-valuetext") == "step 3 of 6, t 0.67"
-    page.get_by_role(
-        "button", name="Play"
-    ).click()  # from there to the end, and then it can be played again
+    assert page.locator("#at").get_attribute("aria-valuetext") == "step 3 of 6, t = 0.67"
+    page.get_by_role("button", name="Play").click()  # plays to the end, then can be played again
     expect(page.locator("#at")).to_have_attribute("aria-valuetext", "finished")
     expect(page.locator("#play")).to_have_text("Play")
 
 
-def test_a_link_shows_the_same_again_at_once(new_page: Callable[..., Page], address: str) -> None:
+def test_link_reproduces_the_samples_and_the_selection(
+    new_page: Callable[..., Page], address: str
+) -> None:
     first = new_page(permissions=["clipboard-read", "clipboard-write"])
     first.goto(address)
     first.get_by_text("More settings").click()
     first.locator("[name=clusters]").first.uncheck()
-    draw(first, n=4, steps=5, policy="stochastic", grid="quadratic")  # the seed is the server's
+    sample(
+        first, n=4, steps=5, policy="stochastic", grid="quadratic"
+    )  # the server chooses the seed
     assert all(0 not in step for i in range(4) for step in strip(first, i))
     first.locator(".tile").nth(2).click()
     first.locator("#at").fill("3")
@@ -278,23 +305,47 @@ def test_a_link_shows_the_same_again_at_once(new_page: Callable[..., Page], addr
     assert second.url == link
 
 
-def test_a_seed_of_63_bits_keeps_its_digits(page: Page, address: str, call: Call) -> None:
+def test_63_bit_seed_keeps_its_digits(page: Page, address: str, api: Api) -> None:
     seed = 2**63 - 101
     page.goto(f"{address}/?n=1&seed={seed}")
     page.wait_for_selector(DONE)
-    assert same(shown(page), [pixels(call(seed=seed)["data"][0]["b64_json"])])
+    assert same(shown(page), [pixels(api(seed=seed)["data"][0]["b64_json"])])
     expect(page).to_have_url(re.compile(f"seed={seed}&"))
 
 
-def test_a_link_of_other_weights_says_so(page: Page, address: str) -> None:
+def test_link_to_another_version_warns(page: Page, address: str) -> None:
     page.goto(f"{address}/?n=1&seed=1&version=0123456789ab")
     page.wait_for_selector(DONE)
     assert "version 0123456789ab" in page.inner_text("#note")
-    draw(page)
+    sample(page)
     assert page.inner_text("#note") == ""
 
 
-def test_everything_can_be_done_with_the_keyboard(page: Page, address: str) -> None:
+@pytest.mark.parametrize(
+    ("image", "at", "heading", "time"),
+    [("-5", "-3", "Image 1:", "Step 1 of 6"), ("99", "99", "Image 2:", "Finished"), ("x", "1.9", "Image 1:", "Step 2 of 6")],
+)  # fmt: skip
+def test_link_with_a_bad_selection_shows_the_nearest_one(
+    page: Page, address: str, image: str, at: str, heading: str, time: str
+) -> None:
+    page.goto(f"{address}/?n=2&seed=1&image={image}&at={at}")
+    page.wait_for_selector(DONE)
+    assert page.inner_text("#which").startswith(heading)
+    assert page.inner_text("#when").startswith(time)
+
+
+def test_every_choice_is_explained(page: Page, address: str) -> None:
+    page.goto(address)
+    page.wait_for_selector("#form:not([hidden])")
+    for name in ("policy", "source"):
+        choices = page.locator(f"[name={name}] option").all_inner_texts()
+        assert len(choices) > 4
+        for choice in choices:
+            fill(page, **{name: choice})
+            assert f"{choice}: " in page.inner_text("#hint")
+
+
+def test_keyboard_reaches_everything(page: Page, address: str) -> None:
     page.goto(address)
     page.wait_for_selector("#form:not([hidden])")
 
@@ -342,73 +393,81 @@ def test_everything_can_be_done_with_the_keyboard(page: Page, address: str) -> N
 
 
 @pytest.mark.parametrize("query", ["", "?n=9&seed=1", "?n=3&seed=1&policy=full&at=2"])
-def test_nothing_is_wider_than_a_phone(
-    new_page: Callable[..., Page], address: str, query: str
-) -> None:
+def test_page_fits_a_phone(new_page: Callable[..., Page], address: str, query: str) -> None:
     page = new_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page.goto(f"{address}/{query}")
     page.wait_for_selector(DONE if query else "#form:not([hidden])")
     for details in page.locator("details:visible").all():
         details.locator("summary").click()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    targets = page.locator(
+        ":is(button, select, summary, a, .tile, .tick, input:not([type=checkbox])):visible"
+    )
+    small = targets.evaluate_all(
+        "all => all.filter(node => node.getBoundingClientRect().height < 44).map(node => node.outerHTML)"
+    )
+    assert small == []
 
 
-def test_the_page_asks_nobody_else_and_its_policy_forbids_it(page: Page, address: str) -> None:
+def test_page_loads_nothing_from_other_hosts(page: Page, address: str) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{address}/?n=2&seed=1")
     page.wait_for_selector(DONE)
     assert len(asked) > 4 and all(url.startswith((f"{address}/", "data:")) for url in asked)
     text = page.content()
-    assert "default-src 'none'" in text and not re.search(
-        r"\son\w+=|javascript:|<style|<script(?! type=\"module\" src)", text
-    )
+    assert "default-src 'none'" in text
+    assert not re.search(r"\son\w+=|javascript:|<style|<script(?! type=\"module\" src)", text)
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("n", 0), ("steps", 9999), ("seed", "seven"), ("seed", -1), ("t_min", 1)]
 )
-def test_a_refused_value_is_named_in_the_api_s_words_and_its_field_is_in_focus(
-    page: Page, address: str, call: Call, field: str, value: Any
+def test_refused_value_shows_the_api_error_and_focuses_its_field(
+    page: Page, address: str, api: Api, field: str, value: Any
 ) -> None:
     page.goto(address)
-    draw(page, n=1, seed=1)
+    sample(page, n=1, seed=1)
     before = page.url
     page.get_by_text("More settings").click()
     fill(page, **{field: value})
     page.get_by_text("More settings").click()
-    page.get_by_role("button", name="Draw", exact=True).click()
-    expect(page.get_by_role("alert")).to_have_text(call(**{field: value})["error"]["message"])
+    page.get_by_role("button", name="Sample", exact=True).click()
+    expect(page.get_by_role("alert")).to_have_text(api(**{field: value})["error"]["message"])
     expect(page.locator(f"[name={field}]")).to_be_focused()
     assert page.locator(f"[name={field}]").get_attribute("aria-invalid") == "true"
     assert (
         page.url == before and page.locator(".tile").count() == 1
-    )  # what was shown stays, and so does its link
-    draw(page, **{field: {"n": 2, "steps": 3, "seed": 5, "t_min": 0}[field]})
+    )  # the earlier samples and their link stay
+    sample(page, **{field: {"n": 2, "steps": 3, "seed": 5, "t_min": 0}[field]})
     assert (
         page.get_by_role("alert").inner_text() == "" and page.locator("[aria-invalid]").count() == 0
     )
 
 
-def test_a_link_to_what_this_server_does_not_have_is_refused_in_words(
-    page: Page, address: str, call: Call
+def test_link_with_an_unknown_choice_shows_the_api_error(
+    page: Page, address: str, api: Api
 ) -> None:
-    page.goto(f"{address}/?seed=1&sampler=magic")
-    expect(page.get_by_role("alert")).to_have_text(call(sampler="magic")["error"]["message"])
-    expect(page.locator("[name=sampler]")).to_be_focused()
+    page.goto(f"{address}/?seed=1&policy=magic")
+    expect(page.get_by_role("alert")).to_have_text(api(policy="magic")["error"]["message"])
+    field = page.locator("[name=policy]")
+    expect(field).to_be_focused()
+    assert field.get_attribute("aria-describedby") == "alert hint"
+    sample(page, policy="full")
+    assert field.get_attribute("aria-describedby") == "hint"
 
 
-def test_no_cluster_at_all_is_refused_in_words(page: Page, address: str) -> None:
+def test_deselecting_every_cluster_is_refused(page: Page, address: str) -> None:
     page.goto(address)
     page.get_by_text("More settings").click()
     for box in page.locator("[name=clusters]").all():
         box.uncheck()
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Sample", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("clusters must")
     expect(page.locator("[name=clusters]").first).to_be_focused()
 
 
-def test_stop_takes_the_images_off_the_server(page: Page, address: str) -> None:
+def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> None:
     def pending() -> float:
         with urlopen(f"{address}/metrics", timeout=10) as reply:
             return float(
@@ -419,88 +478,130 @@ def test_stop_takes_the_images_off_the_server(page: Page, address: str) -> None:
 
     page.goto(address)
     fill(page, n=64, steps=250, seed=1)
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
     assert pending() > 0
     page.locator("#stop").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_have_text("Stopped.")
-    expect(page.locator("#draw")).to_be_focused()
+    expect(page.locator("#sample")).to_be_focused()
     assert page.locator("#stop").is_hidden() and page.get_by_role("alert").inner_text() == ""
     until = time.monotonic() + 10
     while pending() and time.monotonic() < until:
         time.sleep(0.05)
     assert pending() == 0
-    draw(page, n=2, steps=3)  # and the page is as good as new
+    sample(page, n=2, steps=3)  # the page can be used again
     assert page.locator(".tile").count() == 2
 
 
-def test_a_new_seed_while_drawing_takes_the_place_of_what_was_asked(
-    page: Page, address: str, call: Call
-) -> None:
+def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api: Api) -> None:
     page.goto(address)
     fill(page, n=64, steps=250, seed=1)
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
     fill(page, n=2, steps=3)
     page.get_by_role("button", name="New seed").click()
     page.wait_for_selector(DONE)
     seed = int(page.locator("#seed").input_value())
     assert seed != 1 and same(
-        shown(page), [pixels(p["b64_json"]) for p in call(n=2, steps=3, seed=seed)["data"]]
+        shown(page), [pixels(p["b64_json"]) for p in api(n=2, steps=3, seed=seed)["data"]]
     )
 
 
 @pytest.mark.parametrize(
-    ("tail", "said"),
+    ("tail", "message"),
     [
         (
             'event: error\ndata: {"error": {"message": "expert 2 is away", "param": null}}\n\n',
             "expert 2 is away",
         ),
-        ("", "the answer ended before the images were done"),
+        ("", "the response ended before the images were finished"),
     ],
 )
-def test_a_stream_that_fails_says_so(page: Page, address: str, tail: str, said: str) -> None:
+def test_failed_stream_shows_its_error(page: Page, address: str, tail: str, message: str) -> None:
     start = {
         "seed": 1,
         "version": "0",
         "n": 1,
+        "steps": 3,
         "nfe_per_image": 3,
         "experts": ["a", "b"],
         "shape": [1, 8, 8],
     }
-    body = f"event: start\ndata: {json.dumps(start)}\n\n{tail}"
+    body = f"event: start\ndata: {json.dumps(start)}\n\n: keep-alive\n\n{tail}"
     page.route(
         "**/v1/samples", lambda route: route.fulfill(body=body, content_type="text/event-stream")
     )
     page.goto(f"{address}/?seed=1")
-    expect(page.get_by_role("alert")).to_have_text(said)
+    expect(page.get_by_role("alert")).to_have_text(message)
     assert page.inner_text("#status") == "Not finished." and page.locator("#stop").is_hidden()
 
 
-def test_a_guarded_server_is_opened_with_its_token_which_no_link_carries(
+def behind_prefix(page: Page, address: str) -> tuple[str, list[str]]:
+    """Put a proxy before a server that strips a path prefix.
+
+    Returns the address behind the proxy, and a list that collects the URLs requested outside the prefix.
+    """
+    prefix, outside = f"{address}/models/digits", []
+
+    def forward(route: Route) -> None:
+        url = route.request.url
+        if url.startswith(f"{prefix}/"):
+            route.fulfill(response=route.fetch(url=address + url.removeprefix(prefix)))
+        else:
+            outside.append(url)
+            route.abort()
+
+    page.route(f"{address}/**", forward)
+    return prefix, outside
+
+
+def test_page_works_behind_a_path_prefix(page: Page, address: str, api: Api) -> None:
+    prefix, outside = behind_prefix(page, address)
+    page.goto(f"{prefix}/")
+    sample(page, n=2, seed=4)
+    assert same(shown(page), [pixels(image["b64_json"]) for image in api(n=2, seed=4)["data"]])
+    assert page.url.startswith(f"{prefix}/?seed=4&n=2")
+    assert page.locator("header a").evaluate("link => link.href") == f"{prefix}/docs"
+    assert outside == []
+
+
+def test_modules_import_existing_files_without_cycles() -> None:
+    imports = {
+        path.name: re.findall(r'^import .* from "\./(.+)";$', path.read_text(), re.MULTILINE)
+        for path in PAGE.glob("*.js")
+    }
+    order = list(TopologicalSorter(imports).static_order())
+    assert set(order) == set(imports) and order[-1] == "main.js"
+    for name, found in imports.items():
+        statements = re.findall(r"^import |\bimport\(", (PAGE / name).read_text(), re.MULTILINE)
+        assert len(statements) == len(found)
+
+
+def test_token_opens_the_page_and_stays_out_of_links(
     new_page: Callable[..., Page], small_run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "token").write_text("open-sesame\n")
     with served(small_run, tmp_path / "log", f"serve.token_file={tmp_path / 'token'}") as address:
         page = new_page()
-        page.goto(f"{address}/?n=2&seed=1&steps=3")
+        prefix, outside = behind_prefix(page, address)
+        page.goto(f"{prefix}/?n=2&seed=1&steps=3")
         expect(page.get_by_label("Token")).to_be_focused()
         assert page.locator("#form").is_hidden()
         page.keyboard.type("a guess")
         page.keyboard.press("Enter")
-        expect(page.get_by_role("alert")).to_have_text("The server does not know this token.")
+        expect(page.get_by_role("alert")).to_have_text("The server refused this token.")
         page.get_by_label("Token").fill("open-sesame")
         page.get_by_role("button", name="Open").click()
-        page.wait_for_selector(DONE)  # the link that led here is drawn
+        page.wait_for_selector(DONE)  # the link is sampled
         assert page.locator(".tile").count() == 2 and page.locator("#gate").is_hidden()
         assert "sesame" not in page.url and page.evaluate("localStorage.length") == 0
         page.reload()
-        page.wait_for_selector(DONE)  # this tab knows it now
+        page.wait_for_selector(DONE)  # this tab keeps the token
         page.evaluate("sessionStorage.clear()")
-        page.get_by_role("button", name="Draw", exact=True).click()
+        page.get_by_role("button", name="Sample", exact=True).click()
         page.get_by_label("Token").fill("open-sesame")
         page.keyboard.press("Enter")
         expect(page.locator("#gate")).to_be_hidden()
         page.wait_for_selector(DONE)
+        assert outside == []

@@ -1,0 +1,98 @@
+// The user's input: buttons, slider, keys, and pointers.
+
+import { stepAt } from "./chart.js";
+import { paintDetail } from "./detail.js";
+import { $, form, reducedMotion, setText } from "./dom.js";
+import { updateForm } from "./form.js";
+import { updateAddress } from "./link.js";
+import { sample } from "./run.js";
+import { state } from "./state.js";
+import { pause, refreshSoon, selectImage, showStep, togglePlay } from "./view.js";
+
+export function listen() {
+  listenToForm();
+  listenToTime();
+  listenToGallery();
+  $("copy").addEventListener("click", copyLink);
+  $("numbers").addEventListener("toggle", () => state.run && paintDetail());
+  addEventListener("resize", () => state.run && refreshSoon());
+}
+
+/** Sample what the form says now, instead of what a link asked for. */
+export function sampleForm() {
+  state.link = null;
+  return sample();
+}
+
+function listenToForm() {
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    sampleForm();
+  });
+  form.addEventListener("change", updateForm);
+  $("new-seed").addEventListener("click", () => {
+    form.seed.value = crypto.getRandomValues(new Uint32Array(1))[0];
+    sampleForm();
+  });
+  $("stop").addEventListener("click", () => state.request?.abort());
+}
+
+function listenToTime() {
+  $("play").addEventListener("click", togglePlay);
+  $("at").addEventListener("input", (event) => {
+    pause();
+    showStep(Number(event.target.value));
+  });
+  // The chart is replaced at every change, so its container listens.
+  $("chart").addEventListener("pointerdown", seek);
+  $("chart").addEventListener("pointermove", (event) => event.buttons && seek(event));
+}
+
+function seek({ clientX }) {
+  const step = stepAt(clientX - $("chart").getBoundingClientRect().left);
+  if (!state.run.done || step === null) return;
+  pause();
+  showStep(step);
+}
+
+function listenToGallery() {
+  $("gallery").addEventListener("click", (event) => {
+    const tile = event.target.closest(".tile");
+    if (!tile) return;
+    selectImage(Number(tile.dataset.index), { focus: true });
+    const isBelow = $("detail").offsetTop > $("gallery").offsetTop;
+    if (isBelow) $("detail").scrollIntoView({ block: "nearest", behavior: reducedMotion.matches ? "auto" : "smooth" });
+  });
+  $("gallery").addEventListener("keydown", (event) => {
+    const index = indexAfter(event.key);
+    if (index === undefined) return;
+    event.preventDefault();
+    if (state.run.images[index]) selectImage(index, { focus: true });
+  });
+}
+
+/** The index that a key leads to, which may be outside the gallery; undefined for other keys. */
+function indexAfter(key) {
+  const { selected } = state.run;
+  const tiles = [...$("gallery").children];
+  const columns = tiles.filter((tile) => tile.offsetTop === tiles[0].offsetTop).length;
+  switch (key) {
+    case "ArrowLeft": return selected - 1;
+    case "ArrowRight": return selected + 1;
+    case "ArrowUp": return selected - columns;
+    case "ArrowDown": return selected + columns;
+    case "Home": return 0;
+    case "End": return tiles.length - 1;
+  }
+}
+
+async function copyLink() {
+  updateAddress();
+  try {
+    await navigator.clipboard.writeText(location.href);
+    setText("copy", "Copied");
+  } catch {
+    setText("copy", "See address bar"); // over plain HTTP from another host there is no clipboard
+  }
+  setTimeout(() => setText("copy", "Copy link"), 2000);
+}

@@ -1,0 +1,28 @@
+// The form that asks for the server's token. A token is kept for this tab only and never becomes part of a link.
+
+import { forgetToken, storedToken, storeToken } from "./api.js";
+import { $, setText } from "./dom.js";
+
+export function showGate() {
+  const wasRefused = storedToken() !== null;
+  forgetToken();
+  $("gate").hidden = false;
+  $("token").value = "";
+  $("token").focus();
+  setText("alert", wasRefused ? "The server refused this token." : "");
+  setText("note", "This server requires a token.");
+}
+
+export function hideGate() {
+  $("gate").hidden = true;
+}
+
+/** Call `onToken` whenever a token has been entered. */
+export function listenForToken(onToken) {
+  $("gate").addEventListener("submit", (event) => {
+    event.preventDefault();
+    storeToken($("token").value);
+    hideGate();
+    onToken();
+  });
+}

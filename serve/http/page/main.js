@@ -1,0 +1,41 @@
+// The entry of the page: load the model's description, then sample what the address asks for.
+//
+// The modules, each importing only earlier ones:
+// state, dom, api | form, link, gate | chart, gallery, detail, view | run, controls.
+
+import { fetchModel } from "./api.js";
+import { listen, sampleForm } from "./controls.js";
+import { $, form, plural, setText } from "./dom.js";
+import { clearErrors, setUpForm } from "./form.js";
+import { hideGate, listenForToken } from "./gate.js";
+import { readAddress, shortVersion } from "./link.js";
+import { report, sample } from "./run.js";
+import { state } from "./state.js";
+
+async function start() {
+  try {
+    clearErrors();
+    state.model = await fetchModel();
+    showModel(state.model);
+    setUpForm(state.model);
+    hideGate();
+    form.hidden = false;
+    $("empty").hidden = false;
+    readAddress();
+    if (state.link) await sample();
+  } catch (error) {
+    report(error);
+  }
+}
+
+function showModel({ id, clusters, shape: [channels, height, width], version }) {
+  document.title = `${id} · ddm`;
+  const kind = `${width}×${height} ${channels === 1 ? "grayscale " : ""}images`;
+  setText("model", `${id}: ${plural(clusters.length, "expert")}, ${kind}, version ${shortVersion(version)}`);
+  document.documentElement.style.setProperty("--tile", width < 32 ? "5.5rem" : "7.5rem");
+  $("large").style.aspectRatio = `${width} / ${height}`;
+}
+
+listen();
+listenForToken(() => (state.model ? sampleForm() : start()));
+start();
