@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError, one_of, require
-from ddm.schedules import Schedule, TwoPhase
+from ddm.schedules import EDM, Schedule, TwoPhase
 
 GRIDS = ("uniform_t", "uniform_log_snr", "quadratic", "edm", "own")
 
@@ -23,9 +23,9 @@ def time_grid(
 
     `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2. `quadratic`: even in sqrt(t), dense near the data (DDIM's
     choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `edm`: even in (s/a)^(1/7), denser still (arXiv 2206.00364, eq. 5).
-    `own`: the steps n/T of a two-phase schedule, as many as it has. `uniform_log_snr` and `edm` are
-    even as far as s/a is neither 0 nor infinite: to t = 1e-3, from where the last step goes to 0, and from 1 - 1e-3, which is
-    then moved to 1.
+    `own`: the steps n/T of a two-phase schedule, as many as it has. `uniform_log_snr` and `edm` are even
+    from t_max, or where a is 0 there from t_max - 1e-3, which is then moved to t_max; to t_min, or where s is 0 there to
+    t = 1e-3 (on the schedule `edm` to sigma = 0.002, the paper's), from where the last step goes to 0.
 
     Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1, given times that do not fall,
     or `own` for a schedule that has no steps or another number of them.
@@ -53,6 +53,17 @@ def time_grid(
             raise one_of("grid", name, GRIDS)
 
 
+def check_grid(name: str, schedule: Schedule) -> None:
+    """Raise `ConfigError` for a grid that is no use on the schedule: of even steps in sigma only the last is near the data."""
+    useless = name == "uniform_t" and isinstance(schedule, EDM)
+    require(
+        not useless,
+        "grid",
+        f"be another for {schedule}, such as edm: {name} is even in sigma there",
+        name,
+    )
+
+
 def _even(
     scale: Callable[[Tensor], Tensor],
     inverse: Callable[[Tensor], Tensor],
@@ -67,7 +78,7 @@ def _even(
         a, s, _, _ = schedule(t)
         return s.log() - a.log()
 
-    clean = t_min if t_min > 0 else min(1e-3, t_max / 2)
+    clean = t_min if t_min > 0 else min(_cleanest(schedule), t_max / 2)
     noisy = (
         t_max
         if schedule(torch.tensor(t_max, dtype=torch.float64)).a > 1e-9
@@ -85,6 +96,11 @@ def _even(
     times = torch.cat([middle, middle.new_zeros(1)]) if t_min == 0 else middle
     times[0], times[-1] = t_max, t_min
     return times
+
+
+def _cleanest(schedule: Schedule) -> float:
+    """The last time before 0 of grids that are even in a function of s/a."""
+    return 0.002 / schedule.sigma_max if isinstance(schedule, EDM) else 1e-3
 
 
 def _given(times: Tensor, steps: int) -> Tensor:

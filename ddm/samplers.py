@@ -4,6 +4,7 @@ A sampler asks for denoised images and gets them: `x0 = yield x, t`. Whoever run
 about: `drive` calls a denoiser in a loop, `drive_async` awaits one that may be anywhere. Both count the calls.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from ddm.errors import ConfigError, one_of, require
 from ddm.grids import time_grid
 from ddm.rng import RngStream, normal
-from ddm.schedules import Coeffs, Schedule, gauss_legendre, velocity
+from ddm.schedules import Coeffs, Schedule, velocity
 
 # (x [B, ...], t [] or [B] of any device and dtype) -> E[x0 | x_t = x] [B, ...]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -123,15 +124,30 @@ def _mean(
     answers: Sequence[Tensor], places: Sequence[Tensor], here: Tensor, there: Tensor
 ) -> Tensor:
     """The mean over a step, weighted by `d rho = d e^lambda`, of the polynomial through the answers at their places."""
-    (z, w), h = gauss_legendre(16), there - here
-    w = (h * (z - 1)).exp() * w
+    h = there - here
+    moments = _exponential_moments(h, len(answers))
     powers = torch.arange(len(answers), dtype=here.dtype)[:, None]
-    moments = (w * z**powers).sum(dim=1) / w.sum()
     weights = torch.linalg.solve(((torch.stack(list(places)) - here) / h) ** powers, moments)
     return sum(
         (weight * answer for weight, answer in zip(weights, answers, strict=True)),
         torch.zeros_like(answers[0]),
     )
+
+
+def _exponential_moments(h: Tensor, count: int) -> Tensor:
+    """The moments `E z^n`, n < count, of z in [0, 1] with a density that grows as `e^(h z)`, h > 0; `[count]`.
+
+    They are `n! phi_(n+1)(-h) / phi_1(-h)` with the phi functions of exponential integrators (arXiv 2302.04867, section 3.1).
+    `phi_(n+1)(-h) = (1/n! - phi_n(-h)) / h` loses digits as h falls, and the series `sum_k (-h)^k / (n + 1 + k)!` as it rises.
+    """
+    if h > 2:
+        phi = [-torch.expm1(-h) / h]
+        for n in range(1, count):
+            phi.append((1 / math.factorial(n) - phi[-1]) / h)
+    else:
+        k = torch.arange(30, dtype=h.dtype)
+        phi = [((-h) ** k / (k + n + 2).lgamma().exp()).sum() for n in range(count)]
+    return torch.stack([math.factorial(n) * part / phi[0] for n, part in enumerate(phi)])
 
 
 def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
@@ -155,10 +171,11 @@ def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) ->
 
 
 def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """DDPM, `Y' = (Y + beta score) / sqrt(1 - beta) + sqrt(beta / (1 - beta)) Z` with the step's own beta (arXiv 2006.11239).
+    """DDPM, `Y' = (Y + beta score) / sqrt(1 - beta) + sqrt(beta) Z` (arXiv 2006.11239, algorithm 2).
 
-    For any process `sqrt(1 - beta)` is the ratio r = a/a' and `beta` the noise that the step added, `s^2 - r^2 s'^2`. A step
-    to t = 0 is the denoised image.
+    beta is the step's own, and `sigma_t^2 = beta` is the paper's first choice (section 3.2), which is exact for data from
+    N(0, 1). For any process `sqrt(1 - beta)` is the ratio r = a/a', and `beta = s^2 - r^2 s'^2` the variance that the step
+    adds to the noise. A step to t = 0 is the denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -167,7 +184,7 @@ def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajector
             return denoised
         r = c.a / c_next.a
         beta = c.s**2 - (r * c_next.s) ** 2
-        x = (x + beta * _score(x, denoised, c) + beta.sqrt() * noise(n)) / r
+        x = (x + beta * _score(x, denoised, c)) / r + beta.sqrt() * noise(n)
     return x
 
 

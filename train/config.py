@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import configs
 from ddm.errors import ConfigError, one_of, require, within
+from ddm.grids import check_grid
 from ddm.samplers import plan_steps
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
@@ -219,6 +220,7 @@ class Config:
         with within("sample"):
             for count in steps:
                 plan_steps(cfg.sampler, count, cfg.grid, process, cfg.t_min, cfg.order)
+            check_grid(cfg.grid, process)
 
     def samplers(self, cfg: EvaluateConfig, section: str) -> dict[str, SampleConfig]:
         """The samplers that are compared, by name; `sample`'s own where none is named.

@@ -25,11 +25,12 @@ from benchmarks.lab.laws import (
     exact_denoiser,
     kl,
     local_slopes,
+    walker,
 )
 from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.oracle import GaussianMixture
-from ddm.samplers import Denoiser, drive, sampler
+from ddm.samplers import Denoiser, drive
 from ddm.schedules import Schedule, TwoPhase
 
 Density = Callable[[Tensor], Tensor]  # x -> log p(x)
@@ -118,7 +119,7 @@ def _passed(log_r: CubicSpline, p: Density, y: Tensor, log_weight: Tensor) -> Te
 
 
 def drawn(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tensor]:
-    """A grid over x at the last time, and `log q/p` on it, for `ddpm` or `accelerated_sde` started from N(0, 1).
+    """A grid over x at the last time, and `log q/p` on it, for `ddpm as proven` or `accelerated_sde` started from N(0, 1).
 
     A step maps Y to `M(Y) + b Z`; both come from the sampler itself, which is driven with and without noise. With
     `y = centre + width z`, z at the nodes of Gauss and Hermite, and N(y) the density of that proposal,
@@ -128,7 +129,7 @@ def drawn(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tens
     and the proposal, which is nearly the law of Y given Y', makes all but the first factor nearly constant. The accelerated
     sampler adds noise before it asks as well: one step more, from x_t to x_t plus noise, whose density is a mixture too.
     """
-    trajectory, first = sampler(name).trajectory, times[0]
+    trajectory, first = walker(name), times[0]
     y = support(data, first)
     log_r = -(y**2) / 2 - math.log(2 * math.pi) / 2 - log_density(data, first)(y)
     for n in range(len(times) - 1):
@@ -233,7 +234,7 @@ def pushed(
 
 
 SAMPLERS = {
-    "ddpm": 1,
+    "ddpm as proven": 1,
     "accelerated_sde": 2,
     "ddim": 0,
     "accelerated_ode": 0,
@@ -247,11 +248,7 @@ TOLERANCE = 0.1  # a cell whose total mass is off by more than this share of its
 
 def law_of(name: str, data: GaussianMixture, times: Tensor) -> tuple[float, float] | None:
     """KL(X | Y) at the last time and the defect of the total mass of q, which exact arithmetic leaves at 0."""
-    found = (
-        drawn(name, data, times)
-        if SAMPLERS[name]
-        else pushed(sampler(name).trajectory, data, times)
-    )
+    found = drawn(name, data, times) if SAMPLERS[name] else pushed(walker(name), data, times)
     if found is None:
         return None
     x, log_r = found
@@ -290,7 +287,7 @@ def check(std: float, T: int) -> list[dict[str, Any]]:
     rows = []
     for name, draws in SAMPLERS.items():
         walked = affine(
-            sampler(name).trajectory,
+            walker(name),
             exact_denoiser(law, data.schedule),
             data.schedule,
             times,
@@ -366,7 +363,7 @@ def page(numbers: Mapping[str, Any]) -> Page:
     ]
     first, last = numbers["over_std"][0], numbers["over_std"][-1]
     grown = (last["L"]["supremum"] / first["L"]["supremum"]) ** 2
-    ratio = last["cells"]["ddpm"]["kl"] / first["cells"]["ddpm"]["kl"]
+    ratio = last["cells"]["ddpm as proven"]["kl"] / first["cells"]["ddpm as proven"]["kl"]
     head = (
         "sampler",
         f"std {WIDE:g}: KL, T = {steps[-1]}",

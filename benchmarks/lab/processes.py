@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.lab.laws import Law, Tabled, affine, exact_denoiser, local_slopes, w2_square
+from benchmarks.lab.laws import Law, Tabled, affine, exact_denoiser, local_slopes, w2_square, walker
 from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
-from ddm.samplers import sampler
 from ddm.schedules import (
     Schedule,
     VEExponential,
@@ -23,7 +22,7 @@ from ddm.schedules import (
 
 MEAN, STD = 1.0, 0.5  # of every coordinate of the data
 RATIOS = (6.0, 12.0, 25.0, 50.0, 100.0, 200.0, 400.0)  # sqrt(d) / eps
-OURS = ("euler_maruyama", "ddpm")
+OURS = ("euler_maruyama", "ddpm as proven")
 MOST = 20_000
 
 
@@ -110,9 +109,7 @@ def sampled(name: str, process: Process, horizon: float, steps: int) -> float:
     """W2 of a coordinate by a sampler of the project, whose last step is the denoised image."""
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     schedule = Tabled(process.at(horizon), times)
-    walked = affine(
-        sampler(name).trajectory, exact_denoiser(_data(), schedule), schedule, times, 1, 1
-    )
+    walked = affine(walker(name), exact_denoiser(_data(), schedule), schedule, times, 1, 1)
     s = schedule(times[0]).s[None]
     return float(w2_square(walked(Law(0 * s, s**2)), _data()).sqrt())
 
@@ -217,8 +214,9 @@ rest of the reverse SDE, in even steps of [0, T], from N(0, s(T)^2) to t = 0. Th
 
 W2^2 of the product is d times that of a coordinate, so N depends on sqrt(d)/eps alone: one sweep of that ratio, "N at" below,
 is every d from 1 to 1024 at every eps, and the power of d is half that of 1/eps, exactly. Powers are least squares with 95%
-intervals, the bounds' are up to logarithms. The last two columns are W2/eps of the project's `euler_maruyama` and `ddpm` with the
-same T and N, at {ratios[-1]:g}; they end on the denoised image, by which alone DDPM differs from the scheme on VE.
+intervals, the bounds' are up to logarithms. The last two columns are W2/eps of `euler_maruyama` and of DDPM in the form of
+its proof ([laws](laws.md)) with the same T and N, at {ratios[-1]:g}; they end on the denoised image, by which alone DDPM
+differs from the scheme on VE.
 
 {table(head, rows)}
 

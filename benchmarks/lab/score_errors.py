@@ -28,7 +28,7 @@ from ddm.samplers import Denoiser, sample
 from ddm.schedules import Schedule, TwoPhase, schedule
 from router.routing import RoutedDenoiser
 
-SAMPLERS = ("ddpm", "ddim", "accelerated_ode", "accelerated_sde")
+SAMPLERS = ("ddpm as proven", "ddim", "accelerated_ode", "accelerated_sde")
 KINDS = ("shift", "slope")
 EPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DIMENSIONS = (1, 16, 256)

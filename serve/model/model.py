@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddm.bundle import Bundle
 from ddm.errors import ConfigError, one_of, require, within
+from ddm.grids import check_grid
 from ddm.rng import RngStream, normal
 from ddm.samplers import Sampler, Trajectory, drive, plan_steps
 from ddm.schedules import Schedule, schedule
@@ -166,6 +167,7 @@ class Model:
             plan_steps(
                 config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order
             )
+            check_grid(config.grid, self.schedule)
         if unknown := [name for name in config.clusters if name not in self.names]:
             raise one_of("sample.clusters", unknown[0], tuple(self.names))
         needs_router = (

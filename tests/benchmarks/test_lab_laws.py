@@ -17,6 +17,7 @@ from benchmarks.lab.laws import (
     kl,
     outcome,
     w2_square,
+    walker,
 )
 from ddm.grids import time_grid
 from ddm.samplers import drive, sampler
@@ -30,7 +31,7 @@ def sixteen() -> dict[tuple[str, int], tuple[float, float]]:
     """KL in 16 dimensions, from N(0, 1) and from the true x_1."""
     wanted = {
         (name, T)
-        for name in ("ddpm", "ddim", "ddim as proven", "accelerated_sde")
+        for name in ("ddpm as proven", "ddim", "ddim as proven", "accelerated_sde")
         for T in (1600, 6400)
     }
     wanted |= {(name, 800) for name in ("ddim", "ddim as proven", "accelerated_ode")}
@@ -43,7 +44,7 @@ def sixteen() -> dict[tuple[str, int], tuple[float, float]]:
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("ddpm", 1.6), ("ddim", 1.4), ("ddim as proven", 1.4), ("accelerated_sde", 3.3)],
+    [("ddpm as proven", 1.6), ("ddim", 1.4), ("ddim as proven", 1.4), ("accelerated_sde", 3.3)],
 )
 def test_kl_falls_with_the_slope_that_is_promised(sixteen, name, least):
     slope = math.log(sixteen[name, 1600][0] / sixteen[name, 6400][0]) / math.log(4)
@@ -109,14 +110,14 @@ def test_density_on_a_gaussian_is_the_exact_law(name):
 def test_density_of_ddpm_on_a_mixture_is_that_of_simulated_paths():
     T, n = 30, 200_000
     data, times = densities._setting(0.2, T)
-    y, log_r = densities.drawn("ddpm", data, times)
+    y, log_r = densities.drawn("ddpm as proven", data, times)
     q = (densities.log_density(data, times[-1])(y) + log_r).exp()
     generator = torch.Generator().manual_seed(0)
 
     def noise(_):
         return torch.randn(n, 1, generator=generator, dtype=torch.float64)
 
-    x, _ = drive(sampler("ddpm").trajectory(noise(0), data.schedule, times, noise), data.denoise)
+    x, _ = drive(walker("ddpm as proven")(noise(0), data.schedule, times, noise), data.denoise)
     for power in (1, 2, 4):
         sampled = x**power
         assert float(torch.trapezoid(q * y**power, y)) == pytest.approx(
@@ -162,7 +163,7 @@ def test_exponential_integrator_on_ve_is_ddpm():
     schedule = Tabled(process.at(3.0), times)
     data, s = processes._data(), schedule(times[0]).s[None]
     walked = affine(
-        sampler("ddpm").trajectory, exact_denoiser(data, schedule), schedule, times[:-1], 1, 1
+        walker("ddpm as proven"), exact_denoiser(data, schedule), schedule, times[:-1], 1, 1
     )
     law = walked(Law(0 * s, s**2))
     last = (
@@ -216,7 +217,7 @@ def test_pages_are_drawn_from_small_measurements():
     small = {
         laws: laws.measure(steps=(20, 40, 80, 160), dimensions=(1, 16)),
         densities: densities.measure(
-            steps=(20, 40, 80), stds=(0.5, 0.3), samplers=("ddpm", "ddim"), checked=40
+            steps=(20, 40, 80), stds=(0.5, 0.3), samplers=("ddpm as proven", "ddim"), checked=40
         ),
         processes: processes.measure(ratios=(4.0, 8.0, 16.0, 32.0), count=8),
         score_errors: score_errors.measure(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError
-from ddm.grids import GRIDS, time_grid
+from ddm.grids import GRIDS, check_grid, time_grid
 from ddm.schedules import SCHEDULES, schedule
 
 ANY_SCHEDULE = [grid for grid in GRIDS if grid != "own"]
@@ -57,18 +57,16 @@ def test_edm_is_even_in_the_seventh_root_of_noise_over_signal(name: str) -> None
 
 
 def test_the_edm_grid_of_the_edm_schedule_is_the_published_one() -> None:
-    # arXiv 2206.00364, eq. 5, with sigma_max = 80 and N = 18: sigma_i, i < N, and a last step to 0
-    for steps, sigma_min, t_min in (
-        (17, 0.002, 0.002 / 80),
-        (18, 0.08, 0.0),
-    ):  # to t = 0, the last but one is t = 1e-3
-        sigmas = [
-            (80 ** (1 / 7) + i / 17 * (sigma_min ** (1 / 7) - 80 ** (1 / 7))) ** 7
-            for i in range(18)
-        ]
-        times = time_grid("edm", steps, schedule("edm"), t_min)
-        assert (80 * times[:18]).tolist() == pytest.approx(sigmas, rel=1e-9)
-        assert times[18:].tolist() == [0.0] * (steps - 17)
+    # arXiv 2206.00364, eq. 5, rho = 7: sigma_i for i < N from sigma_max to 0.002, and a last step to 0
+    for n, sigma_max in ((18, 80.0), (10, 50.0)):
+        first, last = sigma_max ** (1 / 7), 0.002 ** (1 / 7)
+        sigmas = [(first + i / (n - 1) * (last - first)) ** 7 for i in range(n)]
+        process = schedule("edm", sigma_max=sigma_max)
+        times = time_grid("edm", n, process)
+        assert (sigma_max * times[:n]).tolist() == pytest.approx(sigmas, rel=1e-9)
+        assert float(times[n]) == 0
+        to_sigma_min = time_grid("edm", n - 1, process, 0.002 / sigma_max)
+        torch.testing.assert_close(to_sigma_min, times[:n], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("grid", ["uniform_log_snr", "edm"])
@@ -81,7 +79,8 @@ def test_a_grid_even_in_noise_over_signal_is_so_as_far_as_both_are_positive(
     times = time_grid(grid, steps, process)
     assert times[[0, -1]].tolist() == [1, 0]
     first = 1 - 1e-3 if name in ENDS_WITHOUT_SIGNAL else 1.0
-    ends = scale(log_snr(name, torch.tensor([first, 1e-3], dtype=torch.float64)))
+    last = 0.002 / 80 if name == "edm" else 1e-3
+    ends = scale(log_snr(name, torch.tensor([first, last], dtype=torch.float64)))
     expected = torch.linspace(float(ends[0]), float(ends[1]), steps, dtype=torch.float64)
     inside = slice(name in ENDS_WITHOUT_SIGNAL, steps)  # t = 1 stands in the place of 1 - 1e-3
     torch.testing.assert_close(
@@ -104,9 +103,9 @@ def test_uniform_log_snr_of_rectified_flow_is_a_logistic_curve() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_uniform_log_snr_to_zero_is_even_as_far_as_a_thousandth(name: str) -> None:
+def test_uniform_log_snr_to_zero_is_even_as_far_as_its_last_time(name: str) -> None:
     times = time_grid("uniform_log_snr", 9, schedule(name))
-    assert float(times[-2]) == pytest.approx(1e-3, rel=1e-9)
+    assert float(times[-2]) == pytest.approx(0.002 / 80 if name == "edm" else 1e-3, rel=1e-9)
     gaps = log_snr(name, times[1:-1]).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand(7), rtol=1e-9, atol=0)
 
@@ -209,3 +208,15 @@ def test_own_is_refused_an_end_that_is_no_step(t_min: float) -> None:
         match=rf"^t_min must be one of the steps n / 5 for grid=own, got {t_min}$",
     ):
         time_grid("own", 5, schedule("two_phase", steps=5, c1=2.0), t_min)
+
+
+def test_even_steps_in_t_are_refused_on_the_schedule_edm_alone() -> None:
+    for grid in GRIDS:
+        for name in SCHEDULES:
+            if (grid, name) != ("uniform_t", "edm"):
+                check_grid(grid, schedule(name))
+    message = (
+        "grid must be another for EDM(sigma_max=80.0), such as edm: uniform_t is even in sigma"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)} there, got 'uniform_t'$"):
+        check_grid("uniform_t", schedule("edm"))

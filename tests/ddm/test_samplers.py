@@ -2,9 +2,11 @@
 
 import asyncio
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from itertools import pairwise
 
 import numpy as np
@@ -353,6 +355,35 @@ def test_unipc_is_exact_after_its_first_steps_where_the_denoiser_is_a_polynomial
     torch.testing.assert_close(end, s_end * (x / s + warm_up + rest), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("h", [1e-9, 1e-3, 0.5, 1.99, 2.01, 17.0, 100.0, 1e3, 1e6])
+def test_the_moments_of_an_exponential_step_are_those_of_150_digits(h: float) -> None:
+    with localcontext() as context:
+        context.prec = 150
+        length = Decimal(h)
+        integrals = [(1 - (-length).exp()) / length]  # of z^n e^(h (z - 1)) over [0, 1], by parts
+        for n in range(1, 4):
+            integrals.append((1 - n * integrals[-1]) / length)
+        expected = [float(part / integrals[0]) for part in integrals]
+    found = ddm.samplers._exponential_moments(torch.tensor(h, dtype=torch.float64), 4)
+    assert found.tolist() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc_is_exact_for_a_line_in_log_snr_over_steps_of_any_length(order: int) -> None:
+    lengths = [0.5, 1.0, 30.0, 150.0, 400.0]
+    places = [0.0, *itertools.accumulate(lengths)]  # of lambda = -log sigma, from sigma = 1
+    times = torch.tensor([math.exp(-y) / 80 for y in places], dtype=torch.float64)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return torch.full_like(x, 0.3 - 0.02 * math.log(80 * float(t)))
+
+    x = torch.tensor([[0.7]], dtype=torch.float64)
+    end, _ = drive(sampler("unipc", order).trajectory(x, schedule("edm"), times, no_noise), denoise)
+    # x/s moves by the integral of D e^lambda; the last step is so long that only its end counts.
+    exact = 0.3 + 0.02 * (places[-1] - 1)
+    assert float(end) == pytest.approx(exact, rel=1e-12)
+
+
 def test_an_euler_maruyama_step_is_the_reverse_sdes() -> None:
     x = X
     for n, (t, t_next) in enumerate([(0.8, 0.5), (0.5, 0.3)]):
@@ -379,8 +410,46 @@ def test_a_ddpm_step_has_the_steps_own_beta() -> None:
     x = X
     for n, (t, t_next) in enumerate([(0.8, 0.5), (0.5, 0.3)]):
         b = 1 - (signal(t) / signal(t_next)) ** 2
-        x = (x + b * score(x, t)) / math.sqrt(1 - b) + math.sqrt(b / (1 - b)) * written_noise(n)
+        x = (x + b * score(x, t)) / math.sqrt(1 - b) + math.sqrt(b) * written_noise(n)
     assert_same(walked("ddpm", schedule("vp_linear"), [0.8, 0.5, 0.3]), x)
+
+
+def ddpm_variances(data: float, times: list[float]) -> list[float]:
+    """The variance of x after each step, from its exact one at the first time, for data N(0, `data`) on vp_linear."""
+    x, seen = torch.zeros(1, len(times), dtype=torch.float64), []
+    x[0, 0] = math.sqrt(signal(times[0]) ** 2 * data + 1 - signal(times[0]) ** 2)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:  # linear in x, which holds a coefficient per noise
+        seen.append(float(x.square().sum()))
+        a = signal(float(t))
+        return a * data / (a**2 * data + 1 - a**2) * x
+
+    noises = torch.eye(len(times), dtype=torch.float64)[1:, None]
+    at = torch.tensor(times, dtype=torch.float64)
+    end, _ = drive(
+        sampler("ddpm").trajectory(x, schedule("vp_linear"), at, lambda n: noises[n]), denoise
+    )
+    return [*seen[1:], float(end.square().sum())]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 25, 100])
+def test_ddpm_keeps_standard_normal_data_standard_normal(steps: int) -> None:
+    times = torch.linspace(1, 0.02, steps + 1, dtype=torch.float64).tolist()
+    assert ddpm_variances(1.0, times) == pytest.approx([1.0] * steps, rel=1e-12)
+
+
+def test_ddpm_has_the_variance_of_its_recursion_at_few_steps_and_the_datas_at_many() -> None:
+    few, expected = [1.0, 0.7, 0.4, 0.1, 0.02], []
+    v = signal(1) ** 2 * 0.25 + 1 - signal(1) ** 2
+    for t, t_next in pairwise(few):
+        b = 1 - (signal(t) / signal(t_next)) ** 2
+        # score = -x / (a^2 / 4 + 1 - a^2)
+        v = (1 - b / (1 - 0.75 * signal(t) ** 2)) ** 2 / (1 - b) * v + b
+        expected.append(v)
+    assert ddpm_variances(0.25, few) == pytest.approx(expected, rel=1e-12)
+    many = torch.linspace(1, 0.02, 4001, dtype=torch.float64).tolist()
+    truth = 1 - 0.75 * signal(0.02) ** 2
+    assert ddpm_variances(0.25, many)[-1] == pytest.approx(truth, rel=2e-3)
 
 
 def test_ddpm_on_the_own_grid_of_two_phase_takes_the_schedules_betas() -> None:
@@ -390,7 +459,7 @@ def test_ddpm_on_the_own_grid_of_two_phase_takes_the_schedules_betas() -> None:
     for i, n in enumerate((4, 3, 2)):
         square = math.prod(1 - b for b in betas[:n])
         b, grad = betas[n - 1], (math.sqrt(square) * answer(x, n / 4) - x) / (1 - square)
-        x = (x + b * grad) / math.sqrt(1 - b) + math.sqrt(b / (1 - b)) * written_noise(i)
+        x = (x + b * grad) / math.sqrt(1 - b) + math.sqrt(b) * written_noise(i)
     times = time_grid("own", 4, process).tolist()
     assert_same(walked("ddpm", process, times[:-1]), x)
     assert_same(walked("ddpm", process, times), answer(x, 1 / 4))

@@ -94,6 +94,10 @@ from train.config import Config
             "sample.sampler must be one of euler ddim heun dpmpp_2m unipc euler_maruyama ddpm for EDM(sigma_max=80.0), where",
         ),
         (
+            ["schedule.name=edm"],
+            "sample.grid must be another for EDM(sigma_max=80.0), such as edm: uniform_t is even in sigma there",
+        ),
+        (
             ["schedule={name: two_phase, steps: 6, c1: 1.0}", "sample.grid=own"],
             "sample.steps must be 6, as in the schedule, for grid=own, got 3",
         ),
@@ -176,7 +180,11 @@ from train.config import Config
             "evaluate.samplers.b: sample.grid must not be own where several numbers of steps are compared, got 'own'",
         ),
         (
-            ["schedule.name=edm", "evaluate.samplers={a: {}, b: {sampler: accelerated_ode}}"],
+            [
+                "schedule.name=edm",
+                "sample.grid=edm",
+                "evaluate.samplers={a: {}, b: {sampler: accelerated_ode}}",
+            ],
             "evaluate.samplers.b: sample.sampler must be one of",
         ),
         (["evaluate.samplers={a/b: {}}"], "evaluate.samplers must have plain names, got 'a/b'"),

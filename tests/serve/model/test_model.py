@@ -210,7 +210,7 @@ def test_a_sampler_that_the_schedule_does_not_define_is_refused_before_anything_
     with pytest.raises(ConfigError, match=said):
         model.settings(sampler=sampler, steps=4)
     assert not called
-    assert model.settings(sampler="ddim", steps=4).steps == 4
+    assert model.settings(sampler="ddim", steps=4, grid="quadratic").steps == 4
 
 
 def without(bundle: Path, name: str, tensor: str) -> None:
