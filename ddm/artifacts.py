@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ddm.errors import ArtifactError, shown
 
-_MAX_JSON_BYTES = 4 * 2**20  # also of a safetensors header: what JSON holds needs 30 times its size
+_MAX_JSON_BYTES = 4 * 2**20  # also of a safetensors header; parsed JSON can take 30 times as much
+_MAX_FACTS_BYTES = 2**15  # of one artifact
 _STALE_S = (
     3600.0  # a scratch file that nobody has written to for so long belongs to a killed process
 )
@@ -176,16 +177,18 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
         scratch.write_text(text + "\n")
 
 
-def read_json(path: Path, expected_sha256: str | None = None) -> dict[str, Any]:
-    """Read a JSON object of at most 4 MiB; `expected_sha256=None` means no check.
+def read_json(
+    path: Path, expected_sha256: str | None = None, max_bytes: int = _MAX_JSON_BYTES
+) -> dict[str, Any]:
+    """Read a JSON object; `expected_sha256=None` means no check.
 
     Raises `ArtifactError` naming the file that cannot be read, is not JSON, holds anything but an object, or holds a
     number that is not finite or above 64 bits.
     """
     with _opened(path) as file:
-        content = file.read(_MAX_JSON_BYTES + 1)
-    if len(content) > _MAX_JSON_BYTES:
-        raise ArtifactError(f"{path} must hold at most {_MAX_JSON_BYTES} bytes of JSON")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ArtifactError(f"{path} must hold at most {max_bytes} bytes of JSON")
     if expected_sha256 is not None:
         _compare(path, hashlib.sha256(content).hexdigest(), expected_sha256)
     try:
@@ -287,7 +290,7 @@ def read_facts(stem: Path, expected_sha256: str | None = None) -> dict[str, Any]
     Raises `ArtifactError` naming the file.
     """
     path = file_of(stem, ".json")
-    facts = read_json(path, expected_sha256)
+    facts = read_json(path, expected_sha256, _MAX_FACTS_BYTES)
     if not is_sha256(facts.get("sha256")):
         raise ArtifactError(
             f"{path} is not the description of an artifact: "

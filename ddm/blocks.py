@@ -141,23 +141,20 @@ def check_encoder(
 ) -> None:
     """Raise `ConfigError` naming a size that makes no network for images of `shape` `[C, H, W]`."""
     require(
-        channels >= 4 and channels % 4 == 0,
+        4 <= channels <= 8192 and channels % 4 == 0,
         "channels",
-        "be a positive multiple of 4",
+        "be a multiple of 4 in [4, 8192]",
         channels,
     )
-    require(
-        all(m >= 1 for m in multipliers) and len(multipliers) > 0,
-        "multipliers",
-        "be whole numbers >= 1",
-        multipliers,
-    )
-    require(blocks >= 1, "blocks", "be at least 1", blocks)
+    factors = len(multipliers) > 0 and all(1 <= m <= 64 for m in multipliers)
+    require(factors, "multipliers", "be whole numbers in [1, 64]", multipliers)
+    require(1 <= blocks <= 32, "blocks", "be in [1, 32]", blocks)
     require(0 <= dropout < 1, "dropout", "be in [0, 1)", dropout)
-    halvings = 2 ** (len(multipliers) - 1)
-    fits = shape[1] == shape[2] and shape[1] % halvings == 0
+    side = shape[1]
+    levels = len(multipliers)
+    halves = levels <= side.bit_length() and side % 2 ** (levels - 1) == 0
     require(
-        fits,
+        halves and shape[2] == side,
         "multipliers",
         f"halve a square image of {shape[1]} x {shape[2]} evenly",
         multipliers,

@@ -55,8 +55,15 @@ class Artifact:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors, read at first use. Raises `ArtifactError` if their file is not the one that the facts name."""
-        return read_tensors(self.weights, self.facts["sha256"])
+        """The tensors, read at first use.
+
+        Raises `ArtifactError` if their file is not the one that the facts name, or a number in it is not finite.
+        """
+        tensors = read_tensors(self.weights, self.facts["sha256"])
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ArtifactError(f"{self.weights} is damaged: {name} must be finite numbers")
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Bundle:
     experts: those that were asked for, in the order of their clusters
     router: None if the bundle has none or it was not asked for
     version: the SHA-256 of the manifest, which changes with any weight
+    manifest: its file
     """
 
     partition: Partition
@@ -73,6 +81,7 @@ class Bundle:
     experts: list[Artifact]
     router: Artifact | None
     version: str
+    manifest: Path
 
     @property
     def artifacts(self) -> list[Artifact]:
@@ -220,7 +229,7 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
         if only is None or name in only
     }
     experts = [found[_name(k)] for k in range(partition.k) if _name(k) in found]
-    return Bundle(partition, schedule, experts, found.get("router"), sha256(path))
+    return Bundle(partition, schedule, experts, found.get("router"), sha256(path), path)
 
 
 def _is_plain(value: Any) -> bool:

@@ -37,6 +37,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ddm.bundle import read_bundle  # noqa: E402
+from ddm.device import pick_device  # noqa: E402
 from ddm.errors import ArtifactError, ConfigError  # noqa: E402
 from serve.engine.expert import UnavailableError  # noqa: E402
 from serve.engine.local_expert import Runner  # noqa: E402
@@ -47,7 +48,6 @@ from serve.http.middleware import LimitsMiddleware  # noqa: E402
 from serve.model.loading import (  # noqa: E402
     bundle_folder,
     load_expert,
-    picked_device,
 )
 from serve.settings import Settings, settings  # noqa: E402
 
@@ -61,7 +61,7 @@ class ExpertReplica:
     """One expert, in one process: answers for the versions that are asked for, each loaded when it is first."""
 
     def __init__(self, k: int, folder: str, device: str, compiled: bool) -> None:
-        self.k, self.device, self.compiled = k, torch.device(picked_device(device)), compiled
+        self.k, self.device, self.compiled = k, torch.device(pick_device(device)), compiled
         self.runners: dict[str, Runner] = {}
         self.turn = ThreadPoolExecutor(1)
         self._load(folder)

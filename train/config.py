@@ -9,6 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import configs
+from ddm.device import pick_device
 from ddm.errors import ConfigError, one_of, require, within
 from ddm.grids import check_grid
 from ddm.samplers import plan_steps
@@ -17,7 +18,6 @@ from experts.denoiser import ExpertConfig
 from router.networks import RouterConfig
 from serve import SampleConfig
 from serve.model.config_merge import filled
-from serve.model.loading import picked_device
 from train.clustering import PartitionConfig
 from train.data import DataConfig
 from train.evaluation.features import script_files
@@ -255,7 +255,7 @@ class Config:
     @property
     def device(self) -> str:
         """Where the networks run when they sample."""
-        return "cpu" if self.accelerator == "cpu" else picked_device("auto")
+        return "cpu" if self.accelerator == "cpu" else pick_device()
 
 
 def plain(config: Any) -> Any:

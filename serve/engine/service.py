@@ -16,13 +16,13 @@ from weakref import WeakSet
 
 import torch
 
-from ddm.errors import require
+from ddm.errors import require, within
 from serve.engine.expert import Expert, ServingError
 from serve.engine.local_expert import local_experts
 from serve.engine.metrics import Metrics
 from serve.engine.scheduler import Engine
 from serve.engine.state import OnStep, Request
-from serve.model.loading import load, picked_device
+from serve.model.loading import load
 from serve.model.model import Model, SamplingPlan, Trace, kept
 from serve.settings import Settings
 
@@ -145,7 +145,8 @@ class Service:
                 await self._retire()
 
     def _load(self, folder: str | Path) -> Model:
-        model = load(folder, picked_device(self.settings.serve.device), experts=not self._remote)
+        with within("serve"):
+            model = load(folder, self.settings.serve.device, experts=not self._remote)
         model.settings(**asdict(self.settings.sample))
         return model
 

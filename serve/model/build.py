@@ -1,74 +1,128 @@
-"""Networks from the artifacts of a bundle, each checked against the JSON that describes it."""
+"""Networks from the artifacts of a bundle.
 
+A bundle may come from anywhere, so nothing is allocated for what its JSON asks until the weights are known to match:
+networks are built on the meta device and compared with the header of the weights' file first.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddm.bundle import Artifact
-from ddm.errors import ArtifactError, ConfigError
+from ddm.bundle import Artifact, Bundle
+from ddm.errors import ArtifactError, ConfigError, shown
 from ddm.gaussian import MOMENTS, Gaussians
-from ddm.schedules import Schedule
+from ddm.schedules import Schedule, schedule
 from experts.denoiser import Denoiser, ExpertConfig
 from router.networks import DerivativeNet, PosteriorNet, RouterConfig
 from serve.model.config_merge import filled
 
-C = TypeVar("C")
+C = TypeVar("C", ExpertConfig, RouterConfig)
+
+_FLOATS = ("F32", "F16", "BF16")  # what float32 holds without loss
+
+
+def build_schedule(bundle: Bundle) -> Schedule:
+    """The forward process of a bundle. Raises `ArtifactError` naming its manifest."""
+    try:
+        found = schedule(**bundle.schedule)
+    except (ConfigError, TypeError) as error:
+        raise ArtifactError(f"{bundle.manifest} does not describe a schedule: {error}") from error
+    coefficients = torch.stack(list(found(torch.linspace(1e-3, 1, 101))))
+    if not coefficients.isfinite().all():
+        raise ArtifactError(
+            f"{bundle.manifest} does not describe a schedule: "
+            f"a, s and their derivatives must be finite for t in [0.001, 1], got {shown(bundle.schedule)}"
+        )
+    return found
 
 
 def build_expert(artifact: Artifact, schedule: Schedule, device: torch.device) -> Denoiser:
     """The denoiser of an artifact. Raises `ArtifactError` naming its file."""
-    denoiser = _config(ExpertConfig, artifact).build(artifact.facts["shape"], schedule)
-    _fill(denoiser, artifact)
-    return denoiser.eval().requires_grad_(False).to(device)
+    with _described_by(artifact), torch.device("meta"):
+        denoiser = _config(ExpertConfig, artifact).build(artifact.facts["shape"], schedule)
+    _load_weights(denoiser, artifact, device, others=MOMENTS)
+    return denoiser
 
 
 def build_router(
     artifact: Artifact, shape: list[int], pi: Tensor, schedule: Schedule, device: torch.device
 ) -> tuple[PosteriorNet, DerivativeNet]:
     """The posterior net and the derivative nets of an artifact. Raises `ArtifactError` naming its file."""
-    posterior, derivative = _config(RouterConfig, artifact).build(shape, pi.cpu(), schedule)
-    _fill(torch.nn.ModuleDict({"posterior": posterior, "derivative": derivative}), artifact)
-    return (
-        posterior.eval().requires_grad_(False).to(device),
-        derivative.eval().requires_grad_(False).to(device),
-    )
+    with _described_by(artifact), torch.device("meta"):
+        posterior, derivative = _config(RouterConfig, artifact).build(shape, pi.cpu(), schedule)
+    both = nn.ModuleDict({"posterior": posterior, "derivative": derivative})
+    _load_weights(both, artifact, device)
+    return posterior, derivative
 
 
 def build_gaussians(
     artifacts: list[Artifact], schedule: Schedule, device: torch.device
 ) -> Gaussians:
-    """The clusters' Gaussians; their moments are taken out of the artifacts' tensors. Raises `ArtifactError` naming a file."""
+    """The clusters' Gaussians. Raises `ArtifactError` naming the file of one without them."""
+    for artifact in artifacts:
+        for name in MOMENTS:
+            _check_layout(artifact, name, artifact.facts["shape"])
+        if artifact.tensors["gaussian.variance"].min() < 0:
+            raise ArtifactError(f"{artifact.weights} is damaged: gaussian.variance is negative")
     means, variances = (
-        torch.stack([take_tensor(artifact, name) for artifact in artifacts]).to(device)
+        torch.stack([artifact.tensors[name].float() for artifact in artifacts]).to(device)
         for name in MOMENTS
     )
     return Gaussians(means, variances, schedule)
 
 
+@contextmanager
+def _described_by(artifact: Artifact) -> Iterator[None]:
+    """Name the JSON file of an artifact in the errors of its config."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{artifact.json} does not describe a network of this version: {error}"
+        ) from error
+
+
 def _config(schema: type[C], artifact: Artifact) -> C:
-    try:
-        return filled(schema, artifact.facts["config"])
-    except (ConfigError, KeyError) as error:
+    facts = artifact.facts.get("config")
+    if not isinstance(facts, dict):
+        raise ConfigError(f"config must be an object, got {shown(facts)}", "config")
+    if "${" in json.dumps(facts):  # OmegaConf would read the environment for it
+        raise ConfigError("config must not refer to other values", "config")
+    config = filled(schema, facts)
+    config.check()
+    return config
+
+
+def _load_weights(
+    network: nn.Module, artifact: Artifact, device: torch.device, others: Collection[str] = ()
+) -> None:
+    """Give a network on the meta device its weights, ready to run; `others` are tensors that are not the network's."""
+    expected = network.state_dict()
+    for name, tensor in expected.items():
+        _check_layout(artifact, name, tensor.shape)
+    for name in artifact.layout:
+        if name not in expected and name not in others:
+            raise ArtifactError(
+                f"{artifact.weights} does not fit {artifact.json}: it has the tensor {shown(name)}"
+            )
+    network.to_empty(device=device)
+    network.load_state_dict({name: artifact.tensors[name] for name in expected})
+    network.eval().requires_grad_(False)
+
+
+def _check_layout(artifact: Artifact, name: str, shape: Collection[int]) -> None:
+    """Refuse a tensor that is missing, or has another shape or a dtype that is not a float."""
+    found = artifact.layout.get(name)
+    if found is None:
         raise ArtifactError(
-            f"{artifact.stem}.json is not of this version: its config does not fit ({error})"
-        ) from error
-
-
-def take_tensor(artifact: Artifact, name: str) -> Tensor:
-    """A tensor of an artifact that is not the network's, taken out."""
-    try:
-        return artifact.tensors.pop(name)
-    except KeyError as error:
+            f"{artifact.weights} does not fit {artifact.json}: it has no tensor {name}"
+        )
+    if found.shape != tuple(shape) or found.dtype not in _FLOATS:
         raise ArtifactError(
-            f"{artifact.stem}.safetensors is not of this version: it has no tensor {name}, so train it anew"
-        ) from error
-
-
-def _fill(module: torch.nn.Module, artifact: Artifact) -> None:
-    try:
-        module.load_state_dict(artifact.tensors)
-    except RuntimeError as error:
-        raise ArtifactError(
-            f"{artifact.stem}.safetensors does not fit the network that its JSON describes: {error}"
-        ) from error
+            f"{artifact.weights} does not fit {artifact.json}: {name} must be one of "
+            f"{' '.join(_FLOATS)} of shape {list(shape)}, got {found.dtype} of {shown(list(found.shape))}"
+        )

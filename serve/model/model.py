@@ -14,13 +14,13 @@ from ddm.errors import ConfigError, one_of, require, within
 from ddm.grids import check_grid
 from ddm.rng import RngStream, normal
 from ddm.samplers import Sampler, Trajectory, drive, plan_steps
-from ddm.schedules import Schedule, schedule
+from ddm.schedules import Schedule
 from router.networks import DerivativeNet, PosteriorNet
 from router.policies import policy
 from router.routing import ControlVariate, RoutedDenoiser, Router
 from router.sources import Alpha, Integrated, Source, Stateless, prior
 from router.targets import exact_posterior
-from serve.model.build import build_expert, build_gaussians, build_router
+from serve.model.build import build_expert, build_gaussians, build_router, build_schedule
 from serve.model.params import SampleConfig
 
 C = TypeVar("C")
@@ -78,19 +78,17 @@ class Model:
         experts: bool = True,
     ) -> None:
         self.device = torch.device(device)
-        self.shape, self.names, self.version = (
-            bundle.partition.shape,
-            bundle.partition.names,
-            bundle.version,
-        )
+        self.shape = bundle.partition.shape
+        self.names = bundle.partition.names
+        self.version = bundle.version
         self.pi = bundle.partition.pi.to(self.device)
-        self.schedule: Schedule = schedule(**bundle.schedule)
-        self.gaussians = build_gaussians(bundle.experts, self.schedule, self.device)
+        self.schedule: Schedule = build_schedule(bundle)
         self.experts = (
             [build_expert(artifact, self.schedule, self.device) for artifact in bundle.experts]
             if experts
             else []
         )
+        self.gaussians = build_gaussians(bundle.experts, self.schedule, self.device)
         self.posterior: PosteriorNet | None = None
         self.derivative: DerivativeNet | None = None
         if bundle.router:

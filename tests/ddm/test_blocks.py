@@ -136,11 +136,11 @@ def test_the_encoder_sees_each_image_alone_and_at_its_own_time() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": 0}, "channels must be a positive multiple of 4, got 0"),
-        ({"channels": 30}, "channels must be a positive multiple of 4, got 30"),
-        ({"multipliers": []}, "multipliers must be whole numbers >= 1, got []"),
-        ({"multipliers": [1, 0]}, "multipliers must be whole numbers >= 1, got [1, 0]"),
-        ({"blocks": 0}, "blocks must be at least 1, got 0"),
+        ({"channels": 0}, "channels must be a multiple of 4 in [4, 8192], got 0"),
+        ({"channels": 30}, "channels must be a multiple of 4 in [4, 8192], got 30"),
+        ({"multipliers": []}, "multipliers must be whole numbers in [1, 64], got []"),
+        ({"multipliers": [1, 0]}, "multipliers must be whole numbers in [1, 64], got [1, 0]"),
+        ({"blocks": 0}, "blocks must be in [1, 32], got 0"),
         ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
         ({"dropout": -0.1}, "dropout must be in [0, 1), got -0.1"),
         (

@@ -85,24 +85,24 @@ def test_a_pixel_of_the_answer_sees_the_finest_map_of_its_own_place() -> None:
         (
             {"channels": 6},
             [1, 8, 8],
-            "channels must be a positive multiple of 4, got 6",
+            "channels must be a multiple of 4 in [4, 8192], got 6",
         ),
         (
             {"channels": 0},
             [1, 8, 8],
-            "channels must be a positive multiple of 4, got 0",
+            "channels must be a multiple of 4 in [4, 8192], got 0",
         ),
         (
             {"multipliers": []},
             [1, 8, 8],
-            "multipliers must be whole numbers >= 1, got []",
+            "multipliers must be whole numbers in [1, 64], got []",
         ),
         (
             {"multipliers": [1, 0]},
             [1, 8, 8],
-            "multipliers must be whole numbers >= 1, got [1, 0]",
+            "multipliers must be whole numbers in [1, 64], got [1, 0]",
         ),
-        ({"blocks": 0}, [1, 8, 8], "blocks must be at least 1, got 0"),
+        ({"blocks": 0}, [1, 8, 8], "blocks must be in [1, 32], got 0"),
         ({"dropout": 1.0}, [1, 8, 8], "dropout must be in [0, 1), got 1.0"),
         ({"dropout": -0.1}, [1, 8, 8], "dropout must be in [0, 1), got -0.1"),
         (

@@ -190,12 +190,12 @@ def test_a_batch_is_rounded_up_to_a_third_per_band(batch: int, images: int) -> N
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"channels": 6}, "net.channels must be a positive multiple of 4, got 6"),
+        ({"channels": 6}, "net.channels must be a multiple of 4 in [4, 8192], got 6"),
         (
             {"multipliers": [1, 1, 1, 1]},
             "net.multipliers must halve a square image of 4 x 4 evenly, got [1, 1, 1, 1]",
         ),
-        ({"blocks": 0}, "net.blocks must be at least 1, got 0"),
+        ({"blocks": 0}, "net.blocks must be in [1, 32], got 0"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused_by_key_rule_and_value(

@@ -27,7 +27,7 @@ from train.config import Config
         (["expert.steps=0"], "expert.steps must be at least 1, got 0"),
         (
             ["expert.unet.channels=6"],
-            "expert.unet.channels must be a positive multiple of 4, got 6",
+            "expert.unet.channels must be a multiple of 4 in [4, 8192], got 6",
         ),
         (
             ["expert.unet.multipliers=[1,2,2,2,2]"],

@@ -447,7 +447,7 @@ def test_a_bundle_that_is_broken_or_does_not_suit_leaves_the_old_in_service(
             before = service.current
             for folder, error, said in (
                 (broken, ArtifactError, "expert-01.safetensors is damaged or foreign"),
-                (tmp_path / "nothing", ArtifactError, "nothing is no folder"),
+                (tmp_path / "nothing", ArtifactError, "nothing is not a folder"),
                 (other_run, ConfigError, "another number"),
             ):
                 with pytest.raises(error, match=said):
@@ -542,7 +542,7 @@ def test_a_service_of_what_cannot_be_served_is_refused_by_name(
 ) -> None:
     bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
     for tree, said in (
-        ({"run": str(tmp_path / "nothing")}, "nothing is no folder"),
+        ({"run": str(tmp_path / "nothing")}, "nothing is not a folder"),
         (
             {"run": str(bundle), "sample": {"source": "analytic"}},
             "sample.source=analytic needs the training images",
