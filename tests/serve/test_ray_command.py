@@ -50,4 +50,4 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "is no folder" in done.stderr
+    assert "is not a folder" in done.stderr

@@ -64,7 +64,7 @@ def test_a_bad_key_ends_it_with_status_2_and_a_line_that_names_it(
 def test_a_run_that_is_not_there_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert f"{tmp_path / 'none'} is no folder" in refused(
+    assert f"{tmp_path / 'none'} is not a folder" in refused(
         capsys, str(tmp_path / "none"), "serve.port=0"
     )
     assert f"{tmp_path / 'manifest.json'} is missing" in refused(
