@@ -1,21 +1,26 @@
-"""On Ray Serve: every expert a deployment of its own, and the sampling service, which holds router and engine and is the ingress.
+"""Ray Serve: one deployment per expert, and the sampling service (router, engine, HTTP) as the ingress.
 
-`serve deploy docker/serve.yaml` and `python -m serve RUN serve.placement=ray` both come to `build`. A step of an expert is pure
-in (x, t), so a call that was lost with its replica is made again by the engine; Serve itself does not.
+`serve deploy docker/serve.yaml` and `python -m serve RUN serve.placement=ray` both use `build`. An
+expert's step is a pure function of (x, t), so the engine repeats a call that was lost with its
+replica; Serve itself does not retry.
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import os
 import signal
+import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Read by Ray when it is imported, and inherited by what it starts: answers of experts go straight from process to process
-# (a third of the time of a call by the object store), of any size that a batch may have; and every process counts no users.
+# Ray reads these when it is imported, and the processes that it starts inherit them. gRPC takes an
+# expert's reply directly from process to process, in a third of the object store's time.
 RAY_ENV = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
@@ -30,6 +35,7 @@ import ray  # noqa: E402
 import torch  # noqa: E402
 from ray import serve as ray_serve  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
+from ray.serve.context import _get_global_client  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.handle import DeploymentHandle  # noqa: E402
 from ray.util import metrics as ray_metrics  # noqa: E402
@@ -38,7 +44,7 @@ from torch import Tensor  # noqa: E402
 
 from ddm.bundle import read_bundle  # noqa: E402
 from ddm.device import pick_device  # noqa: E402
-from ddm.errors import ArtifactError, ConfigError  # noqa: E402
+from ddm.errors import ArtifactError, ConfigError, DdmError, require  # noqa: E402
 from serve.engine.expert import UnavailableError  # noqa: E402
 from serve.engine.local_expert import Runner  # noqa: E402
 from serve.engine.metrics import METRICS, Metrics  # noqa: E402
@@ -53,67 +59,75 @@ from serve.settings import Settings, settings  # noqa: E402
 
 log = logging.getLogger(__name__)
 
-_KEPT = 2  # versions that an expert keeps: the current, and the one that requests under way may still be on
-_CALLS = 8  # calls that a replica takes at once: they are computed in turn, but the next is there when one ends
+# The folder of the packages, which Ray's workers import them from.
+_HOME = Path(__file__).parents[1]
+_KEPT_VERSIONS = 2  # the current one, and the one that requests under way may still use
+_QUEUED_CALLS = 8  # per replica: computed one after another, without waiting for the next to arrive
 
 
 class ExpertReplica:
-    """One expert, in one process: answers for the versions that are asked for, each loaded when it is first."""
+    """One expert in one process. Loads a version of the bundle when a call first asks for it."""
 
     def __init__(self, k: int, folder: str, device: str, compiled: bool) -> None:
-        self.k, self.device, self.compiled = k, torch.device(pick_device(device)), compiled
+        self.k = k
+        self.device = torch.device(pick_device(device))
+        self.compiled = compiled
         self.runners: dict[str, Runner] = {}
         self.turn = ThreadPoolExecutor(1)
         self._load(folder)
 
     async def denoise(self, folder: str, version: str, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """x float32 `[B, C, H, W]`, t `[B]` -> the denoised x, by the weights of that version of the bundle in `folder`."""
+        """Denoise x float32 `[B, C, H, W]` at t `[B]` with this version of the bundle in `folder`."""
         return await asyncio.get_running_loop().run_in_executor(
             self.turn, self._denoise, folder, version, x, t
         )
 
     async def where(self) -> tuple[int, str]:
-        """Its process and node; that it answers says that it is alive."""
+        """The process and the node of this replica. An answer means that it is alive."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def _denoise(self, folder: str, version: str, x: np.ndarray, t: np.ndarray) -> np.ndarray:
         if version not in self.runners and self._load(folder) != version:
             raise ArtifactError(
-                f"{folder} no longer holds version {version}: keep a bundle until its requests are done"
+                f"{folder} no longer holds version {version}: "
+                "keep a bundle until the requests that use it are done"
             )
-        return self.runners[version](
-            torch.tensor(x), torch.tensor(t)
-        ).numpy()  # copies: what arrives may be read-only
+        # torch.tensor copies: the arrays that arrive may be read-only.
+        return self.runners[version](torch.tensor(x), torch.tensor(t)).numpy()
 
     def _load(self, folder: str) -> str:
         denoiser, version = load_expert(folder, self.k, self.device)
         self.runners[version] = Runner(denoiser, self.device, self.compiled)
-        for old in list(self.runners)[:-_KEPT]:
+        for old in list(self.runners)[:-_KEPT_VERSIONS]:
             del self.runners[old]
         return version
 
 
 class RayExpert:
-    """An expert's deployment, as the engine asks it."""
+    """An expert's deployment, as the engine calls it."""
 
     def __init__(
         self, name: str, handle: DeploymentHandle[Any], folder: Path, version: str, calls: int
     ) -> None:
-        self.name, self.handle, self.folder, self.version = name, handle, str(folder), version
-        self.calls, self.turn = calls, asyncio.Semaphore(calls)
+        self.name = name
+        self.handle = handle
+        self.folder = str(folder)
+        self.version = version
+        self.calls = calls
+        self.turn = asyncio.Semaphore(calls)
 
     async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        arrays = x.cpu().numpy(), t.to("cpu", torch.float32).numpy()
-        return torch.tensor(
-            await _answer(self.handle.denoise.remote(self.folder, self.version, *arrays))
-        )
+        x_array = x.cpu().numpy()
+        t_array = t.to("cpu", torch.float32).numpy()
+        response = self.handle.denoise.remote(self.folder, self.version, x_array, t_array)
+        return torch.tensor(await _result(response))
 
     async def check(self) -> None:
-        await _answer(self.handle.where.remote())
+        await _result(self.handle.where.remote())
 
 
-async def _answer(response: Any) -> Any:
-    """What a replica answers; its own errors as they are, and `UnavailableError` if the call was lost on the way."""
+async def _result(response: Any) -> Any:
+    """The result of a call. Raises the replica's own errors, or `UnavailableError` if the call was lost."""
     try:
         return await response
     except asyncio.CancelledError:
@@ -127,16 +141,22 @@ async def _answer(response: Any) -> Any:
 
 @ray_serve.ingress()
 class Sampling:
-    """The sampling service, and the HTTP application in front of it."""
+    """The sampling service and its HTTP application.
+
+    Raises `ConfigError` if Serve's proxy listens beyond this machine without a token or `serve.open`.
+    """
 
     def __init__(self, tree: dict[str, Any], experts: dict[str, DeploymentHandle[Any]]) -> None:
         logging.getLogger("serve").setLevel(logging.INFO)
         self.settings = settings(tree)
+        self.started = False
+        _check_proxy_host(self.settings)
 
         def connect(model: Any, folder: Path, turn: asyncio.Semaphore) -> list[RayExpert]:
             if len(model.names) != len(experts):
                 raise ConfigError(
-                    f"run must have {len(experts)} experts, as many as are deployed, got {len(model.names)}",
+                    f"run must have {len(experts)} experts, as many as are deployed, "
+                    f"got {len(model.names)}",
                     "run",
                 )
             ray_config = self.settings.serve.ray
@@ -155,12 +175,48 @@ class Sampling:
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """New weights, without a restart: `user_config: {run: FOLDER}`."""
-        if set(user_config) != {"run"}:
-            raise ConfigError(
-                f"user_config must have the one key run, got {sorted(user_config)}", "user_config"
+        """Switch to the weights of `user_config: {run: FOLDER}`, without a restart.
+
+        A `user_config` that cannot be served fails a replica that starts. A replica that has
+        started keeps its weights and logs the reason, since an error would end it.
+        """
+        try:
+            await self._switch(user_config)
+        except Exception as error:
+            if not self.started:
+                raise
+            expected = isinstance(error, DdmError)
+            log.error(
+                "user_config is refused, the old weights stay: %s", error, exc_info=not expected
             )
-        await self.service.switch(user_config["run"])
+
+    async def _switch(self, user_config: Any) -> None:
+        match user_config:
+            case {"run": str(folder), **rest} if not rest:
+                await self.service.switch(folder)
+            case _:
+                raise ConfigError(f"user_config must be {{run: FOLDER}}, got {user_config!r}")
+
+    async def check_health(self) -> None:
+        """Serve's health check. The first one follows the first `reconfigure`."""
+        self.started = True
+
+
+def _check_proxy_host(config: Settings) -> None:
+    """Raise `ConfigError` if Serve's proxy is open to other machines and the settings do not allow it.
+
+    `http_options` belong to the cluster and not to the application, so only Serve knows the host.
+    """
+    client = _get_global_client()
+    assert client is not None
+    host = client.http_config.host
+    if host is not None:  # None: no HTTP at all
+        require(
+            config.serve.may_listen_on(host),
+            "http_options.host",
+            "be 127.0.0.1 unless args.serve.token_file is given or args.serve.open is true",
+            host,
+        )
 
 
 class RayMetrics(Metrics):
@@ -172,7 +228,7 @@ class RayMetrics(Metrics):
             "gauge": ray_metrics.Gauge,
             "histogram": ray_metrics.Histogram,
         }
-        self.kept: dict[str, Any] = {
+        self.metrics: dict[str, Any] = {
             name: kinds[metric.kind](
                 f"ddm_{name}",
                 description=metric.help,
@@ -183,20 +239,21 @@ class RayMetrics(Metrics):
         }
 
     def count(self, name: str, amount: float = 1, **label: str) -> None:
-        if amount:  # Ray refuses 0
-            self.kept[name].inc(amount, tags=label)
+        if amount:  # Ray raises for 0
+            self.metrics[name].inc(amount, tags=label)
 
     def gauge(self, name: str, value: float, **label: str) -> None:
-        self.kept[name].set(value, tags=label)
+        self.metrics[name].set(value, tags=label)
 
     def observe(self, name: str, value: float, **label: str) -> None:
-        self.kept[name].observe(value, tags=label)
+        self.metrics[name].observe(value, tags=label)
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Serve's HTTP proxy runs before it reads a body, which it does without a limit: named in `RAY_ENV`.
+    """The middleware of Serve's HTTP proxy, which alone would read a body of any size; see `RAY_ENV`.
 
-    `DDM_BODY_BYTES` and `DDM_BODY_TIMEOUT_S` are its limits. The token is asked for behind it, by the service, which knows it.
+    The environment sets the limits: `DDM_BODY_BYTES` and `DDM_BODY_TIMEOUT_S`. The service behind
+    the proxy checks the token, which the proxy does not know.
     """
     limits = Settings().serve.limits
     body_bytes = int(os.environ.get("DDM_BODY_BYTES", limits.body_bytes))
@@ -205,34 +262,19 @@ def proxy_middlewares() -> list[Middleware]:
 
 
 def build(args: dict[str, Any]) -> ray_serve.Application:
-    """The application of a tree of settings, such as `{"run": "/bundles/one", "serve": {"ray": {"gpus": 1}}}`.
+    """The application for a tree of settings: `{"run": "/bundles/1", "serve": {"ray": {"gpus": 1}}}`.
 
-    Raises `ConfigError` and `ArtifactError` naming what is wrong.
+    Raises `ConfigError` or `ArtifactError` naming the key or the file at fault.
     """
     config = settings(args)
     ray_config = config.serve.ray
-    experts = {
-        f"expert-{k:02d}": _deployment(ExpertReplica, name=f"expert-{k:02d}")
-        .options(
-            max_ongoing_requests=_CALLS,
-            ray_actor_options={
-                "num_cpus": ray_config.cpus,
-                "num_gpus": ray_config.gpus,
-                "resources": ray_config.resources,
-            },
-            health_check_period_s=1,  # a replica that dies is replaced a second later, not ten
-            graceful_shutdown_timeout_s=10,
-            graceful_shutdown_wait_loop_s=0.2,
-            **_scale(ray_config.replicas, ray_config.max_replicas),
-        )
-        .bind(k, config.run, config.serve.device, config.serve.compile)
-        for k in range(read_bundle(bundle_folder(config.run), only=()).partition.k)
-    }
+    k_experts = read_bundle(bundle_folder(config.run), only=()).partition.k
+    experts = {name: _expert(config, k, name) for k, name in enumerate(_names(k_experts))}
     return (
         _deployment(Sampling, name="sampling")
         .options(
             num_replicas=ray_config.services,
-            max_ongoing_requests=1000,  # the service itself says when it is full
+            max_ongoing_requests=1000,  # the service itself limits what is pending
             ray_actor_options={"num_cpus": ray_config.service_cpus},
             health_check_period_s=1,
             graceful_shutdown_timeout_s=config.serve.limits.deadline_s,
@@ -242,73 +284,144 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     )
 
 
+def _names(k_experts: int) -> list[str]:
+    return [f"expert-{k:02d}" for k in range(k_experts)]
+
+
+def _expert(config: Settings, k: int, name: str) -> ray_serve.Application:
+    ray_config = config.serve.ray
+    return (
+        _deployment(ExpertReplica, name=name)
+        .options(
+            max_ongoing_requests=_QUEUED_CALLS,
+            ray_actor_options={
+                "num_cpus": ray_config.cpus,
+                "num_gpus": ray_config.gpus,
+                "resources": ray_config.resources,
+            },
+            health_check_period_s=1,  # a dead replica is replaced after 1 s instead of 10
+            graceful_shutdown_timeout_s=10,
+            graceful_shutdown_wait_loop_s=0.2,
+            **_scale(ray_config.replicas, ray_config.max_replicas),
+        )
+        .bind(k, config.run, config.serve.device, config.serve.compile)
+    )
+
+
 def _deployment(kind: type, name: str) -> ray_serve.Deployment:
-    made: Any = ray_serve.deployment(kind, name=name)
-    return made
+    deployment: Any = ray_serve.deployment(kind, name=name)
+    return deployment
 
 
-def _scale(replicas: int, most: int | None) -> dict[str, Any]:
-    if most is None:
+def _scale(replicas: int, max_replicas: int | None) -> dict[str, Any]:
+    if max_replicas is None:
         return {"num_replicas": replicas}
     return {
         "autoscaling_config": {
             "min_replicas": replicas,
-            "max_replicas": most,
+            "max_replicas": max_replicas,
             "target_ongoing_requests": 1,
         }
     }
 
 
 def serve_on_ray(config: Settings) -> None:
-    """Serve on a Ray cluster, or on one started here for the purpose, until told to end."""
+    """Serve on a Ray cluster, or on one that is started here for the purpose, until SIGINT or SIGTERM.
+
+    Raises `ConfigError` and `ArtifactError` for settings or files at fault, before Ray starts if
+    they can be found then, and `RayStartError` if Ray or the application does not start.
+    """
     serve = config.serve
-    app = build(asdict(config))  # what is wrong is said before Ray starts
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # this terminal is for people
-    os.environ.setdefault("DDM_BODY_BYTES", str(serve.limits.body_bytes))
-    os.environ.setdefault("DDM_BODY_TIMEOUT_S", str(serve.limits.body_timeout_s))
+    config.run = str(Path(config.run).absolute())
+    if serve.token_file is not None:
+        serve.token_file = str(Path(serve.token_file).absolute())
+    app = build(asdict(config))
     if serve.ray.address is None:
-        # The only switch by which Ray's own ports stay on this machine.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    log.info("starting Ray and %s's experts", config.run)
-    ray.init(
-        address=serve.ray.address or "local",
-        include_dashboard=False if serve.ray.address is None else None,
-        num_cpus=_cpus_here(config) if serve.ray.address is None else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own
-        signal.signal(number, lambda *_: ended.set())
-    try:
-        ray_serve.start(
-            proxy_location="HeadOnly",
-            http_options={
-                "host": serve.host,
-                "port": serve.port,
-                "request_timeout_s": serve.limits.deadline_s
-                + 30,  # the service's own deadline comes first
-            },
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        ray_serve.run(app, name="ddm", route_prefix="/")
+        _check_port_is_free(serve.host, serve.port)
+    stop = threading.Event()
+    with _ray(config):
+        for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own
+            signal.signal(number, lambda *_: stop.set())
+        with _failing_as(RayStartError, "the application did not start on Ray"):
+            ray_serve.start(
+                proxy_location="HeadOnly",
+                http_options={
+                    "host": serve.host,
+                    "port": serve.port,
+                    # The service's own deadline comes first.
+                    "request_timeout_s": serve.limits.deadline_s + 30,
+                },
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+            ray_serve.run(app, name="ddm", route_prefix="/")
         log.info("http://%s:%d  (the API: /docs; ctrl-C ends it)", serve.host, serve.port)
-        ended.wait()
+        stop.wait()
+
+
+class RayStartError(DdmError):
+    """Ray, or the application on it, did not start."""
+
+
+@contextlib.contextmanager
+def _failing_as(kind: type[DdmError], what: str) -> Iterator[None]:
+    """Raise any error inside as one of `kind` with the last line of its text, which names the cause."""
+    try:
+        yield
+    except Exception as error:
+        log.debug(what, exc_info=True)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise kind(f"{what}: {lines[-1].strip()}") from error
+
+
+@contextlib.contextmanager
+def _ray(config: Settings) -> Iterator[None]:
+    """Connect to Ray, or start it; leave no process of it at the end."""
+    address = config.serve.ray.address
+    limits = config.serve.limits
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # the terminal shows our own log
+    os.environ.setdefault("DDM_BODY_BYTES", str(limits.body_bytes))
+    os.environ.setdefault("DDM_BODY_TIMEOUT_S", str(limits.body_timeout_s))
+    if address is None:
+        # No other switch keeps Ray's own ports on this machine.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    log.info("starting Ray and the experts of %s", config.run)
+    try:
+        # Ray's workers look for modules in the driver's current folder first: this one is ours.
+        with _failing_as(RayStartError, "Ray did not start"), contextlib.chdir(_HOME):
+            ray.init(
+                address=address or "local",
+                include_dashboard=False if address is None else None,
+                num_cpus=_claimed_cpus(config) if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        yield
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        if serve.ray.address is None:
-            ray_serve.shutdown()
-        else:
+        if ray.is_initialized() and address is not None:
             ray_serve.delete("ddm")
+        elif ray.is_initialized() and (client := _get_global_client(False)) is not None:
+            client.shutdown(timeout_s=config.serve.drain_s)  # requests under way end first
         ray.shutdown()
 
 
-def _cpus_here(config: Settings) -> int:
-    """CPUs to claim of this machine's own Ray: as many as the deployments ask for, since they share what there is."""
+def _check_port_is_free(host: str, port: int) -> None:
+    """Raise `ConfigError` if the address cannot be listened on: Serve's proxy would only retry."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            "serve.host and serve.port must be a free address of this machine, "
+            f"got {host} {port}: {os.strerror(error.errno or 0)}"
+        ) from error
+
+
+def _claimed_cpus(config: Settings) -> int:
+    """CPUs that Ray here believes in: as many as the deployments ask for, which share the real ones."""
     ray_config = config.serve.ray
-    k = read_bundle(bundle_folder(config.run), only=()).partition.k
-    wanted = k * (ray_config.max_replicas or ray_config.replicas) * ray_config.cpus
-    return max(
-        os.cpu_count() or 1, int(np.ceil(wanted + ray_config.services * ray_config.service_cpus))
-    )
+    k_experts = read_bundle(bundle_folder(config.run), only=()).partition.k
+    replicas = k_experts * (ray_config.max_replicas or ray_config.replicas)
+    wanted = replicas * ray_config.cpus + ray_config.services * ray_config.service_cpus
+    return max(os.cpu_count() or 1, math.ceil(wanted))

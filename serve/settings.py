@@ -64,6 +64,10 @@ class ServeConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
+    def may_listen_on(self, host: str) -> bool:
+        """Whether this host is allowed: without a token and without `open`, only this machine's own."""
+        return self.token_file is not None or self.open or _is_loopback(host)
+
 
 @dataclass
 class Settings:
@@ -103,9 +107,8 @@ class Settings:
             "be at least serve.ray.replicas",
             most,
         )
-        guarded = serve.token_file is not None or serve.open
         require(
-            guarded or _is_loopback(serve.host),
+            serve.may_listen_on(serve.host),
             "serve.host",
             "be this machine's own (127.0.0.1) unless serve.token_file is given or serve.open=true",
             serve.host,

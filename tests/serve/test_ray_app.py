@@ -1,11 +1,13 @@
-"""docker/serve.yaml, deployed on a Ray cluster of several nodes on this machine: the images of `load(run).sample`, whatever dies."""
+"""docker/serve.yaml on a Ray cluster of several nodes on this machine: the images of `load(run).sample`."""
 
 import asyncio
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,15 @@ from torch import Tensor
 from benchmarks.load.client import Reply, closed, params, session
 from benchmarks.load.cluster import Deployed, deployed
 from benchmarks.load.drill import differences, other_weights
-from serve import load
+from ddm.errors import ConfigError
+from serve import load, ray_app
 from serve.model.images import to_uint8
+from serve.settings import settings
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own, which are many
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Ray's own, which are many
+    pytest.mark.xdist_group("ray"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,31 @@ def asked(service: Deployed, clients: int, requests: int, **settings: Any) -> li
     tally = asyncio.run(closed(service.url, clients, requests, settings))
     assert [reply.said for reply in tally.replies if reply.status != 200] == []
     return tally.replies
+
+
+@pytest.mark.parametrize(
+    ("words", "allowed"),
+    [
+        ({"host": "0.0.0.0"}, False),
+        ({"host": "::"}, False),
+        ({"host": "127.0.0.1"}, True),
+        ({"host": None}, True),
+        ({"host": "0.0.0.0", "token_file": "/run/secrets/token"}, True),
+        ({"host": "0.0.0.0", "open": True}, True),
+    ],
+)
+def test_the_proxys_host_needs_a_token(
+    words: dict[str, Any], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = {key: value for key, value in words.items() if key != "host"}
+    client = SimpleNamespace(http_config=SimpleNamespace(host=words["host"]))
+    monkeypatch.setattr(ray_app, "_get_global_client", lambda: client)
+    config = settings({"run": "one", "serve": serve})
+    if allowed:
+        ray_app._check_proxy_host(config)
+    else:
+        with pytest.raises(ConfigError, match=r"http_options\.host must be 127\.0\.0\.1 unless"):
+            ray_app._check_proxy_host(config)
 
 
 def test_each_expert_has_a_node_of_its_own_and_the_sampling_service_another(
@@ -131,6 +163,29 @@ def test_a_switch_of_weights_drops_nothing_and_each_answer_names_the_version_who
     assert (
         int((first.int() - second.int()).abs().amax(dim=(1, 2, 3)).min()) > 2
     )  # they would be told apart
+
+
+@pytest.mark.parametrize("folder", ["/no/such/folder", 5])
+def test_a_wrong_user_config_keeps_the_weights(service: Deployed, folder: Any) -> None:
+    service.wait()
+    process = service.replicas()["sampling"]
+    (before,) = asked(service, 1, 1)
+    service.deploy(folder)
+    logs = Path(service.cluster.head_node.get_session_dir_path(), "logs")
+    ends = time.monotonic() + 60
+    while not any(str(folder) in line for line in refusals(logs)):
+        assert time.monotonic() < ends
+        time.sleep(0.2)
+    time.sleep(2)  # health checks come every second
+    (after,) = asked(service, 1, 1)
+    assert after.version == before.version
+    assert service.replicas()["sampling"] == process
+
+
+def refusals(logs: Path) -> list[str]:
+    """What the replicas logged about a user_config that they refused."""
+    text = "".join(path.read_text() for path in logs.glob("worker-*.err"))
+    return [line for line in text.splitlines() if line.startswith("user_config is refused")]
 
 
 def test_neither_a_large_body_nor_the_headers_of_ray_get_past_the_proxy(service: Deployed) -> None:

@@ -1,24 +1,58 @@
-"""`python -m serve RUN serve.placement=ray`: a Ray of its own, for as long as it serves."""
+"""`ddm serve RUN serve.placement=ray`: a Ray of its own, for as long as it serves."""
 
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from benchmarks.load.client import Tally, closed
 from benchmarks.load.server import free_port
 from serve import load
 from serve.model.images import to_uint8
 
+pytestmark = pytest.mark.xdist_group("ray")
 
-def test_the_command_serves_on_ray_of_its_own_and_leaves_no_process_behind(small_run: Path) -> None:
-    port = free_port()
-    words = [str(small_run), f"serve.port={port}", "serve.placement=ray"]
+
+def session_processes(pid: int) -> str:
+    """The processes of a session, a line each."""
+    found = subprocess.run(
+        ["pgrep", "-a", "-s", str(pid)], capture_output=True, text=True, check=False
+    )
+    return found.stdout
+
+
+def refused(run: Path, *words: str, **environment: str) -> str:
+    """What `python -m serve` says when it exits with status 2 and leaves no process."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "serve", *words], start_new_session=True, stderr=subprocess.PIPE
+        [sys.executable, "-m", "serve", str(run), "serve.placement=ray", *words],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 2, said
+    assert session_processes(child.pid) == ""
+    return said
+
+
+def test_it_serves_from_a_hostile_folder_and_leaves_no_process(
+    installed_ddm: Path, hostile: Path, small_run: Path
+) -> None:
+    port = free_port()
+    run = os.path.relpath(small_run, hostile)
+    child = subprocess.Popen(
+        [installed_ddm, "serve", run, f"serve.port={port}", "serve.placement=ray"],
+        cwd=hostile,
+        env={**os.environ, "PYTHONPATH": "."},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
     )
     try:
         tally, ends = Tally(), time.monotonic() + 180
@@ -33,21 +67,31 @@ def test_the_command_serves_on_ray_of_its_own_and_leaves_no_process_behind(small
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=60)
         assert child.returncode in (0, 130)
-        left = subprocess.run(
-            ["pgrep", "-a", "-s", str(child.pid)], capture_output=True, text=True, check=False
-        ).stdout
-        assert left == ""
+        assert session_processes(child.pid) == ""
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "serve", str(tmp_path / "none"), "serve.placement=ray"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "is not a folder" in done.stderr
+def test_a_missing_run_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    said = refused(tmp_path / "none")
+    assert str(tmp_path / "none") in said
+    assert "starting Ray" not in said
+
+
+def test_a_port_in_use_is_refused_before_ray_starts(small_run: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert refused(small_run, f"serve.port={port}") == (
+            "error: serve.host and serve.port must be a free address of this machine, "
+            f"got 127.0.0.1 {port}: Address already in use\n"
+        )
+
+
+def test_a_ray_that_does_not_start_is_one_line(small_run: Path, tmp_path: Path) -> None:
+    too_long = tmp_path / ("x" * 110)  # a Unix socket's path has at most 107 bytes
+    too_long.mkdir()
+    said = refused(small_run, f"serve.port={free_port()}", RAY_TMPDIR=str(too_long))
+    assert said.splitlines()[-1].startswith("error: Ray did not start: ")
+    assert "107 bytes" in said
+    assert "Traceback" not in said
