@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ddm.errors import require
 
+_CHUNK_ELEMENTS = 2**24  # of a matrix of distances or kernels: 128 MiB in float64
+
 
 def trajectory_error(x: Tensor, reference: Tensor) -> float:
     """Mean square distance between two ends of paths from the same noise, a number of the data: `mean |x - x_ref|^2 / d`."""
@@ -66,36 +68,83 @@ class FrechetDistance:
         )
 
 
+class KernelDistance:
+    """How far sets of points are from the points `[n, d]`, n >= 2, by the kernel `(x.y / d + 1)^3`.
+
+    The unbiased estimate of the squared maximum mean discrepancy over all pairs, without subsets
+    (KID: arXiv 1801.01401, section 4; equation 4 of arXiv 1401.0919). In float64 and in chunks.
+    """
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points.double()
+        self.own = _mean_kernel_of_pairs(self.points)
+
+    def __call__(self, points: Tensor) -> float:
+        """The distance of the points `[m, d]`, m >= 2; below 0 by chance where there is none."""
+        points = points.double()
+        cross = _kernel_sum(self.points, points) / (len(self.points) * len(points))
+        return self.own + _mean_kernel_of_pairs(points) - 2 * cross
+
+
+def _mean_kernel_of_pairs(points: Tensor) -> float:
+    """The mean of the kernel over all pairs of two different points."""
+    n, d = points.shape
+    diagonal = (points.square().sum(dim=1) / d + 1) ** 3
+    return (_kernel_sum(points, points) - float(diagonal.sum())) / (n * (n - 1))
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> float:
+    return sum(float(((rows @ y.T / y.shape[1] + 1) ** 3).sum()) for rows in _chunks(x, len(y)))
+
+
+def _chunks(points: Tensor, columns: int) -> Sequence[Tensor]:
+    """The points in chunks of rows, small enough for a matrix of rows by `columns`."""
+    return points.split(max(1, _CHUNK_ELEMENTS // columns))
+
+
 class Neighbours(NamedTuple):
-    """How two sets of points cover each other, each a share in [0, 1]."""
+    """How two sets of points cover each other, each a fraction in [0, 1]."""
 
-    precision: float  # of the drawn points that lie in a real point's ball
-    recall: float  # of the real points that lie in a drawn point's ball
-    coverage: float  # of the real points whose own ball holds a drawn point: a lost mode shows here
+    precision: float  # of the samples that lie in a real point's ball
+    recall: float  # of the real points that lie in a sample's ball
+    coverage: float  # of the real points whose own ball holds a sample: a lost mode shows here
 
 
-def neighbours(real: Tensor, sample_categorical: Tensor, k: int = 5) -> Neighbours:
-    """Precision and recall (arXiv 1904.06991, equation 2) and coverage (arXiv 2002.09797, equation 6) of points `[n, d]`.
+def neighbours(real: Tensor, samples: Tensor, k: int = 5) -> Neighbours:
+    """Precision and recall (arXiv 1904.06991, equation 2) and coverage (arXiv 2002.09797, equation 6).
 
-    A point's ball reaches to the k-th nearest other point of its own set. Two sets drawn alike, of the same size, have a
-    coverage of `1 - 2^-k`. Raises `ConfigError` for a set of k points or fewer.
+    Points are `[n, d]`. A point's ball reaches to the k-th nearest other point of its own set. Two
+    sets of the same size from one distribution have a coverage of `1 - 2^-k`. In chunks, so that
+    memory grows with n and not with its square. Raises `ConfigError` for a set of k points or fewer.
     """
     require(
-        min(len(real), len(sample_categorical)) > k,
+        min(len(real), len(samples)) > k,
         "neighbours: the points",
-        f"be more than k = {k} a set",
-        (len(real), len(sample_categorical)),
+        f"be more than k = {k} per set",
+        (len(real), len(samples)),
     )
+    real_radius, sample_radius = _radii(real, k), _radii(samples, k)
+    in_real_ball = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    recalled, covered = [], []
+    for rows, radius in zip(
+        _chunks(real, len(samples)), _chunks(real_radius, len(samples)), strict=True
+    ):
+        apart = torch.cdist(rows, samples)
+        inside = apart <= radius[:, None]
+        in_real_ball |= inside.any(dim=0)
+        covered.append(inside.any(dim=1))
+        recalled.append((apart <= sample_radius).any(dim=1))
+    hits = (in_real_ball, torch.cat(recalled), torch.cat(covered))
+    return Neighbours(*(float(hit.float().mean()) for hit in hits))
 
-    def radii(points: Tensor) -> Tensor:
-        return (
-            torch.cdist(points, points).kthvalue(k + 1, dim=1).values
-        )  # the nearest is the point itself
 
-    apart = torch.cdist(real, sample_categorical)
-    in_real, in_drawn = apart <= radii(real)[:, None], apart <= radii(sample_categorical)
-    shares = in_real.any(dim=0), in_drawn.any(dim=1), in_real.any(dim=1)
-    return Neighbours(*(float(share.float().mean()) for share in shares))
+def _radii(points: Tensor, k: int) -> Tensor:
+    """The distance of each point to the k-th nearest other point, `[n]`."""
+    radii = [
+        torch.cdist(rows, points).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
+        for rows in _chunks(points, len(points))
+    ]
+    return torch.cat(radii)
 
 
 class PowerLaw(NamedTuple):

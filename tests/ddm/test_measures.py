@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ddm.errors import ConfigError
 from ddm.measures import (
     FrechetDistance,
+    KernelDistance,
     Neighbours,
     neighbours,
     power_law_fit,
@@ -178,6 +180,52 @@ def test_precision_recall_and_coverage_are_those_counted_a_point_at_a_time(
     assert len({*found}) == 3  # or the test could not tell them apart
 
 
+@pytest.mark.parametrize("elements", [1, 100, 2**24])
+def test_chunks_change_neither_neighbours_nor_kernel_distances(
+    monkeypatch: pytest.MonkeyPatch, elements: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, samples = (torch.randn(n, 3, generator=generator).double() for n in (41, 29))
+    expected = by_loops(real.numpy(), samples.numpy(), 5), KernelDistance(real)(samples)
+    monkeypatch.setattr("ddm.measures._CHUNK_ELEMENTS", elements)
+    assert [*neighbours(real, samples)] == pytest.approx([*expected[0]], abs=1e-6)
+    assert KernelDistance(real)(samples) == pytest.approx(expected[1], rel=1e-12)
+
+
+def kernel_distance_by_loops(x: np.ndarray, y: np.ndarray) -> float:
+    """Means over pairs of two different points of a set, and over all pairs across, one at a time."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return float((a @ b / len(a) + 1) ** 3)
+
+    def own(points: np.ndarray) -> float:
+        n = range(len(points))
+        return float(np.mean([kernel(points[i], points[j]) for i in n for j in n if i != j]))
+
+    return own(x) + own(y) - 2 * float(np.mean([kernel(a, b) for a in x for b in y]))
+
+
+def test_the_kernel_distance_is_the_unbiased_one_over_all_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 4, generator=generator) for n in (20, 13))
+    expected = kernel_distance_by_loops(x.double().numpy(), (0.7 * y + 1).double().numpy())
+    assert KernelDistance(x)(0.7 * y + 1) == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.1
+
+
+def test_the_kernel_distance_of_one_distribution_is_zero_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = [
+        KernelDistance(torch.randn(30, 4, generator=generator))(
+            torch.randn(30, 4, generator=generator)
+        )
+        for _ in range(400)
+    ]
+    error = statistics.stdev(found) / 20
+    assert abs(statistics.mean(found)) < 3 * error
+    assert min(found) < 0  # unbiased, so it must fall on both sides
+
+
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_two_sets_drawn_alike_have_a_coverage_of_1_less_2_to_the_minus_k(k: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -201,7 +249,7 @@ def test_a_lost_mode_lowers_recall_and_coverage_and_not_precision() -> None:
 
 @pytest.mark.parametrize("counts", [(5, 20), (20, 5)])
 def test_neighbours_refuse_a_set_of_k_points_or_fewer(counts: tuple[int, int]) -> None:
-    message = f"neighbours: the points must be more than k = 5 a set, got {counts}"
+    message = f"neighbours: the points must be more than k = 5 per set, got {counts}"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         neighbours(torch.zeros(counts[0], 2), torch.zeros(counts[1], 2))
     assert len(neighbours(torch.randn(6, 2), torch.randn(6, 2))) == 3

@@ -4,8 +4,8 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,8 @@ from ddm.training import Batches, to_float
 from train.progress import bar
 
 
-@dataclass(frozen=True)
-class NetworkFeatures:
-    """A set of images as a feature network sees it: `features` `[N, d]`, `logits` `[N, classes]` or None."""
+class NetworkFeatures(NamedTuple):
+    """Images as a feature network sees them: `features` `[N, d]`, `logits` `[N, classes]` or None."""
 
     features: Tensor
     logits: Tensor | None

@@ -1,4 +1,4 @@
-"""How good a set of drawn images is, as a feature network sees it: distances to the real ones, and what they cover."""
+"""How good a set of samples is, as a feature network sees it: distances to the real images, and what they cover."""
 
 import warnings
 from pathlib import Path
@@ -7,19 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddm.errors import ConfigError
-from ddm.measures import FrechetDistance, neighbours
+from ddm.measures import FrechetDistance, KernelDistance, neighbours
 from train.evaluation.features import NetworkFeatures
 from train.evaluation.results import Score
 
 
 class Scores:
-    """Measures drawn images against the features of real ones `[N, d]`.
+    """Measures samples against the features of real images `[N, d]`.
 
-    The Frechet distance is to `reference`, the Gaussian of a file (`read_reference`), where there is one, else to that of the
-    real features. Precision, recall and coverage compare as many real images as drawn ones.
+    The Frechet distance is to `reference`, the mean and covariance from a file (`read_reference`),
+    or to those of the real features if it is None. The kernel distance is over all pairs of images.
+    Precision, recall and coverage compare as many real images as samples.
     """
 
     def __init__(self, real: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> None:
@@ -29,62 +29,41 @@ class Scores:
             if reference
             else FrechetDistance.to(real)
         )
-        given = _Given(real.shape[1])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Metric `.*` will save all extracted features")
-            self.inception = InceptionScore(given, splits=2)
-            self.kid = KernelInceptionDistance(given, subsets=10, reset_real_features=False)
-        self.kid.update(real, real=True)
+        self.kernel = KernelDistance(real)
 
-    def __call__(self, judged: NetworkFeatures) -> Score:
-        """The measures of drawn images."""
-        drawn, n = judged.features, len(judged.features)
-        self.kid.reset()
-        self.kid.update(drawn, real=False)
-        self.kid.subset_size = min(1000, min(n, len(self.real)) // 2)
-        score = confidence = class_frequencies = None
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            torch.manual_seed(0)  # both draw subsets
-            kid = float(self.kid.compute()[0])
-            if judged.logits is not None:
-                self.inception.reset()
-                self.inception.update(judged.logits)
-                score = float(self.inception.compute()[0])
-                probability = judged.logits.softmax(dim=1)
-                confidence = float(probability.amax(dim=1).mean())
-                class_frequencies = class_frequencies_of(
-                    probability.argmax(dim=1), probability.shape[1]
-                )
-        return Score(
-            self.frechet(drawn),
-            kid,
-            *neighbours(self.real[:n], drawn),
-            score,
-            confidence,
-            class_frequencies,
-        )
+    def __call__(self, samples: NetworkFeatures) -> Score:
+        """The measures of samples."""
+        features, logits = samples
+        covered = neighbours(self.real[: len(features)], features)
+        score = Score(self.frechet(features), self.kernel(features), *covered, None, None, None)
+        if logits is not None:
+            probability = logits.softmax(dim=1)
+            classes = probability.argmax(dim=1)
+            score.inception_score = _inception_score(logits)
+            score.confidence = float(probability.amax(dim=1).mean())
+            score.class_frequencies = class_frequencies_of(classes, probability.shape[1])
+        return score
 
 
-class _Given(nn.Module):
-    """The identity, as a feature network: torchmetrics measures features that were made before."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+def _inception_score(logits: Tensor) -> float:
+    """The mean over two random halves, the same ones each time (arXiv 1606.03498, section 4)."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `.*` will save all extracted features")
+        torch.manual_seed(0)
+        metric = InceptionScore(nn.Identity(), splits=2)
+        metric.update(logits)
+        return float(metric.compute()[0])
 
 
 def class_frequencies_of(labels: Tensor, classes: int) -> list[float]:
-    """How often each class comes, as shares."""
+    """How often each class occurs, as fractions that sum to 1."""
     return (torch.bincount(labels, minlength=classes) / len(labels)).tolist()
 
 
 def read_reference(path: Path) -> tuple[Tensor, Tensor]:
     """Mean `[d]` and covariance `[d, d]` from an `.npz` with `mu` and `sigma`.
 
-    Raises `ConfigError` naming the file where it does not hold them.
+    Raises `ConfigError` naming the file if it does not hold them.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
