@@ -113,10 +113,6 @@ from train.config import Config
         (["router.switch_step=99"], "router.switch_step must be in [1, steps = 10), got 99"),
         (["partition.k=500"], "partition.k must be at most the number of images, 240, got 500"),
         (
-            ["partition.k=11"],
-            "partition.k must be at most 10, the number of labels or combinations, got 11",
-        ),
-        (
             ["partition.k=10", "data.limit=5"],
             "partition.k must be at most the number of images, 5, got 10",
         ),
