@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +135,14 @@ def test_no_module_is_named_like_a_top_level_package() -> None:
     shadowing = [path for path in nested if path.stem in used | OURS]
     stages = [path for path in shadowing if path.parent == Path("train/stages")]
     assert shadowing == stages  # each stage's file has the stage's name
+
+
+def test_no_two_files_share_a_name() -> None:
+    files = [Path(file) for folder in (*PACKAGES, "benchmarks") for file in files_of(folder)]
+    named = [path for path in files if not path.stem.startswith("__")]
+    # A stage's file has the stage's name, whatever else has it.
+    count = Counter(path.name for path in named if path.parent != Path("train/stages"))
+    assert [name for name, times in count.items() if times > 1] == []
 
 
 def test_import_serve_loads_neither_ray_nor_lightning() -> None:
