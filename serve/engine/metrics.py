@@ -55,7 +55,7 @@ METRICS = {
     ),
     "call_seconds": Metric("histogram", "One call of an expert", "expert", SECONDS),
     "route_seconds": Metric("histogram", "Moving on and routing all that is ready", bounds=SECONDS),
-    "calls": Metric("counter", "Expert evaluations, an image each", "expert"),
+    "nfe": Metric("counter", "Expert evaluations, one for each image of a call", "expert"),
     "retries": Metric(
         "counter", "Images whose call was lost or failed and was made again", "expert"
     ),

@@ -283,7 +283,7 @@ class Engine:
             raise ValueError(f"answered {tuple(answers.shape)} to {tuple(x.shape)}")
         self.metrics.observe("call_seconds", time.perf_counter() - started, expert=name)
         self.metrics.observe("batch_fill", len(states) / self.max_batch, expert=name)
-        self.metrics.count("calls", len(states), expert=name)
+        self.metrics.count("nfe", len(states), expert=name)
         return answers
 
     def _retry_alone(self, k: int, states: list[ImageState], error: Exception) -> None:

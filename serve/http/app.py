@@ -1,4 +1,4 @@
-"""The HTTP API over a `Service`: images, errors in one shape, health, metrics, and a page for people."""
+"""The HTTP API of a `Service`: images, errors in one shape, health, metrics, and the page."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -8,27 +8,41 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from ddm.errors import ConfigError
+from ddm.errors import ConfigError, require
 from serve.engine.expert import ServingError
 from serve.engine.metrics import Prometheus
 from serve.engine.service import BusyError, SamplingParams, Service
-from serve.http.middleware import error_body
+from serve.http.middleware import HeadAsGet, error_body
 from serve.http.openai_api import UnknownModelError, add_openai
-from serve.http.responses import ClientGoneError, body_of, failure, headers_of, made, streamed
+from serve.http.responses import (
+    LARGEST_SIDE,
+    MEDIA_TYPES,
+    ClientGoneError,
+    failure,
+    file_of,
+    headers_of,
+    json_of,
+    npz_of,
+    run_while_connected,
+    sheet_scale,
+)
 from serve.http.schemas import IMAGE_ERRORS, SampleRequest, fault
+from serve.http.streams import stream_samples
 
 _PAGE = Path(__file__).parent / "page"
-_IMAGES = ("/v1/samples", "/v1/images/generations")
-_MEDIA = ("image/png", "image/webp", "application/x-npz", "text/event-stream")
+_DOCS_FILES = "page/docs"
+_IMAGE_PATHS = ("/v1/samples", "/v1/images/generations")
+_MEDIA_TYPES = ("image/png", "image/webp", "application/x-npz", "text/event-stream")
 
 
 def build_app(service: Service) -> FastAPI:
-    """The application; the service starts and stops with it."""
+    """The application. The service starts and stops with it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -36,28 +50,41 @@ def build_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPIOffline(  # its description needs nothing from elsewhere
-        static_url="/page/docs",
+    app = FastAPIOffline(
+        docs_url=None,
+        redoc_url=None,
+        static_url=f"/{_DOCS_FILES}",
         title="ddm",
         summary="Images from a decentralized mixture of experts",
+        servers=[{"url": "./"}],  # relative to openapi.json, also behind a proxy with a prefix
         lifespan=lifespan,
-        redoc_url=None,
         redirect_slashes=False,
     )
-    _errors(app, service)
-    _images(app, service)
+    app.add_middleware(HeadAsGet)
+    _add_errors(app, service)
+    _add_samples(app, service)
     add_openai(app, service)
-    _health(app, service)
+    _add_health(app, service)
     app.mount("/page", StaticFiles(directory=_PAGE))
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(_PAGE / "index.html")
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(  # relative URLs, for the same reason
+            title="ddm",
+            openapi_url="openapi.json",
+            swagger_js_url=f"{_DOCS_FILES}/swagger-ui-bundle.js",
+            swagger_css_url=f"{_DOCS_FILES}/swagger-ui.css",
+            swagger_favicon_url=f"{_DOCS_FILES}/favicon.png",
+        )
+
     return app
 
 
-def _errors(app: FastAPI, service: Service) -> None:
+def _add_errors(app: FastAPI, service: Service) -> None:
     def reply(
         request: Request,
         status: int,
@@ -65,7 +92,7 @@ def _errors(app: FastAPI, service: Service) -> None:
         headers: Mapping[str, str] | None = None,
     ) -> Response:
         service.metrics.count("rejections", reason=body["error"]["type"])
-        if request.url.path in _IMAGES:
+        if request.url.path in _IMAGE_PATHS:
             service.metrics.count("requests", status=str(status))
         return JSONResponse(body, status, headers)
 
@@ -80,29 +107,31 @@ def _errors(app: FastAPI, service: Service) -> None:
                 error_body("not_json", f"the body is not JSON: {first['ctx']['error']}"),
             )
         if isinstance(error.body, bytes):
-            said = "the body must be JSON, and come with the header Content-Type: application/json"
-            return reply(request, 400, error_body("not_json", said))
+            message = "the body must be JSON, with the header Content-Type: application/json"
+            return reply(request, 400, error_body("not_json", message))
         return reply(request, 422, error_body("invalid_value", *fault(first)))
 
     @app.exception_handler(ConfigError)
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ConfigError)
         param = error.key.removeprefix("sample.") if error.key else None
-        said = str(error).removeprefix("sample.")[:2000]  # it shows the value, which may be long
-        return reply(request, 422, error_body("invalid_value", said, param))
+        # It shows the value, which may be long.
+        message = str(error).removeprefix("sample.")[:2000]
+        return reply(request, 422, error_body("invalid_value", message, param))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        kind, said = {
+        kind, message = {
             400: (
                 "not_json",
-                "the body is not JSON: it must be UTF-8, not nested deeply, its numbers below 4300 digits",
+                "the body is not JSON: it must be UTF-8, not nested deeply, "
+                "with numbers below 4300 digits",
             ),
-            404: ("not_found", "there is nothing here: /docs lists the paths"),
+            404: ("not_found", "there is nothing at this path: /docs lists the paths"),
             405: ("method_not_allowed", f"this path does not take {request.method}"),
         }.get(error.status_code, ("http_error", str(error.detail)))
-        return reply(request, error.status_code, error_body(kind, said), error.headers)
+        return reply(request, error.status_code, error_body(kind, message), error.headers)
 
     @app.exception_handler(UnknownModelError)
     async def missing(request: Request, error: Exception) -> Response:
@@ -128,46 +157,75 @@ def _errors(app: FastAPI, service: Service) -> None:
         return Response(status_code=499)  # nobody reads it
 
 
-def _images(app: FastAPI, service: Service) -> None:
-    @app.post(
-        "/v1/samples",
-        responses={
-            200: {"content": {kind: {} for kind in _MEDIA}},
-            **IMAGE_ERRORS,
-        },
-    )
-    async def samples(request: Request, asked: SampleRequest) -> Response:
-        """Draw images."""
-        if asked.trace and not asked.stream and asked.format in ("png", "webp"):
-            raise ConfigError(
-                f"sample.trace must have format npz or b64_json, or stream, got {asked.format!r}",
-                "sample.trace",
-            )
-        params = SamplingParams(asked.n, asked.seed, asked.first_index, asked.trace, asked.given())
-        if asked.stream:
-            return await streamed(service, params, asked.preview_every)
-        order = service.admit(params)
-        await made(service, order, request)
-        body, media = await asyncio.to_thread(body_of, order, asked.format)
+def _add_samples(app: FastAPI, service: Service) -> None:
+    content: dict[str, Any] = {kind: {} for kind in _MEDIA_TYPES}
+
+    @app.post("/v1/samples", responses={200: {"content": content}, **IMAGE_ERRORS})
+    async def samples(request: Request, body: SampleRequest) -> Response:
+        """Sample images."""
+        _check_combination(body)
+        params = SamplingParams(body.n, body.seed, body.first_index, body.trace, body.given())
+        if body.stream:
+            return stream_samples(service, params, body.preview_every)
+        scale = _scale(service, body)
+        admitted = service.admit(params)
+        await run_while_connected(service, admitted, request)
+        headers = headers_of(admitted)
+        if body.format == "npz":
+            content, media_type = await asyncio.to_thread(npz_of, admitted), "application/x-npz"
+        elif body.format == "b64_json":
+            content, media_type = await asyncio.to_thread(json_of, admitted), "application/json"
+        else:
+            content = await asyncio.to_thread(file_of, admitted, body.format, scale)
+            media_type = MEDIA_TYPES[body.format]
+            headers["ddm-scale"] = str(scale)
         service.metrics.count("requests", status="200")
-        return Response(body, media_type=media, headers=headers_of(order))
+        return Response(content, media_type=media_type, headers=headers)
 
 
-def _health(app: FastAPI, service: Service) -> None:
+def _check_combination(body: SampleRequest) -> None:
+    """Refuse fields that would be ignored. Raises `ConfigError`."""
+    given = body.model_fields_set
+    is_file = body.format in ("png", "webp") and not body.stream
+    rules = (
+        ("format", body.stream, "be left out of a stream, whose images are PNGs"),
+        ("preview_every", not body.stream, "be left out unless stream is true"),
+        ("scale", not is_file and body.scale is not None, "be left out unless a png or webp comes"),
+    )
+    for field, refused, rule in rules:
+        require(not (refused and field in given), field, rule, getattr(body, field))
+    traceable = not (body.trace and is_file)
+    require(traceable, "trace", "have format npz or b64_json, or stream", body.format)
+
+
+def _scale(service: Service, body: SampleRequest) -> int:
+    """How many times each image is enlarged. Raises `ConfigError`."""
+    if service.current is None:
+        raise ServingError("no bundle is in service")
+    side = service.current.model.shape[-1]
+    if body.scale is None:
+        return sheet_scale(body.n, side)
+    most = max(1, LARGEST_SIDE // side)
+    require(body.scale <= most, "scale", f"be in [1, {most}] for images of {side} px", body.scale)
+    return body.scale
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """The process lives."""
+        """Answers as long as the process lives."""
         return {"status": "ok"}
 
     @app.get("/readyz", responses={503: {"description": "no bundle, or an expert is away"}})
     async def readyz() -> JSONResponse:
-        """Whether images can be made, and each expert's state."""
-        if service.current is None:
-            return JSONResponse({"status": "starting", "experts": {}}, 503)
+        """Whether images can be sampled, and the state of each expert."""
+        if service.current is None or service.draining:
+            status = "stopping" if service.draining else "starting"
+            return JSONResponse({"status": status, "experts": {}}, 503)
         engine = service.current.engine
         states = {
-            e.name: "ready" if there else "away"
-            for e, there in zip(engine.experts, engine.alive, strict=True)
+            expert.name: "ready" if alive else "away"
+            for expert, alive in zip(engine.experts, engine.alive, strict=True)
         }
         able = all(engine.alive) or (engine.degraded == "renormalize" and any(engine.alive))
         status = "ready" if all(engine.alive) else "degraded" if able else "unavailable"

@@ -1,6 +1,6 @@
-"""What stands before the application: the token, the size of a body and its time, and headers that are not for clients to set.
+"""Middleware: the token, the size of a body and its time, headers that clients may not set, HEAD.
 
-Plain ASGI, so that it stands in front of this server and of Ray Serve's proxy alike.
+Plain ASGI, so that it serves this server and Ray Serve's proxy alike.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-# With these Ray Serve lets a client override the server's own limits.
+# Ray Serve lets clients override the server's limits with these.
 _STRIPPED = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
-# What anyone may see: the page and its parts, the API's description, and what probes ask.
+# Paths that need no token: the page and its files, the API's description, probes.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")
 _OPEN_UNDER = "/page/"
 _BRIEF = reprlib.Repr()
@@ -32,15 +32,15 @@ def error_body(kind: str, message: str, param: str | None = None) -> dict[str, A
 
 
 def shown(value: Any) -> str:
-    """A value for an error's text: in ASCII, short, and however deep it is."""
+    """A value for an error's message: in ASCII and short, also if it is nested deeply."""
     return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()
 
 
 class LimitsMiddleware:
-    """An ASGI application that lets through to another what may pass.
+    """Passes requests within the limits on to an application, with their whole body.
 
-    token: what `Authorization: Bearer` must carry, None for no question. body_bytes, body_timeout_s: of a body; beyond them
-    413 and 408. The body reaches the application whole. `refused` hears the kind of each refusal.
+    token: what `Authorization: Bearer` must carry, None for anything. body_bytes and
+    body_timeout_s: of a body; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class LimitsMiddleware:
         token: str | None = None,
         body_bytes: int = 65_536,
         body_timeout_s: float = 10.0,
-        refused: Callable[[str], object] = lambda kind: None,
+        on_refusal: Callable[[str], object] = lambda kind: None,
     ) -> None:
-        self.app, self.token, self.refused = app, token, refused
-        self.most, self.body_timeout_s = body_bytes, body_timeout_s
+        self.app, self.token, self.on_refusal = app, token, on_refusal
+        self.body_bytes, self.body_timeout_s = body_bytes, body_timeout_s
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # there is none
+        if scope["type"] == "websocket":  # not supported
             await send({"type": "websocket.close"})
             return
         if scope["type"] != "http":
@@ -65,9 +65,9 @@ class LimitsMiddleware:
             pair for pair in scope["headers"] if pair[0].lower() not in _STRIPPED
         ]
         scope = {**scope, "headers": headers}
-        if not self._admitted(scope["path"], headers):
-            said = "this needs the header Authorization: Bearer TOKEN, with the server's token"
-            await self._refuse(send, 401, "unauthorized", said)
+        if not self._authorized(scope["path"], headers):
+            message = "this needs the header Authorization: Bearer TOKEN, with the server's token"
+            await self._refuse(send, 401, "unauthorized", message)
             return
         try:
             async with asyncio.timeout(self.body_timeout_s):
@@ -81,7 +81,11 @@ class LimitsMiddleware:
             return
         if body is None:
             await self._refuse(
-                send, 413, "body_too_large", f"a body must be at most {self.most} bytes", receive
+                send,
+                413,
+                "body_too_large",
+                f"a body must be at most {self.body_bytes} bytes",
+                receive,
             )
             return
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -91,7 +95,7 @@ class LimitsMiddleware:
 
         await self.app(scope, replay, send)
 
-    def _admitted(self, path: str, headers: list[tuple[bytes, bytes]]) -> bool:
+    def _authorized(self, path: str, headers: list[tuple[bytes, bytes]]) -> bool:
         if self.token is None or path in _OPEN or path.startswith(_OPEN_UNDER):
             return True
         given = [
@@ -105,7 +109,8 @@ class LimitsMiddleware:
         """The whole body, None if it is too large; nothing above the limit is kept."""
         lengths = [value for name, value in headers if name.lower() == b"content-length"]
         if any(
-            value.isdigit() and (len(value) > 18 or int(value) > self.most) for value in lengths
+            value.isdigit() and (len(value) > 18 or int(value) > self.body_bytes)
+            for value in lengths
         ):
             return None
         parts, size = [], 0
@@ -115,7 +120,7 @@ class LimitsMiddleware:
                 raise _GoneError
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > self.most:
+            if size > self.body_bytes:
                 return None
             if not message.get("more_body", False):
                 return b"".join(parts)
@@ -123,7 +128,7 @@ class LimitsMiddleware:
     async def _refuse(
         self, send: Send, status: int, kind: str, message: str, receive: Receive | None = None
     ) -> None:
-        self.refused(kind)
+        self.on_refusal(kind)
         body = json.dumps(error_body(kind, message)).encode()
         headers = [
             (b"content-type", b"application/json"),
@@ -133,9 +138,8 @@ class LimitsMiddleware:
         headers += [(b"connection", b"close")] if status in (408, 413) else []
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": receive is not None})
-        if (
-            receive is not None
-        ):  # a client that is cut off while it sends may never read the answer: hear it out a while
+        if receive is not None:
+            # A client that is cut off while it sends may never read the answer: let it send.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.body_timeout_s):
                     while (await receive()).get("more_body", False):
@@ -143,5 +147,24 @@ class LimitsMiddleware:
             await send({"type": "http.response.body", "body": b""})
 
 
+class HeadAsGet:
+    """Answers HEAD as GET without a body."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_without_body)
+
+
 class _GoneError(Exception):
-    """The client left before its body was here."""
+    """The client left before its body had arrived."""

@@ -1,17 +1,19 @@
-"""The names of OpenAI's API, such that its public client works: `/v1/models` and `/v1/images/generations`."""
+"""OpenAI's API for images, for its public client: `/v1/models` and `/v1/images/generations`."""
 
 import asyncio
+import functools
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from torch import Tensor
 
-from ddm.errors import ConfigError
+from ddm.errors import ConfigError, require
 from ddm.grids import GRIDS
 from ddm.samplers import SAMPLERS
 from router.policies import POLICIES
@@ -19,24 +21,15 @@ from router.sources import SOURCES
 from serve.engine.expert import ServingError
 from serve.engine.service import AdmittedRequest, SamplingParams, Service
 from serve.http.middleware import shown
-from serve.http.responses import (
-    EventStream,
-    StreamQueue,
-    b64,
-    event,
-    failed,
-    headers_of,
-    images_of,
-    made,
-    told_by,
-)
+from serve.http.responses import b64, headers_of, images_of, run_while_connected
 from serve.http.schemas import IMAGE_ERRORS, ImagesRequest, errors
-from serve.model.images import to_uint8
+from serve.http.streams import EventStream, StreamQueue, event, failed, steps_of
+from serve.model.model import Model
 from serve.model.params import CONTROL_VARIATES, SampleConfig
 
 
 class UnknownModelError(Exception):
-    """A model that is not served here."""
+    """A model of that name is not served here."""
 
 
 def add_openai(app: FastAPI, service: Service) -> None:
@@ -44,49 +37,29 @@ def add_openai(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=errors(401, 503))
     async def models() -> dict[str, Any]:
-        """What is served: one model, its clusters, what it can be asked for and what it does unless asked."""
+        """The one model that is served, its clusters, choices, limits and defaults."""
         return {"object": "list", "data": [_card(service)]}
 
     @app.get("/v1/models/{model}", responses=errors(401, 404, 422, 503))
     async def model(model: str) -> dict[str, Any]:
         """The model of that name."""
-        _known(service, model)
+        _check_name(service, model)
         return _card(service)
 
     @app.post(
         "/v1/images/generations",
         responses={200: {"content": {"text/event-stream": {}}}, **errors(404), **IMAGE_ERRORS},
     )
-    async def generations(request: Request, asked: ImagesRequest) -> Response:
-        """Draw images, as the public `openai` client asks for them."""
-        if asked.model is not None:
-            _known(service, asked.model)
+    async def generations(request: Request, body: ImagesRequest) -> Response:
+        """Sample images, as the public `openai` client asks for them."""
+        if body.model is not None:
+            _check_name(service, body.model)
         if service.current is None:
             raise ServingError("no bundle is in service")
-        model, given = service.current.model, asked.given()
-        if asked.prompt:
-            if asked.prompt not in model.names:
-                names = ", ".join(repr(name) for name in model.names)
-                raise ConfigError(
-                    f"prompt must be empty or name a cluster, one of {names}; got {shown(asked.prompt)}",
-                    "prompt",
-                )
-            if asked.clusters is not None:
-                raise ConfigError(
-                    f"prompt must be empty where clusters are given, got {shown(asked.prompt)}",
-                    "prompt",
-                )
-            given["clusters"] = {asked.prompt: 1.0}
-        height, width = model.shape[1:]
-        size = f"{width}x{height}"
-        if asked.size not in (None, "auto", size):
-            raise ConfigError(f"size must be auto or {size}, got {shown(asked.size)}", "size")
-        params, form = (
-            SamplingParams(asked.n or 1, asked.seed, settings=given),
-            asked.output_format or "png",
-        )
-        told = StreamQueue(0)
-        order = service.admit(params, told if asked.stream else None)
+        model = service.current.model
+        form, size = body.output_format or "png", f"{model.shape[2]}x{model.shape[1]}"
+        _check_combination(body, form, size)
+        params = SamplingParams(body.n or 1, body.seed, settings=_settings(body, model))
         facts = {
             "created": int(time.time()),
             "output_format": form,
@@ -94,60 +67,95 @@ def add_openai(app: FastAPI, service: Service) -> None:
             "quality": "auto",
             "background": "opaque",
         }
-        if asked.stream:
-            told.every = (
-                math.ceil(order.request.denoiser_calls / (asked.partial_images + 1))
-                if asked.partial_images
-                else 0
-            )
-            return EventStream(order, _events(service, order, told, facts))
-        await made(service, order, request)
-        data = await asyncio.to_thread(
-            lambda: [{"b64_json": b64(image, form)} for image in images_of(order)]
-        )
+        encode = functools.partial(b64, form=form, quality=body.output_compression)
+        if body.stream:
+            queue = StreamQueue(0)
+            admitted = service.admit(params, queue)
+            if body.partial_images:
+                calls = admitted.request.denoiser_calls
+                queue.preview_every = math.ceil(calls / (body.partial_images + 1))
+            return EventStream(service, admitted, _events(service, admitted, queue, facts, encode))
+        admitted = service.admit(params)
+        await run_while_connected(service, admitted, request)
+        files = await asyncio.to_thread(lambda: [encode(image) for image in images_of(admitted)])
+        answer = {
+            **facts,
+            "data": [{"b64_json": file} for file in files],
+            "usage": _usage(admitted),
+        }
         service.metrics.count("requests", status="200")
-        return JSONResponse(
-            {**facts, "data": data, "usage": _usage(order)}, headers=headers_of(order)
-        )
+        return JSONResponse(answer, headers=headers_of(admitted))
+
+
+def _check_combination(body: ImagesRequest, form: str, size: str) -> None:
+    """Refuse fields that would be ignored. Raises `ConfigError`."""
+    sizes, compression = (None, "auto", size), body.output_compression
+    if body.size not in sizes:
+        raise ConfigError(f"size must be auto or {size}, got {shown(body.size)}", "size")
+    for field, fits, rule in (
+        ("output_compression", compression is None or form != "png", "have a webp or jpeg format"),
+        ("partial_images", not body.partial_images or body.stream, "be 0 unless stream is true"),
+    ):
+        require(bool(fits), field, rule, getattr(body, field))
+
+
+def _settings(body: ImagesRequest, model: Model) -> dict[str, Any]:
+    """The settings of a request, whose prompt may name a cluster. Raises `ConfigError`."""
+    settings, prompt = body.given(), body.prompt
+    if not prompt:
+        return settings
+    if prompt not in model.names:
+        names = ", ".join(repr(name) for name in model.names)
+        rule = f"be empty or name a cluster, one of {names}"
+        raise ConfigError(f"prompt must {rule}; got {shown(prompt)}", "prompt")
+    if body.clusters is not None:
+        rule = "be empty where clusters are given"
+        raise ConfigError(f"prompt must {rule}, got {shown(prompt)}", "prompt")
+    return {**settings, "clusters": {prompt: 1.0}}
 
 
 async def _events(
-    service: Service, order: AdmittedRequest, told: StreamQueue, facts: dict[str, Any]
+    service: Service,
+    admitted: AdmittedRequest,
+    queue: StreamQueue,
+    facts: dict[str, Any],
+    encode: Callable[[Tensor], str],
 ) -> AsyncGenerator[str]:
     facts = {"created_at" if key == "created" else key: value for key, value in facts.items()}
-    form, partials = facts["output_format"], [0] * len(order.request.index)
+    partials = [0] * len(admitted.request.index)
     try:
-        async with aclosing(told_by(service, order, told)) as news:
-            async for place, call, _, denoised in news:
-                if denoised is not None and call < order.request.denoiser_calls:
-                    single = await asyncio.to_thread(b64, to_uint8(denoised), form)
-                    kind, number = "image_generation.partial_image", partials[place]
-                    yield event(
-                        kind,
-                        {"type": kind, "b64_json": single, "partial_image_index": number, **facts},
-                    )
-                    partials[place] += 1
-        for image in images_of(order):
-            kind, single = "image_generation.completed", await asyncio.to_thread(b64, image, form)
-            yield event(kind, {"type": kind, "b64_json": single, **facts, "usage": _usage(order)})
+        async with aclosing(steps_of(service, admitted, queue)) as steps:
+            async for step in steps:
+                if step.preview is None or step.call == admitted.request.denoiser_calls:
+                    continue
+                kind = "image_generation.partial_image"
+                file = await asyncio.to_thread(encode, step.preview)
+                data = {"type": kind, "b64_json": file, **facts}
+                yield event(kind, {**data, "partial_image_index": partials[step.place]})
+                partials[step.place] += 1
+        for image in images_of(admitted):
+            kind = "image_generation.completed"
+            file = await asyncio.to_thread(encode, image)
+            data = {"type": kind, "b64_json": file, **facts}
+            yield event(kind, {**data, "usage": _usage(admitted)})
         service.metrics.count("requests", status="200")
     except Exception as error:
         yield event("error", {"type": "error", **failed(service, error)})
 
 
-def _usage(order: AdmittedRequest) -> dict[str, Any]:
-    """That API counts tokens; here an expert's evaluation of an image is one."""
-    calls = order.request.nfe
+def _usage(admitted: AdmittedRequest) -> dict[str, Any]:
+    """That API counts tokens; here an expert evaluation counts as one."""
+    nfe = admitted.request.nfe
     details = {"text_tokens": 0, "image_tokens": 0}
     return {
         "input_tokens": 0,
         "input_tokens_details": details,
-        "output_tokens": calls,
-        "total_tokens": calls,
+        "output_tokens": nfe,
+        "total_tokens": nfe,
     }
 
 
-def _known(service: Service, name: str) -> None:
+def _check_name(service: Service, name: str) -> None:
     if name != service.name:
         raise UnknownModelError(f"model must be {service.name!r}, got {shown(name)}")
 

@@ -89,6 +89,15 @@ class SampleRequest(RequestSettings):
             description="png, webp: the image, or a sheet of all; npz: images uint8 [n, H, W, C]; b64_json: PNGs in JSON"
         ),
     ] = "png"
+    scale: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=1024,
+            description="png, webp: how many times each image is enlarged; "
+            "none: 1 for one image, as needed for 64 pixels a side in a sheet",
+        ),
+    ] = None
     trace: Annotated[
         bool,
         Field(
@@ -124,13 +133,14 @@ class ImagesRequest(RequestSettings):
     output_format: Literal["png", "webp", "jpeg"] | None = None
     stream: bool | None = None
     partial_images: Annotated[int | None, Field(ge=0, le=3)] = None
-    # Known to that API and of no meaning here.
-    quality: Annotated[str | None, Field(max_length=64)] = None
-    style: Annotated[str | None, Field(max_length=64)] = None
-    background: Annotated[str | None, Field(max_length=64)] = None
-    moderation: Annotated[str | None, Field(max_length=64)] = None
-    output_compression: Annotated[int | None, Field(ge=0, le=100)] = None
-    user: Annotated[str | None, Field(max_length=512)] = None
+    output_compression: Annotated[
+        int | None, Field(ge=0, le=100, description="quality of a webp or jpeg")
+    ] = None
+    # Fields of that API with one meaning here.
+    background: Literal["auto", "opaque"] | None = None
+    quality: Literal["auto", "standard"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    user: Annotated[str | None, Field(max_length=512, description="not used")] = None
 
 
 def _rule(field: Mapping[str, Any]) -> str:

@@ -36,13 +36,17 @@ def contact_sheet(rows: Sequence[Tensor], least_side: int = 32) -> Tensor:
     return sheet
 
 
-def encoded(image: Tensor, form: str = "png") -> bytes:
-    """A uint8 image `[C, H, W]`, grey or RGB, as a file's bytes: png, webp (lossless) or jpeg."""
+def encoded(image: Tensor, form: str = "png", quality: int | None = None) -> bytes:
+    """A uint8 image `[C, H, W]`, grey or RGB, as the bytes of a png, webp or jpeg file.
+
+    quality: in [0, 100], of a jpeg or webp; a webp without it is lossless.
+    """
+    options: dict[str, object] = {} if quality is None else {"quality": quality}
+    if form == "webp" and quality is None:
+        options["lossless"] = True
     file = io.BytesIO()
-    options = {"lossless": True} if form == "webp" else {}
-    Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(
-        file, format=form.upper(), **options
-    )
+    pixels = image.permute(1, 2, 0).squeeze(2).numpy()
+    Image.fromarray(pixels).save(file, format=form.upper(), **options)
     return file.getvalue()
 
 

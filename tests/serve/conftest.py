@@ -47,7 +47,8 @@ class Reply(NamedTuple):
     @property
     def events(self) -> list[tuple[str, Any]]:
         """The events of a stream: names and data."""
-        blocks = [block.split("\n") for block in self.body.decode().split("\n\n") if block]
+        parts = [part for part in self.body.decode().split("\n\n") if part]
+        blocks = [part.split("\n") for part in parts if not part.startswith(":")]
         assert all(len(block) == 2 for block in blocks)
         return [
             (name.removeprefix("event: "), json.loads(data.removeprefix("data: ")))
@@ -79,42 +80,44 @@ class Server:
             )
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
-    def await_said(self, text: str, timeout_s: float = 60) -> None:
+    def await_output(self, text: str, timeout_s: float = 60) -> None:
         """Wait until it has said something."""
         end = time.monotonic() + timeout_s
-        while text not in self.said:
+        while text not in self.output:
             assert self.process.poll() is None, (
-                f"it ended with {self.process.returncode}:\n{self.said}"
+                f"it ended with {self.process.returncode}:\n{self.output}"
             )
-            assert time.monotonic() < end, f"it never said {text!r}:\n{self.said}"
+            assert time.monotonic() < end, f"it never said {text!r}:\n{self.output}"
             time.sleep(0.02)
 
     def await_ready(self) -> None:
-        self.await_said("ctrl-C ends it")
-        self.url = next(word for word in self.said.split() if word.startswith("http://"))
+        self.await_output("ctrl-C ends it")
+        self.url = next(word for word in self.output.split() if word.startswith("http://"))
 
     def connect(self, timeout_s: float = 60) -> http.client.HTTPConnection:
         parts = urlsplit(self.url)
         assert parts.hostname is not None
         return http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
 
-    def params(self, path: str, tree: Any = None, headers: dict[str, str] | None = None) -> Reply:
-        """GET, or POST where there is something to say: bytes, or a tree that becomes JSON."""
+    def request(
+        self,
+        path: str,
+        tree: Any = None,
+        headers: dict[str, str] | None = None,
+        method: str | None = None,
+    ) -> Reply:
+        """GET, or POST a body: bytes, or a tree that becomes JSON."""
         connection = self.connect()
         try:
             body = tree if tree is None or isinstance(tree, bytes) else json.dumps(tree).encode()
-            connection.request(
-                "GET" if tree is None else "POST", path, body, headers or (JSON if tree else {})
-            )
+            method = method or ("GET" if tree is None else "POST")
+            connection.request(method, path, body, headers or ({} if tree is None else JSON))
             answer = connection.getresponse()
-            return Reply(
-                answer.status,
-                {name.lower(): value for name, value in answer.getheaders()},
-                answer.read(),
-            )
+            names = {name.lower(): value for name, value in answer.getheaders()}
+            return Reply(answer.status, names, answer.read())
         finally:
             connection.close()
 
@@ -122,7 +125,7 @@ class Server:
         """What /metrics says of a metric's sample, 0 where it has none."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        families = text_string_to_metric_families(self.params("/metrics").body.decode())
+        families = text_string_to_metric_families(self.request("/metrics").body.decode())
         samples = [sample for family in families for sample in family.samples]
         return sum(
             sample.value
@@ -242,6 +245,6 @@ class Client:
         return Reply(start["status"], headers, b"".join(part.get("body", b"") for part in rest))
 
 
-async def params(app: Any, path: str, tree: Any = None) -> Reply:
+async def request(app: Any, path: str, tree: Any = None) -> Reply:
     """GET, or POST a tree as JSON, to an ASGI application in this process."""
     return await Client(app, path, None if tree is None else json.dumps(tree).encode()).reply()

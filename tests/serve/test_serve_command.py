@@ -2,12 +2,14 @@
 
 import http.client
 import json
+import os
 import pickle
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from serve import load
 from serve.__main__ import main
+from serve.settings import settings
 from tests.serve.conftest import JSON, Server, Start, pixels, same
 from tests.serve.http.test_app import images
 
@@ -52,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ),
         ('serve.host="::"', "serve.host must be this machine's own"),
         ("serve.host=example.com", "serve.host must be this machine's own"),
-        ("serve.limits.pending", "give one run's folder or bundle"),
+        ("serve.limits.pending", "give the folder of one run or bundle"),
     ],
 )
 def test_a_bad_key_ends_it_with_status_2_and_a_line_that_names_it(
@@ -70,7 +73,7 @@ def test_a_run_that_is_not_there_is_named(
     assert f"{tmp_path / 'manifest.json'} is missing" in refused(
         capsys, str(tmp_path), "serve.port=0"
     )
-    assert "give one run's folder or bundle" in refused(capsys)
+    assert "give the folder of one run or bundle" in refused(capsys)
 
 
 def test_help_is_a_page_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,11 +88,11 @@ def test_a_token_allows_a_host_beyond_this_machine_and_so_does_open(
     token.write_text("sesame\n")
     server = start(small_run, "serve.host=0.0.0.0", f"serve.token_file={token}", "sample.steps=2")
     server.url = server.url.replace("0.0.0.0", "127.0.0.1")
-    assert server.params("/v1/samples", {}).status == 401
+    assert server.request("/v1/samples", {}).status == 401
     assert (
-        server.params("/v1/samples", {}, {**JSON, "authorization": "Bearer sesame"}).status == 200
+        server.request("/v1/samples", {}, {**JSON, "authorization": "Bearer sesame"}).status == 200
     )
-    assert server.params("/healthz").status == 200
+    assert server.request("/healthz").status == 200
 
 
 @pytest.mark.parametrize(
@@ -162,34 +165,114 @@ def begun(server: Server, n: int, steps: int) -> Iterator[http.client.HTTPRespon
             yield answer
 
 
-def test_ctrl_c_ends_it_and_tells_a_request_that_is_under_way(
-    small_run: Path, start: Start
-) -> None:
-    server = start(small_run, "serve.max_batch=1")
+def test_requests_beyond_the_drain_end_with_an_error(small_run: Path, start: Start) -> None:
+    server = start(small_run, "serve.max_batch=1", "serve.drain_s=0.5")
     with begun(server, 64, 250) as answer:
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 130
         rest = answer.read().decode()
     assert rest.rstrip().splitlines()[-2] == "event: error"
     assert "the server is stopping" in rest
-    assert "Traceback" not in server.said
+    assert "Traceback" not in server.output
     with pytest.raises(ConnectionRefusedError):
-        server.params("/healthz")
+        server.request("/healthz")
 
 
-def test_ctrl_c_lets_a_short_request_finish(small_run: Path, start: Start) -> None:
-    server = start(small_run, "serve.max_batch=1")
-    with begun(server, 2, 10) as answer:
-        server.process.send_signal(signal.SIGINT)
+def test_a_drain_finishes_requests_under_way_and_refuses_others(
+    small_run: Path, start: Start
+) -> None:
+    server = start(small_run, "serve.max_batch=1", "serve.drain_s=60")
+    with begun(server, 8, 50) as answer:
+        server.process.send_signal(signal.SIGTERM)
+        while (ready := server.request("/readyz")).status == 200:
+            pass
+        assert ready.json["status"] == "stopping"
+        refused = server.request("/v1/samples", {"steps": 1})
+        assert refused.status == 503 and int(refused.headers["retry-after"]) > 0
+        assert "the server is stopping" in refused.error["message"]
         assert b"event: done\n" in answer.read()
-    assert server.process.wait(15) == 130
-    assert server.said.count("\n") == 2  # which bundle, and where
+    assert server.process.wait(15) == -signal.SIGTERM
+    assert server.output.count("\n") == 2  # which bundle, and where
 
 
-def test_sigterm_ends_it(small_run: Path, start: Start) -> None:
+def test_a_second_signal_ends_it_at_once(small_run: Path, start: Start) -> None:
+    server = start(small_run, "serve.max_batch=1", "serve.drain_s=600", "serve.limits.steps=1000")
+    with begun(server, 64, 1000) as answer:
+        server.process.send_signal(signal.SIGTERM)
+        while server.request("/readyz").status == 200:
+            pass
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == -signal.SIGTERM
+        assert b"event: done\n" not in answer.read()
+    assert "Traceback" not in server.output
+
+
+def test_sigterm_ends_an_idle_server(small_run: Path, start: Start) -> None:
     server = start(small_run)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(15) == -signal.SIGTERM
+
+
+def test_sighup_while_it_starts_does_not_end_it(small_run: Path, start: Start) -> None:
+    server = start(small_run, ready=False)
+    status = Path(f"/proc/{server.process.pid}/status")
+    while True:  # until the interpreter is up: nothing can be handled before
+        ignored = next(line for line in status.read_text().splitlines() if "SigIgn" in line)
+        if int(ignored.split()[1], 16) >> (signal.SIGHUP - 1) & 1:
+            break
+        time.sleep(0.01)
+    assert "torch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+    for _ in range(20):
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.05)
+    server.await_ready()
+    assert server.request("/healthz").status == 200
+
+
+def test_two_servers_started_together_do_not_share_a_port(small_run: Path, start: Start) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = [start(small_run, f"serve.port={port}", ready=False) for _ in range(2)]
+    while all(server.process.poll() is None for server in both):
+        time.sleep(0.05)
+    (loser,) = (server for server in both if server.process.poll() is not None)
+    (winner,) = (server for server in both if server is not loser)
+    assert loser.process.returncode == 2
+    assert loser.output.startswith("error: serve.host and serve.port must be a free address")
+    assert loser.output.count("\n") == 1
+    winner.await_ready()
+
+
+def test_the_models_name_is_that_of_the_folder_as_given(small_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(small_run)
+    for folder, words, name in (
+        (small_run, [], "small"),
+        (small_run / "bundle", [], "small"),
+        (tmp_path / "current", [], "current"),
+        (tmp_path / "current" / "bundle", [], "current"),
+        (tmp_path / "current" / "..", [], tmp_path.name),
+        (small_run, ["serve.name=digits of mine"], "digits of mine"),
+    ):
+        assert settings({"run": str(folder)}, words).name() == name
+
+
+@pytest.mark.parametrize("strange", ["file", "fifo", "/dev/zero", "a" * 300, "file/below"])
+def test_a_run_that_is_no_folder_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], strange: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    run = str(tmp_path / strange)
+    assert run in refused(capsys, run, "serve.port=0")
+
+
+def test_a_token_file_that_is_a_pipe_is_refused(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    said = refused(capsys, str(small_run), f"serve.token_file={tmp_path / 'fifo'}")
+    assert "serve.token_file must be a file with a token" in said
 
 
 def other_weights(bundle: Path) -> None:
@@ -214,14 +297,14 @@ def test_sighup_switches_to_new_weights_and_what_is_under_way_ends_on_the_old(
     old = load(bundle)
     server = start(bundle, "serve.max_batch=4")
     given = {"seed": 1, "steps": 3, "n": 2, "policy": "full", "source": "prior"}
-    before = server.params("/v1/samples", {**given, "format": "npz"})
+    before = server.request("/v1/samples", {**given, "format": "npz"})
     assert before.headers["ddm-version"] == old.version
     with begun(server, 16, 100) as answer:
         other_weights(bundle)
         new = load(bundle)
         server.process.send_signal(signal.SIGHUP)
-        server.await_said(new.version[:12])
-        after = server.params("/v1/samples", {**given, "format": "npz"})
+        server.await_output(new.version[:12])
+        after = server.request("/v1/samples", {**given, "format": "npz"})
         rest = answer.read()
     assert after.headers["ddm-version"] == new.version != old.version
     assert same(
@@ -244,13 +327,13 @@ def test_sighup_with_a_damaged_bundle_keeps_the_old_weights(
     bundle = tmp_path / "bundle"
     shutil.copytree(small_run / "bundle", bundle)
     server = start(bundle, "sample.steps=2")
-    before = server.params("/v1/samples", {"seed": 1, "format": "npz"})
+    before = server.request("/v1/samples", {"seed": 1, "format": "npz"})
     other_weights(bundle)
     weights = bundle / "expert-02.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     server.process.send_signal(signal.SIGHUP)
-    server.await_said("the old weights stay")
-    assert str(weights) in server.said
-    after = server.params("/v1/samples", {"seed": 1, "format": "npz"})
+    server.await_output("the old weights stay")
+    assert str(weights) in server.output
+    after = server.request("/v1/samples", {"seed": 1, "format": "npz"})
     assert after.headers["ddm-version"] == before.headers["ddm-version"]
     assert (images(after) == images(before)).all()

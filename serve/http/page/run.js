@@ -114,7 +114,7 @@ function addStep({ index, step, t, alpha, chosen, b64_json: preview }) {
     steps.push({ t, alpha, chosen, preview: steps.at(-1)?.preview ?? null });
     run.stepsDone += 1;
   }
-  if (preview) steps[step - 1].preview = pngUrl(preview);
+  if (preview) steps.at(-1).preview = pngUrl(preview); // a slow reader may have missed steps
   announceQuarters();
   if (reducedMotion.matches) $("progress").value = run.stepsDone;
   else refreshSoon();

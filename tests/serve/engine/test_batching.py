@@ -80,7 +80,7 @@ def test_calls_mix_requests_and_steps_up_to_max_batch(model: Model) -> None:
             expert.free.set()
         assert expert.sizes[:2] == [4, 4]
         assert max(expert.sizes) == 4
-        assert sum(expert.sizes) == 10 * 3 + 4 + 5 == metrics.counts["calls", "expert-02"]
+        assert sum(expert.sizes) == 10 * 3 + 4 + 5 == metrics.counts["nfe", "expert-02"]
         assert [fill * 4 for fill in metrics.fills] == expert.sizes
         assert max(len(t.unique()) for _, t in expert.batches) >= 3
         assert metrics.counts["images", ""] == 12

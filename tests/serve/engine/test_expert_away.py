@@ -47,7 +47,7 @@ def test_a_lost_call_is_repeated_with_the_same_result(model: Model, fault: Excep
             assert not any(request.absent for request in requests)
             assert all(engine.alive)
         assert metrics.counts["retries", "expert-00"] >= 9
-        assert metrics.counts["calls", "expert-00"] == 18
+        assert metrics.counts["nfe", "expert-00"] == 18
 
     run(work)
 

@@ -33,7 +33,7 @@ def test_after_a_failed_call_its_images_are_retried_alone(
             same(images(request), model.sample(5, seed=3, **only(model, 1)))
         assert expert.sizes[:7] == [5, 5, 1, 1, 1, 1, 1]
         assert metrics.counts["retries", "expert-01"] == 5
-        assert metrics.counts["calls", "expert-01"] == 15
+        assert metrics.counts["nfe", "expert-01"] == 15
 
     run(work)
 

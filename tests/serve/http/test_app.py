@@ -2,6 +2,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from serve.engine.metrics import Prometheus
 from serve.engine.service import Service
 from serve.http.app import build_app
 from serve.settings import settings
-from tests.serve.conftest import Client, Reply, Server, Start, params, pixels, same
+from tests.serve.conftest import Client, Reply, Server, Start, pixels, request, same
 
 GIVEN = {"seed": 5, "steps": 4}
 STATUSES = (400, 401, 408, 413, 422, 429, 503, 504)
@@ -61,7 +62,7 @@ def decoded(data: list[dict[str, Any]]) -> np.ndarray[Any, Any]:
 
 
 def test_npz_holds_the_images_of_load_and_sample(server: Server, model: Model) -> None:
-    reply = server.params("/v1/samples", {**GIVEN, "n": 5, "first_index": 2, "format": "npz"})
+    reply = server.request("/v1/samples", {**GIVEN, "n": 5, "first_index": 2, "format": "npz"})
     found = arrays(reply)
     assert set(found) == {"images", "seed", "first_index"}
     assert same(found["images"], pixels(model.sample(5, first_index=2, **GIVEN)))
@@ -76,7 +77,7 @@ def test_npz_holds_the_images_of_load_and_sample(server: Server, model: Model) -
 def test_one_image_comes_as_a_png_of_its_pixels_unless_told_otherwise(
     server: Server, model: Model
 ) -> None:
-    reply = server.params("/v1/samples", {**GIVEN, "first_index": 3})
+    reply = server.request("/v1/samples", {**GIVEN, "first_index": 3})
     assert reply.headers["content-type"] == "image/png"
     assert reply.body[:8] == b"\x89PNG\r\n\x1a\n"
     assert same(image(reply.body)[None], pixels(model.sample(1, first_index=3, **GIVEN)))
@@ -84,12 +85,13 @@ def test_one_image_comes_as_a_png_of_its_pixels_unless_told_otherwise(
 
 @pytest.mark.parametrize("form", ["png", "webp"])
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 2), (5, 3), (9, 3)])
-def test_many_images_come_as_a_sheet_of_their_pixels_by_rows(
+def test_many_images_come_as_a_contact_sheet_by_rows(
     server: Server, form: str, n: int, columns: int
 ) -> None:
-    expected = images(server.params("/v1/samples", {**GIVEN, "n": n, "format": "npz"}))
-    reply = server.params("/v1/samples", {**GIVEN, "n": n, "format": form})
+    expected = images(server.request("/v1/samples", {**GIVEN, "n": n, "format": "npz"}))
+    reply = server.request("/v1/samples", {**GIVEN, "n": n, "format": form, "scale": 1})
     assert reply.headers["content-type"] == f"image/{form}"
+    assert reply.headers["ddm-scale"] == "1"
     sheet = image(reply.body)
     rows = -(-n // columns)
     assert sheet.shape == (rows * 10 - 2, columns * 10 - 2, 1)
@@ -100,11 +102,34 @@ def test_many_images_come_as_a_sheet_of_their_pixels_by_rows(
     assert (sheet == 255).all()  # nothing else but white
 
 
+def test_images_of_a_contact_sheet_are_enlarged_to_64_pixels_unless_asked_otherwise(
+    server: Server,
+) -> None:
+    expected = images(server.request("/v1/samples", {**GIVEN, "n": 4, "format": "npz"}))
+    for given, scale in (({}, 8), ({"scale": 3}, 3), ({"scale": 64}, 64)):
+        reply = server.request("/v1/samples", {**GIVEN, "n": 4, **given})
+        assert reply.headers["ddm-scale"] == str(scale)
+        sheet, side = image(reply.body).astype(float), 8 * scale
+        assert sheet.shape == (2 * side + 2, 2 * side + 2, 1)
+        for i in range(4):
+            top, left = i // 2 * (side + 2), i % 2 * (side + 2)
+            large = sheet[top : top + side, left : left + side, 0]
+            small = large.reshape(8, scale, 8, scale).mean((1, 3))
+            assert np.abs(small - expected[i][:, :, 0]).mean() < 20  # enlarged smoothly
+
+
+def test_one_image_is_enlarged_only_if_asked(server: Server) -> None:
+    plain = server.request("/v1/samples", GIVEN)
+    assert plain.headers["ddm-scale"] == "1" and image(plain.body).shape == (8, 8, 1)
+    large = server.request("/v1/samples", {**GIVEN, "scale": 5})
+    assert large.headers["ddm-scale"] == "5" and image(large.body).shape == (40, 40, 1)
+
+
 def test_b64_json_holds_a_png_each_and_says_what_they_are(server: Server, model: Model) -> None:
-    reply = server.params("/v1/samples", {**GIVEN, "n": 3, "first_index": 7, "format": "b64_json"})
+    reply = server.request("/v1/samples", {**GIVEN, "n": 3, "first_index": 7, "format": "b64_json"})
     assert reply.headers["content-type"] == "application/json"
     expected = images(
-        server.params("/v1/samples", {**GIVEN, "n": 3, "first_index": 7, "format": "npz"})
+        server.request("/v1/samples", {**GIVEN, "n": 3, "first_index": 7, "format": "npz"})
     )
     assert np.array_equal(decoded(reply.json["data"]), expected)
     assert [item["index"] for item in reply.json["data"]] == [7, 8, 9]
@@ -113,7 +138,7 @@ def test_b64_json_holds_a_png_each_and_says_what_they_are(server: Server, model:
         "seed": 5,
         "first_index": 7,
         "version": model.version,
-        "calls": 12,
+        "nfe": 12,
         "degraded": [],
     }
 
@@ -130,16 +155,16 @@ def test_a_trace_is_that_of_load_and_sample_in_npz_and_in_json(
         "temperature": 0.7,
     }
     expected, trace = model.sample(4, trace=True, **given)
-    found = arrays(server.params("/v1/samples", {**given, "n": 4, "trace": True, "format": "npz"}))
-    assert set(found) == {"images", "seed", "first_index", "t", "alpha", "chosen", "calls"}
+    found = arrays(server.request("/v1/samples", {**given, "n": 4, "trace": True, "format": "npz"}))
+    assert set(found) == {"images", "seed", "first_index", "t", "alpha", "chosen", "nfe"}
     assert same(found["images"], pixels(expected))
     np.testing.assert_allclose(found["t"], trace.t.numpy())
     np.testing.assert_allclose(found["alpha"], trace.alpha.numpy(), atol=1e-5)
     assert np.array_equal(found["chosen"], trace.chosen.numpy()) and found["chosen"].dtype == bool
-    assert found["calls"] == trace.calls
-    told = server.params("/v1/samples", {**given, "n": 4, "trace": True, "format": "b64_json"})
+    assert found["nfe"] == trace.calls
+    told = server.request("/v1/samples", {**given, "n": 4, "trace": True, "format": "b64_json"})
     assert np.array_equal(decoded(told.json["data"]), found["images"])
-    assert told.json["calls"] == trace.calls and told.headers["ddm-nfe"] == str(trace.calls)
+    assert told.json["nfe"] == trace.calls and told.headers["ddm-nfe"] == str(trace.calls)
     assert told.json["trace"]["experts"] == model.names
     np.testing.assert_allclose(told.json["trace"]["t"], trace.t.numpy())
     np.testing.assert_allclose(told.json["trace"]["alpha"], trace.alpha.numpy(), atol=1e-5)
@@ -162,14 +187,14 @@ def test_a_trace_is_that_of_load_and_sample_in_npz_and_in_json(
 def test_every_setting_of_a_request_is_heard(
     server: Server, model: Model, given: dict[str, Any]
 ) -> None:
-    reply = server.params("/v1/samples", {**GIVEN, **given, "n": 3, "format": "npz"})
+    reply = server.request("/v1/samples", {**GIVEN, **given, "n": 3, "format": "npz"})
     expected = pixels(model.sample(3, **GIVEN, **given))
     assert same(images(reply), expected)
     assert not same(expected, pixels(model.sample(3, **GIVEN)))
 
 
 def test_what_a_request_leaves_out_is_the_services_own(server: Server, model: Model) -> None:
-    found = images(server.params("/v1/samples", {"seed": 1, "n": 2, "format": "npz"}))
+    found = images(server.request("/v1/samples", {"seed": 1, "n": 2, "format": "npz"}))
     assert same(found, pixels(model.sample(2, seed=1, steps=4)))
     assert not same(found, pixels(model.sample(2, seed=1)))  # of 25 steps
 
@@ -177,11 +202,11 @@ def test_what_a_request_leaves_out_is_the_services_own(server: Server, model: Mo
 def test_a_request_without_a_seed_says_which_it_got_and_that_gives_the_same_again(
     server: Server,
 ) -> None:
-    first, other = (server.params("/v1/samples", {"n": 2, "format": "npz"}) for _ in range(2))
+    first, other = (server.request("/v1/samples", {"n": 2, "format": "npz"}) for _ in range(2))
     seed = int(first.headers["ddm-seed"])
     assert 0 <= seed < 2**53  # a number that JavaScript keeps
     assert arrays(first)["seed"] == seed
-    again = server.params("/v1/samples", {"n": 2, "format": "npz", "seed": seed})
+    again = server.request("/v1/samples", {"n": 2, "format": "npz", "seed": seed})
     assert np.array_equal(images(first), images(again))
     assert other.headers["ddm-seed"] != first.headers["ddm-seed"]
     assert not same(images(other), images(first))
@@ -192,7 +217,7 @@ def test_clusters_are_named_or_weighted(server: Server, model: Model) -> None:
 
     def asked(clusters: Any) -> np.ndarray[Any, Any]:
         return images(
-            server.params("/v1/samples", {**GIVEN, "n": 6, "clusters": clusters, "format": "npz"})
+            server.request("/v1/samples", {**GIVEN, "n": 6, "clusters": clusters, "format": "npz"})
         )
 
     named = asked([one, two])
@@ -227,7 +252,7 @@ def test_64_requests_at_once_are_answered_as_each_alone(server: Server, model: M
             "steps": 2 + i % 4,
             **kinds[i % 4],
         }
-        return server.params("/v1/samples", {**given, "format": "npz", "trace": True})
+        return server.request("/v1/samples", {**given, "format": "npz", "trace": True})
 
     alone = [arrays(one(i)) for i in range(64)]
     with ThreadPoolExecutor(64) as pool:
@@ -235,7 +260,7 @@ def test_64_requests_at_once_are_answered_as_each_alone(server: Server, model: M
     for a, b in zip(alone, together, strict=True):
         assert same(a["images"], b["images"])
         assert np.array_equal(a["chosen"], b["chosen"])
-        assert a["calls"] == b["calls"]
+        assert a["nfe"] == b["nfe"]
 
 
 def test_curl_gets_a_png(server: Server, model: Model, tmp_path: Path) -> None:
@@ -251,7 +276,7 @@ def test_curl_gets_a_png(server: Server, model: Model, tmp_path: Path) -> None:
 def test_a_stream_starts_steps_gives_its_images_and_is_done(server: Server, model: Model) -> None:
     given = {**GIVEN, "n": 3, "first_index": 4, "sampler": "heun"}
     expected, trace = model.sample(3, first_index=4, trace=True, **GIVEN, sampler="heun")
-    reply = server.params(
+    reply = server.request(
         "/v1/samples", {**given, "stream": True, "trace": True, "preview_every": 2}
     )
     assert reply.status == 200
@@ -266,8 +291,8 @@ def test_a_stream_starts_steps_gives_its_images_and_is_done(server: Server, mode
     assert list(names) == ["start", *["step"] * 3 * calls, *["image"] * 3, "done"]
     facts = {"seed": 5, "first_index": 4, "version": model.version, "degraded": []}
     shape = {"n": 3, "steps": 4, "nfe_per_image": 8, "experts": model.names, "shape": [1, 8, 8]}
-    assert data[0] == {**facts, **shape, "calls": 0}
-    assert data[-1] == {**facts, "calls": trace.calls}
+    assert data[0] == {**facts, **shape, "nfe": 0}
+    assert data[-1] == {**facts, "nfe": trace.calls}
     steps = data[1 : 1 + 3 * calls]
     for place in range(3):
         cfg = [step for step in steps if step["index"] == 4 + place]
@@ -281,16 +306,16 @@ def test_a_stream_starts_steps_gives_its_images_and_is_done(server: Server, mode
             row.nonzero()[:, 0].tolist() for row in trace.chosen[:, place]
         ]
         assert [step["call"] for step in cfg if "b64_json" in step] == [2, 4, 6]
-    images = data[1 + 3 * calls : -1]
-    assert [item["index"] for item in images] == [4, 5, 6]
+    finals = data[1 + 3 * calls : -1]
+    assert [item["index"] for item in finals] == [4, 5, 6]
     assert np.array_equal(
-        decoded(list(images)), images(server.params("/v1/samples", {**given, "format": "npz"}))
+        decoded(list(finals)), images(server.request("/v1/samples", {**given, "format": "npz"}))
     )
-    assert same(decoded(list(images)), pixels(expected))
+    assert same(decoded(list(finals)), pixels(expected))
 
 
 def test_the_preview_of_a_last_call_is_the_image_and_the_first_is_not(server: Server) -> None:
-    events = server.params(
+    events = server.request(
         "/v1/samples", {**GIVEN, "stream": True}
     ).events  # DDIM to t = 0 ends at what was denoised last
     assert [name for name, _ in events] == [
@@ -311,7 +336,7 @@ def test_the_preview_of_a_last_call_is_the_image_and_the_first_is_not(server: Se
 
 
 def test_a_stream_without_previews_or_trace_has_no_steps(server: Server) -> None:
-    events = server.params(
+    events = server.request(
         "/v1/samples", {**GIVEN, "n": 2, "stream": True, "preview_every": 0}
     ).events
     assert [name for name, _ in events] == ["start", "image", "image", "done"]
@@ -321,8 +346,8 @@ def test_a_stream_without_previews_or_trace_has_no_steps(server: Server) -> None
 
 
 def test_the_service_describes_itself(server: Server, model: Model) -> None:
-    card = server.params("/v1/models/small").json
-    assert server.params("/v1/models").json == {"object": "list", "data": [card]}
+    card = server.request("/v1/models/small").json
+    assert server.request("/v1/models").json == {"object": "list", "data": [card]}
     assert card["clusters"] == model.names and card["version"] == model.version
     assert card["shape"] == [1, 8, 8]
     assert card["shares"] == pytest.approx(model.pi.tolist())
@@ -332,8 +357,8 @@ def test_the_service_describes_itself(server: Server, model: Model) -> None:
 
 
 def test_it_says_that_it_lives_and_is_ready(server: Server, model: Model) -> None:
-    assert server.params("/healthz").json == {"status": "ok"}
-    reply = server.params("/readyz")
+    assert server.request("/healthz").json == {"status": "ok"}
+    reply = server.request("/readyz")
     states = {f"expert-0{k}": "ready" for k in range(3)}
     assert reply.status == 200
     assert reply.json == {"status": "ready", "version": model.version, "experts": states}
@@ -345,13 +370,33 @@ def test_the_page_and_the_docs_are_there(server: Server) -> None:
         ("/docs", "text/html"),
         ("/openapi.json", "application/json"),
     ):
-        reply = server.params(path)
+        reply = server.request(path)
         assert reply.status == 200 and reply.headers["content-type"].startswith(kind)
-    assert server.params("/page/index.html").body == server.params("/").body
+    assert server.request("/page/index.html").body == server.request("/").body
+
+
+def test_the_docs_refer_to_files_by_relative_urls(server: Server) -> None:
+    docs = server.request("/docs").body.decode()
+    references = re.findall(r'(?:href|src)="([^"]+)"|url: \'([^\']+)\'', docs)
+    files = [one or other for one, other in references]
+    assert len(files) == 4
+    for file in files:
+        assert not file.startswith(("/", "http"))
+        assert server.request(f"/{file}").status == 200
+    assert server.request("/openapi.json").json["servers"] == [{"url": "./"}]
+
+
+def test_head_answers_as_get_without_a_body(server: Server) -> None:
+    for path in ("/", "/docs", "/healthz", "/readyz", "/v1/models", "/page/main.js"):
+        got, head = server.request(path), server.request(path, method="HEAD")
+        assert head.status == 200 and head.body == b""
+        assert head.headers["content-length"] == got.headers["content-length"]
+    refused = server.request("/v1/samples", method="HEAD")
+    assert refused.status == 405 and refused.headers["allow"] == "POST"
 
 
 def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
-    described = server.params("/openapi.json").json
+    described = server.request("/openapi.json").json
     error = {"$ref": "#/components/schemas/ErrorReply"}
     for path in ("/v1/samples", "/v1/images/generations"):
         responses = described["paths"][path]["post"]["responses"]
@@ -394,6 +439,17 @@ def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
             {"clusters": {"0 + 1": -1}},
             "clusters must be a list of clusters, or an object with a finite weight of at least 0 for each, got {'0 + 1': -1}",
         ),
+        ({"scale": 0}, "scale must be a whole number in [1, 1024], got 0"),
+        ({"scale": 65}, "scale must be in [1, 64] for images of 8 px, got 65"),
+        (
+            {"scale": 2, "format": "npz"},
+            "scale must be left out unless a png or webp comes, got 2",
+        ),
+        ({"preview_every": 2}, "preview_every must be left out unless stream is true, got 2"),
+        (
+            {"format": "webp", "stream": True},
+            "format must be left out of a stream, whose images are PNGs, got 'webp'",
+        ),
         ({"clusters": ["nine"]}, None),
         ({"clusters": {"4 + 5 + 6": 0}}, None),
         ({"step": 4}, "'step' is no field of this request: /docs lists them"),
@@ -403,7 +459,7 @@ def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
 def test_422_names_the_field_the_rule_and_the_value(
     server: Server, given: dict[str, Any], message: str | None
 ) -> None:
-    reply = server.params("/v1/samples", given)
+    reply = server.request("/v1/samples", given)
     assert reply.status == 422
     assert reply.error["type"] == "invalid_value"
     assert reply.error["param"] == next(iter(given))
@@ -412,7 +468,7 @@ def test_422_names_the_field_the_rule_and_the_value(
 
 def test_an_unknown_cluster_is_answered_with_those_there_are(server: Server, model: Model) -> None:
     for clusters in (["nine"], {"nine": 1.0}):
-        message = server.params("/v1/samples", {"clusters": clusters}).error["message"]
+        message = server.request("/v1/samples", {"clusters": clusters}).error["message"]
         assert message.startswith("clusters must be one of") and message.endswith("got 'nine'")
         assert all(name in message for name in model.names)
 
@@ -436,7 +492,7 @@ def test_an_unknown_cluster_is_answered_with_those_there_are(server: Server, mod
 def test_a_body_that_is_no_object_is_refused(
     server: Server, body: bytes, status: int, kind: str
 ) -> None:
-    reply = server.params("/v1/samples", body, {"content-type": "application/json"})
+    reply = server.request("/v1/samples", body, {"content-type": "application/json"})
     assert (reply.status, reply.error["type"]) == (status, kind)
     assert reply.error["message"].isascii()
 
@@ -446,11 +502,11 @@ def test_json_under_another_name_is_refused_with_the_header_to_send(server: Serv
         {"content-type": "text/plain"},
         {"content-type": "application/x-www-form-urlencoded"},
     ):
-        reply = server.params("/v1/samples", b'{"n": 1}', headers)
+        reply = server.request("/v1/samples", b'{"n": 1}', headers)
         assert reply.status == 400
         assert "Content-Type: application/json" in reply.error["message"]
     assert (
-        server.params(
+        server.request(
             "/v1/samples", b'{"n": 1}', {"content-type": "application/json; charset=utf-8"}
         ).status
         == 200
@@ -466,12 +522,12 @@ def test_other_paths_and_methods_are_refused_in_the_same_shape(server: Server) -
         "/page/%00",
         "/page/" + "a" * 3000,
     ):
-        reply = server.params(path)
+        reply = server.request(path)
         assert (reply.status, reply.error["type"]) == (404, "not_found"), path
-    reply = server.params("/v1/samples")
+    reply = server.request("/v1/samples")
     assert (reply.status, reply.error["type"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == "POST"
-    reply = server.params("/v1/models/%ff%00")
+    reply = server.request("/v1/models/%ff%00")
     assert (reply.status, reply.error["type"], reply.error["param"]) == (
         404,
         "model_not_found",
@@ -531,7 +587,7 @@ class Served:
         return self.metrics.registry.get_sample_value(f"ddm_{name}", labels) or 0.0
 
     async def cost(self) -> float:
-        await params(self.app, "/metrics")
+        await request(self.app, "/metrics")
         return self.counted("pending_cost")
 
 
@@ -552,19 +608,17 @@ def test_more_than_may_be_pending_is_429_with_a_time_to_come_back(small_run: Pat
         first = Client(it.app, "/v1/samples", b'{"n": 5}')
         await it.until_asked()
         assert await it.cost() == 20
-        refused = await params(it.app, "/v1/samples", {"n": 2})
+        refused = await request(it.app, "/v1/samples", {"n": 2})
         assert refused.status == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.error["type"] == "busy"
-        assert (
-            "20 image steps are pending, and 8 more would be above 25" in refused.error["message"]
-        )
+        assert "20 image steps are pending, and 8 more would exceed 25" in refused.error["message"]
         assert it.counted("rejections_total", reason="busy") == 1
         assert it.counted("requests_total", status="429") == 1
         fits = Client(it.app, "/v1/samples", b'{"n": 1}')
         it.open()
         assert (await first.reply()).status == (await fits.reply()).status == 200
-        assert (await params(it.app, "/v1/samples", {"n": 2})).status == 200
+        assert (await request(it.app, "/v1/samples", {"n": 2})).status == 200
         assert await it.cost() == 0
 
     served(small_run, test, "serve.limits.pending=25")
@@ -572,21 +626,21 @@ def test_more_than_may_be_pending_is_429_with_a_time_to_come_back(small_run: Pat
 
 def test_what_is_not_done_by_the_deadline_is_504_and_takes_its_cost_along(small_run: Path) -> None:
     async def test(it: Served) -> None:
-        reply = await params(it.app, "/v1/samples", {"n": 2})
+        reply = await request(it.app, "/v1/samples", {"n": 2})
         assert (reply.status, reply.error["type"]) == (504, "deadline")
         assert reply.error["message"] == "not done within 0.2 s"
-        streamed = (await params(it.app, "/v1/samples", {"stream": True})).events
+        streamed = (await request(it.app, "/v1/samples", {"stream": True})).events
         assert [name for name, _ in streamed] == ["start", "error"]
         assert streamed[1][1]["error"]["type"] == "deadline"
         asked = (
-            await params(it.app, "/v1/images/generations", {"prompt": "", "stream": True})
+            await request(it.app, "/v1/images/generations", {"prompt": "", "stream": True})
         ).events
         assert asked == [("error", {"type": "error", **streamed[1][1]})]
         assert await it.cost() == 0
         assert it.counted("rejections_total", reason="deadline") == 3
         assert it.counted("requests_total", status="504") == 3
         it.open()
-        assert (await params(it.app, "/v1/samples", {})).status == 200
+        assert (await request(it.app, "/v1/samples", {})).status == 200
 
     served(small_run, test, "serve.limits.deadline_s=0.2")
 
@@ -594,11 +648,11 @@ def test_what_is_not_done_by_the_deadline_is_504_and_takes_its_cost_along(small_
 def test_an_expert_that_is_away_is_503_by_name_and_not_ready(small_run: Path) -> None:
     async def test(it: Served) -> None:
         it.open(UnavailableError("gone"))
-        reply = await params(it.app, "/v1/samples", {"policy": "full"})
+        reply = await request(it.app, "/v1/samples", {"policy": "full"})
         assert (reply.status, reply.error["type"]) == (503, "unavailable")
         assert "expert-0" in reply.error["message"] and "away" in reply.error["message"]
         assert int(reply.headers["retry-after"]) > 0
-        ready = await params(it.app, "/readyz")
+        ready = await request(it.app, "/readyz")
         assert ready.status == 503
         assert ready.json["status"] == "unavailable" and "away" in ready.json["experts"].values()
 
@@ -610,14 +664,14 @@ def test_experts_that_are_done_without_are_named_in_header_and_body(small_run: P
         it.open()
         it.gates[1].error = UnavailableError("gone")
         given = {"policy": "full", "steps": 8}
-        reply = await params(it.app, "/v1/samples", {**given, "format": "b64_json"})
+        reply = await request(it.app, "/v1/samples", {**given, "format": "b64_json"})
         assert reply.status == 200
         assert reply.headers["ddm-degraded"] == "expert-01" and reply.json["degraded"] == [
             "expert-01"
         ]
-        streamed = (await params(it.app, "/v1/samples", {**given, "stream": True})).events
+        streamed = (await request(it.app, "/v1/samples", {**given, "stream": True})).events
         assert streamed[-1][0] == "done" and streamed[-1][1]["degraded"] == ["expert-01"]
-        ready = await params(it.app, "/readyz")
+        ready = await request(it.app, "/readyz")
         assert ready.status == 200
         assert ready.json["status"] == "degraded" and ready.json["experts"]["expert-01"] == "away"
 
@@ -632,12 +686,12 @@ def test_before_anything_is_in_service_all_is_503(small_run: Path) -> None:
             ("/v1/images/generations", {"prompt": ""}),
             ("/v1/models", None),
         ):
-            reply = await params(it.app, path, tree)
+            reply = await request(it.app, path, tree)
             assert (reply.status, reply.error["type"]) == (503, "unavailable")
-        ready = await params(it.app, "/readyz")
+        ready = await request(it.app, "/readyz")
         assert (ready.status, ready.json) == (503, {"status": "starting", "experts": {}})
-        assert (await params(it.app, "/healthz")).status == 200
-        assert (await params(it.app, "/metrics")).status == 200
+        assert (await request(it.app, "/healthz")).status == 200
+        assert (await request(it.app, "/metrics")).status == 200
 
     asyncio.run(test())
 
@@ -659,7 +713,7 @@ def test_a_client_that_leaves_takes_its_cost_along(
         assert it.counted("active_requests") == 0
         assert it.counted("requests_total", status="499") == 1
         it.open()
-        assert (await params(it.app, "/v1/samples", {})).status == 200
+        assert (await request(it.app, "/v1/samples", {})).status == 200
 
     served(small_run, test)
 
@@ -704,7 +758,7 @@ def test_what_nobody_expects_is_500_in_the_same_shape_and_says_nothing(
         )
         assert (answer.status, answer.error["type"]) == (500, "internal")
         assert "secret" not in answer.error["message"]
-        events = (await params(it.app, "/v1/samples", {"stream": True})).events
+        events = (await request(it.app, "/v1/samples", {"stream": True})).events
         assert [name for name, _ in events] == ["start", "error"]
         assert events[-1][1]["error"]["type"] == "internal"
         assert "secret" not in json.dumps(events)
@@ -720,9 +774,9 @@ def test_metrics_count_what_happens(small_run: Path, start: Start) -> None:
     server = start(small_run, "sample.steps=4", "serve.limits.body_bytes=500")
     names = ("ddm_images_total", "ddm_nfe_total", "ddm_request_seconds_count", "ddm_requests_total")
     assert [server.metric(name) for name in names] == [0, 0, 0, 0]
-    server.params("/v1/samples", {"n": 3, "policy": "full"})
-    server.params("/v1/samples", {"n": 2, "stream": True})
-    server.params("/v1/images/generations", {"prompt": "", "n": 2})
+    server.request("/v1/samples", {"n": 3, "policy": "full"})
+    server.request("/v1/samples", {"n": 2, "stream": True})
+    server.request("/v1/images/generations", {"prompt": "", "n": 2})
     assert [server.metric(name) for name in names] == [7, 3 * 4 * 3 + 2 * 4 + 2 * 4, 3, 3]
     assert server.metric("ddm_requests_total", status="200") == 3
     assert server.metric("ddm_nfe_total", expert="expert-01") >= 3 * 4
@@ -737,15 +791,15 @@ def test_metrics_count_what_happens(small_run: Path, start: Start) -> None:
         "ddm_rejections_total",
     ):
         assert server.metric(name) == 0
-    server.params("/v1/samples", {"n": 0})
-    server.params("/v1/samples", {"steps": 251})
-    server.params("/v1/samples", b"{", {"content-type": "application/json"})
-    server.params("/v1/samples", b" " * 501, {"content-type": "application/json"})
-    server.params("/nowhere")
+    server.request("/v1/samples", {"n": 0})
+    server.request("/v1/samples", {"steps": 251})
+    server.request("/v1/samples", b"{", {"content-type": "application/json"})
+    server.request("/v1/samples", b" " * 501, {"content-type": "application/json"})
+    server.request("/nowhere")
     kinds = {"invalid_value": 2, "not_json": 1, "body_too_large": 1, "not_found": 1}
     assert {kind: server.metric("ddm_rejections_total", reason=kind) for kind in kinds} == kinds
     assert server.metric("ddm_requests_total", status="422") == 2
     assert server.metric("ddm_requests_total", status="400") == 1
     assert server.metric("ddm_images_total") == 7
-    answer = server.params("/metrics")
+    answer = server.request("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"

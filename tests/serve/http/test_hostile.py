@@ -93,12 +93,12 @@ def model(small_run: Path) -> Model:
 def it_lives_and_serves(server: Server, model: Model) -> Iterator[None]:
     """After each of these tests the same server answers a good request as ever, and holds nothing of what it was asked before."""
     yield
-    reply = server.params("/v1/samples", {"seed": 9, "n": 4, "steps": 4, "format": "npz"})
+    reply = server.request("/v1/samples", {"seed": 9, "n": 4, "steps": 4, "format": "npz"})
     assert same(images(reply), pixels(model.sample(4, seed=9, steps=4)))
     server.await_metric("ddm_active_requests", 0)
     server.await_metric("ddm_pending_cost", 0)
     assert server.process.poll() is None
-    assert "Traceback" not in server.said
+    assert "Traceback" not in server.output
 
 
 def memory_mib(server: Server) -> float:
@@ -161,7 +161,7 @@ def only(answer: bytes) -> Reply:
 
 def test_the_first_requests_fill_what_a_server_keeps(server: Server) -> None:
     for i in range(40):
-        server.params(
+        server.request(
             "/v1/samples", {"n": 4, "steps": 8, "seed": i, "sampler": ("ddim", "heun")[i % 2]}
         )
     server.log.with_name("memory").write_text(str(memory_mib(server)))
@@ -172,7 +172,7 @@ def test_the_first_requests_fill_what_a_server_keeps(server: Server) -> None:
 def test_what_the_description_of_the_api_gives_rise_to_is_answered_as_it_says(
     server: Server, path: str, mode: GenerationMode
 ) -> None:
-    schema = schemathesis.openapi.from_dict(server.params("/openapi.json").json)
+    schema = schemathesis.openapi.from_dict(server.request("/openapi.json").json)
     schema.config.update(base_url=server.url)
 
     @hypothesis.given(case=schema[path]["POST"].as_strategy(generation_mode=mode))
@@ -220,7 +220,7 @@ def test_every_field_survives_every_bad_value(server: Server) -> None:
             **({"prompt": ""} if "images" in path else {}),
             field: value,
         }
-        reply = server.params(path, tree)
+        reply = server.request(path, tree)
         COUNTS["by hand", reply.status] += 1
         assert reply.status in (200, 400, 404, 413, 422), (path, field, value)
         if reply.status == 200:
@@ -252,7 +252,7 @@ def test_json_however_deep_is_refused(server: Server, brackets: int) -> None:
             b'{"clusters":' + deep + b"}",
             b'{"unknown":' + deep + b"}",
         ):
-            reply = server.params("/v1/samples", body, JSON)
+            reply = server.request("/v1/samples", body, JSON)
             assert reply.status == (413 if len(body) > 65_536 else reply.status)
             assert reply.status in (400, 413, 422)
             assert len(reply.error["message"]) < 1000
@@ -268,7 +268,7 @@ def test_whole_numbers_of_many_digits_are_refused(server: Server) -> None:
         (20, 422),
     ):
         for field in ("n", "seed", "steps", "budget", "relaxation_rate", "first_index", "top_k"):
-            reply = server.params("/v1/samples", f'{{"{field}": {"9" * digits}}}'.encode(), JSON)
+            reply = server.request("/v1/samples", f'{{"{field}": {"9" * digits}}}'.encode(), JSON)
             assert reply.status == status
             assert len(reply.error["message"]) <= 2000
 
@@ -297,7 +297,7 @@ def test_a_body_that_is_slow_is_408_and_others_are_served_meanwhile(server: Serv
     slow = [socket.create_connection((parts.hostname, parts.port), timeout=30) for _ in range(50)]
     for connection in slow:
         connection.sendall(head + b"{")
-    assert server.params("/v1/samples", {"n": 1}).status == 200
+    assert server.request("/v1/samples", {"n": 1}).status == 200
     for connection in slow:
         with connection:
             answer = b""
@@ -356,7 +356,7 @@ def test_other_content_types_and_methods_are_refused(server: Server) -> None:
         "\xff",
     ):
         assert (
-            server.params("/v1/samples", b'{"n": 1}', {"content-type": kind}).error["type"]
+            server.request("/v1/samples", b'{"n": 1}', {"content-type": kind}).error["type"]
             == "not_json"
         )
     for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FROB"):

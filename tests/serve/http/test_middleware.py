@@ -261,7 +261,7 @@ def test_the_life_of_the_application_is_not_guarded() -> None:
 def test_refusals_are_told_by_kind() -> None:
     told: list[str] = []
     guard = LimitsMiddleware(
-        Behind(), TOKEN, body_bytes=6, body_timeout_s=0.05, refused=told.append
+        Behind(), TOKEN, body_bytes=6, body_timeout_s=0.05, on_refusal=told.append
     )
     through(guard)
     through(guard, headers=bearer(TOKEN), parts=parts_of(b"abcdefg"))

@@ -115,6 +115,53 @@ def test_it_gets_files_of_the_kind_that_it_asks_for(
         assert same(found, expected)
 
 
+@pytest.mark.parametrize("form", ["webp", "jpeg"])
+def test_output_compression_is_the_quality_of_the_file(
+    client: openai.OpenAI, model: Model, form: Any
+) -> None:
+    exact = pixels(model.sample(1, **EXTRA)).astype(float)
+
+    def error(quality: int) -> float:
+        answer = client.images.generate(
+            prompt="", output_format=form, output_compression=quality, extra_body=EXTRA
+        )
+        return float(np.abs(images(answer, form.upper()) - exact).mean())
+
+    assert error(100) < error(5)
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"output_compression": 50}, "have a webp or jpeg format, got 50"),
+        ({"background": "transparent"}, "be one of auto opaque, got 'transparent'"),
+        ({"quality": "hd"}, "be one of auto standard, got 'hd'"),
+        ({"partial_images": 2}, "be 0 unless stream is true, got 2"),
+        ({"style": "vivid"}, None),
+    ],
+)
+def test_options_without_effect_are_refused_by_name(
+    client: openai.OpenAI, given: dict[str, Any], rule: str | None
+) -> None:
+    (name,) = given
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.images.generate(prompt="", extra_body=EXTRA, **given)
+    assert refused.value.param == name
+    assert rule is None or f"{name} must {rule}" in refused.value.message
+
+
+def test_options_with_one_meaning_are_taken(client: openai.OpenAI, model: Model) -> None:
+    answer = client.images.generate(
+        prompt="",
+        background="opaque",
+        quality="standard",
+        moderation="low",
+        user="someone",
+        extra_body=EXTRA,
+    )
+    assert same(images(answer), pixels(model.sample(1, **EXTRA)))
+
+
 def test_it_hears_of_partial_images_in_its_own_events(client: openai.OpenAI, model: Model) -> None:
     plain = images(client.images.generate(prompt="", extra_body=EXTRA))[0]
     with client.images.generate(
