@@ -1,4 +1,4 @@
-# Everything sets itself up: Python 3.11 or later and make are all it takes.
+# Every target sets up what it needs, given Python 3.11 or later and make.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -7,8 +7,8 @@ BIN := .venv/bin
 demo: setup  ## train on the built-in digits, draw samples, print the table: about 7 minutes on 2 cores
 	$(BIN)/python -m train
 
-test: setup  ## the tests
-	$(BIN)/python -m pytest
+test: setup  ## the tests, in up to 4 processes
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from serve.settings import settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's own, which are many
-    pytest.mark.xdist_group("ray"),
+    pytest.mark.xdist_group("heavy"),
 ]
 
 

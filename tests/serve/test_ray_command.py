@@ -16,7 +16,7 @@ from benchmarks.load.server import free_port
 from serve import load
 from serve.model.images import to_uint8
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("heavy")
 
 
 def session_processes(pid: int) -> str:

@@ -25,7 +25,10 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 PAGE = Path(__file__).parents[3] / "serve" / "http" / "page"
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH"),
+    pytest.mark.xdist_group("heavy"),
+]
 
 DONE = "#copy:not([hidden])"  # the link appears when the images are finished
 Api = Callable[..., Any]
