@@ -72,7 +72,7 @@ class KernelDistance:
     """How far sets of points are from the points `[n, d]`, n >= 2, by the kernel `(x.y / d + 1)^3`.
 
     The unbiased estimate of the squared maximum mean discrepancy over all pairs, without subsets
-    (KID: arXiv 1801.01401, section 4; equation 4 of arXiv 1401.0919). In float64 and in chunks.
+    (KID: arXiv 1801.01401, section 4). In float64 and in chunks.
     """
 
     def __init__(self, points: Tensor) -> None:

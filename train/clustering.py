@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddm.errors import ConfigError, DataError, require
 from train.data import ImageSet
-from train.evaluation.features import script_network
+from train.evaluation.feature_network import script_network
 from train.progress import bar
 
 log = logging.getLogger(__name__)

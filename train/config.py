@@ -20,7 +20,7 @@ from serve import SampleConfig
 from serve.model.config_merge import filled
 from train.clustering import PartitionConfig
 from train.data import DataConfig
-from train.evaluation.features import script_files
+from train.evaluation.feature_files import script_files
 
 STAGES = ("partition", "expert", "router", "bundle", "monolith", "sample", "evaluate")
 

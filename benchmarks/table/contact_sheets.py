@@ -25,8 +25,8 @@ def write(
     """Write `NAME-methods-STEPS.png`, `NAME-images.png` and `NAME-real.png`; returns the files' names."""
     middle = shown_steps(evaluation)
     samples = {
-        (draw.method.name, draw.steps): measured.drawn(draw).images
-        for draw in measured.first_draws()
+        (spec.method.name, spec.steps): measured.samples(spec).images
+        for spec in measured.shown_specs()
     }
     files = []
     for steps in sorted({evaluation.steps[0], middle}):

@@ -113,7 +113,7 @@ def _step_columns(evaluation: Evaluation) -> list[str]:
 
 def _nfe(evaluation: Evaluation, method: str, n: int, sampler: str) -> str:
     """The mean NFE per image over the seeds."""
-    found = evaluation.over_seeds(method, n, lambda cell: cell.calls, sampler)
+    found = evaluation.over_seeds(method, n, lambda cell: cell.nfe, sampler)
     return shown(found and found._replace(deviation=None), ".0f")
 
 

@@ -34,24 +34,24 @@ def words(folder: Path, *more: str) -> list[str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run and its results; it was cut off once on the way."""
     folder = tmp_path_factory.mktemp("table")
-    draw, drawn = SampleStore.draw, []
+    sample = SampleStore.sample
+    made: list[str] = []
 
     def cut_off(self: SampleStore, *job: Any) -> None:
-        if len(drawn) == 5:
+        if len(made) == 5:
             raise KeyboardInterrupt
-        drawn.append(job[0].name)
-        draw(self, *job)
+        made.append(job[0].name)
+        sample(self, *job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SampleStore, "draw", cut_off)
+        patch.setattr(SampleStore, "sample", cut_off)
         assert main(words(folder)) == 130
-    files = sorted((folder / "tiny" / "table" / "draws").glob("*.safetensors"))
+    files = sorted((folder / "tiny" / "table" / "samples").glob("*.safetensors"))
     assert len(files) == 5
     before = {file: file.stat().st_mtime_ns for file in files}
     assert main(words(folder)) == 0
-    assert before == {
-        file: file.stat().st_mtime_ns for file in files
-    }  # what was drawn is not drawn again
+    # Samples that are there are not made again.
+    assert before == {file: file.stat().st_mtime_ns for file in files}
     return folder
 
 
@@ -79,10 +79,10 @@ def test_every_method_is_there_with_every_sampler_step_and_seed(record: Any) -> 
         (m, s, n, seed) for m in methods for s in ("ddim", "2M") for n in (2, 4) for seed in (0, 1)
     }
     assert len(record["cells"]) == len(cells)
-    calls = {c["method"]: c["calls"] for c in record["cells"] if c["steps"] == 4}
-    assert calls["DDIM"] == calls["balanced"] == calls["top-1"] == 4
-    assert calls["top-2"] == 8
-    assert calls["full"] == 12
+    nfe = {c["method"]: c["nfe"] for c in record["cells"] if c["steps"] == 4}
+    assert nfe["DDIM"] == nfe["balanced"] == nfe["top-1"] == 4
+    assert nfe["top-2"] == 8
+    assert nfe["full"] == 12
 
 
 def test_monolith_and_experts_cost_the_same_and_the_router_is_counted(record: Any) -> None:

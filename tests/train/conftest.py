@@ -1,4 +1,4 @@
-"""What several tests of `train` need."""
+"""Fixtures and computations that several tests of `train` use."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +26,8 @@ class Means(torch.nn.Module):
 
 
 @pytest.fixture
-def judge() -> Callable[..., Path]:
-    """`judge(path, side=4)`: write a TorchScript file whose features are the means of an image's squares of that side."""
+def script_file() -> Callable[..., Path]:
+    """`script_file(path, side=4)`: write a TorchScript file whose features are the means of squares of that side."""
 
     def written(path: Path, side: int = 4) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,13 +39,13 @@ def judge() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def means(tmp_path: Path, judge: Callable[..., Path]) -> Path:
-    """A TorchScript file whose features are the means of an image's quarters: a judge that needs no training."""
-    return judge(tmp_path / "means.pt")
+def means(tmp_path: Path, script_file: Callable[..., Path]) -> Path:
+    """A TorchScript file whose features are the means of an image's quarters: it needs no training."""
+    return script_file(tmp_path / "means.pt")
 
 
 def means_of(images: torch.Tensor, side: int = 4) -> np.ndarray:
-    """The features of `judge` by numpy, `[N, d]`: grey images are shown to networks in three equal channels."""
+    """The features of `script_file` by numpy, `[N, d]`: networks see grey images in three equal channels."""
     n, channels, height, width = images.shape
     squares = (
         images.double().numpy().reshape(n, channels, height // side, side, width // side, side)

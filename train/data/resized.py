@@ -41,7 +41,7 @@ def resized(files: Sequence[Path], size: int) -> tuple[Tensor, Tally]:
     facts = {"notes": [[note, n, notes.examples[note]] for note, n in notes.counts.items()]}
     try:
         write_artifact(stem, {"images": images}, facts)
-    except OSError as error:
+    except (ArtifactError, OSError) as error:
         log.warning("%s cannot be written (%s): images are resized again next time", stem, error)
     return images, notes
 

@@ -1,1 +1,1 @@
-"""What measures: samples, features, scores, the report."""
+"""What measures a run: samples, feature networks, scores, results and the report."""

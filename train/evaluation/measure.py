@@ -1,4 +1,4 @@
-"""Measuring a run: every method's images, drawn by the very code that serves, against the real ones."""
+"""Measuring a run: every method's samples, made by the very code that serves, against the real images."""
 
 import logging
 import time
@@ -15,8 +15,11 @@ from ddm.errors import require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
 from train.config import Config, EvaluateConfig, plain
-from train.evaluation.features import FeatureNetwork, feature_networks, held_out, script_files
-from train.evaluation.methods import Method, methods
+from train.evaluation.classifier import classes_of, held_out
+from train.evaluation.feature_files import feature_files, reference_file
+from train.evaluation.feature_network import FeatureNetwork
+from train.evaluation.features import feature_networks
+from train.evaluation.methods import Method, bundle_version, methods
 from train.evaluation.report import print_tables, write_report
 from train.evaluation.results import Cell, Evaluation, Features, Score
 from train.evaluation.samples import SampleSet, SampleSpec, SampleStore
@@ -26,23 +29,26 @@ from train.progress import bar
 
 log = logging.getLogger(__name__)
 
-_JUDGE = 0  # the seed of the classifier and of the real images it judges, whatever the run's
+# Of the classifier, and of the real images that samples are compared with, whatever the run's seed.
+_FEATURE_SEED = 0
 
 
 def evaluate(config: Config, monolith: Config | None) -> Evaluation:
     """Measure what `config.evaluate` says, write `evaluate/record.json` and `report.html`, and print the table."""
     began = time.monotonic()
-    measured = Measurement(config, monolith, config.evaluate, "evaluate")
+    measurement = Measurement(config, monolith, config.evaluate, "evaluate")
     report = config.folder / "report.html"
-    fresh = not (report.exists() and measured.is_made())
-    evaluation = measured.make()
-    if fresh:
-        shown = {(d.method.name, d.steps): measured.drawn(d) for d in measured.first_draws()}
-        write_report(report, evaluation, shown)
+    up_to_date = report.exists() and measurement.is_made()
+    evaluation = measurement.make()
+    if not up_to_date:
+        measurement.sample()
+        shown = measurement.shown_specs()
+        samples = {(spec.method.name, spec.steps): measurement.samples(spec) for spec in shown}
+        write_report(report, evaluation, samples)
     print_tables(evaluation)
     log.info(
         "evaluate   %s in %.0f s: %s",
-        "done" if fresh else "up to date",
+        "up to date" if up_to_date else "done",
         time.monotonic() - began,
         report,
     )
@@ -50,15 +56,17 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
 
 
 class Measurement:
-    """Everything that a section of the config says is to be measured of a run, in the folder `SECTION/` of the run.
+    """All that a section of the config asks to measure of a run, in the folder `SECTION/` of the run.
 
-    Raises `ConfigError` where a sampler or a file of features cannot be had.
+    Raises `ConfigError` if a sampler, a file of features or a method cannot be had.
     """
 
     def __init__(
         self, config: Config, monolith: Config | None, cfg: EvaluateConfig, section: str
     ) -> None:
-        self.config, self.cfg, self.folder = config, cfg, config.folder / section
+        self.config = config
+        self.cfg = cfg
+        self.folder = config.folder / section
         cfg.check_files(section)
         self.cut = Partition.read(config.folder / "partition")
         self.methods = methods(config, monolith, cfg.methods, self.cut.k)
@@ -68,57 +76,55 @@ class Measurement:
             "name a row besides DDIM without a monolith",
             cfg.methods,
         )
-        self.samplers = {
-            name: plain(sampler) for name, sampler in config.samplers(cfg, section).items()
-        }
-        self.draws = SampleStore(self.folder / "draws", config.device, cfg.precision, cfg.batch)
-        self.cells = [
+        samplers = config.samplers(cfg, section)
+        self.samplers = {name: plain(sampler) for name, sampler in samplers.items()}
+        self.store = SampleStore(self.folder / "samples", config.device, cfg.precision, cfg.batch)
+        self.specs = self._specs()
+        self.reference = self._reference()
+
+    def _specs(self) -> list[SampleSpec]:
+        """The samples of every cell and seed; the trajectory error is measured for seed 0."""
+        cfg = self.cfg
+        return [
             SampleSpec(
-                method, sampler, steps, seed, cfg.n, cfg.trajectories if seed == 0 else 0, settings
+                method,
+                sampler,
+                steps,
+                seed,
+                cfg.n,
+                cfg.trajectories if seed == 0 else 0,
+                settings,
             )
             for method in self.methods
             for sampler, settings in self.samplers.items()
             for steps in cfg.steps
             for seed in range(cfg.seeds)
         ]
-        mixture = Method(
-            "reference",
-            config.run,
-            sha256(config.folder / "bundle" / MANIFEST),
-            {"source": "posterior", "policy": "full", "control_variate": "none"},
-        )
-        first, settings = next(iter(self.samplers.items()))
-        paths = cfg.trajectories
-        self.reference = SampleSpec(mixture, first, cfg.reference_steps, 0, paths, paths, settings)
+
+    def _reference(self) -> SampleSpec:
+        """The full mixture's own trajectories, with the first sampler in many steps."""
+        config, count = self.config, self.cfg.trajectories
+        full = {"source": "posterior", "policy": "full", "control_variate": "none"}
+        mixture = Method("reference", config.run, bundle_version(config), full)
+        sampler, settings = next(iter(self.samplers.items()))
+        steps = self.cfg.reference_steps
+        return SampleSpec(mixture, sampler, steps, 0, count, count, settings)
 
     def make(self) -> Evaluation:
-        """Draw and score what is not there yet, and write `record.json`."""
+        """Sample and score what is not there yet, and write `record.json`."""
         if self.is_made():
             return Evaluation.read(self.folder / "record.json")
-        cfg, config, cut = self.cfg, self.config, self.cut
-        every = [self.reference, *self.cells]
-        calls = [_calls_per_step(draw.method, config, cut.k) for draw in every]
-        self.draws.make(every, calls, workers_for(len(every), config.device, config.expert.workers))
-        whole = cut.all(config.folder / "partition")
-        order = whole[
-            "index"
-        ].argsort()  # so that the judge is the same however the images were cut
-        whole = {name: tensor[order] for name, tensor in whole.items()}
+        cfg, config = self.cfg, self.config
+        self.sample()
+        whole = self._images()
         networks = feature_networks(
-            cfg.features, cfg.inception_weights, whole, _JUDGE, config.device
+            cfg.features, cfg.inception_weights, whole, _FEATURE_SEED, config.device
         )
-        ends, scores, features = self.drawn(self.reference).ends, {}, {}
+        scores: dict[str, dict[str, Score]] = {}
+        features: dict[str, Features] = {}
         for network in networks:
             scores[network.name], features[network.name] = self._scored(network, whole)
-        cells = []
-        for draw in self.cells:
-            drawn = self.drawn(draw)
-            compared = draw.paths > 0 and draw.method.run == config.run
-            error = trajectory_error(drawn.ends, ends) if compared else None
-            of = {name: found[draw.name] for name, found in scores.items()}
-            cells.append(
-                Cell(draw.method.name, draw.sampler, draw.steps, draw.seed, drawn.calls, error, of)
-            )
+        cells = self._cells(scores)
         evaluation = Evaluation(
             config=plain(config),
             versions={row.name: row.version for row in self.methods},
@@ -134,40 +140,78 @@ class Measurement:
         write_json(self.folder / "record.json", {"key": self._key(), **asdict(evaluation)})
         return evaluation
 
+    def sample(self) -> None:
+        """Make the samples that are not there yet."""
+        config = self.config
+        specs = [self.reference, *self.specs]
+        nfe = [_nfe_per_step(spec.method, config, self.cut.k) for spec in specs]
+        workers = workers_for(len(specs), config.device, config.expert.workers)
+        self.store.make(specs, nfe, workers)
+
     def is_made(self) -> bool:
-        """Whether `record.json` is there, and is of this."""
+        """Whether `record.json` is there and was made from the same samples, files and settings."""
         path = self.folder / "record.json"
         return path.exists() and read_json(path).get("key") == self._key()
 
-    def drawn(self, draw: SampleSpec) -> SampleSet:
-        """What a draw gave."""
-        return self.draws.read(draw)
+    def samples(self, spec: SampleSpec) -> SampleSet:
+        """The samples of a cell and seed."""
+        return self.store.read(spec)
 
-    def first_draws(self) -> list[SampleSpec]:
-        """The cells of the first sampler and of seed 0, which are shown."""
+    def shown_specs(self) -> list[SampleSpec]:
+        """The samples that are shown: those of the first sampler and of seed 0."""
         first = next(iter(self.samplers))
-        return [draw for draw in self.cells if draw.sampler == first and draw.seed == 0]
+        return [spec for spec in self.specs if spec.sampler == first and spec.seed == 0]
+
+    def _images(self) -> dict[str, Tensor]:
+        """The partition's images and labels in the order of the data set, however they were cut."""
+        whole = self.cut.all(self.config.folder / "partition")
+        order = whole["index"].argsort()
+        return {name: tensor[order] for name, tensor in whole.items()}
+
+    def _cells(self, scores: dict[str, dict[str, Score]]) -> list[Cell]:
+        reference = self.samples(self.reference).ends
+        cells = []
+        for spec in self.specs:
+            samples = self.samples(spec)
+            error = None
+            if spec.trajectories > 0 and spec.method.run == self.config.run:
+                error = trajectory_error(samples.ends, reference)
+            by_features = {name: found[spec.name] for name, found in scores.items()}
+            cells.append(
+                Cell(
+                    spec.method.name,
+                    spec.sampler,
+                    spec.steps,
+                    spec.seed,
+                    samples.nfe,
+                    error,
+                    by_features,
+                )
+            )
+        return cells
 
     def _key(self) -> str:
+        cfg = self.cfg
         files = [
-            sha256(Path(file)) for name in self.cfg.features for file in _files(name, self.cfg)
+            sha256(file)
+            for name in cfg.features
+            for file in feature_files(name, cfg.inception_weights, cfg.reference)
         ]
-        draws = [
-            self.draws.facts(draw) | {"name": draw.name} for draw in [self.reference, *self.cells]
-        ]
-        return digest([draws, plain(self.cfg), self.cut.hash, files])
+        specs = [self.reference, *self.specs]
+        facts = [self.store.facts(spec) | {"name": spec.name} for spec in specs]
+        return digest([Scores.VERSION, facts, plain(cfg), self.cut.hash, files])
 
     def _scored(
         self, network: FeatureNetwork, whole: dict[str, Tensor]
     ) -> tuple[dict[str, Score], Features]:
-        """The score of every cell with one network, by the draw's name, and what the images were held against.
+        """The scores by one network, by the name of the samples, and what they were compared with.
 
-        Scores are kept in files, one a draw, so that whoever is cut off here has not lost them.
+        Each score is kept in a file of its own, so that an interruption loses no work.
         """
         count = len(whole["images"])
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(_JUDGE))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(_FEATURE_SEED))
         file = reference_file(network.file, self.cfg.reference)
-        if file is not None:  # the real images are then only for what compares image by image
+        if file is not None:  # real images are then needed only for neighbours and KID
             order = order[: self.cfg.n]
         facts = Features(
             what=network.what,
@@ -177,57 +221,51 @@ class Measurement:
             real_confidence=None,
             real_class_frequencies=None,
         )
-        with bar(
-            f"scoring: {network.name}"[:24], len(order) + self.cfg.n * len(self.cells)
-        ) as advance:
-            judged = network(whole["images"][order], advance)
-            if judged.logits is not None and network.name == "classifier":
-                unseen = judged.logits[held_out(count, _JUDGE)[order]]
+        scores: dict[str, Score] = {}
+        total = len(order) + self.cfg.n * len(self.specs)
+        with bar(f"scoring: {network.name}"[:24], total) as advance:
+            real = network(whole["images"][order], advance)
+            if real.logits is not None and network.name == "classifier":
+                unseen = real.logits[held_out(count, _FEATURE_SEED)[order]]
                 facts.real_confidence = float(unseen.softmax(dim=1).amax(dim=1).mean())
                 facts.real_class_frequencies = class_frequencies_of(
-                    whole.get("labels", whole["cluster"]), unseen.shape[1]
+                    classes_of(whole), unseen.shape[1]
                 )
-            measure, found = Scores(judged.features, read_reference(file) if file else None), {}
-            for draw in self.cells:
-                kept = self.folder / "scores" / f"{draw.name}-{network.name}.json"
-                key = digest([asdict(facts), self.draws.facts(draw), self.cut.hash])
-                if not kept.exists() or read_json(kept)["key"] != key:
-                    score = measure(network(self.drawn(draw).images, lambda _: None))
-                    write_json(kept, {"key": key, "score": asdict(score)})
-                found[draw.name] = Score(**read_json(kept)["score"])
+            measure = Scores(real.features, read_reference(file) if file else None)
+            for spec in self.specs:
+                scores[spec.name] = self._score(spec, network, measure, facts)
                 advance(self.cfg.n)
-        return found, facts
+        return scores, facts
+
+    def _score(
+        self, spec: SampleSpec, network: FeatureNetwork, measure: Scores, facts: Features
+    ) -> Score:
+        """The score of one set of samples, from its file if that is of the same samples and features."""
+        path = self.folder / "scores" / f"{spec.name}-{network.name}.json"
+        key = digest([Scores.VERSION, asdict(facts), self.store.facts(spec), self.cut.hash])
+        if path.exists():
+            kept = read_json(path)
+            if kept.get("key") == key:
+                return Score(**kept["score"])
+        score = measure(network(self.samples(spec).images, lambda _: None))
+        write_json(path, {"key": key, "score": asdict(score)})
+        return score
 
 
-def reference_file(network: Path | None, reference: str | None) -> Path | None:
-    """The statistics that belong to a network's file, where `evaluate.reference` names any and they lie beside it."""
-    if network is None or reference is None:
-        return None
-    file = network.with_name(f"{reference}.{network.stem}.npz")
-    return file if file.is_file() else None
-
-
-def _files(name: str, cfg: EvaluateConfig) -> list[Path]:
-    """The files that a word of `evaluate.features` stands for, statistics included."""
-    if name == "classifier":
-        return []
-    if name == "inception":
-        return [Path(cfg.inception_weights or "")]
-    networks = script_files(Path(name))
-    return networks + [
-        file for network in networks if (file := reference_file(network, cfg.reference))
-    ]
-
-
-def _calls_per_step(method: Method, config: Config, k: int) -> float:
-    """About how many experts a step asks, for the order of the work."""
-    of = {
-        "full": float(k),
-        "top_k": float(method.settings.get("top_k", 1)),
-        "nucleus": 2.0,
-        "adaptive": 1.5,
-    }
-    return 1.0 if method.run != config.run else of.get(method.settings["policy"], 1.0)
+def _nfe_per_step(method: Method, config: Config, k: int) -> float:
+    """About how many experts a step evaluates per image: the longest work starts first."""
+    if method.run != config.run:
+        return 1.0
+    match method.settings["policy"]:
+        case "full":
+            return float(k)
+        case "top_k":
+            return float(method.settings.get("top_k", 1))
+        case "nucleus":
+            return 2.0
+        case "adaptive":
+            return 1.5
+    return 1.0
 
 
 def _fits(cells: Sequence[Cell]) -> dict[str, dict[str, PowerLaw]]:
@@ -235,13 +273,12 @@ def _fits(cells: Sequence[Cell]) -> dict[str, dict[str, PowerLaw]]:
     errors: dict[str, dict[str, dict[int, float]]] = {}
     for cell in cells:
         if cell.trajectory_error is not None:
-            errors.setdefault(cell.method, {}).setdefault(cell.sampler, {})[cell.steps] = (
-                cell.trajectory_error
-            )
+            by_sampler = errors.setdefault(cell.method, {})
+            by_sampler.setdefault(cell.sampler, {})[cell.steps] = cell.trajectory_error
     return {
         method: {
-            name: power_law_fit(list(points), list(points.values()))
-            for name, points in by_sampler.items()
+            sampler: power_law_fit(list(points), list(points.values()))
+            for sampler, points in by_sampler.items()
         }
         for method, by_sampler in errors.items()
     }
@@ -249,7 +286,6 @@ def _fits(cells: Sequence[Cell]) -> dict[str, dict[str, PowerLaw]]:
 
 def _images_seen(row: Method) -> int:
     bundle = Path(row.run) / "bundle"
-    names = [
-        name for name in read_json(bundle / MANIFEST)["artifacts"] if name.startswith("expert-")
-    ]
-    return sum(read_json(bundle / f"{name}.json")["images_seen"] for name in names)
+    artifacts = read_json(bundle / MANIFEST)["artifacts"]
+    experts = [name for name in artifacts if name.startswith("expert-")]
+    return sum(read_json(bundle / f"{name}.json")["images_seen"] for name in experts)

@@ -25,7 +25,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: its name, the run it samples, the version of its bundle, and its settings of `sample`."""
+    """A row of the table: its name, the run it samples, its bundle's version, its settings of `sample`."""
 
     name: str
     run: str
@@ -33,21 +33,27 @@ class Method:
     settings: dict[str, Any]
 
 
-def methods(config: Config, monolith: Config | None, names: Sequence[str], k: int) -> list[Method]:
-    """The rows of these names; those of a mixture only where there are several clusters, DDIM only where there is a monolith.
+def bundle_version(config: Config) -> str:
+    """The SHA-256 of the manifest of a run's bundle."""
+    return sha256(config.folder / "bundle" / MANIFEST)
 
-    What is not the paper's takes alpha from the config's own source, at its temperature. `control` is off but for `balanced-cv`
-    and `adaptive`.
+
+def methods(config: Config, monolith: Config | None, names: Sequence[str], k: int) -> list[Method]:
+    """The rows of these names.
+
+    A mixture's only if there are several clusters; DDIM only if there is a monolith. The paper's
+    rows have their own source of alpha; the others take the config's, at its temperature. The
+    control variate is off except for `balanced-cv` and `adaptive`.
     """
 
-    def row(name: str, of: Config, **settings: Any) -> Method:
+    def row(name: str, sampled: Config, **settings: Any) -> Method:
         paper = name in PAPER
         alpha = {
             "source": config.sample.source,
             "temperature": 1.0 if paper else config.sample.temperature,
         }
         usual = {**alpha, "control_variate": "none", "clusters": {}}
-        return Method(name, of.run, sha256(of.folder / "bundle" / MANIFEST), {**usual, **settings})
+        return Method(name, sampled.run, bundle_version(sampled), {**usual, **settings})
 
     if k == 1:
         return [row("DDIM", config, source="prior", policy="full")]

@@ -1,6 +1,6 @@
 """The report's figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train.evaluation.results import Evaluation
+from train.evaluation.results import Cell, Evaluation, Spread
 from train.evaluation.samples import SampleSet
 
-# Okabe and Ito's colours, which the colour-blind tell apart; a method has the same one everywhere.
+# Okabe and Ito's colours, distinct also to the colour-blind; a method has the same one everywhere.
 COLOURS = {
     "DDIM": "#000000",
     "Naive": "#999999",
@@ -40,7 +40,7 @@ STYLE: Any = {
 
 
 def save(path: Path, figure: Figure, dpi: int = 150) -> None:
-    """Write a figure as PNG and forget it."""
+    """Write a figure as PNG and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, bbox_inches="tight")
     plt.close(figure)
@@ -49,19 +49,15 @@ def save(path: Path, figure: Figure, dpi: int = 150) -> None:
 def frechet(
     evaluation: Evaluation, features: str | None = None, sampler: str | None = None
 ) -> Figure:
-    """Frechet distance over the number of steps, a line a method, with the deviation over the seeds where there are several.
+    """Frechet distance over the number of steps, one line per method, with the deviation over the seeds.
 
-    With the first features and the first sampler where none are named.
+    With the first features and the first sampler if none are named.
     """
-    judge = features or next(iter(evaluation.features))
+    named = features or next(iter(evaluation.features))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for name in evaluation.versions:
-            of = {
-                n: evaluation.over_seeds(name, n, lambda cell: cell.scores[judge].frechet, sampler)
-                for n in evaluation.steps
-            }
-            points = {n: spread for n, spread in of.items() if spread is not None}
+            points = _points(evaluation, name, lambda cell: cell.scores[named].frechet, sampler)
             axes.errorbar(
                 list(points),
                 [spread.mean for spread in points.values()],
@@ -84,18 +80,16 @@ def frechet(
 
 
 def trajectory(evaluation: Evaluation, sampler: str | None = None) -> Figure:
-    """Mean square distance to the mixture's own path over the number of steps, with the fitted power laws."""
-    walked = sampler or next(iter(evaluation.samplers))
+    """Trajectory error over the number of steps, with the fitted power laws."""
+    named = sampler or next(iter(evaluation.samplers))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8))
         for name, fits in evaluation.fits.items():
-            of = {
-                n: evaluation.over_seeds(name, n, lambda cell: cell.trajectory_error, walked)
-                for n in evaluation.steps
-            }
-            points = {n: spread.mean for n, spread in of.items() if spread is not None}
-            steps, fit = np.array(list(points)), fits[walked]
-            axes.plot(steps, list(points.values()), "o", color=COLOURS[name], markersize=5)
+            points = _points(evaluation, name, lambda cell: cell.trajectory_error, named)
+            errors = [spread.mean for spread in points.values()]
+            steps = np.array(list(points))
+            fit = fits[named]
+            axes.plot(steps, errors, "o", color=COLOURS[name], markersize=5)
             axes.plot(
                 steps,
                 fit.constant * steps**-fit.exponent,
@@ -105,40 +99,42 @@ def trajectory(evaluation: Evaluation, sampler: str | None = None) -> Figure:
             )
         _log_steps(axes, evaluation)
         axes.set_yscale("log")
-        axes.set_ylabel("E(N), mean square distance")
+        axes.set_ylabel("E(N), mean squared difference")
         axes.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
 
 
-def load(drawn: Mapping[str, SampleSet], names: Sequence[str], pi: Sequence[float]) -> Figure:
-    """The share of the calls that each expert answered, beside its cluster's share of the images."""
+def load(samples: Mapping[str, SampleSet], names: Sequence[str], pi: Sequence[float]) -> Figure:
+    """The fraction of all NFE that each expert has, beside its mixture weight pi."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.4))
-        width = 0.8 / (len(drawn) + 1)
+        width = 0.8 / (len(samples) + 1)
         places = np.arange(len(names))
-        axes.bar(places - 0.4 + width / 2, pi, width, color="#DDDDDD", label="share of the images")
-        for i, (method, draw) in enumerate(drawn.items(), start=1):
-            share = draw.load.sum(dim=0) / draw.load.sum()
-            axes.bar(
-                places - 0.4 + (i + 0.5) * width,
-                share.numpy(),
-                width,
-                color=COLOURS[method],
-                label=method,
-            )
-        axes.set_xticks(places, names, rotation=0 if len(names) <= 6 else 60)
-        axes.set_ylabel("share of the calls")
+        axes.bar(places - 0.4 + width / 2, pi, width, color="#DDDDDD", label="pi")
+        for i, (method, one) in enumerate(samples.items(), start=1):
+            fraction = (one.load.sum(dim=0) / one.load.sum()).numpy()
+            left = places - 0.4 + (i + 0.5) * width
+            axes.bar(left, fraction, width, color=COLOURS[method], label=method)
+        short = sum(map(len, names)) <= 60
+        axes.set_xticks(
+            places,
+            [_literal(name) for name in names],
+            rotation=0 if short else 45,
+            ha="center" if short else "right",
+            rotation_mode="anchor",
+        )
+        axes.set_ylabel("fraction of all NFE")
         axes.legend(fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         axes.grid(axis="x", visible=False)
         return figure
 
 
-def certainty(drawn: Mapping[str, SampleSet]) -> Figure:
-    """How sure the router is over time: the largest alpha, averaged over the images."""
+def certainty(samples: Mapping[str, SampleSet]) -> Figure:
+    """The largest alpha over time, averaged over the images."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.2))
-        for method, draw in drawn.items():
-            axes.plot(draw.t.numpy(), draw.certainty.numpy(), color=COLOURS[method], label=method)
+        for method, one in samples.items():
+            axes.plot(one.t.numpy(), one.certainty.numpy(), color=COLOURS[method], label=method)
         axes.set_xlim(1, 0)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("t, from noise (1) to data (0)")
@@ -147,37 +143,33 @@ def certainty(drawn: Mapping[str, SampleSet]) -> Figure:
         return figure
 
 
-def alpha_over_time(draw: SampleSet, names: Sequence[str], images: int = 4) -> Figure:
-    """For a few images: alpha as a stack over time, and under it who moved the image at each step."""
+def alpha_over_time(samples: SampleSet, names: Sequence[str], images: int = 4) -> Figure:
+    """For a few images: alpha as a stack over time, and under it the expert that updated the image at each step."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        shown = min(images, draw.alpha.shape[1])
+        shown = min(images, samples.alpha.shape[1])
         figure, rows = plt.subplots(
             shown, 2, figsize=(7.6, 1.25 * shown), width_ratios=[9, 1], squeeze=False, sharex="col"
         )
         palette = plt.get_cmap("tab20" if len(names) > 10 else "tab10")
-        t = draw.t.numpy()
+        colours = [palette(k % palette.N) for k in range(len(names))]
+        t = samples.t.numpy()
         edges = np.append(t, 0.0)
         for i, (axes, side) in enumerate(rows):
             axes.stackplot(
                 t,
-                draw.alpha[:, i].T.numpy(),
-                colors=[palette(k % palette.N) for k in range(len(names))],
-                labels=names if i == 0 else [],
+                samples.alpha[:, i].T.numpy(),
+                colors=colours,
+                labels=[_literal(name) for name in names] if i == 0 else [],
             )
-            for n, chosen in enumerate(draw.chosen[:, i].numpy()):
-                axes.fill_between(
-                    [edges[n], edges[n + 1]],
-                    -0.22,
-                    -0.06,
-                    color=palette(int(chosen.argmax()) % palette.N),
-                    linewidth=0,
-                )
+            for n, chosen in enumerate(samples.chosen[:, i].numpy()):
+                colour = colours[int(chosen.argmax())]
+                axes.fill_between(edges[n : n + 2], -0.22, -0.06, color=colour, linewidth=0)
             axes.set_xlim(1, 0)
             axes.set_ylim(-0.24, 1)
             axes.set_yticks([0, 1])
-            side.imshow(_displayed(draw, i), cmap="gray", vmin=0, vmax=255)
+            side.imshow(_displayed(samples, i), cmap="gray", vmin=0, vmax=255)
             side.axis("off")
-        rows[-1, 0].set_xlabel("t   (strip: the expert that moved the image)")
+        rows[-1, 0].set_xlabel("t   (strip: the expert that updated the image)")
         figure.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(5, len(names)), fontsize=8.5
         )
@@ -187,9 +179,11 @@ def alpha_over_time(draw: SampleSet, names: Sequence[str], images: int = 4) -> F
 
 def losses(folder: Path) -> Figure:
     """The training losses of a run's experts and router."""
-    files = sorted((folder / "experts").glob("*/losses.txt")) + sorted(
-        (folder / "router").glob("*/losses.txt")
-    )
+    files = [
+        file
+        for part in ("experts", "router")
+        for file in sorted(folder.glob(f"{part}/*/losses.txt"))
+    ]
     with plt.rc_context(STYLE):
         figure, pair = plt.subplots(1, 2, figsize=(8.4, 3.2))
         for file in files:
@@ -208,8 +202,25 @@ def losses(folder: Path) -> Figure:
         return figure
 
 
-def _displayed(draw: SampleSet, i: int) -> np.ndarray:
-    image = draw.images[i].permute(1, 2, 0).numpy()
+def _points(
+    evaluation: Evaluation,
+    method: str,
+    value: Callable[[Cell], float | None],
+    sampler: str | None,
+) -> dict[int, Spread]:
+    """A measure of a method by the number of steps, if it was measured."""
+    found = {n: evaluation.over_seeds(method, n, value, sampler) for n in evaluation.steps}
+    return {n: spread for n, spread in found.items() if spread is not None}
+
+
+def _literal(name: str) -> str:
+    """A cluster's name as matplotlib shows it: no formula between dollars, no underscore that hides it."""
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
+def _displayed(samples: SampleSet, i: int) -> np.ndarray:
+    image = samples.images[i].permute(1, 2, 0).numpy()
     return image[:, :, 0] if image.shape[2] == 1 else image
 
 

@@ -1,8 +1,8 @@
-"""`report.html`, one file that needs no other, and the tables of the terminal."""
+"""`report.html`, a self-contained file, and the tables of the terminal."""
 
 import base64
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ddm.artifacts import replaced
 from ddm.partition import Partition
 from serve.model.images import contact_sheet, write_png
 from train.evaluation import plots
@@ -24,7 +25,7 @@ class _Measure(NamedTuple):
     note: str
     value: Callable[[Cell], float | None]
     form: str
-    best: Callable[..., float] | None  # which of a column is the best, if any
+    best: Callable[..., float] | None  # which value of a column is in bold, if any
 
 
 _FRECHET = _Measure(
@@ -33,6 +34,13 @@ _FRECHET = _Measure(
 _ERROR = _Measure(
     "Trajectory error E(N)", "lower is better", lambda cell: cell.trajectory_error, ".4f", min
 )
+_CONFIDENCE = _Measure(
+    "Mean confidence of the classifier",
+    "",
+    lambda cell: first_score(cell).confidence,
+    ".3f",
+    None,
+)
 _MEASURES = [
     _FRECHET,
     _Measure(
@@ -40,7 +48,7 @@ _MEASURES = [
     ),
     _Measure(
         "Coverage",
-        "of real images by drawn ones; higher is better",
+        "of the real images by the samples; higher is better",
         lambda cell: first_score(cell).coverage,
         ".3f",
         max,
@@ -52,15 +60,9 @@ _MEASURES = [
         ".2f",
         max,
     ),
-    _Measure(
-        "Mean confidence of the classifier",
-        "",
-        lambda cell: first_score(cell).confidence,
-        ".3f",
-        None,
-    ),
+    _CONFIDENCE,
     _ERROR,
-    _Measure("Expert NFE per image", "", lambda cell: cell.calls, ".0f", None),
+    _Measure("NFE per image", "", lambda cell: cell.nfe, ".0f", None),
 ]
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 66rem; margin: 2rem auto;
@@ -76,65 +78,80 @@ pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; 
 
 
 def print_tables(evaluation: Evaluation) -> None:
-    """The Frechet distances and the trajectory errors, on standard output."""
+    """Print the Frechet distances and the trajectory errors."""
     console = Console(width=100)
-    steps, sampler = evaluation.steps, next(iter(evaluation.samplers))
-    features = next(iter(evaluation.features.values()))
-    for measure, last_column in ((_FRECHET, f"calls at {steps[-1]}"), (_ERROR, "falls as")):
-        table = Table(
-            title=f"{measure.title}, {measure.note}", box=box.SIMPLE_HEAD, title_justify="left"
-        )
-        table.add_column("method")
-        for column in [*(f"{n} steps" for n in steps), last_column]:
-            table.add_column(column, justify="right")
-        for method in evaluation.versions:
-            if measure is _FRECHET:
-                last = shown(
-                    evaluation.over_seeds(method, steps[-1], lambda cell: cell.calls), ".0f"
-                )
-            elif method in evaluation.fits:
-                last = f"N^{-evaluation.fits[method][sampler].exponent:.2f}"
-            else:
-                continue
-            cells = (
-                shown(evaluation.over_seeds(method, n, measure.value), measure.form) for n in steps
-            )
-            table.add_row(method, *cells, last)
-        console.print(table)
-    middle = min(steps, key=lambda n: abs(n - 25))
+    steps = evaluation.steps
+    console.print(_terminal_table(evaluation, _FRECHET, f"NFE at {steps[-1]}", _nfe_at_most_steps))
+    console.print(_terminal_table(evaluation, _ERROR, "falls as", _exponent))
     for method in evaluation.versions:
-        score = next(
-            first_score(c) for c in evaluation.cells if (c.method, c.steps) == (method, middle)
-        )
-        if (
-            features.real_confidence
-            and features.real_class_frequencies
-            and score.confidence
-            and score.class_frequencies
-        ):
-            ratios = [
-                share / real
-                for share, real in zip(
-                    score.class_frequencies, features.real_class_frequencies, strict=True
-                )
-                if real > 0
-            ]
-            console.print(
-                f"{method:10} at {middle} steps: the classifier is {score.confidence / features.real_confidence:.3f} times "
-                f"as sure as of unseen real images; classes come {min(ratios):.2f} to {max(ratios):.2f} times as often",
-                soft_wrap=True,
-            )
+        line = _classes_line(evaluation, method, _middle(steps))
+        if line is not None:
+            console.print(line, soft_wrap=True)
     seeds = f" and seed, {evaluation.seeds} seeds" if evaluation.seeds > 1 else ""
-    console.print(f"{evaluation.n} images a cell{seeds}; features: {features.what}", style="dim")
+    features = next(iter(evaluation.features.values()))
+    console.print(f"{evaluation.n} images per cell{seeds}; features: {features.what}", style="dim")
+
+
+def _terminal_table(
+    evaluation: Evaluation,
+    measure: _Measure,
+    last_column: str,
+    last: Callable[[Evaluation, str], str],
+) -> Table:
+    """One measure with a row per method that it was measured for, and one more column."""
+    steps = evaluation.steps
+    title = f"{measure.title}, {measure.note}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("method")
+    for column in [*(f"{n} steps" for n in steps), last_column]:
+        table.add_column(column, justify="right")
+    for method in evaluation.versions:
+        found = [evaluation.over_seeds(method, n, measure.value) for n in steps]
+        if found[-1] is not None:
+            cells = [shown(value, measure.form) for value in found]
+            table.add_row(method, *cells, last(evaluation, method))
+    return table
+
+
+def _nfe_at_most_steps(evaluation: Evaluation, method: str) -> str:
+    return shown(evaluation.over_seeds(method, evaluation.steps[-1], lambda cell: cell.nfe), ".0f")
+
+
+def _exponent(evaluation: Evaluation, method: str) -> str:
+    fit = evaluation.fits[method][next(iter(evaluation.samplers))]
+    return f"N^{-fit.exponent:.2f}"
+
+
+def _classes_line(evaluation: Evaluation, method: str, steps: int) -> str | None:
+    """How a classifier sees a method's samples; None without a classifier."""
+    real = next(iter(evaluation.features.values()))
+    cells = [cell for cell in evaluation.cells if (cell.method, cell.steps) == (method, steps)]
+    score = first_score(cells[0])
+    if not real.real_confidence or not real.real_class_frequencies:
+        return None
+    if not score.confidence or not score.class_frequencies:
+        return None
+    pairs = zip(score.class_frequencies, real.real_class_frequencies, strict=True)
+    ratios = [found / expected for found, expected in pairs if expected > 0]
+    return (
+        f"{method:10} at {steps} steps: mean confidence of the classifier is "
+        f"{score.confidence / real.real_confidence:.3f} times that on unseen real images; classes occur "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times as often"
+    )
+
+
+def _middle(steps: Sequence[int]) -> int:
+    """The number of steps that images are shown at: the closest to 25."""
+    return min(steps, key=lambda n: abs(n - 25))
 
 
 def first_score(cell: Cell) -> Score:
-    """The score by the first of the features."""
+    """The score by the first feature network."""
     return next(iter(cell.scores.values()))
 
 
 def shown(value: Spread | None, form: str) -> str:
-    """A measure as text, with its standard deviation over the seeds where there are several."""
+    """A measure as text, with its standard deviation over the seeds if there are several."""
     if value is None:
         return "–"
     spread = f" ± {value.deviation:{form}}" if value.deviation else ""
@@ -142,138 +159,195 @@ def shown(value: Spread | None, form: str) -> str:
 
 
 def write_report(
-    path: Path, evaluation: Evaluation, drawn: Mapping[tuple[str, int], SampleSet]
+    path: Path, evaluation: Evaluation, samples: Mapping[tuple[str, int], SampleSet]
 ) -> None:
-    """Write `report.html`; its images also lie in `evaluate/plots/`."""
-    folder, plotted = path.parent, path.parent / "evaluate" / "plots"
+    """Write `report.html`, whose images are also in `evaluate/plots/`; `samples` by method and steps."""
+    folder = path.parent
+    plotted = folder / "evaluate" / "plots"
     cut = Partition.read(folder / "partition")
-    middle = min(evaluation.steps, key=lambda n: abs(n - 25))
-    rows = {name: drawn[name, middle] for name in evaluation.versions}
-    best = rows.get("balanced-cv", rows[next(iter(rows))])
-    plots.save(plotted / "frechet.png", plots.frechet(evaluation))
-    plots.save(plotted / "trajectory.png", plots.trajectory(evaluation))
-    single = {name: draw for name, draw in rows.items() if name not in ("DDIM", "full")} or rows
-    plots.save(plotted / "load.png", plots.load(single, cut.names, cut.pi.tolist()))
-    followed = {
-        name: draw
-        for name, draw in rows.items()
-        if name in ("MoG-a", "MoG-da", "balanced", "balanced-cv")
-    } or rows
-    plots.save(plotted / "certainty.png", plots.certainty(followed))
-    plots.save(plotted / "alpha.png", plots.alpha_over_time(best, cut.names))
-    plots.save(plotted / "losses.png", plots.losses(folder))
+    middle = _middle(evaluation.steps)
+    rows = {name: samples[name, middle] for name in evaluation.versions}
+    _write_plots(plotted, folder, evaluation, cut, rows)
     sheets = {
-        "images": best.images[:48].split(12),
-        "methods": [draw.images[:12] for draw in rows.values()],
+        "images": rows[_shown_method(evaluation)].images[:48].split(12),
+        "methods": [one.images[:12] for one in rows.values()],
         "clusters": [cut.cluster(folder / "partition", k)["images"][:12] for k in range(cut.k)],
     }
     for name, sheet in sheets.items():
         write_png(plotted / f"{name}.png", contact_sheet(sheet, least_side=64))
-    scratch = path.with_suffix(".part")
-    scratch.write_text(_page(evaluation, cut, plotted, middle))
-    scratch.replace(path)
+    with replaced(path) as scratch:
+        scratch.write_text(_page(evaluation, cut, plotted, middle), encoding="utf-8")
+
+
+def _shown_method(evaluation: Evaluation) -> str:
+    """The method whose samples are shown."""
+    names = list(evaluation.versions)
+    return "balanced-cv" if "balanced-cv" in names else names[0]
+
+
+def _write_plots(
+    plotted: Path,
+    folder: Path,
+    evaluation: Evaluation,
+    cut: Partition,
+    rows: Mapping[str, SampleSet],
+) -> None:
+    routed = {name: one for name, one in rows.items() if name not in ("DDIM", "full")}
+    with_alpha = ("MoG-a", "MoG-da", "balanced", "balanced-cv")
+    followed = {name: one for name, one in rows.items() if name in with_alpha}
+    figures = {
+        "frechet": plots.frechet(evaluation),
+        "trajectory": plots.trajectory(evaluation),
+        "load": plots.load(routed or rows, cut.names, cut.pi.tolist()),
+        "certainty": plots.certainty(followed or rows),
+        "alpha": plots.alpha_over_time(rows[_shown_method(evaluation)], cut.names),
+        "losses": plots.losses(folder),
+    }
+    for name, figure in figures.items():
+        plots.save(plotted / f"{name}.png", figure)
 
 
 def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) -> str:
-    config = evaluation.config
-    name = html.escape(Path(config["run"]).name)
-    *_, last = evaluation.versions
-    sampler = next(iter(evaluation.samplers))
-    features = next(iter(evaluation.features.values()))
-    seen = evaluation.images_seen
-    trained = f"Images seen in training: {seen[last]:,}"
-    trained += (
-        f" by the experts together, {seen['DDIM']:,} by the one model of the row DDIM."
-        if last != "DDIM" and "DDIM" in seen
-        else "."
-    )
-    fits = "".join(
-        f"<tr><td class=name>{row}</td><td>{fit.exponent:.2f}</td><td>{fit.constant:.3g}</td><td>{fit.r2:.3f}</td></tr>"
-        for row, by_sampler in evaluation.fits.items()
-        for fit in [by_sampler[sampler]]
-    )
-    clusters = "; ".join(
-        f"{cluster} ({size})" for cluster, size in zip(cut.names, cut.sizes, strict=True)
-    )
-    shape = " × ".join(map(str, cut.shape))
+    name = html.escape(Path(evaluation.config["run"]).name)
     parts = [
-        f"<h1>{name}</h1>",
-        f"<p class=facts>{cut.k} experts on {sum(cut.sizes):,} images of {shape}; "
-        f"bundle {evaluation.versions[last][:12]}. {trained}</p>",
-        _image(
-            plotted,
-            "images",
-            f"48 images drawn with balanced and control_variate=gaussian in {middle} steps",
-        ),
-        "<h2>How good are the images?</h2>",
-        f"<p>{evaluation.n} images a cell, all methods from the same noise, sampler {sampler}. "
-        f"Features: {html.escape(features.what)}; figures made with other features cannot be compared with these.</p>",
-        *(_table(evaluation, measure) for measure in _MEASURES),
-        _image(plotted, "frechet", "Fréchet distance over steps"),
-        "<h2>How far from the mixture's own path?</h2>",
-        "<p>Mean square distance, a number of the data, between where a path ends and where the full mixture's path of "
-        f"{config['evaluate']['reference_steps']} steps from the same noise ends, over "
-        f"{config['evaluate']['trajectories']} paths. "
-        "Lines are power laws E(N) = C N<sup>−p</sup>, fitted in log E over log N.</p>",
-        _image(plotted, "trajectory", "Trajectory error over steps with fitted power laws"),
-        f"<table><tr><th class=name>method<th>p<th>C<th>R²</tr>{fits}</table>",
-        "<h2>Who moves the images?</h2>",
-        f"<p>At {middle} steps.</p>",
-        _image(plotted, "load", "Share of the calls by expert"),
-        _image(plotted, "certainty", "Mean largest alpha over time"),
-        "<p>Four of these images: alpha over time, and the expert that moved each at every step.</p>",
-        _image(plotted, "alpha", "Alpha over time for four images"),
-        "<h2>The same noise, every method</h2>",
-        f"<p>Rows from the top, {middle} steps: {', '.join(evaluation.versions)}. A column is one noise.</p>",
-        _image(plotted, "methods", "One row a method"),
-        f"<h2>The clusters</h2><p>Rows from the top: {html.escape(clusters)}.</p>",
-        _image(plotted, "clusters", "Images of each cluster"),
+        *_head_parts(evaluation, cut, plotted, middle, name),
+        *_quality_parts(evaluation, plotted),
+        *_trajectory_parts(evaluation, plotted),
+        *_expert_parts(evaluation, plotted, middle),
+        *_image_parts(evaluation, cut, plotted, middle),
         "<h2>Training</h2>",
         _image(plotted, "losses", "Training losses"),
         "<details><summary>config.yaml</summary>"
-        f"<pre>{html.escape(yaml.safe_dump(config, sort_keys=False))}</pre></details>",
+        f"<pre>{html.escape(yaml.safe_dump(evaluation.config, sort_keys=False))}</pre></details>",
     ]
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'>"
         f"<title>{name}: ddm report</title><style>{_CSS}</style><body>{''.join(parts)}</body></html>\n"
     )
 
 
+def _head_parts(
+    evaluation: Evaluation, cut: Partition, plotted: Path, middle: int, name: str
+) -> list[str]:
+    *_, last = evaluation.versions
+    seen = evaluation.images_seen
+    trained = f"Images seen in training: {seen[last]:,}"
+    if last != "DDIM" and "DDIM" in seen:
+        trained += f" by all experts together, {seen['DDIM']:,} by the single model of the row DDIM"
+    experts = "1 expert" if cut.k == 1 else f"{cut.k} experts"
+    shape = " × ".join(map(str, cut.shape))
+    method = _shown_method(evaluation)
+    return [
+        f"<h1>{name}</h1>",
+        f"<p class=facts>{experts}, {sum(cut.sizes):,} images of {shape}; "
+        f"bundle {evaluation.versions[last][:12]}. {trained}.</p>",
+        _image(plotted, "images", f"Samples of {method} in {middle} steps"),
+        f"<p class=facts>Samples of {method} in {middle} steps.</p>",
+    ]
+
+
+def _quality_parts(evaluation: Evaluation, plotted: Path) -> list[str]:
+    sampler = next(iter(evaluation.samplers))
+    features = next(iter(evaluation.features.values()))
+    seeds = f" for each of {evaluation.seeds} seeds" if evaluation.seeds > 1 else ""
+    return [
+        "<h2>Image quality</h2>",
+        f"<p>{evaluation.n} images per cell{seeds}; all methods start from the same noise; sampler {sampler}. "
+        f"Features: {html.escape(features.what)}; figures made with other features are not comparable. "
+        f"Fréchet distances are to {html.escape(features.reference)}.</p>",
+        *(_table(evaluation, measure) for measure in _MEASURES),
+        _image(plotted, "frechet", "Fréchet distance over the number of steps"),
+    ]
+
+
+def _trajectory_parts(evaluation: Evaluation, plotted: Path) -> list[str]:
+    if not evaluation.fits:
+        return []
+    sampler = next(iter(evaluation.samplers))
+    cfg = evaluation.config["evaluate"]
+    fits = "".join(
+        f"<tr><td class=name>{row}</td><td>{fit.exponent:.2f}</td>"
+        f"<td>{fit.constant:.3g}</td><td>{fit.r2:.3f}</td></tr>"
+        for row, by_sampler in evaluation.fits.items()
+        for fit in [by_sampler[sampler]]
+    )
+    return [
+        "<h2>Distance from the full mixture's trajectories</h2>",
+        f"<p>E(N) is the mean squared difference per pixel value between the final images of a method in N "
+        f"steps and those of the full mixture in {cfg['reference_steps']} steps from the same noise, over "
+        f"{cfg['trajectories']} trajectories. "
+        "Lines are power laws E(N) = C N<sup>−p</sup>, fitted to log E over log N.</p>",
+        _image(plotted, "trajectory", "Trajectory error over steps with fitted power laws"),
+        "<div class=scroll><table><tr><th class=name>method<th>p<th>C<th>R²</tr>"
+        f"{fits}</table></div>",
+    ]
+
+
+def _expert_parts(evaluation: Evaluation, plotted: Path, middle: int) -> list[str]:
+    return [
+        "<h2>Which experts are evaluated</h2>",
+        f"<p>At {middle} steps: the fraction of all NFE that each expert has, beside its mixture weight pi.</p>",
+        _image(plotted, "load", "Fraction of all NFE by expert"),
+        "<p>The largest alpha, averaged over the images.</p>",
+        _image(plotted, "certainty", "Mean of the largest alpha over time"),
+        f"<p>Four images of {_shown_method(evaluation)}: alpha over time, and the expert that updated the "
+        "image at each step.</p>",
+        _image(plotted, "alpha", "Alpha over time for four images"),
+    ]
+
+
+def _image_parts(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) -> list[str]:
+    pairs = zip(cut.names, cut.sizes, strict=True)
+    clusters = "; ".join(f"{cluster} ({size:,} images)" for cluster, size in pairs)
+    return [
+        "<h2>The same noise, every method</h2>",
+        f"<p>Rows from the top, at {middle} steps: {', '.join(evaluation.versions)}. "
+        "The images of a column start from the same noise.</p>",
+        _image(plotted, "methods", "One row per method"),
+        "<h2>The clusters</h2>",
+        f"<p>Rows from the top: {html.escape(clusters)}.</p>",
+        _image(plotted, "clusters", "Images of each cluster"),
+    ]
+
+
 def _table(evaluation: Evaluation, measure: _Measure) -> str:
-    """One measure, methods down and steps across, the best of a column in bold; nothing where it was not measured."""
-    rows, steps = [], evaluation.steps
+    """One measure with a row per method and a column per number of steps; empty if it was not measured.
+
+    The best of a column is in bold.
+    """
+    steps = evaluation.steps
     columns = {
         n: {name: evaluation.over_seeds(name, n, measure.value) for name in evaluation.versions}
         for n in steps
     }
+    rows = []
     for name in evaluation.versions:
         if any(columns[n][name] is None for n in steps):
             continue
-        numbers = "".join(
+        cells = [
             f"<td{_bold(columns[n], name, measure)}>{shown(columns[n][name], measure.form)}</td>"
             for n in steps
-        )
-        rows.append(
-            f"<tr><td class=name>{name}</td><td class=meaning>{MEANING.get(name, '')}</td>{numbers}</tr>"
-        )
+        ]
+        meaning = f"<td class=name>{name}</td><td class=meaning>{MEANING.get(name, '')}</td>"
+        rows.append(f"<tr>{meaning}{''.join(cells)}</tr>")
     if not rows:
         return ""
     note = measure.note
-    sure = next(iter(evaluation.features.values())).real_confidence
-    if measure.title.startswith("Mean confidence") and sure is not None:
-        note = f"on real images it never saw: {sure:.3f}"
-    head = "".join(f"<th>{n} steps" for n in steps)
+    real = next(iter(evaluation.features.values())).real_confidence
+    if measure is _CONFIDENCE and real is not None:
+        note = f"on real images that it was not trained on: {real:.3f}"
     caption = f"<caption>{measure.title} <small>{note}</small></caption>"
-    return f"<div class=scroll><table>{caption}<tr><th class=name>method<th>{head}</tr>{''.join(rows)}</table></div>"
+    columns_head = "".join(f"<th>{n} steps" for n in steps)
+    head = f"<tr><th class=name>method<th>{columns_head}</tr>"
+    return f"<div class=scroll><table>{caption}{head}{''.join(rows)}</table></div>"
 
 
 def _bold(column: Mapping[str, Spread | None], name: str, measure: _Measure) -> str:
+    if measure.best is None:
+        return ""
     values = {method: value.mean for method, value in column.items() if value is not None}
-    return (
-        " class=best"
-        if measure.best is not None and values[name] == measure.best(values.values())
-        else ""
-    )
+    return " class=best" if values[name] == measure.best(values.values()) else ""
 
 
 def _image(plotted: Path, name: str, alt: str) -> str:

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data."""
+"""The results of an evaluation, as plain data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ddm.measures import PowerLaw
 
 @dataclass
 class Score:
-    """What was measured of a draw with one feature network; None where the features have no logits."""
+    """What was measured of a set of samples with one feature network; None if it has no logits."""
 
     frechet: float
     kid: float
@@ -21,38 +21,37 @@ class Score:
     coverage: float
     inception_score: float | None
     confidence: float | None  # the mean of the classifier's largest probability
-    class_frequencies: list[float] | None  # of the classes, by the classifier
+    class_frequencies: list[float] | None  # of the classes that the classifier assigns
 
 
 @dataclass
 class Cell:
-    """What was measured of one draw."""
+    """What was measured of one set of samples."""
 
     method: str
     sampler: str
     steps: int
     seed: int
-    calls: float  # expert evaluations an image
-    trajectory_error: (
-        float | None
-    )  # None where the method has no reference, or the paths are another seed's
-    scores: dict[str, Score]  # by the name of the features
+    nfe: float  # expert evaluations per image
+    # None if the method has no reference, or the reference trajectories have another seed:
+    trajectory_error: float | None
+    scores: dict[str, Score]  # by the name of the feature network
 
 
 @dataclass
 class Features:
-    """A feature network, and the real images that the drawn ones were held against."""
+    """A feature network, and the real images that the samples were compared with."""
 
     what: str  # in words
-    file: str | None  # the SHA-256 of its file; None for one that was trained on the spot
+    file: str | None  # the SHA-256 of its file; None if it was trained in the evaluation
     reference: str  # what the Frechet distance is to
     reference_file: str | None  # the SHA-256 of the reference's file
-    real_confidence: float | None  # the classifier's, on images it never saw
+    real_confidence: float | None  # the classifier's, on images it was not trained on
     real_class_frequencies: list[float] | None  # of the classes
 
 
 class Spread(NamedTuple):
-    """A measure over the seeds: its mean, and its standard deviation where there are several."""
+    """A measure over the seeds: its mean, and its standard deviation if there are several."""
 
     mean: float
     deviation: float | None
@@ -63,21 +62,19 @@ class Evaluation:
     """All that was measured, as plain data."""
 
     config: dict[str, Any]
-    versions: dict[str, str]  # a method, its bundle's SHA-256
-    images_seen: dict[
-        str, int
-    ]  # a method, the images its networks saw in training, the router's not counted
+    versions: dict[str, str]  # by method, its bundle's SHA-256
+    images_seen: dict[str, int]  # by method, in the training of its experts, the router not counted
     features: dict[str, Features]  # by name; the first one's figures come first
     samplers: dict[str, dict[str, Any]]  # by name, their settings
-    n: int  # images a cell and seed
+    n: int  # images per cell and seed
     seeds: int
-    precision: str  # of the networks while drawing
+    precision: str  # of the networks while sampling
     cells: list[Cell]
     fits: dict[str, dict[str, PowerLaw]]  # by method and sampler, E(N) = constant N^-exponent
 
     @property
     def steps(self) -> list[int]:
-        """The numbers of steps, rising."""
+        """The numbers of steps, in ascending order."""
         return sorted({cell.steps for cell in self.cells})
 
     def over_seeds(
@@ -87,11 +84,14 @@ class Evaluation:
         value: Callable[[Cell], float | None],
         sampler: str | None = None,
     ) -> Spread | None:
-        """A measure of a cell of the table, with the first sampler where none is named; None where it was not measured."""
+        """A measure of a cell of the table, by default with the first sampler; None if it was not measured."""
         wanted = (method, steps, sampler or next(iter(self.samplers)))
         cells = [cell for cell in self.cells if (cell.method, cell.steps, cell.sampler) == wanted]
-        values = [found for cell in cells if (found := value(cell)) is not None]
-        return Spread(mean(values), stdev(values) if len(values) > 1 else None) if values else None
+        measured = [value(cell) for cell in cells]
+        values = [found for found in measured if found is not None]
+        if not values:
+            return None
+        return Spread(mean(values), stdev(values) if len(values) > 1 else None)
 
     @staticmethod
     def read(path: Path) -> "Evaluation":
@@ -100,20 +100,17 @@ class Evaluation:
 
     @staticmethod
     def of(facts: dict[str, Any]) -> "Evaluation":
-        """From plain data; what it holds besides is left out."""
-        cfg = {name: facts[name] for name in Evaluation.__dataclass_fields__}
-        cells = [
-            Cell(
-                **{
-                    **cell,
-                    "scores": {name: Score(**score) for name, score in cell["scores"].items()},
-                }
-            )
-            for cell in cfg["cells"]
-        ]
-        fits = {
-            method: {name: PowerLaw(*fit) for name, fit in by_sampler.items()}
-            for method, by_sampler in cfg["fits"].items()
+        """From plain data; keys that are not fields of the class are ignored."""
+        known = {name: facts[name] for name in Evaluation.__dataclass_fields__}
+        known["cells"] = [_cell(cell) for cell in facts["cells"]]
+        known["fits"] = {
+            method: {sampler: PowerLaw(*fit) for sampler, fit in by_sampler.items()}
+            for method, by_sampler in facts["fits"].items()
         }
-        features = {name: Features(**found) for name, found in cfg["features"].items()}
-        return Evaluation(**{**cfg, "cells": cells, "fits": fits, "features": features})
+        known["features"] = {name: Features(**found) for name, found in facts["features"].items()}
+        return Evaluation(**known)
+
+
+def _cell(facts: dict[str, Any]) -> Cell:
+    scores = {name: Score(**score) for name, score in facts["scores"].items()}
+    return Cell(**{**facts, "scores": scores})

@@ -1,4 +1,4 @@
-"""The images that evaluation measures: drawn once, kept in files, each with a record of how it came about."""
+"""The samples that evaluation measures: made once, kept in files, each with a record of how it was made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +18,17 @@ from train.evaluation.methods import Method
 from train.launch import OnProgress, run_jobs
 from train.progress import bar
 
-_WORTH_A_PROCESS = (
-    100_000  # expert evaluations: with fewer, starting processes costs more time than they save
-)
+# Expert evaluations: for fewer, starting processes costs more time than they save.
+_WORTH_A_PROCESS = 100_000
+_FOLLOWED = 8  # images whose alpha and experts are kept at every step
 
 
 @dataclass(frozen=True)
 class SampleSpec:
     """A cell of the table at one seed: a method with a sampler at a number of steps, n images.
 
-    `settings` are those of `sample`, all that matter. The ends of the first `paths` are kept as float.
+    `settings` are those of `sample`, complete. The final x of the first `trajectories` images is
+    kept as float.
     """
 
     method: Method
@@ -35,125 +36,128 @@ class SampleSpec:
     steps: int
     seed: int
     n: int
-    paths: int
+    trajectories: int
     settings: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """What the draw's files are called."""
+        """What the files of the samples are called."""
         return f"{self.method.name}-{self.sampler}-{self.steps}-seed{self.seed}"
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of sampling: the sampler's, and above them the method's."""
+        return {**self.settings, **self.method.settings, "steps": self.steps}
+
+    @property
     def facts(self) -> dict[str, Any]:
-        """All that makes the draw what it is, but for the precision."""
-        settings = {**self.settings, **self.method.settings, "steps": self.steps}
+        """All that the samples depend on, except the precision."""
         return {
             "version": self.method.version,
             "seed": self.seed,
             "n": self.n,
-            "paths": self.paths,
-            **settings,
+            "trajectories": self.trajectories,
+            **self.parameters,
         }
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """What a draw gave."""
+    """Samples, and how they came about: N steps, K experts."""
 
     images: Tensor  # uint8 [n, C, H, W]
-    ends: Tensor  # [paths, C, H, W], where the first paths ended
+    ends: Tensor  # [trajectories, C, H, W], the final x
     t: Tensor  # [N]
-    load: Tensor  # [N, K], the share of the images that each expert moved
+    load: Tensor  # [N, K], the fraction of the images that each expert was evaluated for
     certainty: Tensor  # [N], the mean of the largest alpha
     alpha: Tensor  # [N, 8, K], of the first images
     chosen: Tensor  # uint8 [N, 8, K]
-    calls: float  # expert evaluations an image
+    nfe: float  # expert evaluations per image
 
 
 class SampleStore:
-    """A folder of draws, all made on one device in one precision, in batches of so many."""
+    """A folder of samples, all made on one device in one precision, in batches of one size."""
 
     def __init__(self, folder: Path, device: str, precision: Precision, batch: int) -> None:
-        self.folder, self.device, self.precision, self.batch = folder, device, precision, batch
+        self.folder = folder
+        self.device = device
+        self.precision = precision
+        self.batch = batch
 
     def make(
-        self, draws: Sequence[SampleSpec], calls_per_step: Sequence[float], workers: int
+        self, specs: Sequence[SampleSpec], nfe_per_step: Sequence[float], workers: int
     ) -> None:
-        """Draw what is not there yet, the longest first. Raises `DdmError` naming the draw that failed."""
+        """Sample what is not there yet, the longest first. Raises `DdmError` naming what failed."""
         todo = [
-            (round(d.n * d.steps * calls), d)
-            for d, calls in zip(draws, calls_per_step, strict=True)
-            if not self._is_made(d)
+            (round(spec.n * spec.steps * nfe), spec)
+            for spec, nfe in zip(specs, nfe_per_step, strict=True)
+            if not self._is_made(spec)
         ]
-        todo.sort(key=lambda job: -job[0])
         if not todo:
             return
-        with bar("evaluate: drawing", sum(cost for cost, _ in todo)) as advance:
-            few = sum(cost for cost, _ in todo) < _WORTH_A_PROCESS
-            results = run_jobs(
-                partial(_work, self), todo, 1 if few else min(workers, len(todo)), advance
-            )
-        for (_, draw), result in zip(todo, results, strict=True):
+        todo.sort(key=lambda job: -job[0])
+        total = sum(nfe for nfe, _ in todo)
+        workers = 1 if total < _WORTH_A_PROCESS else min(workers, len(todo))
+        with bar("evaluate: sampling", total) as advance:
+            results = run_jobs(partial(_work, self), todo, workers, advance)
+        for (_, spec), result in zip(todo, results, strict=True):
             if isinstance(result, Exception):
-                raise DdmError(f"drawing {draw.name} failed: {result}") from result
+                raise DdmError(f"sampling {spec.name} failed: {result}") from result
 
-    def read(self, draw: SampleSpec) -> SampleSet:
-        """What a draw gave. Raises `ArtifactError` where it is not there."""
-        facts = read_json(self.stem(draw).with_suffix(".json"))
-        return SampleSet(
-            **read_tensors(self.stem(draw).with_suffix(".safetensors")), calls=facts["calls"]
-        )
+    def read(self, spec: SampleSpec) -> SampleSet:
+        """The samples. Raises `ArtifactError` if they are not there."""
+        nfe = read_json(self.file(spec, ".json"))["nfe"]
+        return SampleSet(**read_tensors(self.file(spec, ".safetensors")), nfe=nfe)
 
-    def draw(self, draw: SampleSpec, cost: int, on_progress: OnProgress) -> None:
-        """Make one draw and write its files."""
-        model = _model(draw.method.run, self.device)
-        settings = {**draw.settings, **draw.method.settings, "steps": draw.steps}
-        with torch.autocast(
-            model.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"
-        ):
+    def sample(self, spec: SampleSpec, total_nfe: int, on_progress: OnProgress) -> None:
+        """Make one set of samples and write its files; progress is reported in shares of `total_nfe`."""
+        model = _model(spec.method.run, self.device)
+        nfe_per_step = total_nfe / (spec.n * spec.steps)
+        half = self.precision == "bf16-mixed"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             images, trace = model.sample(
-                draw.n,
-                seed=draw.seed,
+                spec.n,
+                seed=spec.seed,
                 batch=self.batch,
                 trace=True,
-                progress=lambda n: on_progress(n * cost / (draw.n * draw.steps)),
-                **settings,
+                progress=lambda n: on_progress(n * nfe_per_step),
+                **spec.parameters,
             )
         tensors = {
             "images": to_uint8(images),
-            "ends": images[: draw.paths],
+            "ends": images[: spec.trajectories],
             "t": trace.t,
             "load": trace.chosen.float().mean(dim=1),
             "certainty": trace.alpha.amax(dim=2).mean(dim=1),
-            "alpha": trace.alpha[:, :8],
-            "chosen": trace.chosen[:, :8].to(torch.uint8),
+            "alpha": trace.alpha[:, :_FOLLOWED],
+            "chosen": trace.chosen[:, :_FOLLOWED].to(torch.uint8),
         }
-        write_tensors(self.stem(draw).with_suffix(".safetensors"), tensors)
-        write_json(
-            self.stem(draw).with_suffix(".json"),
-            {**self.facts(draw), "calls": trace.calls / draw.n},
-        )
+        write_tensors(self.file(spec, ".safetensors"), tensors)
+        write_json(self.file(spec, ".json"), {**self.facts(spec), "nfe": trace.calls / spec.n})
 
-    def stem(self, draw: SampleSpec) -> Path:
-        """Where a draw's files lie, without their suffixes."""
-        return self.folder / draw.name
+    def file(self, spec: SampleSpec, suffix: str) -> Path:
+        """Where the samples, or their record, are."""
+        return self.folder / f"{spec.name}{suffix}"
 
-    def facts(self, draw: SampleSpec) -> dict[str, Any]:
-        """All that makes a draw what it is."""
-        return {**draw.facts, "precision": self.precision}
+    def facts(self, spec: SampleSpec) -> dict[str, Any]:
+        """All that the samples depend on."""
+        return {**spec.facts, "precision": self.precision}
 
-    def _is_made(self, draw: SampleSpec) -> bool:
-        path = self.stem(draw).with_suffix(".json")
-        return path.exists() and {
-            k: v for k, v in read_json(path).items() if k != "calls"
-        } == self.facts(draw)
+    def _is_made(self, spec: SampleSpec) -> bool:
+        record = self.file(spec, ".json")
+        if not record.exists() or not self.file(spec, ".safetensors").exists():
+            return False
+        facts = dict(read_json(record))
+        facts.pop("nfe", None)
+        return facts == self.facts(spec)
 
 
-def _work(draws: SampleStore, job: tuple[int, SampleSpec], on_progress: OnProgress) -> None:
-    draws.draw(job[1], job[0], on_progress)
+def _work(store: SampleStore, job: tuple[int, SampleSpec], on_progress: OnProgress) -> None:
+    total_nfe, spec = job
+    store.sample(spec, total_nfe, on_progress)
 
 
 @lru_cache(maxsize=2)
 def _model(run: str, device: str) -> Model:
-    """A run's model, loaded once a process."""
+    """A run's model, loaded once per process."""
     return load(run, device)

@@ -10,7 +10,7 @@ from torchmetrics.image.inception import InceptionScore
 
 from ddm.errors import ConfigError
 from ddm.measures import FrechetDistance, KernelDistance, neighbours
-from train.evaluation.features import NetworkFeatures
+from train.evaluation.feature_network import NetworkFeatures
 from train.evaluation.results import Score
 
 
@@ -21,6 +21,8 @@ class Scores:
     or to those of the real features if it is None. The kernel distance is over all pairs of images.
     Precision, recall and coverage compare as many real images as samples.
     """
+
+    VERSION = 2  # raise it when a measure changes: kept scores are then computed again
 
     def __init__(self, real: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> None:
         self.real = real

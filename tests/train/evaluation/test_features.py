@@ -1,4 +1,4 @@
-"""What images are judged by: the networks that `evaluate.features` names, and the real images they are held against."""
+"""The feature networks that `evaluate.features` names, and the real images that samples are compared with."""
 
 import json
 import shutil
@@ -15,11 +15,13 @@ from ddm.errors import ConfigError
 from ddm.partition import Partition
 from tests.train.conftest import frechet, gaussian, means_of
 from train.config import Config
-from train.evaluation.features import FeatureNetwork, feature_networks, held_out
+from train.evaluation.classifier import held_out
+from train.evaluation.feature_network import FeatureNetwork
+from train.evaluation.features import feature_networks
 from train.evaluation.measure import Measurement
 from train.evaluation.results import Cell, Evaluation
 
-Judge = Callable[..., Path]
+ScriptFile = Callable[..., Path]
 
 
 def measured(config: Config) -> Evaluation:
@@ -32,7 +34,7 @@ def one(record: Evaluation, method: str = "balanced", steps: int = 4) -> Cell:
 
 @pytest.fixture
 def copy(small_run: Path, tmp_path: Path) -> Path:
-    """A copy of the small run, with its draws."""
+    """A copy of the small run, with its samples."""
     return shutil.copytree(small_run, tmp_path / "run")
 
 
@@ -40,13 +42,13 @@ def real(folder: Path) -> torch.Tensor:
     return Partition.read(folder / "partition").all(folder / "partition")["images"]
 
 
-def drawn(folder: Path, method: str = "balanced", steps: int = 4) -> torch.Tensor:
+def sampled(folder: Path, method: str = "balanced", steps: int = 4) -> torch.Tensor:
     return read_tensors(
-        folder / "evaluate" / "draws" / f"{method}-dpmpp_2m-{steps}-seed0.safetensors"
+        folder / "evaluate" / "samples" / f"{method}-dpmpp_2m-{steps}-seed0.safetensors"
     )["images"]
 
 
-def test_the_classifier_tells_digits_apart_that_it_never_saw() -> None:
+def test_the_classifier_tells_unseen_digits_apart() -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -61,15 +63,15 @@ def test_the_classifier_tells_digits_apart_that_it_never_saw() -> None:
     assert (logits[unseen].argmax(dim=1) == labels[unseen]).float().mean() > 0.95
 
 
-def test_the_classifier_is_the_same_however_the_images_were_cut(
+def test_the_classifier_does_not_depend_on_the_clusters(
     copy: Path, small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judges: list[FeatureNetwork] = []
+    networks: list[FeatureNetwork] = []
     make = train.evaluation.measure.feature_networks
 
     def watched(*args: object) -> list[FeatureNetwork]:
-        judges.extend(make(*args))  # type: ignore[arg-type]
-        return judges[-1:]
+        networks.extend(make(*args))  # type: ignore[arg-type]
+        return networks[-1:]
 
     monkeypatch.setattr(train.evaluation.measure, "feature_networks", watched)
     words = (
@@ -83,17 +85,14 @@ def test_the_classifier_is_the_same_however_the_images_were_cut(
     images = torch.randint(0, 256, (30, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(
         torch.uint8
     )
-    (features, logits), (others, _) = (
-        (judged.features, judged.logits)
-        for judged in (judge(images, lambda _: None) for judge in judges)
-    )
+    (features, logits), (others, _) = (network(images, lambda _: None) for network in networks)
     assert features.equal(others)
     assert logits is not None and logits.std() > 0.1
     assert three.features == whole.features
     assert three.features["classifier"].real_confidence is not None
 
 
-def test_any_torchscript_network_can_judge(
+def test_any_torchscript_network_gives_features(
     copy: Path, small: Callable[..., Config], means: Path
 ) -> None:
     record = measured(small(copy, f"evaluate.features=[{means}]"))
@@ -111,14 +110,14 @@ def test_any_torchscript_network_can_judge(
         assert np.isfinite(
             [score.frechet, score.kid, score.precision, score.recall, score.coverage]
         ).all()
-    expected = frechet(gaussian(means_of(real(copy))), gaussian(means_of(drawn(copy))))
+    expected = frechet(gaussian(means_of(real(copy))), gaussian(means_of(sampled(copy))))
     assert one(record).scores["means"].frechet == pytest.approx(expected, rel=1e-4)
     assert list(json.loads((copy / "evaluate" / "record.json").read_text())["features"]) == [
         "means"
     ]
 
 
-def test_several_networks_judge_the_same_images_each_as_it_would_alone(
+def test_several_networks_score_each_as_it_would_alone(
     copy: Path, small: Callable[..., Config], means: Path, small_run: Path
 ) -> None:
     before = Evaluation.read(small_run / "evaluate" / "record.json")  # by the classifier alone
@@ -129,21 +128,21 @@ def test_several_networks_judge_the_same_images_each_as_it_would_alone(
         assert (
             cell.scores["classifier"] == one(before, cell.method, cell.steps).scores["classifier"]
         )
-    expected = frechet(gaussian(means_of(real(copy))), gaussian(means_of(drawn(copy))))
+    expected = frechet(gaussian(means_of(real(copy))), gaussian(means_of(sampled(copy))))
     assert one(record).scores["means"].frechet == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_folder_stands_for_the_torchscript_files_in_it(
-    copy: Path, small: Callable[..., Config], tmp_path: Path, judge: Judge
+def test_a_folder_means_the_torchscript_files_in_it(
+    copy: Path, small: Callable[..., Config], tmp_path: Path, script_file: ScriptFile
 ) -> None:
     for name, side in (("fine", 2), ("coarse", 8)):
-        judge(tmp_path / "judges" / f"{name}.pt", side)
-    (tmp_path / "judges" / "notes.txt").write_text("no network")
-    record = measured(small(copy, f"evaluate.features=[{tmp_path / 'judges'}]"))
+        script_file(tmp_path / "networks" / f"{name}.pt", side)
+    (tmp_path / "networks" / "notes.txt").write_text("not a network")
+    record = measured(small(copy, f"evaluate.features=[{tmp_path / 'networks'}]"))
     assert list(record.features) == ["coarse", "fine"]
     for name, side in (("fine", 2), ("coarse", 8)):
         expected = frechet(
-            gaussian(means_of(real(copy), side)), gaussian(means_of(drawn(copy), side))
+            gaussian(means_of(real(copy), side)), gaussian(means_of(sampled(copy), side))
         )
         assert one(record).scores[name].frechet == pytest.approx(expected, rel=1e-4)
 
@@ -161,7 +160,7 @@ def test_a_folder_without_a_network_is_refused(
     for words in ([], [str(tmp_path / "empty"), "classifier"]):
         config.evaluate.features = words
         if words:
-            config.evaluate.check_files("evaluate")  # another one judges
+            config.evaluate.check_files("evaluate")  # the other one is enough
         else:
             with pytest.raises(
                 ConfigError, match="evaluate.features must hold at least one network"
@@ -169,10 +168,10 @@ def test_a_folder_without_a_network_is_refused(
                 config.evaluate.check_files("evaluate")
 
 
-def test_distances_are_to_the_statistics_beside_a_network_where_there_are_any_and_else_to_the_run_s_images(
-    copy: Path, small: Callable[..., Config], tmp_path: Path, judge: Judge
+def test_distances_are_to_the_statistics_beside_a_network_or_to_the_run_s_images(
+    copy: Path, small: Callable[..., Config], tmp_path: Path, script_file: ScriptFile
 ) -> None:
-    plain, told = judge(tmp_path / "plain.pt"), judge(tmp_path / "told.pt")
+    plain, told = script_file(tmp_path / "plain.pt"), script_file(tmp_path / "told.pt")
     others = torch.randint(0, 256, (500, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(
         torch.uint8
     )
@@ -183,7 +182,7 @@ def test_distances_are_to_the_statistics_beside_a_network_where_there_are_any_an
         small(copy, f"evaluate.features=[{plain}, {told}]", "evaluate.reference=noise")
     )
     found, near, far = (
-        gaussian(means_of(drawn(copy))),
+        gaussian(means_of(sampled(copy))),
         gaussian(means_of(real(copy))),
         (mean, covariance),
     )
@@ -198,9 +197,9 @@ def test_distances_are_to_the_statistics_beside_a_network_where_there_are_any_an
 
 
 def test_changed_statistics_are_noticed(
-    copy: Path, small: Callable[..., Config], tmp_path: Path, judge: Judge
+    copy: Path, small: Callable[..., Config], tmp_path: Path, script_file: ScriptFile
 ) -> None:
-    network, statistics = judge(tmp_path / "judge.pt"), tmp_path / "some.judge.npz"
+    network, statistics = script_file(tmp_path / "own.pt"), tmp_path / "some.own.npz"
     config = small(
         copy,
         f"evaluate.features=[{network}]",
@@ -210,24 +209,24 @@ def test_changed_statistics_are_noticed(
     found = []
     for shift in (0.0, 1.0):
         np.savez(statistics, mu=np.full(12, shift), sigma=np.eye(12))
-        found.append(one(measured(config), "Naive").scores["judge"].frechet)
-    mean, covariance = gaussian(means_of(drawn(copy, "Naive")))
+        found.append(one(measured(config), "Naive").scores["own"].frechet)
+    mean, covariance = gaussian(means_of(sampled(copy, "Naive")))
     expected = [
         frechet((np.full(12, shift), np.eye(12)), (mean, covariance)) for shift in (0.0, 1.0)
     ]
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_statistics_that_hold_something_else_are_refused_by_their_file(
-    copy: Path, small: Callable[..., Config], tmp_path: Path, judge: Judge
+def test_wrong_statistics_are_refused_by_file(
+    copy: Path, small: Callable[..., Config], tmp_path: Path, script_file: ScriptFile
 ) -> None:
-    network = judge(tmp_path / "judge.pt")
+    network = script_file(tmp_path / "own.pt")
     config = small(copy, f"evaluate.features=[{network}]", "evaluate.reference=some")
-    np.savez(tmp_path / "some.judge.npz", mean=np.zeros(12))
-    with pytest.raises(ConfigError, match=r"some.judge.npz must be an .npz with mu and sigma"):
+    np.savez(tmp_path / "some.own.npz", mean=np.zeros(12))
+    with pytest.raises(ConfigError, match=r"some.own.npz must be an .npz with mu and sigma"):
         measured(config)
-    (tmp_path / "some.judge.npz").write_bytes(b"nothing of the kind")
-    with pytest.raises(ConfigError, match=r"some.judge.npz must be an .npz with mu and sigma"):
+    (tmp_path / "some.own.npz").write_bytes(b"not numpy")
+    with pytest.raises(ConfigError, match=r"some.own.npz must be an .npz with mu and sigma"):
         measured(config)
 
 
@@ -247,14 +246,14 @@ def test_inception_gives_features_and_logits_from_the_users_weights(
         torch.uint8
     )
     labelled = {"images": images, "cluster": torch.zeros(2)}
-    (judge,) = feature_networks(["inception"], str(tmp_path / "inception.pth"), labelled, 0, "cpu")
-    judged = judge(images, lambda _: None)
-    assert (judge.name, judge.what, judge.file) == (
+    (inception,) = feature_networks(
+        ["inception"], str(tmp_path / "inception.pth"), labelled, 0, "cpu"
+    )
+    found = inception(images, lambda _: None)
+    assert (inception.name, inception.what, inception.file) == (
         "inception",
         "Inception v3 (2015)",
         tmp_path / "inception.pth",
     )
-    assert judged.logits is not None
-    assert torch.allclose(
-        judged.logits, judged.features @ network.fc.weight.T, rtol=1e-3, atol=1e-4
-    )
+    assert found.logits is not None
+    assert torch.allclose(found.logits, found.features @ network.fc.weight.T, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What an evaluation records, beside the same figures computed another way, and what it does not compute twice."""
+"""What an evaluation records, against the same figures computed another way, and what it does not compute twice."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from train.evaluation.measure import Measurement, evaluate
 from train.evaluation.report import shown
 from train.evaluation.results import Cell, Evaluation, Score
 
-Judge = Callable[..., Path]
+ScriptFile = Callable[..., Path]
 NAMES = ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1", "full")
 NAIVE = {"source": "prior", "policy": "fixed", "control_variate": "none"}
 BALANCED = {"source": "combined", "policy": "balanced", "control_variate": "none"}
@@ -51,8 +51,8 @@ def one(
     return found
 
 
-def drawn(folder: Path, name: str) -> torch.Tensor:
-    return read_tensors(folder / "evaluate" / "draws" / f"{name}.safetensors")["images"]
+def sampled(folder: Path, name: str) -> torch.Tensor:
+    return read_tensors(folder / "evaluate" / "samples" / f"{name}.safetensors")["images"]
 
 
 def expected(run: Path, seed: int = 0, steps: int = 4, **settings: Any) -> torch.Tensor:
@@ -65,7 +65,7 @@ def real(folder: Path) -> torch.Tensor:
 
 @pytest.fixture
 def copy(small_run: Path, tmp_path: Path) -> Path:
-    """A copy of the small run, with its draws."""
+    """A copy of the small run, with its samples."""
     return shutil.copytree(small_run, tmp_path / "run")
 
 
@@ -74,9 +74,7 @@ def record(small_run: Path) -> Evaluation:
     return Evaluation.read(small_run / "evaluate" / "record.json")
 
 
-def test_the_recorded_distance_is_that_of_the_drawn_images(
-    small_run: Path, record: Evaluation
-) -> None:
+def test_the_recorded_distance_is_that_of_the_samples(small_run: Path, record: Evaluation) -> None:
     whole = Partition.read(small_run / "partition").all(small_run / "partition")
     order = whole["index"].argsort()
     (network,) = feature_networks(
@@ -84,7 +82,7 @@ def test_the_recorded_distance_is_that_of_the_drawn_images(
     )
     features = [
         gaussian(network(images, lambda _: None).features.double().numpy())
-        for images in (whole["images"], drawn(small_run, "balanced-dpmpp_2m-4-seed0"))
+        for images in (whole["images"], sampled(small_run, "balanced-dpmpp_2m-4-seed0"))
     ]
     assert one(record).scores["classifier"].frechet == pytest.approx(frechet(*features), rel=1e-3)
 
@@ -112,15 +110,15 @@ def test_the_recorded_trajectory_error_is_that_to_the_full_mixture(
     assert record.fits[method]["dpmpp_2m"] == pytest.approx(power_law_fit([2, 4], errors), rel=1e-2)
 
 
-def test_all_methods_are_in_the_table_with_their_calls(record: Evaluation) -> None:
-    calls = {(cell.method, cell.steps): cell.calls for cell in record.cells}
+def test_all_methods_are_in_the_table_with_their_nfe(record: Evaluation) -> None:
+    nfe = {(cell.method, cell.steps): cell.nfe for cell in record.cells}
     single = {(name, n): n for name in NAMES[:-1] for n in (2, 4)}
-    assert calls == {**single, ("full", 2): 6, ("full", 4): 12}
+    assert nfe == {**single, ("full", 2): 6, ("full", 4): 12}
     assert {(cell.sampler, cell.seed) for cell in record.cells} == {("dpmpp_2m", 0)}
     assert (
         record.images_seen["DDIM"] == record.images_seen["full"] == 3 * 12 * 12
     )  # the same compute
-    assert one(record, "DDIM").trajectory_error is None  # another model has no path in common
+    assert one(record, "DDIM").trajectory_error is None  # another model has no trajectory in common
 
 
 def test_the_report_needs_no_other_file(small_run: Path) -> None:
@@ -131,13 +129,13 @@ def test_the_report_needs_no_other_file(small_run: Path) -> None:
         assert name in page
 
 
-def test_every_seed_draws_images_of_its_own_and_the_table_gives_their_mean_and_deviation(
+def test_the_table_gives_mean_and_deviation_over_the_seeds(
     copy: Path, small: Callable[..., Config], means: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("evaluate.methods=[Naive, full]", "evaluate.seeds=3", f"evaluate.features=[{means}]")
     found = evaluate(small(copy, *words), None)
     assert len(found.cells) == 2 * 2 * 3 and found.seeds == 3
-    images = [drawn(copy, f"Naive-dpmpp_2m-4-seed{seed}") for seed in range(3)]
+    images = [sampled(copy, f"Naive-dpmpp_2m-4-seed{seed}") for seed in range(3)]
     for seed, of_seed in enumerate(images):
         assert (of_seed.int() - expected(copy, seed, **NAIVE).int()).abs().max() <= 1
     assert not images[0].equal(images[1]) and not images[1].equal(images[2])
@@ -148,7 +146,7 @@ def test_every_seed_draws_images_of_its_own_and_the_table_gives_their_mean_and_d
         (statistics.mean(distances), statistics.stdev(distances)), rel=1e-3
     )
     errors = found.over_seeds("Naive", 4, lambda cell: cell.trajectory_error)
-    assert errors is not None and errors.deviation is None  # paths are those of seed 0
+    assert errors is not None and errors.deviation is None  # only seed 0 has trajectories
     assert errors.mean == one(found, "Naive").trajectory_error
     assert [one(found, "Naive", seed=seed).trajectory_error for seed in (1, 2)] == [None, None]
     text = shown(spread, ".2f")
@@ -156,7 +154,7 @@ def test_every_seed_draws_images_of_its_own_and_the_table_gives_their_mean_and_d
     assert text in (copy / "report.html").read_text() and text in capsys.readouterr().out
 
 
-def test_one_seed_has_no_deviation_and_what_was_not_measured_no_mean(record: Evaluation) -> None:
+def test_one_seed_has_no_deviation_and_nothing_measured_has_no_mean(record: Evaluation) -> None:
     alone = record.over_seeds("Naive", 4, lambda cell: cell.scores["classifier"].frechet)
     assert alone == (one(record, "Naive").scores["classifier"].frechet, None)
     assert shown(alone, ".1f") == f"{alone[0]:.1f}"  # type: ignore[index]
@@ -165,7 +163,7 @@ def test_one_seed_has_no_deviation_and_what_was_not_measured_no_mean(record: Eva
     assert record.over_seeds("Naive", 4, lambda cell: 1.0, sampler="heun") is None
 
 
-def test_a_mean_over_seeds_is_of_one_method_one_number_of_steps_and_one_sampler() -> None:
+def test_a_mean_over_seeds_is_of_one_cell() -> None:
     cells = [
         Cell(
             method,
@@ -188,11 +186,11 @@ def test_a_mean_over_seeds_is_of_one_method_one_number_of_steps_and_one_sampler(
         ("b", 3, "x", 130),
         ("b", 2, "y", 121),
     ):
-        spread = table.over_seeds(method, steps, lambda cell: cell.calls, sampler)
+        spread = table.over_seeds(method, steps, lambda cell: cell.nfe, sampler)
         assert spread == pytest.approx((base + 5 / 3, deviation))
 
 
-def test_each_sampler_draws_with_its_own_settings_above_those_of_sample(
+def test_a_sampler_s_settings_override_those_of_sample(
     copy: Path, small: Callable[..., Config], means: Path
 ) -> None:
     samplers = "evaluate.samplers={a: {}, b: {sampler: dpmpp_2m, grid: uniform_log_snr}}"
@@ -209,22 +207,22 @@ def test_each_sampler_draws_with_its_own_settings_above_those_of_sample(
         "b": {"sampler": "dpmpp_2m", "grid": "uniform_log_snr", **cfg},
     }
     for name, given in settings.items():
-        images = drawn(copy, f"balanced-{name}-4-seed0")
+        images = sampled(copy, f"balanced-{name}-4-seed0")
         assert (images.int() - expected(copy, **given).int()).abs().max() <= 1
         cell = one(found, sampler=name)
         distance = frechet(gaussian(means_of(real(copy))), gaussian(means_of(images)))
         assert cell.scores["means"].frechet == pytest.approx(distance, rel=1e-3)
         spread = found.over_seeds("balanced", 4, lambda cell: cell.scores["means"].frechet, name)
         assert spread == (cell.scores["means"].frechet, None)
-    assert not drawn(copy, "balanced-a-4-seed0").equal(drawn(copy, "balanced-b-4-seed0"))
+    assert not sampled(copy, "balanced-a-4-seed0").equal(sampled(copy, "balanced-b-4-seed0"))
     assert list(found.samplers) == ["a", "b"]
     assert [found.samplers[name]["grid"] for name in "ab"] == ["uniform_t", "uniform_log_snr"]
     assert found.samplers["b"]["sampler"] == "dpmpp_2m" and found.samplers["b"]["t_min"] == 0.01
     for name in "ab":
         errors = [one(found, steps=n, sampler=name).trajectory_error for n in (2, 4)]
         assert found.fits["balanced"][name] == pytest.approx(power_law_fit([2, 4], errors))  # type: ignore[arg-type]
-    # The reference is walked by the first of them.
-    reference = read_json(copy / "evaluate" / "draws" / "reference-a-8-seed0.json")
+    # The reference is sampled by the first of them.
+    reference = read_json(copy / "evaluate" / "samples" / "reference-a-8-seed0.json")
     assert (reference["sampler"], reference["policy"], reference["source"]) == (
         "dpmpp_2m",
         "full",
@@ -232,9 +230,7 @@ def test_each_sampler_draws_with_its_own_settings_above_those_of_sample(
     )
 
 
-def test_what_was_measured_is_read_again_as_it_was_written(
-    small_run: Path, record: Evaluation
-) -> None:
+def test_a_record_is_read_as_it_was_written(small_run: Path, record: Evaluation) -> None:
     facts = json.loads((small_run / "evaluate" / "record.json").read_text())
     assert Evaluation.of({**facts, "and": "more"}) == record
     assert isinstance(one(record).scores["classifier"], Score)
@@ -243,7 +239,7 @@ def test_what_was_measured_is_read_again_as_it_was_written(
 
 
 def forged(folder: Path, name: str) -> None:
-    """Put a figure into a kept score that no computation gives."""
+    """Put a figure that no computation gives into a kept score."""
     kept = read_json(folder / "evaluate" / "scores" / f"{name}.json")
     write_json(
         folder / "evaluate" / "scores" / f"{name}.json",
@@ -251,10 +247,10 @@ def forged(folder: Path, name: str) -> None:
     )
 
 
-def test_a_kept_score_is_not_computed_again_unless_its_draw_or_its_features_changed(
-    copy: Path, small: Callable[..., Config], tmp_path: Path, judge: Judge
+def test_a_kept_score_is_computed_again_only_for_other_samples_or_features(
+    copy: Path, small: Callable[..., Config], tmp_path: Path, script_file: ScriptFile
 ) -> None:
-    network = judge(tmp_path / "own.pt", 4)
+    network = script_file(tmp_path / "own.pt", 4)
     words = [f"evaluate.features=[{network}]", "evaluate.methods=[Naive, balanced]"]
     names = [
         f"{method}-dpmpp_2m-{steps}-seed0" for method in ("Naive", "balanced") for steps in (2, 4)
@@ -277,16 +273,16 @@ def test_a_kept_score_is_not_computed_again_unless_its_draw_or_its_features_chan
     assert -77.0 not in changed and changed != true
     assert kids() == true
     forged(copy, f"{names[0]}-own")
-    assert kids("evaluate.seeds=2")[0] == -77.0  # the draws of seed 0 are the same
-    judge(tmp_path / "own.pt", 2)  # other features, of the same name
+    assert kids("evaluate.seeds=2")[0] == -77.0  # the samples of seed 0 are the same
+    script_file(tmp_path / "own.pt", 2)  # other features, of the same name
     others = kids()
     assert -77.0 not in others and others != true
 
 
-def test_a_record_of_the_same_is_read_and_anything_else_is_measured_anew(
-    copy: Path, small: Callable[..., Config], tmp_path: Path, judge: Judge
+def test_only_a_record_of_the_same_is_read(
+    copy: Path, small: Callable[..., Config], tmp_path: Path, script_file: ScriptFile
 ) -> None:
-    network, path = judge(tmp_path / "own.pt"), copy / "evaluate" / "record.json"
+    network, path = script_file(tmp_path / "own.pt"), copy / "evaluate" / "record.json"
     words = [f"evaluate.features=[{network}]", "evaluate.methods=[Naive]"]
     first = measured(small(copy, *words))
     write_json(path, {**read_json(path), "n": 12345})
@@ -300,11 +296,11 @@ def test_a_record_of_the_same_is_read_and_anything_else_is_measured_anew(
         assert not Measurement(config, None, config.evaluate, "evaluate").is_made()
     assert measured(small(copy, *words, "evaluate.steps=[2, 3]")).n == 20
     assert measured(small(copy, *words)) == first
-    judge(network, 2)
+    script_file(network, 2)
     assert measured(small(copy, *words)) != first
 
 
-def test_two_sections_are_measured_side_by_side(
+def test_two_sections_are_measured_separately(
     copy: Path, small: Callable[..., Config], means: Path
 ) -> None:
     before = (copy / "evaluate" / "record.json").read_bytes()
@@ -330,19 +326,19 @@ def test_the_precision_of_the_networks_is_in_the_record(
     copy: Path, small: Callable[..., Config], means: Path
 ) -> None:
     words = (f"evaluate.features=[{means}]", "evaluate.methods=[Naive]")
-    single = drawn(copy, "Naive-dpmpp_2m-4-seed0")
+    single = sampled(copy, "Naive-dpmpp_2m-4-seed0")
     found = measured(small(copy, *words, "evaluate.precision=bf16-mixed"))
     assert found.precision == "bf16-mixed"
     assert (
-        read_json(copy / "evaluate" / "draws" / "Naive-dpmpp_2m-4-seed0.json")["precision"]
+        read_json(copy / "evaluate" / "samples" / "Naive-dpmpp_2m-4-seed0.json")["precision"]
         == "bf16-mixed"
     )
-    apart = (drawn(copy, "Naive-dpmpp_2m-4-seed0").float() - single.float()).abs()
+    apart = (sampled(copy, "Naive-dpmpp_2m-4-seed0").float() - single.float()).abs()
     assert 0 < apart.mean() < 2  # of 255
     assert measured(small(copy, *words)).precision == "32-true"
 
 
-def test_the_reference_is_the_run_s_own_mixture_in_whatever_order_the_rows_are_asked_for(
+def test_the_reference_is_the_run_s_own_mixture_in_any_order_of_rows(
     small_run: Path, small: Callable[..., Config]
 ) -> None:
     cfg, other = (
@@ -359,9 +355,7 @@ def test_the_reference_is_the_run_s_own_mixture_in_whatever_order_the_rows_are_a
         assert measurement.reference.method.version == cfg
 
 
-def test_rows_that_there_are_none_of_are_refused_by_name(
-    small_run: Path, small: Callable[..., Config]
-) -> None:
+def test_a_table_without_rows_is_refused(small_run: Path, small: Callable[..., Config]) -> None:
     config = small(small_run, "evaluate.methods=[DDIM]", "evaluate.monolith_steps=0")
     with pytest.raises(ConfigError, match=r"evaluate.methods must .*, got \['DDIM'\]"):
         Measurement(config, None, config.evaluate, "evaluate")

@@ -1,4 +1,4 @@
-"""The rows of the table: what each name stands for, and what it asks of the experts."""
+"""The rows of the table: what each name means, and which experts it evaluates."""
 
 import shutil
 from collections.abc import Callable
@@ -33,7 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_name_stands_for_its_settings_and_what_is_not_the_paper_s_takes_alpha_and_its_temperature_from_the_config(
+def test_rows_that_are_not_the_paper_s_take_alpha_from_the_config(
     small_run: Path, small: Callable[..., Config]
 ) -> None:
     words = (
@@ -56,7 +56,7 @@ def test_a_name_stands_for_its_settings_and_what_is_not_the_paper_s_takes_alpha_
         assert name in MEANING and name in COLOURS
 
 
-def test_the_rows_come_in_the_order_asked_for_and_ddim_only_where_there_is_a_monolith(
+def test_rows_keep_their_order_and_ddim_needs_a_monolith(
     small_run: Path, small: Callable[..., Config]
 ) -> None:
     config = small(small_run)
@@ -69,7 +69,7 @@ def test_the_rows_come_in_the_order_asked_for_and_ddim_only_where_there_is_a_mon
     ]
 
 
-def test_no_monolith_is_trained_where_no_row_wants_one(
+def test_no_monolith_is_trained_if_no_row_needs_one(
     small_run: Path, small: Callable[..., Config], tmp_path: Path, means: Path
 ) -> None:
     copy = shutil.copytree(small_run, tmp_path / "run")
@@ -84,7 +84,7 @@ def test_no_monolith_is_trained_where_no_row_wants_one(
     assert not (copy / "monolith").exists()
 
 
-def test_a_monolith_has_the_steps_asked_for_or_as_many_as_all_experts(
+def test_a_monolith_has_its_own_steps_or_as_many_as_all_experts(
     small_run: Path, small: Callable[..., Config]
 ) -> None:
     for words, steps in ((), 36), (("evaluate.monolith_steps=7",), 7):
@@ -95,9 +95,9 @@ def test_a_monolith_has_the_steps_asked_for_or_as_many_as_all_experts(
         assert monolith.folder == small_run / "monolith"
 
 
-def chosen_by_hand(drawn: SampleSet, mass: float) -> np.ndarray:
+def chosen_by_hand(samples: SampleSet, mass: float) -> np.ndarray:
     """The fewest experts of largest alpha that carry that mass, `[N, 8, K]`, a row at a time."""
-    alpha = drawn.alpha.double().numpy()
+    alpha = samples.alpha.double().numpy()
     chosen = np.zeros(alpha.shape, bool)
     for place in np.ndindex(alpha.shape[:2]):
         carried = 0.0
@@ -108,7 +108,7 @@ def chosen_by_hand(drawn: SampleSet, mass: float) -> np.ndarray:
     return chosen
 
 
-def test_adaptive_top_2_and_nucleus_ask_as_many_experts_as_they_should(
+def test_adaptive_top_2_and_nucleus_evaluate_as_many_experts_as_they_should(
     small_run: Path, small: Callable[..., Config], tmp_path: Path, means: Path
 ) -> None:
     copy = shutil.copytree(small_run, tmp_path / "run")
@@ -120,15 +120,17 @@ def test_adaptive_top_2_and_nucleus_ask_as_many_experts_as_they_should(
     config = small(copy, *words, "evaluate.steps=[4, 10]", "evaluate.reference_steps=11")
     measurement = Measurement(config, None, config.evaluate, "evaluate")
     record = measurement.make()
-    drawn = {(draw.method.name, draw.steps): measurement.drawn(draw) for draw in measurement.cells}
-    calls = {(cell.method, cell.steps): cell.calls for cell in record.cells}
+    samples = {
+        (spec.method.name, spec.steps): measurement.samples(spec) for spec in measurement.specs
+    }
+    nfe = {(cell.method, cell.steps): cell.nfe for cell in record.cells}
     for steps in (4, 10):
-        assert calls["top-2", steps] == 2 * steps
-        assert steps < calls["adaptive", steps] <= 1.5 * steps
-        nucleus = drawn["nucleus", steps]
+        assert nfe["top-2", steps] == 2 * steps
+        assert steps < nfe["adaptive", steps] <= 1.5 * steps
+        nucleus = samples["nucleus", steps]
         by_hand = chosen_by_hand(nucleus, 0.9)
         assert np.array_equal(nucleus.chosen.numpy().astype(bool), by_hand)
-        assert steps < calls["nucleus", steps] <= 3 * steps
-        assert calls["nucleus", steps] == pytest.approx(
+        assert steps < nfe["nucleus", steps] <= 3 * steps
+        assert nfe["nucleus", steps] == pytest.approx(
             by_hand.sum(axis=(0, 2)).mean(), rel=0.3
         )  # of 8 of the 20

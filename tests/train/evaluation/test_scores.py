@@ -1,4 +1,4 @@
-"""The scores of drawn images: beside torchmetrics, and beside the script that judges this project from outside."""
+"""The scores of samples, against independent computations and the script that scores from outside."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddm.measures import neighbours
 from train.data import DataConfig
-from train.evaluation.features import NetworkFeatures, script_network
+from train.evaluation.feature_network import NetworkFeatures, script_network
 from train.evaluation.scores import Scores, read_reference
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -21,10 +21,12 @@ def features(n: int, seed: int) -> Tensor:
     return torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def polynomial_kid(real: np.ndarray, drawn: np.ndarray) -> float:
+def polynomial_kid(real: np.ndarray, samples: np.ndarray) -> float:
     """The unbiased squared MMD with the kernel (x.y / d + 1)^3 of all points at once (arXiv 1801.01401, equation 4)."""
-    n, m, d = len(real), len(drawn), real.shape[1]
-    xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((real, real), (drawn, drawn), (real, drawn)))
+    n, m, d = len(real), len(samples), real.shape[1]
+    xx, yy, xy = (
+        (a @ b.T / d + 1) ** 3 for a, b in ((real, real), (samples, samples), (real, samples))
+    )
     return float(
         (xx.sum() - np.trace(xx)) / n / (n - 1)
         + (yy.sum() - np.trace(yy)) / m / (m - 1)
@@ -40,31 +42,29 @@ def test_the_kernel_distance_is_that_of_all_pairs() -> None:
     assert abs(Scores(real)(NetworkFeatures(features(400, 2), None)).kid) < 0.1 * found
 
 
-def test_a_score_is_a_function_of_the_images_and_not_of_what_was_scored_before_nor_of_torch_s_generator() -> (
-    None
-):
-    real, drawn, logits = features(100, 0), features(60, 1), 3 * features(60, 2)
+def test_a_score_depends_on_the_images_alone() -> None:
+    real, samples, logits = features(100, 0), features(60, 1), 3 * features(60, 2)
     scores = Scores(real)
-    first = scores(NetworkFeatures(drawn, logits))
+    first = scores(NetworkFeatures(samples, logits))
     torch.manual_seed(5)
     scores(NetworkFeatures(features(80, 3), None))
     state = torch.get_rng_state()
     assert (
-        scores(NetworkFeatures(drawn, logits))
+        scores(NetworkFeatures(samples, logits))
         == first
-        == Scores(real)(NetworkFeatures(drawn, logits))
+        == Scores(real)(NetworkFeatures(samples, logits))
     )
     assert torch.get_rng_state().equal(state)
 
 
-def test_precision_recall_and_coverage_are_taken_beside_as_many_real_images_as_drawn_ones() -> None:
-    real, drawn = features(200, 0), 0.9 * features(50, 1)
-    score = Scores(real)(NetworkFeatures(drawn, None))
-    assert (score.precision, score.recall, score.coverage) == neighbours(real[:50], drawn)
-    assert neighbours(real[:50], drawn) != neighbours(real, drawn)
+def test_neighbours_compare_as_many_real_images_as_samples() -> None:
+    real, samples = features(200, 0), 0.9 * features(50, 1)
+    score = Scores(real)(NetworkFeatures(samples, None))
+    assert (score.precision, score.recall, score.coverage) == neighbours(real[:50], samples)
+    assert neighbours(real[:50], samples) != neighbours(real, samples)
 
 
-def test_logits_give_the_inception_score_the_confidence_and_the_shares_of_the_classes() -> None:
+def test_logits_give_inception_score_confidence_and_class_frequencies() -> None:
     logits = 4 * torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
     score = Scores(features(100, 0))(NetworkFeatures(features(100, 1), logits))
     p = logits.double().softmax(dim=1)
@@ -82,7 +82,7 @@ def test_logits_give_the_inception_score_the_confidence_and_the_shares_of_the_cl
 @pytest.mark.parametrize(
     ("network", "count"), [("cifar10_shufflenet", 300)]
 )  # the larger one takes minutes here
-def test_the_distance_is_that_of_the_script_that_judges_from_outside(
+def test_the_distance_is_that_of_the_script_outside(
     real_data: Path, tmp_path: Path, network: str, count: int
 ) -> None:
     script, folder = SHARED / "tools" / "frechet.py", SHARED / "data" / "features"
@@ -110,10 +110,10 @@ def test_the_distance_is_that_of_the_script_that_judges_from_outside(
     )
     distance, number = done.stdout.split()
     assert number == f"n={count}"
-    judge = script_network("evaluate.features", str(module), "cpu")
-    real = judge(images, lambda _: None).features
-    found = Scores(real, read_reference(reference))(judge(noisy, lambda _: None)).frechet
+    scored = script_network("evaluate.features", str(module), "cpu")
+    real = scored(images, lambda _: None).features
+    found = Scores(real, read_reference(reference))(scored(noisy, lambda _: None)).frechet
     assert found == pytest.approx(float(distance), rel=0.005)
-    assert Scores(real)(judge(noisy, lambda _: None)).frechet != pytest.approx(
+    assert Scores(real)(scored(noisy, lambda _: None)).frechet != pytest.approx(
         float(distance), rel=0.005
     )
