@@ -50,7 +50,7 @@ def _serve(words: list[str]) -> None:
 
         serve_on_ray(config)
     else:
-        from serve.http.server import serve_here
+        from serve.http.local_server import serve_here
 
         serve_here(config)
 
