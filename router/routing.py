@@ -1,7 +1,7 @@
-"""Who moves which image, as a pure function over rows, and the routed mixture of K experts, which is itself a denoiser."""
+"""One routed step as a pure function of a batch, and the routed mixture of K experts, itself a denoiser."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,11 +12,16 @@ from router import policies
 from router.policies import Policy
 from router.sources import Alpha, Source, Stateless
 
+# (x [B, ...], t [] or [B], weight [B, K]) -> sum_k weight_k G_k(x, t) [B, ...]
 ControlVariate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Memory(NamedTuple):
-    """What routing remembers of B trajectories, a row each: of alpha's source, of the policy, and who was chosen last."""
+class RoutingState(NamedTuple):
+    """The state of B trajectories, one row each.
+
+    source: of the source of alpha, `[B, M]`. policy: of the policy, `[B, ...]`. chosen: the experts of the last call, bool
+    `[B, K]`.
+    """
 
     source: Tensor
     policy: Tensor
@@ -25,68 +30,78 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Router:
-    """Who moves an image: alpha's source, the weight of each cluster, and a policy.
+    """Which experts denoise an image: a source of alpha and a policy.
 
-    It keeps nothing: what it remembers of a trajectory is handed in and out, so it routes trajectories of any company, each
-    anywhere on its way. `pi` `[K]` are the clusters' shares. `weights` `[K]` multiply them, and alpha with them, which is
-    Bayes' rule for the mixture with those shares; 0 leaves a cluster out. `temperature` below 1 makes alpha more decided.
+    Stateless: one batch may mix trajectories at different times, because their state is passed in and returned.
+
+    pi: the mixture weights of the clusters, `[K]`, or None for alpha at the first call (`RoutedDenoiser` alone).
+    weights: `[K]`, factors of pi and alpha, which by Bayes' rule makes them those of the mixture with the weights
+    `pi * weights`; 0 leaves a cluster out. None for all 1.
+    temperature: the policy sees `alpha^(1/temperature)`, renormalized.
     """
 
     source: Source
     policy: Policy
-    pi: Tensor
+    pi: Tensor | None = None
     weights: Tensor | None = None
     temperature: float = 1.0
 
-    def start(self, x: Tensor, draw: Tensor) -> Memory:
-        """The memory of trajectories that start at x `[B, ...]`, with uniform draws `[B]`."""
+    @staticmethod
+    def of(
+        alpha: Alpha | Source, policy: str | Policy = "balanced", pi: Tensor | None = None
+    ) -> "Router":
+        """The router of any `(x, t) -> alpha [B, K]` and a policy or its name."""
+        source = alpha if isinstance(alpha, Source) else Stateless(alpha)
+        return Router(source, policies.policy(policy) if isinstance(policy, str) else policy, pi)
+
+    def start(self, x: Tensor, u: Tensor) -> RoutingState:
+        """The state of trajectories that start at x `[B, ...]`; u: uniform numbers in (0, 1), `[B]`."""
+        assert self.pi is not None
         pi = _reweighted(self.pi.to(x), self.weights).expand(len(x), -1)
-        return Memory(
-            self.source.start(x),
-            self.policy.start(pi, draw),
-            torch.zeros_like(pi, dtype=torch.bool),
+        return RoutingState(
+            self.source.start(x), self.policy.start(pi, u), torch.zeros_like(pi, dtype=torch.bool)
         )
 
     def route(
         self,
         x: Tensor,
         t: Tensor,
-        memory: Memory,
-        draw: Tensor,
-        held: bool | Tensor = False,
-        alive: Tensor | None = None,
-    ) -> tuple[Tensor, Memory]:
-        """alpha `[B, K]` and the memory with who is chosen now, at x `[B, ...]`, t `[]` or `[B]`, with uniform draws `[B]`.
+        state: RoutingState,
+        u: Tensor,
+        keep: bool | Tensor = False,
+        available: Tensor | None = None,
+    ) -> tuple[Tensor, RoutingState]:
+        """Choose experts at x `[B, ...]`, t `[]` or `[B]`. Returns alpha `[B, K]` and the new state, with the choice in it.
 
-        `held` (one or `[B]`): within a step, where the choice stays. `alive` (bool `[K]`): the experts that there are; alpha is
-        renormalized over them. Nobody is chosen who is not there or has weight 0: where that leaves nobody, the likeliest of
-        the others is.
+        u: uniform numbers in (0, 1), `[B]`. keep: the trajectories that keep their choice, because their step has begun; one
+        bool or `[B]`. available: bool `[K]`, None for all.
+
+        alpha is renormalized over the available experts. Unavailable and zero-weight experts are never selected; if none of
+        the chosen remain, the most likely eligible expert is used.
         """
-        alpha, source = self.source.step(x, t, memory.source)
+        alpha, source_state = self.source.step(x, t, state.source)
         if self.temperature != 1:
             alpha = (alpha.log() / self.temperature).softmax(dim=1)
         alpha = _reweighted(alpha, self.weights)
-        if alive is not None:
-            alpha = _reweighted(alpha, alive.to(alpha))
-        there = None if self.weights is None else self.weights > 0
-        if alive is not None:
-            there = alive if there is None else there & alive
-        chosen, state = self.policy.choose(alpha, memory.policy, draw)
-        if held is not False:
-            keep = torch.as_tensor(held, device=alpha.device).reshape(-1, 1)
-            chosen, state = (
-                torch.where(keep, memory.chosen, chosen),
-                torch.where(keep, memory.policy, state),
-            )
-        if there is not None:
-            chosen = chosen & there
-            likeliest = policies.one_hot(alpha.masked_fill(~there, -1).argmax(dim=1), alpha)
-            chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, likeliest)
-        return alpha, Memory(source, state, chosen)
+        eligible = None if self.weights is None else self.weights > 0
+        if available is not None:
+            alpha = _reweighted(alpha, available.to(alpha))
+            eligible = available if eligible is None else eligible & available
+        chosen, policy_state = self.policy.choose(alpha, state.policy, u)
+        if keep is not False:
+            rows = torch.as_tensor(keep, device=alpha.device).reshape(-1, 1)
+            chosen = torch.where(rows, state.chosen, chosen)
+            policy_state = torch.where(rows, state.policy, policy_state)
+        if eligible is not None:
+            chosen = chosen & eligible
+            most_likely = alpha.masked_fill(~eligible, -1).argmax(dim=1)
+            fallback = policies.one_hot(most_likely, alpha)
+            chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, fallback)
+        return alpha, RoutingState(source_state, policy_state, chosen)
 
 
 def _reweighted(p: Tensor, weights: Tensor | None) -> Tensor:
-    """p `[..., K]` times the weights `[K]`, summing to 1; where nothing is left, the weights alone."""
+    """p `[..., K]` times the weights `[K]`, normalized; the weights alone, normalized, where the product is 0 for all k."""
     if weights is None:
         return p
     mass = p * weights
@@ -95,7 +110,7 @@ def _reweighted(p: Tensor, weights: Tensor | None) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What happened at one call: the time, alpha `[B, K]`, and which experts moved which image, bool `[B, K]`."""
+    """One denoiser call: its time, alpha `[B, K]`, and the experts evaluated for each image, bool `[B, K]`."""
 
     t: float
     alpha: Tensor
@@ -105,53 +120,47 @@ class Step(NamedTuple):
 class RoutedDenoiser:
     """`(x [B, ...], t []) -> E[x0 | x_t]`, `[B, ...]`, by the experts that a policy chooses at each step.
 
-    One object serves one batch of trajectories from start to end, because the memory of the way is theirs; image i of the
-    batch draws by its number `index[i]` (default i), so its choices do not depend on its company.
+    One object serves one batch of trajectories from start to end, because it holds their state. Image i of the batch uses
+    the random numbers of `index[i]` (default i), so its experts do not depend on the rest of the batch.
 
-    experts: K denoisers. alpha: any `(x, t) -> [B, K]`, or a `Source`. policy: a name, or a `Policy`. pi: the clusters' shares
-    `[K]`, default alpha at the first call. weights (the clusters' `[K]`) and temperature: see `Router`. calls_per_step: the
-    sampler's; the choice of experts is held within a step. clip: bound the result to [-1, 1], after mixing. trace: keep a
-    `Step` for every call in `steps`.
+    experts: K denoisers.
+    alpha: any `(x, t) -> [B, K]`, or a `Source`, from which `policy` (a name or a `Policy`) chooses; or a whole `Router`,
+    which has a policy of its own.
+    calls_per_step: the sampler's; the experts stay the same within a step.
+    clip: bound the result to [-1, 1], after mixing.
+    control_variate: cheap approximations G_k of the experts, as `(x, t, weight [B, K]) -> sum_k weight_k G_k(x, t)`, such as
+    `Gaussians.mix`. The result is `sum_chosen w_k D_k + sum_k alpha_k G_k - sum_chosen w_k G_k`, w being alpha renormalized
+    over the chosen: the same mean over the random numbers of a policy, with less variance.
+    trace: append a `Step` to `steps` at every call.
 
-    control_variate: cheap stand-ins G_k for the experts, given as the sum `(x, t, weight [B, K]) -> sum_k weight_k G_k(x,
-    t)`, such as
-    `Gaussians.mix`. To what the chosen experts say is added what the stand-ins of all say, less what those of the chosen say:
-    a control variate, which leaves the mean over the draws of a policy as it was, with less noise around it.
-
-    Afterwards `calls` is the number of expert evaluations, an image each.
+    Afterwards `calls` is the number of expert evaluations, images x experts x calls.
     """
 
     def __init__(
         self,
         experts: Sequence[Callable[[Tensor, Tensor], Tensor]],
-        alpha: Alpha | Source,
+        alpha: Alpha | Source | Router,
         policy: str | Policy = "balanced",
         seed: int = 0,
         *,
         index: Tensor | None = None,
-        pi: Tensor | None = None,
-        weights: Tensor | None = None,
-        temperature: float = 1.0,
         calls_per_step: int = 1,
         clip: bool = False,
         control_variate: ControlVariate | None = None,
         trace: bool = False,
     ) -> None:
-        self.experts, self.seed = experts, seed
-        self.source = alpha if isinstance(alpha, Source) else Stateless(alpha)
-        self.policy = policies.policy(policy) if isinstance(policy, str) else policy
-        self.index, self.pi, self.weights, self.temperature = index, pi, weights, temperature
-        self.calls_per_step, self.clip, self.control_variate, self.trace = (
-            calls_per_step,
-            clip,
-            control_variate,
-            trace,
-        )
+        self.experts = experts
+        self.router = alpha if isinstance(alpha, Router) else Router.of(alpha, policy)
+        self.seed = seed
+        self.index = index
+        self.calls_per_step = calls_per_step
+        self.clip = clip
+        self.control_variate = control_variate
+        self.trace = trace
         self.calls = 0
         self.steps: list[Step] = []
-        self._asked = 0
-        self._router: Router | None = None
-        self._memory: Memory | None = None
+        self._denoiser_calls = 0
+        self._state: RoutingState | None = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         alpha, chosen = self._route(x, t)
@@ -161,36 +170,35 @@ class RoutedDenoiser:
         return denoised.clamp(-1, 1) if self.clip else denoised
 
     def _route(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        step, within = divmod(self._asked, self.calls_per_step)
-        self._asked += 1
+        step, call_within_step = divmod(self._denoiser_calls, self.calls_per_step)
+        self._denoiser_calls += 1
         index = torch.arange(len(x), device=x.device) if self.index is None else self.index
-        if self._router is None or self._memory is None:
-            pi = self.source.step(x, t, self.source.start(x))[0] if self.pi is None else self.pi
-            self._router = Router(self.source, self.policy, pi, self.weights, self.temperature)
-            self._memory = self._router.start(x, uniform(self.seed, RngStream.CHOICE, index)[:, 0])
-        draw = uniform(self.seed, RngStream.CHOICE, index, step + 1)[:, 0]
-        alpha, self._memory = self._router.route(x, t, self._memory, draw, held=within > 0)
-        return alpha, self._memory.chosen
+        if self._state is None:
+            if self.router.pi is None:
+                source = self.router.source
+                pi, _ = source.step(x, t, source.start(x))
+                self.router = replace(self.router, pi=pi)
+            u = uniform(self.seed, RngStream.CHOICE, index)[:, 0]
+            self._state = self.router.start(x, u)
+        u = uniform(self.seed, RngStream.CHOICE, index, step + 1)[:, 0]
+        alpha, self._state = self.router.route(x, t, self._state, u, keep=call_within_step > 0)
+        return alpha, self._state.chosen
 
     def _mix(self, x: Tensor, t: Tensor, alpha: Tensor, chosen: Tensor) -> Tensor:
-        """Call each chosen expert once, with all its images, and add up by weight."""
+        """Call each chosen expert once, with all its images, and sum by weight."""
         weight = policies.weights(alpha, chosen)
         expert, row = chosen.T.nonzero(as_tuple=True)  # sorted by expert
         counts = torch.bincount(expert, minlength=len(self.experts)).tolist()
-        parts, times = x[row].split(counts), t.expand(len(x))[row.to(t.device)].split(counts)
-        asked = [
-            (k, part, time)
-            for k, (part, time) in enumerate(zip(parts, times, strict=True))
-            if len(part)
+        images = x[row].split(counts)
+        times = t.expand(len(x))[row.to(t.device)].split(counts)
+        parts = [
+            self.experts[k](images[k], times[k] if t.ndim else t)
+            for k in range(len(counts))
+            if counts[k]
         ]
-        answers = torch.cat(
-            [self.experts[k](part, time if t.ndim else t) for k, part, time in asked]
-        )
         self.calls += len(row)
-        share = weight[row, expert].reshape(-1, *(1,) * (x.ndim - 1))
-        mixed = torch.zeros_like(x).index_add_(0, row, (share * answers).to(x))
-        return (
-            mixed
-            if self.control_variate is None
-            else mixed + self.control_variate(x, t, alpha - weight)
-        )
+        factor = weight[row, expert].reshape(-1, *(1,) * (x.ndim - 1))
+        mixed = torch.zeros_like(x).index_add_(0, row, (factor * torch.cat(parts)).to(x))
+        if self.control_variate is None:
+            return mixed
+        return mixed + self.control_variate(x, t, alpha - weight)

@@ -27,7 +27,7 @@ WAYS = {  # a way: the sampler, its order, whether the history is an estimate of
 
 def restarted(bed: Bed, steps: int, policy: str) -> Tensor:
     """DPM-Solver++(2M) whose history begins anew, with a step of DDIM's, for each image whose expert has changed."""
-    routed = RoutedDenoiser(bed.experts, bed.alpha, policy, 3, pi=bed.pi, trace=True)
+    routed = RoutedDenoiser(bed.experts, bed.router(policy), seed=3, trace=True)
     _, times = plan_steps("dpmpp_2m", steps, "uniform_t", bed.schedule)
 
     def trajectory(x: Tensor) -> Trajectory:

@@ -26,7 +26,7 @@ from ddm.measures import power_law_fit
 from ddm.oracle import GaussianMixture
 from ddm.samplers import Denoiser, sample
 from ddm.schedules import Schedule, TwoPhase, schedule
-from router.routing import RoutedDenoiser
+from router.routing import RoutedDenoiser, Router
 
 SAMPLERS = ("ddpm as proven", "ddim", "accelerated_ode", "accelerated_sde")
 KINDS = ("shift", "slope")
@@ -155,7 +155,8 @@ def routed_errors(
             return (1 - share) * oracle.posterior(x, t) + share / K
 
         experts = [_shifted(oracle.expert(k), of_experts * off[k]) for k in range(K)]
-        routed = RoutedDenoiser(experts, alpha, policy, seed=n, pi=oracle.weights)
+        router = Router.of(alpha, policy, oracle.weights)
+        routed = RoutedDenoiser(experts, router, seed=n)
         y = sample(routed, x, oracle.schedule, "euler", n, "uniform_t", t_min=DELTA)
         return float((y - exact).square().sum(dim=1).mean().sqrt())
 

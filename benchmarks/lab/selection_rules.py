@@ -38,7 +38,7 @@ class Weighted(Balanced):
         }[kind]
         self.step = 0
 
-    def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         weight, kept = float(self.weight[self.step]), float(self.kept[self.step])
         self.step += 1
         credit = kept * state + weight * alpha
@@ -56,7 +56,7 @@ class Remembering(RoutedDenoiser):
     """
 
     def __init__(self, bed: Bed, gaussian: bool) -> None:
-        super().__init__(bed.experts, bed.alpha, "balanced", 3, pi=bed.pi)
+        super().__init__(bed.experts, bed.router("balanced"), seed=3)
         self.bed, self.gaussian = bed, gaussian
         self.rest: Tensor | None = None
         self.rho = torch.full((len(bed.noise), len(bed.experts)), 1e-9)

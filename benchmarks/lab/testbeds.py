@@ -15,7 +15,7 @@ from ddm.samplers import Denoiser, drive, plan_steps, sample, start
 from ddm.schedules import Schedule, schedule
 from ddm.training import to_float
 from router.policies import Policy
-from router.routing import ControlVariate, RoutedDenoiser
+from router.routing import ControlVariate, RoutedDenoiser, Router
 from router.sources import Alpha, Source
 from train.data import DataConfig
 
@@ -50,10 +50,8 @@ class Bed:
         method, _ = plan_steps(sampler, steps, grid, self.schedule, 0.0, order)
         routed = RoutedDenoiser(
             self.experts,
-            alpha or self.alpha,
-            policy,
-            seed,
-            pi=self.pi,
+            self.router(policy, alpha),
+            seed=seed,
             calls_per_step=method.calls_per_step,
             control_variate=self.control_variate if control_variate else None,
         )
@@ -61,6 +59,10 @@ class Bed:
             start(self.noise, self.schedule, sampler, steps, grid, seed=seed, order=order), routed
         )
         return ends, routed.calls / len(ends)
+
+    def router(self, policy: str | Policy, alpha: Alpha | Source | None = None) -> Router:
+        """The router of a policy, by the exact posterior or another source of alpha."""
+        return Router.of(alpha or self.alpha, policy, self.pi)
 
     @property
     def control_variate(self) -> ControlVariate:

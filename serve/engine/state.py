@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ddm.samplers import Trajectory
-from router.routing import Memory
+from router.routing import RoutingState
 from serve.engine.expert import ServingError
 from serve.model.model import SamplingPlan
 
@@ -72,7 +72,7 @@ class Request:
 class Row(NamedTuple):
     """An image's routing state: a row of the batch in which it was routed."""
 
-    memory: Memory
+    memory: RoutingState
     i: int
 
 

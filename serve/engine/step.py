@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddm.rng import RngStream, uniform
 from router import policies
-from router.routing import Memory
+from router.routing import RoutingState
 from serve.engine.state import ImageState, Request, Row, StepRecord
 
 
@@ -170,7 +170,7 @@ def _route(states: list[ImageState], alive: Tensor | None) -> None:
         state.control_term = None if control_terms is None else control_terms[i]
 
 
-def _gather(rows: list[Row]) -> Memory:
+def _gather(rows: list[Row]) -> RoutingState:
     """The rows as one batch, in their order; one gather from each batch that holds some."""
     batches: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
@@ -180,4 +180,4 @@ def _gather(rows: list[Row]) -> Memory:
         for places in batches.values()
     ]
     back = torch.tensor([place for places in batches.values() for place in places]).argsort()
-    return Memory(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))
+    return RoutingState(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))

@@ -254,16 +254,12 @@ class Model:
         progress: Callable[[int], object] | None,
     ) -> tuple[Tensor, RoutedDenoiser]:
         plan = self.plan(config)
-        calls_per_step, router = plan.method.calls_per_step, plan.router
+        calls_per_step = plan.method.calls_per_step
         routed = RoutedDenoiser(
             self.experts,
-            router.source,
-            router.policy,
-            seed,
+            plan.router,
+            seed=seed,
             index=index,
-            pi=router.pi,
-            weights=router.weights,
-            temperature=router.temperature,
             calls_per_step=calls_per_step,
             clip=config.clip,
             control_variate=plan.control_variate,

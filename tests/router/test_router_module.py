@@ -197,7 +197,7 @@ def test_the_second_stage_does_not_learn_from_labels(monkeypatch: pytest.MonkeyP
     _, second = stages(rate_weight=0.0)
     bias = second.posterior.scorer.head.bias
     second.training_step(None, 0).backward()
-    x0, _ = second.batches.images(100)
+    x0, _ = second.batches.x0(100)
     t = torch.tensor([T_MIN, *BANDS, 1.0], dtype=torch.float64)
     u = second.batches.times(100).double() * 3
     time = t[u.long()] + (t[u.long() + 1] - t[u.long()]) * u.frac()

@@ -15,7 +15,7 @@ from ddm.rng import RngStream, normal
 from ddm.samplers import sample
 from ddm.schedules import schedule
 from router.policies import Policy, policy
-from router.routing import ControlVariate, Memory, RoutedDenoiser, Router
+from router.routing import ControlVariate, RoutedDenoiser, Router, RoutingState
 from router.sources import Integrated, Stateless, prior
 
 LINEAR = schedule("vp_linear")
@@ -104,12 +104,10 @@ def test_the_chosen_are_weighted_by_alpha_renormalized_over_the_chosen() -> None
 
 def test_a_chosen_expert_that_alpha_no_longer_likes_still_moves_its_image() -> None:
     alphas = iter([[0.25, 0.75], [1.0, 0.0], [0.0, 1.0]])
-    model = RoutedDenoiser(
-        [constant(1.0), constant(2.0)],
-        lambda x, t: torch.tensor(next(alphas)).expand(len(x), -1),
-        Drawing(policy("fixed"), torch.tensor([0.1, 0.9], dtype=torch.float64)),
-        pi=torch.tensor([0.25, 0.75]),
-    )
+    source = Stateless(lambda x, t: torch.tensor(next(alphas)).expand(len(x), -1))
+    rule = Drawing(policy("fixed"), torch.tensor([0.1, 0.9], dtype=torch.float64))
+    router = Router(source, rule, torch.tensor([0.25, 0.75]))
+    model = RoutedDenoiser([constant(1.0), constant(2.0)], router)
     for t in (1.0, 0.5, 0.1):
         torch.testing.assert_close(
             model(torch.zeros(2, 1), torch.tensor(t)), torch.tensor([[1.0], [2.0]])
@@ -119,7 +117,8 @@ def test_a_chosen_expert_that_alpha_no_longer_likes_still_moves_its_image() -> N
 def test_fixed_draws_from_pi_where_given_and_else_from_the_first_alpha() -> None:
     experts, n = [constant(0.0), constant(1.0)], 2000
     for pi, share in ((None, 0.9), (torch.tensor([0.8, 0.2]), 0.2)):
-        model = RoutedDenoiser(experts, fixed_alpha(0.1, 0.9), "fixed", pi=pi)
+        router = Router(Stateless(fixed_alpha(0.1, 0.9)), policy("fixed"), pi)
+        model = RoutedDenoiser(experts, router)
         assert float(model(torch.zeros(n, 1), torch.tensor(1.0)).mean()) == pytest.approx(
             share, abs=0.03
         )
@@ -206,18 +205,15 @@ def test_the_draws_of_an_image_are_independent_from_step_to_step() -> None:
     assert (torch.corrcoef(first) - torch.eye(steps)).abs().max() < 0.1
 
 
-def test_a_choice_is_held_within_a_step_of_two_calls() -> None:
+def test_experts_stay_the_same_within_a_step_of_two_calls() -> None:
     alphas = [(0.9, 0.1), (0.1, 0.9), (0.2, 0.8), (0.8, 0.2)]
 
     def firsts(calls_per_step: int) -> list[float]:
         rows = iter(alphas)
-        model = RoutedDenoiser(
-            [constant(1.0), constant(2.0)],
-            lambda x, t: torch.tensor([next(rows)]),
-            "top_k",
-            pi=torch.tensor([0.5, 0.5]),
-            calls_per_step=calls_per_step,
-        )
+        source = Stateless(lambda x, t: torch.tensor([next(rows)]))
+        router = Router(source, policy("top_k"), torch.tensor([0.5, 0.5]))
+        experts = [constant(1.0), constant(2.0)]
+        model = RoutedDenoiser(experts, router, calls_per_step=calls_per_step)
         return [float(model(torch.zeros(1, 1), torch.tensor(0.5))) for _ in alphas]
 
     assert firsts(1) == [1.0, 2.0, 2.0, 1.0]
@@ -347,7 +343,11 @@ def test_with_the_experts_as_their_own_stand_ins_one_expert_a_step_gives_the_ful
     oracle = mixture(torch.float64)
     for t in (1.0, 0.7, 0.2):
         x, time = oracle.marginal(6, t, seed=1).double(), torch.tensor(t, dtype=torch.float64)
-        model = routed(oracle, rule, control_variate=stand_ins(oracle), pi=PI.double())
+        model = RoutedDenoiser(
+            [oracle.expert(k) for k in range(4)],
+            Router(Stateless(oracle.posterior), policy(rule), PI.double()),
+            control_variate=stand_ins(oracle),
+        )
         torch.testing.assert_close(model(x, time), oracle.denoise(x, time))
         assert model.calls == 6
 
@@ -460,9 +460,8 @@ def test_gaussians_stand_in_for_experts_whose_clusters_are_none_and_halve_the_er
     reference = sample(whole.denoise, x, LINEAR, "ddim", steps=500)
 
     def error(control_variate: ControlVariate | None, rule: str = "balanced") -> float:
-        model = RoutedDenoiser(
-            experts, alpha, rule, pi=shares.sum(dim=1), control_variate=control_variate
-        )
+        router = Router(Stateless(alpha), policy(rule), shares.sum(dim=1))
+        model = RoutedDenoiser(experts, router, control_variate=control_variate)
         return trajectory_error(sample(model, x, LINEAR, "ddim", steps=25), reference)
 
     gaussian = Gaussians(mean, variance, LINEAR).mix
@@ -493,7 +492,7 @@ def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_i
     times = torch.linspace(1, 0.2, 6, dtype=torch.float64)
     lengths = [1, 2, 3, 4, 5]  # calls that a row has behind it
 
-    def alone(row: int, calls: int) -> tuple[Tensor, Memory]:
+    def alone(row: int, calls: int) -> tuple[Tensor, RoutingState]:
         one = x[row : row + 1]
         memory = router.start(one, draws[row : row + 1, 0])
         alpha = torch.empty(0)
@@ -501,7 +500,7 @@ def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_i
             alpha, memory = router.route(one, times[call], memory, draws[row : row + 1, call])
         return alpha, memory
 
-    before = Memory(
+    before = RoutingState(
         *map(torch.cat, zip(*(alone(row, n)[1] for row, n in enumerate(lengths)), strict=True))
     )
     kept = [part.clone() for part in before]
@@ -564,18 +563,18 @@ def test_where_the_weights_leave_nothing_of_alpha_they_stand_alone() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_nobody_is_chosen_who_is_away_or_has_no_weight_and_alpha_is_that_of_the_others(
+def test_unavailable_and_zero_weight_experts_are_never_selected(
     rule: str,
 ) -> None:
     router, _ = router_of(rule, [1.0, 1.0, 0.0, 1.0])
     plain = Router(router.source, router.policy, router.pi)
-    alive = torch.tensor([False, True, True, True])
+    available = torch.tensor([False, True, True, True])
     n = 40
     x, draws = 2 * noise(n).double(), torch.rand(n, 9, dtype=torch.float64)
     memory = router.start(x, draws[:, 8])
     for call, t in enumerate(torch.linspace(1, 0.1, 8, dtype=torch.float64)):
         unweighted, _ = plain.route(x, t, memory, draws[:, call])
-        alpha, memory = router.route(x, t, memory, draws[:, call], alive=alive)
+        alpha, memory = router.route(x, t, memory, draws[:, call], available=available)
         left = unweighted * torch.tensor([0.0, 1.0, 0.0, 1.0])
         torch.testing.assert_close(alpha, left / left.sum(dim=1, keepdim=True))
         assert not memory.chosen[:, [0, 2]].any()
@@ -584,38 +583,40 @@ def test_nobody_is_chosen_who_is_away_or_has_no_weight_and_alpha_is_that_of_the_
             assert memory.chosen[:, [1, 3]].all()
 
 
-def test_whose_turn_it_would_have_been_of_one_who_is_away_goes_to_the_likeliest() -> None:
+def test_the_most_likely_eligible_expert_replaces_an_unavailable_one() -> None:
     router = Router(
         Stateless(fixed_alpha(0.5, 0.2, 0.3)), policy("fixed"), torch.tensor([0.5, 0.2, 0.3])
     )
     x, draw = torch.zeros(3, 1), torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
     memory = router.start(x, draw)
-    for alive, expected in (
+    for available, expected in (
         ([True, True, True], [0, 1, 2]),
         ([False, True, True], [2, 1, 2]),
         ([True, False, False], [0, 0, 0]),
     ):
-        _, after = router.route(x, torch.tensor(0.5), memory, draw, alive=torch.tensor(alive))
+        _, after = router.route(
+            x, torch.tensor(0.5), memory, draw, available=torch.tensor(available)
+        )
         assert after.chosen.int().argmax(dim=1).tolist() == expected
         assert (after.chosen.sum(dim=1) == 1).all()
 
 
-def test_rows_that_are_held_keep_choice_and_policy_and_the_others_go_on() -> None:
+def test_only_trajectories_to_keep_keep_choice_and_policy_state() -> None:
     router, _ = router_of("balanced")
     x, draw = 2 * noise(4).double(), torch.rand(4, dtype=torch.float64)
     _, memory = router.route(x, torch.tensor(1.0).double(), router.start(x, draw), draw)
-    t, held = torch.tensor(0.6).double(), torch.tensor([True, False, True, False])
+    t, keep = torch.tensor(0.6).double(), torch.tensor([True, False, True, False])
     _, free = router.route(x, t, memory, draw)
-    alpha, mixed = router.route(x, t, memory, draw, held=held)
+    alpha, mixed = router.route(x, t, memory, draw, keep=keep)
     for row in range(4):
-        expected = memory if held[row] else free
+        expected = memory if keep[row] else free
         assert mixed.chosen[row].equal(expected.chosen[row])
         assert mixed.policy[row].equal(expected.policy[row])
         assert mixed.source[row].equal(free.source[row])  # alpha goes on
     assert (free.policy - memory.policy).abs().amax(dim=1).min() > 0.01
-    _, all_held = router.route(x, t, memory, draw, held=True)
-    assert all_held.chosen.equal(memory.chosen)
-    assert router.route(x, t, memory, draw, held=True)[0].equal(alpha)
+    _, all_kept = router.route(x, t, memory, draw, keep=True)
+    assert all_kept.chosen.equal(memory.chosen)
+    assert router.route(x, t, memory, draw, keep=True)[0].equal(alpha)
 
 
 # Temperature
@@ -630,25 +631,27 @@ def undecided() -> Tensor:
 
 
 def cooled(
-    temperature: float, weights: list[float] | None = None, alive: list[bool] | None = None
+    temperature: float, weights: list[float] | None = None, available: list[bool] | None = None
 ) -> Tensor:
     """What a router makes of `undecided()`."""
     given = undecided()
     weight = None if weights is None else torch.tensor(weights)
     router = Router(Stateless(lambda x, t: given), policy("full"), PI, weight, temperature)
     x, half = torch.zeros(len(given), 1), torch.full((len(given),), 0.5)
-    there = None if alive is None else torch.tensor(alive)
-    return router.route(x, torch.tensor(0.5), router.start(x, half), half, alive=there)[0]
+    there = None if available is None else torch.tensor(available)
+    return router.route(x, torch.tensor(0.5), router.start(x, half), half, available=there)[0]
 
 
 def test_a_temperature_of_1_is_bit_identical_to_none() -> None:
     assert cooled(1.0).equal(undecided())
     assert cooled(1.0, [1.0, 2.0, 0.0, 1.0]).equal(cooled(1, [1.0, 2.0, 0.0, 1.0]))
     oracle, x, t = mixture(), noise(20), torch.tensor(0.9)
+    experts, source = [oracle.expert(k) for k in range(4)], Stateless(oracle.posterior)
     for rule in ("full", "stochastic"):
-        plain, same, warm = (
-            routed(oracle, rule, **more)(x, t)
-            for more in ({}, {"temperature": 1.0}, {"temperature": 9.0})
+        plain = routed(oracle, rule)(x, t)
+        same, warm = (
+            RoutedDenoiser(experts, Router(source, policy(rule), temperature=temperature))(x, t)
+            for temperature in (1.0, 9.0)
         )
         assert plain.equal(same)
         assert not plain.equal(warm)
@@ -682,16 +685,16 @@ def test_a_low_temperature_makes_the_likeliest_expert_certain_and_a_high_one_mak
     )
 
 
-def test_weights_and_who_is_alive_come_after_the_temperature() -> None:
-    weights, alive = [2.0, 0.5, 1.0, 0.0], [True, True, False, True]
+def test_weights_and_availability_come_after_the_temperature() -> None:
+    weights, available = [2.0, 0.5, 1.0, 0.0], [True, True, False, True]
     power = undecided().double() ** 2 * torch.tensor(weights)
     torch.testing.assert_close(
         cooled(0.5, weights).double(), power / power.sum(dim=1, keepdim=True), rtol=1e-4, atol=0
     )
-    left = undecided().double() ** 2 * torch.tensor(alive)
+    left = undecided().double() ** 2 * torch.tensor(available)
     rows = left.sum(dim=1) > 0  # where only one who is away is likely, the others stand alone
     torch.testing.assert_close(
-        cooled(0.5, alive=alive)[rows].double(),
+        cooled(0.5, available=available)[rows].double(),
         (left / left.sum(dim=1, keepdim=True))[rows],
         rtol=1e-4,
         atol=0,

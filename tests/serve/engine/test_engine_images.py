@@ -124,14 +124,11 @@ def test_on_step_gets_the_denoised_images_of_the_sampler(
     settings = {"sampler": "heun", "policy": "adaptive", "steps": 4}
     plan = model.plan(model.settings(**settings))
     index, heard = torch.arange(3), {place: list[tuple[StepRecord, Tensor]]() for place in range(3)}
-    router = plan.router
     routed = RoutedDenoiser(
         model.experts,
-        router.source,
-        router.policy,
-        6,
+        plan.router,
+        seed=6,
         index=index,
-        pi=router.pi,
         calls_per_step=2,
         clip=True,
         control_variate=plan.control_variate,
