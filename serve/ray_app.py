@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +50,7 @@ from serve.engine.metrics import METRICS, Metrics  # noqa: E402
 from serve.engine.service import Service  # noqa: E402
 from serve.http.app import build_app  # noqa: E402
 from serve.http.middleware import LimitsMiddleware  # noqa: E402
+from serve.http.server import listen  # noqa: E402
 from serve.model.loading import (  # noqa: E402
     bundle_folder,
     load_expert,
@@ -337,7 +337,7 @@ def serve_on_ray(config: Settings) -> None:
         serve.token_file = str(Path(serve.token_file).absolute())
     app = build(asdict(config))
     if serve.ray.address is None:
-        _check_port_is_free(serve.host, serve.port)
+        listen(serve.host, serve.port).close()  # Serve's proxy would retry a taken port
     stop = threading.Event()
     with _ray(config):
         for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own
@@ -404,18 +404,6 @@ def _ray(config: Settings) -> Iterator[None]:
         elif ray.is_initialized() and (client := _get_global_client(False)) is not None:
             client.shutdown(timeout_s=config.serve.drain_s)  # requests under way end first
         ray.shutdown()
-
-
-def _check_port_is_free(host: str, port: int) -> None:
-    """Raise `ConfigError` if the address cannot be listened on: Serve's proxy would only retry."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise ConfigError(
-            "serve.host and serve.port must be a free address of this machine, "
-            f"got {host} {port}: {os.strerror(error.errno or 0)}"
-        ) from error
 
 
 def _claimed_cpus(config: Settings) -> int:

@@ -88,9 +88,18 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, built from a copy of this project."""
     folder = tmp_path_factory.mktemp("sdist")
-    made_here = ("*.egg-info", "__pycache__", "build", "data", "dist", "runs", "shared", ".*")
-    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*made_here))
+    shutil.copytree(ROOT, folder / "source", ignore=untracked)
     return build("sdist", folder / "source", folder)
+
+
+def untracked(folder: str, names: list[str]) -> set[str]:
+    """The names that belong to the checkout and not to the project."""
+    outside = {"build", "data", "dist", "runs", "shared"} if Path(folder) == ROOT else set()
+    return {
+        name
+        for name in names
+        if name in outside or name.startswith(".") or name.endswith(("__pycache__", ".egg-info"))
+    }
 
 
 @pytest.fixture(scope="session")

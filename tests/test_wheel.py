@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from benchmarks.load.server import free_port
+from benchmarks.load.child import free_port
 from tests.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]

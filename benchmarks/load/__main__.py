@@ -24,9 +24,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.load.child import server
 from benchmarks.load.client import closed, opened
 from benchmarks.load.fairness import fairness_mode, stalled_mode
-from benchmarks.load.server import server
 from serve import load
 
 MODES = ("closed", "open", "ray", "drill", "fairness", "stalled")

@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # noqa: E402
 from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
-from benchmarks.load.server import free_port  # noqa: E402
+from benchmarks.load.child import free_port  # noqa: E402
 
 CONFIG = Path(__file__).resolve().parents[2] / "docker" / "serve.yaml"
 # A node counts as dead after two seconds instead of half a minute.

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.load.child import server
 from benchmarks.load.client import params, session
-from benchmarks.load.server import server
 
 GIANTS = 6
 GIANT = {"n": 64, "steps": 250, "format": "npz"}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.load.child import free_port
 from benchmarks.load.client import Tally, closed
-from benchmarks.load.server import free_port
 from serve import load
 from serve.model.images import to_uint8
 
