@@ -49,8 +49,8 @@ from serve.engine.local_expert import Runner  # noqa: E402
 from serve.engine.metrics import METRICS, Metrics  # noqa: E402
 from serve.engine.service import Service  # noqa: E402
 from serve.http.app import build_app  # noqa: E402
+from serve.http.local_server import listen  # noqa: E402
 from serve.http.middleware import LimitsMiddleware  # noqa: E402
-from serve.http.server import listen  # noqa: E402
 from serve.model.loading import (  # noqa: E402
     bundle_folder,
     load_expert,
