@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from ddm.artifacts import read_json
+from ddm.errors import ArtifactError
 from ddm.measures import PowerLaw
 
 
@@ -95,8 +96,14 @@ class Evaluation:
 
     @staticmethod
     def read(path: Path) -> "Evaluation":
-        """From `record.json`."""
-        return Evaluation.of(read_json(path))
+        """From `record.json`. Raises `ArtifactError` naming the file if it holds anything else."""
+        facts = read_json(path)
+        try:
+            return Evaluation.of(facts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path} does not hold an evaluation ({error!r}): move it away to measure again"
+            ) from error
 
     @staticmethod
     def of(facts: dict[str, Any]) -> "Evaluation":

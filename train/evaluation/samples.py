@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddm.artifacts import read_json, read_tensors, write_json, write_tensors
-from ddm.errors import DdmError
+from ddm.errors import ArtifactError, DdmError
 from serve import Model, load
 from serve.model.images import to_uint8
 from train.config import Precision
@@ -105,9 +105,14 @@ class SampleStore:
                 raise DdmError(f"sampling {spec.name} failed: {result}") from result
 
     def read(self, spec: SampleSpec) -> SampleSet:
-        """The samples. Raises `ArtifactError` if they are not there."""
-        nfe = read_json(self.file(spec, ".json"))["nfe"]
-        return SampleSet(**read_tensors(self.file(spec, ".safetensors")), nfe=nfe)
+        """The samples. Raises `ArtifactError` naming a file that is missing or holds something else."""
+        record, tensors = self.file(spec, ".json"), self.file(spec, ".safetensors")
+        try:
+            return SampleSet(**read_tensors(tensors), nfe=read_json(record)["nfe"])
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{record} and {tensors.name} do not hold samples ({error!r}): move them away"
+            ) from error
 
     def sample(self, spec: SampleSpec, total_nfe: int, on_progress: OnProgress) -> None:
         """Make one set of samples and write its files; progress is reported in shares of `total_nfe`."""

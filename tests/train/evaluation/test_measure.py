@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ddm.artifacts import read_json, read_tensors, sha256, write_json
-from ddm.errors import ConfigError
+from ddm.errors import ArtifactError, ConfigError
 from ddm.measures import power_law_fit, trajectory_error
 from ddm.partition import Partition
 from serve import load
@@ -359,3 +359,25 @@ def test_a_table_without_rows_is_refused(small_run: Path, small: Callable[..., C
     config = small(small_run, "evaluate.methods=[DDIM]", "evaluate.monolith_steps=0")
     with pytest.raises(ConfigError, match=r"evaluate.methods must .*, got \['DDIM'\]"):
         Measurement(config, None, config.evaluate, "evaluate")
+
+
+@pytest.mark.parametrize("kind", [{}, {"cells": 1}, {"cells": [{"method": "full"}]}])
+def test_a_record_of_another_kind_is_refused_by_file(
+    small_run: Path, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    known = read_json(small_run / "evaluate" / "record.json") if kind else {}
+    write_json(tmp_path / "record.json", {**known, **kind})
+    with pytest.raises(ArtifactError, match=r"record.json does not hold an evaluation"):
+        Evaluation.read(tmp_path / "record.json")
+
+
+def test_samples_that_are_gone_are_made_again_for_the_report(
+    copy: Path, small: Callable[..., Config]
+) -> None:
+    (copy / "report.html").unlink()
+    gone = copy / "evaluate" / "samples" / "balanced-dpmpp_2m-4-seed0.safetensors"
+    before = sampled(copy, gone.stem)
+    gone.unlink()
+    evaluate(small(copy), small(copy / "monolith", "partition.k=1"))
+    assert (copy / "report.html").exists()
+    assert sampled(copy, gone.stem).equal(before)
