@@ -348,6 +348,7 @@ def serve_on_ray(config: Settings) -> None:
                 http_options={
                     "host": serve.host,
                     "port": serve.port,
+                    "keep_alive_timeout_s": math.ceil(serve.limits.keep_alive_s),
                     # The service's own deadline comes first.
                     "request_timeout_s": serve.limits.deadline_s + 30,
                 },

@@ -1,4 +1,4 @@
-"""compose.yaml, and what Prometheus and Grafana beside it are told."""
+"""compose.yaml, and the configuration of Prometheus and Grafana beside it."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serve.http.local_server import _END_S as LAST_RESPONSES_S
 from serve.settings import settings
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
@@ -43,6 +44,13 @@ def test_the_service_starts_with_a_bundle_and_a_token_that_it_is_given() -> None
     assert bundles["read_only"] is True
     assert run.startswith(f"{bundles['target']}/")
     assert (DOCKER / ddm["build"]["context"] / ddm["build"]["dockerfile"]).is_file()
+
+
+def test_docker_waits_for_the_drain_before_it_kills() -> None:
+    ddm = SERVICES["ddm"]
+    run, *words = ddm["command"]
+    grace_s = float(ddm["stop_grace_period"].removesuffix("s"))
+    assert grace_s > settings({"run": run}, words).serve.drain_s + LAST_RESPONSES_S
 
 
 @pytest.mark.parametrize("name", SERVICES)
