@@ -15,7 +15,7 @@ from ddm.errors import require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
 from train.config import Config, EvaluateConfig, plain
-from train.evaluation.classifier import classes_of, held_out
+from train.evaluation.classifier import check_classes, classes_of, held_out
 from train.evaluation.feature_files import feature_files, reference_file
 from train.evaluation.feature_network import FeatureNetwork
 from train.evaluation.features import feature_networks
@@ -115,8 +115,10 @@ class Measurement:
         if self.is_made():
             return Evaluation.read(self.folder / "record.json")
         cfg, config = self.cfg, self.config
-        self.sample()
         whole = self._images()
+        if "classifier" in cfg.features:
+            check_classes(classes_of(whole), f"{self.folder.name}.features")
+        self.sample()
         networks = feature_networks(
             cfg.features, cfg.inception_weights, whole, _FEATURE_SEED, config.device
         )

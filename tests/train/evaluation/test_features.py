@@ -257,3 +257,19 @@ def test_inception_gives_features_and_logits_from_the_users_weights(
     )
     assert found.logits is not None
     assert torch.allclose(found.logits, found.features @ network.fc.weight.T, rtol=1e-3, atol=1e-4)
+
+
+def test_a_classifier_of_one_class_is_refused_before_sampling(
+    copy: Path, small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(copy, "evaluate.seeds=2")  # samples that are not there yet
+    measurement = Measurement(config, None, config.evaluate, "evaluate")
+    whole = measurement._images()
+    one_class = {**whole, "labels": torch.full_like(whole["labels"], 3)}
+    monkeypatch.setattr(measurement, "_images", lambda: one_class)
+    before = sorted((copy / "evaluate" / "samples").iterdir())
+    with pytest.raises(
+        ConfigError, match="evaluate.features must hold inception or a TorchScript file"
+    ):
+        measurement.make()
+    assert sorted((copy / "evaluate" / "samples").iterdir()) == before
