@@ -1,11 +1,10 @@
-"""python -m benchmarks.ablations [CONFIG] [name ...] [--out=FOLDER]
-python -m benchmarks.ablations --page=FOLDER
+"""The effect of each choice of a config (default: the built-in digits).
 
-What each choice of a config is worth: every variant changes one thing of CONFIG (default the built-in digits), trains what that
-touches anew, at equal compute, and is scored by Frechet distance from the same noise. The names are those of GROUPS; none named
-means all. Writes ablations-NAME.json and ablations.md into FOLDER (default docs/results); cut off, the same command resumes.
+Every variant changes one thing of the config, trains again what that affects, at equal compute, and is scored by Fréchet
+distance from the same noise. Writes ablations-NAME.json and ablations.md. If interrupted, the same command resumes.
 """
 
+import argparse
 import logging
 import shlex
 import shutil
@@ -18,11 +17,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.cli import Parser, run
 from benchmarks.lab.markdown import table
 from benchmarks.table.__main__ import RESULTS
 from benchmarks.table.measurements import machine, rounded
 from ddm.artifacts import digest, read_json, write_json
-from ddm.errors import ConfigError, DdmError
+from ddm.errors import ConfigError, one_of
 from ddm.partition import Partition
 from ddm.schedules import schedule
 from ddm.training import Batches
@@ -32,7 +32,7 @@ from train.evaluation.measure import Measurement
 from train.evaluation.report import first_score
 from train.evaluation.results import Evaluation
 from train.run_folder import settled
-from train.stages.run import run
+from train.stages.run import run as run_stages
 
 log = logging.getLogger("ablations")
 
@@ -41,7 +41,7 @@ Words = Callable[[Config], Sequence[str]]
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: what is changed, as `key=value` words that may depend on the config that is changed."""
+    """A row: the change as `key=value` words, which may depend on the config that is changed."""
 
     name: str
     words: Words
@@ -63,15 +63,15 @@ def _times(key: str, factor: float) -> Variant:
 
 
 def _ema(power: float) -> Variant:
-    """An average over `power` times as many steps."""
+    """An EMA over `power` times as many steps."""
     return Variant(
-        f"an average over {power:g} times as many steps",
+        f"an EMA over {power:g} times as many steps",
         lambda config: [f"expert.ema_decay={1 - (1 - config.expert.ema_decay) / power:.6g}"],
     )
 
 
 def _batches(factor: float) -> Variant:
-    """As many images in batches of another size."""
+    """The same number of images in batches of another size."""
 
     def words(config: Config) -> list[str]:
         batch, steps = round(config.expert.batch * factor), round(config.expert.steps / factor)
@@ -82,28 +82,24 @@ def _batches(factor: float) -> Variant:
 
 @torch.inference_mode()
 def energy_bands(config: Config, images: int = 256, times: int = 64) -> list[float]:
-    """The two times that cut `E |d alpha/dt|^2` over [t_min, 1] into thirds, measured on the training set."""
+    """The two times that divide `E |d alpha/dt|^2` over [t_min, 1] into thirds, measured on the training set."""
     cut = Partition.read(config.folder / "partition")
     whole = cut.all(config.folder / "partition")
-    process, batches = schedule(**config.schedule), Batches(whole["images"], images, 0)
+    data = (whole["images"], whole["cluster"], schedule(**config.schedule), cut.k)
+    batches = Batches(whole["images"], images, 0)
     x0, _place = batches.x0(0)
     low = config.router.t_min
     at = low + (1 - low) * (torch.arange(times, dtype=torch.float64) + 0.5) / times
-    energy = [
-        exact_posterior_rate(
-            x0, batches.noise(step), t, whole["images"], whole["cluster"], process, cut.k
-        )[1]
-        .square()
-        .sum(dim=1)
-        .mean()
-        for step, t in enumerate(at)
-    ]
-    share = torch.stack(energy).double().cumsum(dim=0)
-    return [float(at[(share >= share[-1] * part).nonzero()[0, 0]]) for part in (1 / 3, 2 / 3)]
+    energy = []
+    for step, t in enumerate(at):
+        _, rate = exact_posterior_rate(x0, batches.noise(step), t, *data)
+        energy.append(rate.square().sum(dim=1).mean())
+    total = torch.stack(energy).double().cumsum(dim=0)
+    return [float(at[(total >= total[-1] * part).nonzero()[0, 0]]) for part in (1 / 3, 2 / 3)]
 
 
 GROUPS: dict[str, tuple[str, list[Variant]]] = {
-    "chance": ("Chance: the same config with another seed of training", [_set("seed=1")]),
+    "chance": ("Chance: the same config with another training seed", [_set("seed=1")]),
     "parameterization": (
         "What the network predicts",
         [_set("expert.parameterization=raw"), _set("expert.parameterization=preconditioned")],
@@ -113,21 +109,21 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         [_set(f"expert.loss_weight={kind}") for kind in ("constant", "snr", "min_snr")],
     ),
     "times": (
-        "At which times an expert learns",
+        "The distribution of training times",
         [_set(f"expert.times={kind}") for kind in ("uniform", "uniform_log_snr", "logit_normal")],
     ),
-    "batch": ("As many images in smaller batches", [_batches(1 / 2), _batches(1 / 4)]),
-    "ema": ("The average of the weights", [_set("expert.ema_decay=0.0"), _ema(4)]),
+    "batch": ("The same number of images in smaller batches", [_batches(1 / 2), _batches(1 / 4)]),
+    "ema": ("The EMA of the weights", [_set("expert.ema_decay=0.0"), _ema(4)]),
     "flips": (
         "Mirrored images",
-        [Variant("data.flip the other way", lambda config: [f"data.flip={not config.data.flip}"])],
+        [Variant("data.flip inverted", lambda config: [f"data.flip={not config.data.flip}"])],
     ),
     "dropout": ("Dropout", [_set("expert.unet.dropout=0.0"), _set("expert.unet.dropout=0.1")]),
     "clusters": (
         "Clusters",
         [
             Variant(
-                "by k-means instead",
+                "by k-means",
                 lambda config: [
                     "partition.by=kmeans",
                     f"partition.k={Partition.read(config.folder / 'partition').k}",
@@ -147,7 +143,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         ],
     ),
     "targets": (
-        "What the posterior net learns from",
+        "The targets of the posterior net",
         [_set("router.posterior_weight=0.0"), _set("router.label_weight=0.0")],
     ),
     "router": (
@@ -158,7 +154,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         "The edges of the derivative nets' bands",
         [
             Variant(
-                "a third of the energy of d alpha/dt each",
+                "a third of the energy of d alpha/dt in each",
                 lambda config: [
                     f"router.bands=[{','.join(f'{t:.3f}' for t in energy_bands(config))}]"
                 ],
@@ -166,7 +162,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         ],
     ),
     "temperature": (
-        "Temperature of alpha",
+        "The temperature of alpha",
         [_set(f"sample.temperature={value}") for value in (0.5, 0.8, 1.25)],
     ),
     "source": (
@@ -188,7 +184,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
 }
 
 
-# Which parts of a run are of the same config and images, so that a variant need not train them again.
+# The keys that each part of a run depends on: a variant that changes none of them copies the part.
 _PARTS = {
     "partition": ("seed", "data.", "partition."),
     "experts": ("seed", "data.", "partition.", "schedule.", "expert."),
@@ -198,25 +194,31 @@ METHODS = ["balanced-cv"]
 
 
 def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Config, Evaluation]:
-    """A variant's config and figures: a run beside the base's, with what is the same copied from it."""
+    """The config and figures of a variant; parts of its run that equal the base's are copied from there."""
     config = load_config(path, words)
     steps = config.table.steps[:2]
     cfg = replace(config.table, methods=METHODS, samplers={}, steps=steps)
-    cfg = replace(
-        cfg, trajectories=1, reference_steps=max(steps) + 1
-    )  # nobody asks for the trajectory error
+    # The trajectory error is not used: make it cheap.
+    cfg = replace(cfg, trajectories=1, reference_steps=max(steps) + 1)
     if base is not None:
-        here, there = settled(config), settled(base)
-        for part, keys in _PARTS.items():
-            same = all(here[key] == there.get(key) for key in here if key.startswith(keys))
-            if same and not (config.folder / part).exists() and (base.folder / part).exists():
-                shutil.copytree(base.folder / part, config.folder / part)
-    run(config, ("partition", "expert", "router", "bundle"))
+        _copy_same_parts(config, base)
+    run_stages(config, ("partition", "expert", "router", "bundle"))
     return config, Measurement(config, None, cfg, "ablation").make()
 
 
+def _copy_same_parts(config: Config, base: Config) -> None:
+    here = settled(config)
+    there = settled(base)
+    for part, keys in _PARTS.items():
+        target = config.folder / part
+        source = base.folder / part
+        same = all(here[key] == there.get(key) for key in here if key.startswith(keys))
+        if same and source.exists() and not target.exists():
+            shutil.copytree(source, target)
+
+
 def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Path) -> Path:
-    """The record of the ablations of a config: `folder/ablations-NAME.json`; what it holds of other groups stays."""
+    """Measure groups of ablations and return the record `folder/ablations-NAME.json`; its other groups stay."""
     usual = load_config(path, overrides)
     home = usual.folder.with_name(f"{usual.folder.name}-ablations")
     base, evaluation = measured(path, overrides, None)
@@ -255,109 +257,102 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
 
 
 def _cells(evaluation: Evaluation) -> dict[str, list[float]]:
-    """Frechet distances by the first features, a number a seed, by `METHOD-STEPS`."""
+    """Fréchet distances by the first features, one per seed, by `METHOD-STEPS`."""
     found: dict[str, list[float]] = {}
     for cell in evaluation.cells:
         found.setdefault(f"{cell.method}-{cell.steps}", []).append(first_score(cell).frechet)
     return found
 
 
+_INTRODUCTION = """# Ablations
+
+The effect of each choice: one thing of a config is changed, and what it affects is trained again on the same number of images.
+Fréchet distances, lower is better; in parentheses the difference from the config as it is, per seed (below 0 is better). Chance,
+where it is measured, is another training seed: for what is trained again, a smaller difference means nothing."""
+
+
 def write_page(folder: Path) -> None:
-    """Write `ablations.md` from the records that lie in the folder."""
+    """Write `ablations.md` from the records in the folder."""
     (folder / "ablations.md").write_text(page(folder))
     print(page(folder))
 
 
 def page(folder: Path) -> str:
     """`ablations.md`, from the records in the folder."""
-    parts = [
-        "# Ablations",
-        "What each choice is worth: one thing of a config changed, trained anew where that touches it, with as many images "
-        "seen. Fréchet distances, lower is better; behind each the difference to the config as it is, seed by seed (below 0: "
-        "better). Chance, where it is measured, is another seed of training: of what is trained anew, a smaller difference means "
-        "nothing.",
-    ]
+    parts = [_INTRODUCTION]
     for file in sorted(folder.glob("ablations-*.json")):
         parts.append(_section(file.stem.removeprefix("ablations-"), read_json(file)))
     return "\n\n".join(parts) + "\n"
 
 
 def _section(name: str, record: dict[str, Any]) -> str:
-    base, columns = record["base"], list(record["base"])
-    head = ["", *(column.replace("-", ", ") + " steps" for column in columns)]
+    base = record["base"]
+    columns = list(base)
+    steps = []
+    for column in columns:
+        method, _, count = column.rpartition("-")
+        steps.append(f"{method}, {count} steps")
+    values = [f"{mean(base[column]):.2f} ± {_deviation(base[column]):.2f}" for column in columns]
     parts = [
-        f"## {name}\n\n    {record['command']}\n\n{record['n']} images a cell and seed, {record['seeds']} seeds, "
+        f"## {name}\n\n    {record['command']}",
+        f"{record['n']} images per cell and seed, {record['seeds']} seeds, "
         f"`sampler={record['sampler']}`; features: {record['features']}. "
         f"All experts together saw {record['images_seen']:,} images.",
-        table(
-            head,
-            [
-                [
-                    "the config as it is",
-                    *(f"{mean(base[c]):.2f} ± {_deviation(base[c]):.2f}" for c in columns),
-                ]
-            ],
-        ),
+        table(["", *steps], [["the config as it is", *values]]),
     ]
-    for group, rows in record["groups"].items():
-        body = []
-        for row in rows:
-            if "default" in row:
-                body.append([f"{row['name']} (as it is)", *("" for _ in columns)])
-                continue
-            cells = []
-            for c in columns:
-                change = [b - a for a, b in zip(base[c], row["cells"][c], strict=True)]
-                cells.append(
-                    f"{mean(row['cells'][c]):.2f} ({mean(change):+.2f} ± {_deviation(change):.2f})"
-                )
-            body.append([row["name"], *cells])
-        parts.append(table([GROUPS[group][0], *head[1:]], body))
+    for group, variants in record["groups"].items():
+        rows = [_row(variant, base) for variant in variants]
+        parts.append(table([GROUPS[group][0], *steps], rows))
     return "\n\n".join(parts)
+
+
+def _row(variant: dict[str, Any], base: dict[str, list[float]]) -> list[str]:
+    """A variant's name, and its distance and difference from the base in each column."""
+    if "default" in variant:
+        return [f"{variant['name']} (as it is)", *("" for _ in base)]
+    row = [variant["name"]]
+    for column, before in base.items():
+        after = variant["cells"][column]
+        change = [b - a for a, b in zip(before, after, strict=True)]
+        row.append(f"{mean(after):.2f} ({mean(change):+.2f} ± {_deviation(change):.2f})")
+    return row
 
 
 def _deviation(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def main(words: list[str]) -> int:
-    """Run the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
-    if {"-h", "--help"} & set(words):
-        print(f"{__doc__}\nGROUPS: {' '.join(GROUPS)}")
-        return 0
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = Parser("ablations", f"{__doc__}\nGroups: {' '.join(GROUPS)}")
+    help_text = "CONFIG, a YAML file; names of groups, default all; key=value overrides"
+    parser.add_argument("words", nargs="*", metavar="word", help=help_text)
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="the folder to write to; default docs/results"
+    )
+    parser.add_argument(
+        "--page", type=Path, metavar="FOLDER", help="only write ablations.md from the records there"
+    )
+    return run(parser, _make_all, words)
+
+
+def _make_all(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
-    rest = [word for word in words if not word.startswith("--")]
-    paths = [Path(word) for word in rest if "=" not in word and word.endswith((".yaml", ".yml"))]
-    names = [word for word in rest if "=" not in word and not word.endswith((".yaml", ".yml"))]
-    try:
-        if (
-            not set(options) <= {"--out", "--page"}
-            or len(rest) + len(options) != len(words)
-            or len(paths) > 1
-        ):
-            raise ConfigError(
-                f"give at most one config, names of groups, key=value words, --out or --page; got {words}"
-            )
-        if unknown := [name for name in names if name not in GROUPS]:
-            raise ConfigError(f"a group must be one of {' '.join(GROUPS)}, got {unknown[0]!r}")
-        folder = Path(options.get("--page", options.get("--out", RESULTS)))
-        if "--page" not in options:
-            make(
-                paths[0] if paths else Path("configs/digits.yaml"),
-                names,
-                [word for word in rest if "=" in word],
-                folder,
-            )
-        write_page(folder)
-    except DdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit):
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130
-    return 0
+    overrides = [word for word in arguments.words if "=" in word]
+    plain = [word for word in arguments.words if "=" not in word]
+    paths = [Path(word) for word in plain if word.endswith((".yaml", ".yml"))]
+    groups = [word for word in plain if not word.endswith((".yaml", ".yml"))]
+    if len(paths) > 1 or (arguments.page is not None and arguments.words):
+        raise ConfigError("give at most one config, groups and key=value words, or --page alone")
+    for group in groups:
+        if group not in GROUPS:
+            raise one_of("group", group, tuple(GROUPS))
+    if arguments.page is not None:
+        write_page(arguments.page)
+        return
+    make(paths[0] if paths else Path("configs/digits.yaml"), groups, overrides, arguments.out)
+    write_page(arguments.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

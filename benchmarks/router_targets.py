@@ -1,102 +1,123 @@
-"""python -m benchmarks.router_targets [DATA]
+"""The router's exact targets on CIFAR-10: accuracy, memory and time.
 
-The router's exact targets on CIFAR-10 (in DATA, default: data): largest difference to an independent float64 computation
-over 10,000 images at many times, and memory and time of one call with 256 queries over all 50,000.
+Prints the largest difference from an independent float64 computation over 10,000 images at many times, and the memory and time of
+one call with 256 queries over all 50,000 images.
 """
 
+import argparse
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.cli import Parser, run
 from ddm.schedules import Schedule, schedule
+from ddm.training import to_float
 from router.targets import exact_posterior, exact_posterior_rate
 from train.data import DataConfig
 
+TIMES = (1e-3, 1e-2, 0.1, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0)
+COUNT = 10_000  # images that the independent computation holds in float64
 
-def brute_force(
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = Parser("router_targets", __doc__)
+    help_text = "the folder that holds cifar-10-batches-py; default data"
+    parser.add_argument("data", nargs="?", default="data", help=help_text)
+    return run(parser, _measure, words)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    data = DataConfig(name="cifar10", root=arguments.data).build()
+    assert data.labels is not None
+    memory(data.images, data.labels)  # first, before anything else raises the peak
+    accuracy(data.images[:COUNT], data.labels[:COUNT])
+    duration(data.images, data.labels)
+
+
+def independent(
     x0: Tensor, eps: Tensor, t: Tensor, points: Tensor, member: Tensor, process: Schedule
 ) -> tuple[Tensor, Tensor]:
-    """alpha and dalpha by the textbook formula for g_i, all in float64 and at once."""
+    """alpha and dalpha by the textbook formula for g_i, in float64 and without chunks."""
     a, s, da, ds = (c[:, None] for c in process(t.double()))
-    x, dx = a * x0 + s * eps, da * x0 + ds * eps
-    products, rates, square = x @ points.T, dx @ points.T, points.square().sum(dim=1)
+    x = a * x0 + s * eps
+    dx = da * x0 + ds * eps
+    products = x @ points.T
+    rates = dx @ points.T
+    square = points.square().sum(dim=1)
     distance = x.square().sum(dim=1, keepdim=True) - 2 * a * products + a**2 * square
-    g = (
-        -((x * dx).sum(dim=1, keepdim=True) - a * rates - da * products + a * da * square) / s**2
-        + distance * ds / s**3
-    )
+    x_dx = (x * dx).sum(dim=1, keepdim=True)
+    inner = x_dx - a * rates - da * products + a * da * square  # (x - a x_i) . (dx - da x_i)
+    g = -inner / s**2 + distance * ds / s**3
     r = (-distance / 2 / s**2).softmax(dim=1)
     return r @ member, (r * (g - (r * g).sum(dim=1, keepdim=True))) @ member
 
 
-def main(root: str) -> None:
-    """Measure and print."""
-    real = DataConfig(name="cifar10", root=root).build()
-    assert real.labels is not None
-    images, labels, process = real.images, real.labels, schedule("vp_linear")
-    few, generator = 10_000, torch.Generator().manual_seed(0)
-    points = (images[:few].double() / 127.5 - 1).flatten(1)
-    member = torch.nn.functional.one_hot(labels[:few], 10).double()
+def accuracy(images: Tensor, labels: Tensor) -> None:
+    """Print the largest differences from `independent` at each time."""
+    process = schedule("vp_linear")
+    generator = torch.Generator().manual_seed(0)
+    points = to_float(images).double().flatten(1)
+    member = torch.nn.functional.one_hot(labels, 10).double()
     worst = torch.zeros(3)
-    for t in (1e-3, 1e-2, 0.1, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1.0):
-        x0 = (images[torch.randint(few, (64,), generator=generator)].float() / 127.5 - 1).flatten(1)
+    for t in TIMES:
+        rows = torch.randint(len(images), (64,), generator=generator)
+        x0 = to_float(images[rows]).flatten(1)
         eps = torch.randn(x0.shape, generator=generator)
         times = torch.full((64,), t)
-        alpha, dalpha = brute_force(x0.double(), eps.double(), times, points, member, process)
-        got = exact_posterior_rate(x0, eps, times, images[:few], labels[:few], process)
+        alpha, dalpha = independent(x0.double(), eps.double(), times, points, member, process)
+        alpha_beside, rate = exact_posterior_rate(x0, eps, times, images, labels, process)
         a, s, _, _ = process(times.double())
-        at_x = exact_posterior(
-            (a[:, None] * x0 + s[:, None] * eps).double(),
-            times,
-            images[:few],
-            labels[:few],
-            process,
-        )
-        found = [
-            (at_x - alpha).abs().max(),
-            (got[0] - alpha).abs().max(),
-            (got[1] - dalpha).abs().max(),
-        ]
-        worst = torch.maximum(worst, torch.tensor([float(f) for f in found]))
+        x = (a[:, None] * x0 + s[:, None] * eps).double()
+        posterior = exact_posterior(x, times, images, labels, process)
+        found = [posterior - alpha, alpha_beside - alpha, rate - dalpha]
+        largest = torch.tensor([float(difference.abs().max()) for difference in found])
+        worst = torch.maximum(worst, largest)
         print(
-            f"t = {t:<6g} largest |dalpha| {dalpha.abs().max():8.2e}; difference: alpha {found[1]:.1e}, dalpha {found[2]:.1e}"
+            f"t = {t:<6g} largest |dalpha| {dalpha.abs().max():8.2e}; "
+            f"difference: alpha {largest[1]:.1e}, dalpha {largest[2]:.1e}"
         )
     print(
-        f"largest difference: posterior {worst[0]:.1e}, alpha beside its rate {worst[1]:.1e}, rate {worst[2]:.1e}"
+        f"largest difference: posterior {worst[0]:.1e}, "
+        f"alpha returned with its rate {worst[1]:.1e}, rate {worst[2]:.1e}"
     )
-    del points, member
-    x0 = images[:256].float() / 127.5 - 1
-    eps, times = torch.randn(x0.shape, generator=generator), torch.linspace(1e-3, 1, 256)
-    exact_posterior_rate(x0, eps, times, images, labels, process)
-    began = time.perf_counter()
-    exact_posterior_rate(x0, eps, times, images, labels, process)
-    print(f"256 queries over {len(images)} real: {time.perf_counter() - began:.1f} s")
 
 
-def memory(root: str) -> None:
-    """The peak of a process that makes one call and no other, less what it held before."""
-    images = DataConfig(name="cifar10", root=root).build()
-    assert images.labels is not None
-    x0 = images.images[:256].float() / 127.5 - 1
-    eps, times = torch.randn(x0.shape), torch.linspace(1e-3, 1, 256)
+def _queries(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x0, eps and t of 256 queries."""
+    x0 = to_float(images[:256])
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    return x0, eps, torch.linspace(1e-3, 1, 256)
+
+
+def duration(images: Tensor, labels: Tensor) -> None:
+    """Print the time of a call over all images, the second of two."""
     process = schedule("vp_linear")
-    # Libraries load:
-    exact_posterior_rate(
-        x0[:2], eps[:2], times[:2], images.images[:64], images.labels[:64], process
-    )
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # Linux
-    exact_posterior_rate(x0, eps, times, images.images, images.labels, process)
+    queries = _queries(images)
+    exact_posterior_rate(*queries, images, labels, process)
+    began = time.perf_counter()
+    exact_posterior_rate(*queries, images, labels, process)
+    print(f"256 queries over {len(images):,} images: {time.perf_counter() - began:.1f} s")
+
+
+def memory(images: Tensor, labels: Tensor) -> None:
+    """Print the peak memory of the process's first call over all images, beyond what it held before (Linux)."""
+    process = schedule("vp_linear")
+    x0, eps, times = _queries(images)
+    # A small call first, so that libraries are loaded.
+    exact_posterior_rate(x0[:2], eps[:2], times[:2], images[:64], labels[:64], process)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * resource.getpagesize()
+    exact_posterior_rate(x0, eps, times, images, labels, process)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        f"a call of 256 queries: peak memory beyond the data at most {(peak - before) / 2**30:.2f} GiB"
-    )
+    beyond = (peak - before) / 2**30
+    print(f"a call of 256 queries: peak memory beyond the data at most {beyond:.2f} GiB")
 
 
 if __name__ == "__main__":
-    folder = sys.argv[1] if len(sys.argv) > 1 else "data"
-    memory(folder)
-    main(folder)
+    sys.exit(main())

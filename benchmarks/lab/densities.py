@@ -1,7 +1,7 @@
-"""Densities: the law of what a sampler draws from one-dimensional mixtures, which are not log-concave, without drawing.
+"""Densities: the law of a sampler's samples on one-dimensional mixtures, which are not log-concave, by quadrature.
 
-With p the density of x_t and q that of the sampler's Y there, both at the time of a step, everything is kept as `log q/p`:
-p is known, and the quotient stays smooth and near 1 however narrow p and the step's noise become.
+With p the density of x_t and q that of the sampler's Y, everything is represented as `log q/p`: p is known, and the quotient
+stays smooth and near 1 however narrow p and the step's noise become.
 """
 
 import math
@@ -27,23 +27,22 @@ from benchmarks.lab.laws import (
     local_slopes,
     walker,
 )
-from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
+from benchmarks.lab.markdown import Rendered, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.oracle import GaussianMixture
 from ddm.samplers import Denoiser, drive
 from ddm.schedules import Schedule, TwoPhase
 
 Density = Callable[[Tensor], Tensor]  # x -> log p(x)
-REACH, FINENESS = (
-    9.0,
-    10,
-)  # the grid: so many standard deviations beyond the outer bumps, so many points to one
-NODES, WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(20))
-WEIGHTS = WEIGHTS / WEIGHTS.sum()
+REACH = 9.0  # how far the grid reaches beyond the outer bumps, in standard deviations
+FINENESS = 10  # grid points per standard deviation
+_HERMITE = np.polynomial.hermite_e.hermegauss(20)
+NODES = torch.from_numpy(_HERMITE[0])
+WEIGHTS = torch.from_numpy(_HERMITE[1] / _HERMITE[1].sum())
 
 
 def bumps(std: float, schedule: Schedule) -> GaussianMixture:
-    """Three bumps of unequal weight, at distances that are far or near beside `std`."""
+    """Three bumps of unequal weight; how well they are separated depends on `std`."""
     means = torch.tensor([[-1.2], [0.1], [1.1]], dtype=torch.float64)
     weights = torch.tensor([0.3, 0.45, 0.25], dtype=torch.float64)
     return GaussianMixture(weights, means, torch.full_like(means, std), schedule)
@@ -61,35 +60,38 @@ def log_density(data: GaussianMixture, t: Tensor, extra: float = 0.0) -> Density
 
     def log_p(x: Tensor) -> Tensor:
         z = (x[..., None] - means) / stds
-        return (data.weights.log() - stds.log() - z**2 / 2).logsumexp(-1) - math.log(
-            2 * math.pi
-        ) / 2
+        unnormalized = (data.weights.log() - stds.log() - z**2 / 2).logsumexp(-1)
+        return unnormalized - math.log(2 * math.pi) / 2
 
     return log_p
 
 
 def support(data: GaussianMixture, t: Tensor) -> Tensor:
-    """An even grid over all of p, fine beside its narrowest bump."""
+    """An even grid over the support of p, fine relative to its narrowest bump."""
     means, stds = _components(data, t)
-    low, high = float((means - REACH * stds).min()), float((means + REACH * stds).max())
-    return torch.linspace(
-        low, high, math.ceil((high - low) / float(stds.min()) * FINENESS), dtype=torch.float64
-    )
+    low = float((means - REACH * stds).min())
+    high = float((means + REACH * stds).max())
+    points = math.ceil((high - low) / float(stds.min()) * FINENESS)
+    return torch.linspace(low, high, points, dtype=torch.float64)
 
 
 def denoised(data: GaussianMixture, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """`D = E[x0 | x_t = x]` and its derivative `dD/dx`, for x `[B]`."""
-    c, (means, stds) = data.schedule(t), _components(data, t)
-    off, gain = (x[:, None] - means) / stds**2, c.a * data.stds[:, 0] ** 2
+    c = data.schedule(t)
+    means, stds = _components(data, t)
+    off = (x[:, None] - means) / stds**2
+    gain = c.a * data.stds[:, 0] ** 2
     alpha = (data.weights.log() - stds.log() - off**2 * stds**2 / 2).softmax(dim=1)
     D_k = data.means[:, 0] + gain * off
-    D, mean_off = (alpha * D_k).sum(dim=1), (alpha * off).sum(dim=1, keepdim=True)
+    D = (alpha * D_k).sum(dim=1)
+    mean_off = (alpha * off).sum(dim=1, keepdim=True)
     return D, (alpha * (gain / stds**2 - D_k * (off - mean_off))).sum(dim=1)
 
 
 def score(data: GaussianMixture, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """`d log p/dx`, and `s^2` times its derivative: `a dD/dx - 1`."""
-    c, (D, slope) = data.schedule(t), denoised(data, x, t)
+    c = data.schedule(t)
+    D, slope = denoised(data, x, t)
     return (c.a * D - x) / c.s**2, c.a * slope - 1
 
 
@@ -99,17 +101,16 @@ def _integral(integrand: Tensor, x: Tensor) -> float:
 
 def kl_of(log_p: Tensor, log_r: Tensor, x: Tensor) -> float:
     """`KL(p | q) = int q - p - p log q/p` from `log p` and `log q/p` at rising points x."""
-    p, near = log_p.exp(), log_r.clamp_max(1)
-    small = torch.where(
-        log_r.abs() < 0.01,
-        log_r**2 / 2 + log_r**3 / 6 + log_r**4 / 24 + log_r**5 / 120,
-        torch.expm1(near) - near,
-    )
-    return _integral(torch.where(log_r < 1, p * small, (log_p + log_r).exp() - p - p * log_r), x)
+    p = log_p.exp()
+    near = log_r.clamp_max(1)
+    series = log_r**2 / 2 + log_r**3 / 6 + log_r**4 / 24 + log_r**5 / 120
+    small = torch.where(log_r.abs() < 0.01, series, torch.expm1(near) - near)  # q/p - 1 - log q/p
+    large = (log_p + log_r).exp() - p - p * log_r
+    return _integral(torch.where(log_r < 1, p * small, large), x)
 
 
-def _passed(log_r: CubicSpline, p: Density, y: Tensor, log_weight: Tensor) -> Tensor:
-    """`log` of the sum over Gauss and Hermite's nodes, the last axis, of q/p(y) p(y) e^log_weight."""
+def _log_quadrature(log_r: CubicSpline, p: Density, y: Tensor, log_weight: Tensor) -> Tensor:
+    """`log` of the sum over the Gauss-Hermite nodes (the last axis) of q/p(y) p(y) e^log_weight."""
     inside = y.numpy().clip(log_r.x[0], log_r.x[-1])
     return (
         (torch.from_numpy(log_r(inside)) + p(y) + log_weight + WEIGHTS.log())
@@ -118,18 +119,19 @@ def _passed(log_r: CubicSpline, p: Density, y: Tensor, log_weight: Tensor) -> Te
     )
 
 
-def drawn(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tensor]:
+def evolved(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tensor]:
     """A grid over x at the last time, and `log q/p` on it, for `ddpm as proven` or `accelerated_sde` started from N(0, 1).
 
     A step maps Y to `M(Y) + b Z`; both come from the sampler itself, which is driven with and without noise. With
-    `y = centre + width z`, z at the nodes of Gauss and Hermite, and N(y) the density of that proposal,
+    `y = centre + width z`, z at the Gauss-Hermite nodes, and N(y) the density of that proposal,
 
         q'/p'(y') = int q/p(y) p(y) N(y'; M(y), b^2) / p'(y') dy = E_z [ q/p(y) p(y) N(y'; M(y), b^2) / (p'(y') N(y)) ]
 
     and the proposal, which is nearly the law of Y given Y', makes all but the first factor nearly constant. The accelerated
-    sampler adds noise before it asks as well: one step more, from x_t to x_t plus noise, whose density is a mixture too.
+    sampler also adds noise before the denoiser: one more step, from x_t to x_t plus noise, whose density is a mixture too.
     """
-    trajectory, first = walker(name), times[0]
+    trajectory = walker(name)
+    first = times[0]
     y = support(data, first)
     log_r = -(y**2) / 2 - math.log(2 * math.pi) / 2 - log_density(data, first)(y)
     for n in range(len(times) - 1):
@@ -147,28 +149,28 @@ def drawn(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tens
                 (y + before**2 * score(data, y, t)[0])[:, None] + before * NODES,
             )
             weight = (NODES**2 - ((noisy - y[:, None]) / before) ** 2) / 2
-            log_r = _passed(spline, p, noisy, weight - p_noisy(y)[:, None])
+            log_r = _log_quadrature(spline, p, noisy, weight - p_noisy(y)[:, None])
             p, spline = p_noisy, CubicSpline(y.numpy(), log_r.numpy())
             centre = centre - before**2 * score(data, centre, t)[0]
         points = centre[:, None] + width * NODES
         asked = points.reshape(-1, 1)
         mean, _ = drive(
             trajectory(asked, data.schedule, times[n : n + 2], lambda _: torch.zeros(())),
-            _answer(data),
+            _oracle(data),
         )
         off = (y_next[:, None] - mean.reshape(points.shape)) / after
-        log_r = _passed(
+        log_r = _log_quadrature(
             spline, p, points, (NODES**2 - off**2) / 2 + r.log() - p_next(y_next)[:, None]
         )
         y = y_next
     return y, log_r
 
 
-def _answer(data: GaussianMixture) -> Denoiser:
+def _oracle(data: GaussianMixture) -> Denoiser:
     """The exact denoiser for x `[B, 1]`, or for x and its derivative `[B, 2]`.
 
-    A sampler is linear in x and in the answers; so if a second column is answered with dD/dx times itself, it stays the
-    derivative of the first by the start.
+    A sampler is linear in x and in the denoised images. So if the denoised second column is dD/dx times that column, the column
+    remains the derivative of the first with respect to the start.
     """
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ def _answer(data: GaussianMixture) -> Denoiser:
 
 
 def _noise_of_step(trajectory: Walker, data: GaussianMixture, step: Tensor) -> tuple[float, float]:
-    """The noise that a step adds to x before it asks the denoiser, and after."""
+    """The standard deviation of the noise that a step adds to x before the denoiser, and after it."""
     zero, asked = torch.zeros(1, 1, dtype=torch.float64), []
 
     def answer(x: Tensor, t: Tensor) -> Tensor:
@@ -201,9 +203,9 @@ def pushed(
 ) -> tuple[Tensor, Tensor] | None:
     """Rising points over x's support at the last time, and log q/p there, for a deterministic sampler started from N(0, 1).
 
-    In one dimension the exact flow keeps the distribution function, so `start = Phi^-1(F(y))` ends near y. Between bumps the
-    starts all but touch, and the sampler parts them elsewhere: gaps between ends are filled until they are small or hold no
-    number. The density is that of the start over the derivative of the map. None where the map folds.
+    In one dimension the exact flow preserves the distribution function, so `start = Phi^-1(F(y))` ends near y. Between bumps
+    the starts are very close and the sampler separates them: gaps between ends are filled until they are small or hold no
+    probability. The density is that of the start over the derivative of the map. None if the map is not monotone.
     """
     y, p = support(data, times[-1]), log_density(data, times[-1])
     means, stds = _components(data, times[-1])
@@ -214,13 +216,13 @@ def pushed(
     for _ in range(12):
         x = torch.stack([new, torch.ones_like(new)], dim=1)
         moved = drive(
-            trajectory(x, data.schedule, times, lambda _: torch.zeros(())), _answer(data)
+            trajectory(x, data.schedule, times, lambda _: torch.zeros(())), _oracle(data)
         )[0]
         start, order = torch.cat([start, new]).sort()
         end, slope = torch.cat([end, moved[:, 0]])[order], torch.cat([slope, moved[:, 1]])[order]
         if bool((slope <= 0).any()):
             return None
-        # Where starts differ at all:
+        # Only where starts differ:
         rising = torch.cat([torch.ones(1, dtype=torch.bool), end[1:] > end.cummax(0).values[:-1]])
         start, end, slope = start[rising], end[rising], slope[rising]
         wide = (end.diff() > 1.5 * stds.min() / FINENESS) & (
@@ -233,22 +235,24 @@ def pushed(
     return end, -(start**2) / 2 - math.log(2 * math.pi) / 2 - slope.log() - p(end)
 
 
-SAMPLERS = {
+SAMPLERS = {  # and their normal variables per step
     "ddpm as proven": 1,
     "accelerated_sde": 2,
     "ddim": 0,
     "accelerated_ode": 0,
     "dpmpp_2m": 0,
-}  # draws a step
+}
 STEPS = (100, 200, 400, 800, 1600)
-WIDE, NARROW = 0.5, 0.1  # standard deviations whose laws are followed over T
+WIDE = 0.5  # the standard deviations measured over T
+NARROW = 0.1
 STDS = (0.5, 0.2, 0.1, 0.05, 0.03)
-TOLERANCE = 0.1  # a cell whose total mass is off by more than this share of its KL is not shown
+TOLERANCE = 0.1  # a cell whose total mass is off by more than this fraction of its KL is not shown
 
 
 def law_of(name: str, data: GaussianMixture, times: Tensor) -> tuple[float, float] | None:
-    """KL(X | Y) at the last time and the defect of the total mass of q, which exact arithmetic leaves at 0."""
-    found = drawn(name, data, times) if SAMPLERS[name] else pushed(walker(name), data, times)
+    """KL(X | Y) at the last time, and the error of the total mass of q, which is 0 in exact arithmetic."""
+    stochastic = SAMPLERS[name] > 0
+    found = evolved(name, data, times) if stochastic else pushed(walker(name), data, times)
     if found is None:
         return None
     x, log_r = found
@@ -258,17 +262,15 @@ def law_of(name: str, data: GaussianMixture, times: Tensor) -> tuple[float, floa
 
 def smoothness(data: GaussianMixture, times: Tensor) -> dict[str, float]:
     """`s^2 |d score/dx|` over the times: its supremum over x, and the least L that x_t exceeds with probability 1/T at most."""
-    supremum, relaxed = 0.0, 0.0
+    supremum = 0.0
+    relaxed = 0.0
     for t in times[:: max(1, len(times) // 100)]:
         x = support(data, t)
-        bend, order = score(data, x, t)[1].abs().sort(descending=True)
-        exceeded = (log_density(data, t)(x).exp() * (x[1] - x[0]))[order].cumsum(0) <= 1 / len(
-            times
-        )
-        supremum, relaxed = (
-            max(supremum, float(bend[0])),
-            max(relaxed, float(bend[int(exceeded.sum())])),
-        )
+        slope, order = score(data, x, t)[1].abs().sort(descending=True)
+        mass = log_density(data, t)(x).exp() * (x[1] - x[0])
+        exceeded = mass[order].cumsum(0) <= 1 / len(times)
+        supremum = max(supremum, float(slope[0]))
+        relaxed = max(relaxed, float(slope[int(exceeded.sum())]))
     return {"supremum": supremum, "relaxed": relaxed}
 
 
@@ -279,7 +281,7 @@ def _setting(std: float, T: int) -> tuple[GaussianMixture, Tensor]:
 
 
 def check(std: float, T: int) -> list[dict[str, Any]]:
-    """On one Gaussian, whose exact law is known: this page's KL beside it."""
+    """KL on one Gaussian, by this module and from the exact law."""
     data, times = _setting(std, T)
     one = torch.ones(1, dtype=torch.float64)
     law = Law(0.7 * one, std**2 * one)
@@ -308,15 +310,16 @@ def measure(
     checked: int = 200,
 ) -> dict[str, Any]:
     """KL over T for wide and narrow bumps; KL and smoothness over the bumps' width; and the check on one Gaussian."""
-    over_steps, over_std = [], []
-    for (std, T), name in product(
-        [*product([WIDE], steps), *product([NARROW], steps[:-1])], samplers
-    ):
-        over_steps.append({"std": std, "T": T, "sampler": name, **_cell(name, std, T)})
+    settings = [*product([WIDE], steps), *product([NARROW], steps[:-1])]
+    over_steps = [
+        {"std": std, "T": T, "sampler": name, **_cell(name, std, T)}
+        for (std, T), name in product(settings, samplers)
+    ]
     middle = steps[len(steps) // 2]
+    over_std = []
     for std in stds:
         data, times = _setting(std, middle)
-        # of bumps this narrow accelerated_sde would want more nodes than the others
+        # For bumps this narrow accelerated_sde would need more nodes than the others.
         found = {name: _cell(name, std, middle) for name in samplers if name != "accelerated_sde"}
         over_std.append({"std": std, "T": middle, "L": smoothness(data, times), "cells": found})
     checks = [row for std in (WIDE, min(stds)) for row in check(std, checked)]
@@ -330,95 +333,67 @@ def _cell(name: str, std: float, T: int) -> dict[str, float | None]:
     return {"kl": found[0], "defect": found[1]}
 
 
-def page(numbers: Mapping[str, Any]) -> Page:
-    """The slopes on laws that are not log-concave, and what the smoothness constant has to do with them."""
-    cells = numbers["over_steps"]
-    steps = sorted({cell["T"] for cell in cells})
-    names = list(dict.fromkeys(cell["sampler"] for cell in cells))
+def render(numbers: Mapping[str, Any]) -> Rendered:
+    """Tables of the slopes over T, of the smoothness constant over the bumps' width, and of the check on one Gaussian."""
+    names = list(dict.fromkeys(cell["sampler"] for cell in numbers["over_steps"]))
+    shown = [name for name in names if name in numbers["over_std"][0]["cells"]]
+    steps = sorted({cell["T"] for cell in numbers["over_steps"]})
+    tables = {
+        "over_steps": _steps_table(numbers["over_steps"], steps, names),
+        "over_std": _std_table(numbers["over_std"], shown),
+        "check": _check_table(numbers["checks"], names),
+    }
+    figures = {
+        "steps": _over_steps(numbers["over_steps"], steps, names),
+        "smoothness": _over_std(numbers["over_std"], shown),
+    }
+    return Rendered(tables, figures)
+
+
+def _steps_table(
+    cells: Sequence[Mapping[str, Any]], steps: Sequence[int], names: Sequence[str]
+) -> str:
     rows = []
     for name in names:
         row = [f"`{name}`"]
         for std in (WIDE, NARROW):
-            by_steps = {
-                c["T"]: c["kl"]
-                for c in cells
-                if c["sampler"] == name and c["std"] == std and c["kl"] is not None
-            }
-            ends = sorted(by_steps)[-2:]
-            row += [
-                f"{by_steps[ends[-1]]:.2g}",
-                f"{local_slopes(ends, [by_steps[T] for T in ends])[0]:.2f}",
-            ]
+            by_steps = {cell["T"]: cell["kl"] for cell in _shown_cells(cells, name, std)}
+            last = sorted(by_steps)[-2:]
+            slope = local_slopes(last, [by_steps[T] for T in last])[0]
+            row += [f"{by_steps[last[-1]]:.2g}", f"{slope:.2f}"]
         rows.append(row)
-    worst = max(abs(row["kl"] / row["exact"] - 1) for row in numbers["checks"])
-    shown = [name for name in names if name in numbers["over_std"][0]["cells"]]
-    T = numbers["over_std"][0]["T"]
-    std_rows = [
-        [f"{row['std']:g}", *(f"{row['L'][key]:.3g}" for key in ("supremum", "relaxed"))]
-        + [
-            f"{kl:.3g}" if (kl := row["cells"][name]["kl"]) is not None else "folds"
-            for name in shown
-        ]
-        for row in numbers["over_std"]
-    ]
-    first, last = numbers["over_std"][0], numbers["over_std"][-1]
-    grown = (last["L"]["supremum"] / first["L"]["supremum"]) ** 2
-    ratio = last["cells"]["ddpm as proven"]["kl"] / first["cells"]["ddpm as proven"]["kl"]
-    head = (
-        "sampler",
-        f"std {WIDE:g}: KL, T = {steps[-1]}",
-        "slope",
-        f"std {NARROW:g}: KL, T = {steps[-2]}",
-        "slope",
-    )
-    std_head = ("std", "L, supremum", "L, relaxed", *(f"KL of `{name}`" for name in shown))
-    text = f"""
-# Densities
+    wide = f"std {WIDE:g}: KL, T = {steps[-1]}"
+    narrow = f"std {NARROW:g}: KL, T = {steps[-2]}"
+    return table(("sampler", wide, "slope", narrow, "slope"), rows)
 
-Three bumps on a line, at -1.2, 0.1 and 1.1 with weights 0.3, 0.45 and 0.25: not log-concave, and the narrower the bumps
-the further apart. The law of what a sampler draws is computed, not drawn: for a stochastic one by quadrature over each
-step's noise ({len(NODES)} nodes of Gauss and Hermite), for a deterministic one by the change of variables, the derivative
-carried through the sampler. Either way `log q/p` is what is kept, which is smooth where q and p are not. On one Gaussian,
-where [the exact laws](laws.md) have the answer, all five samplers agree with it to {worst:.0e} of the KL.
 
-KL(X | Y) is at t = 1/T, from N(0, 1), on the two-phase schedule (c0 = 2, c1 = 4); slopes are over the last doubling of T.
+def _shown_cells(
+    cells: Sequence[Mapping[str, Any]], name: str, std: float
+) -> list[Mapping[str, Any]]:
+    """The cells of a sampler and width whose KL could be computed."""
+    of_sampler = [cell for cell in cells if (cell["sampler"], cell["std"]) == (name, std)]
+    return [cell for cell in of_sampler if cell["kl"] is not None]
 
-{table(head, rows)}
 
-![KL over T](densities-steps.png)
+def _std_table(over_std: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    rows = []
+    for row in over_std:
+        constants = [f"{row['L'][key]:.3g}" for key in ("supremum", "relaxed")]
+        values = [row["cells"][name]["kl"] for name in names]
+        shown = ["not invertible" if kl is None else f"{kl:.3g}" for kl in values]
+        rows.append([f"{row['std']:g}", *constants, *shown])
+    head = ("std", "L, supremum", "L, relaxed", *(f"KL of `{name}`" for name in names))
+    return table(head, rows)
 
-DDPM falls as T^-2 but for logarithms (arXiv 2510.27562), on laws that are not log-concave as on Gaussians. The accelerated
-ODE keeps its order. **The accelerated SDE does not.** Its slope of 3.5 on Gaussians was their gift: asking the score at Y plus
-noise of variance beta/2 moves the mean of the step by `beta^2/4 score''`, where DDPM's mean is exact, because
-`E[x_n-1 | x_n] = (x + beta score)/sqrt(1 - beta)` for any data. That is an error of first order in law, T^-2 in KL, wherever the
-score has curvature, and only a Gaussian's has none. It is what its theorem promises (arXiv 2403.03852, TV 1/T), and no more:
-the sampler gains a constant over DDPM, not an order.
 
-## The constant L
-
-arXiv 2510.27562 bounds DDPM's KL by d min(d, L^2) / T^2 up to logarithms, L a relaxed Lipschitz constant of the score. Here
-`s^2 |d score/dx| = |a dD/dx - 1|`, which is 1 for noise and free of units, is computed over all times: its supremum over x,
-and the least L that x_t exceeds with probability 1/T at most. The second is the relaxed one, as its authors describe it (it
-grows only as a logarithm for mixtures); the wording of their definition was not at hand. T = {T}:
-
-{table(std_head, std_rows)}
-
-![KL and L over the width of the bumps](densities-smoothness.png)
-
-**What can be seen.** From std {first["std"]:g} to {last["std"]:g} the supremum of L^2 grows {grown:.0f} times,
-DDPM's KL {ratio:.1f} times. The steep places lie between the bumps, where nobody is; the relaxed L stops at
-{last["L"]["relaxed"]:.1f}. A bound with the global Lipschitz constant would be void here, and the relaxed one is the right idea.
-
-**What cannot.** In one dimension min(d, L^2) is 1, since L >= 1: a flat curve is what the theorem says. The product of d
-such laws has KL = d KL_1 exactly, linear in d, and never d L^2 or d^2. For these, many coordinates must decide together, as
-in a law whose posterior covariance has one eigenvalue of order d, and no product has.
-"""
-    return Page(
-        text,
-        {
-            "steps": _over_steps(cells, steps, names),
-            "smoothness": _over_std(numbers["over_std"], shown),
-        },
+def _check_table(checks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """The largest relative error of KL on one Gaussian, for each sampler."""
+    worst = []
+    for name in names:
+        of_sampler = [row for row in checks if row["sampler"] == name]
+        worst.append(max(abs(row["kl"] / row["exact"] - 1) for row in of_sampler))
+    return table(
+        ["", *(f"`{name}`" for name in names)], [["relative error", *(f"{x:.0e}" for x in worst)]]
     )
 
 
@@ -428,18 +403,10 @@ def _over_steps(
     figure, plots = axes(3, height=3.9)
     for axis, std in zip(plots[1:], (WIDE, NARROW), strict=True):
         for name in names:
-            by_steps = [
-                c for c in cells if c["sampler"] == name and c["std"] == std and c["kl"] is not None
-            ]
-            values = [c["kl"] for c in by_steps]
-            axis.plot(
-                [c["T"] for c in by_steps],
-                values,
-                "o-",
-                color=METHODS[name].colour,
-                label=name,
-                markersize=4,
-            )
+            by_steps = _shown_cells(cells, name, std)
+            values = [cell["kl"] for cell in by_steps]
+            style: dict[str, Any] = {"color": METHODS[name].colour, "markersize": 4}
+            axis.plot([cell["T"] for cell in by_steps], values, "o-", label=name, **style)
         axis.set(xscale="log", yscale="log", ylabel="KL(X | Y)", title=f"bumps of std {std:g}")
         axis.title.set_fontsize(10)
         steps_axis(axis, steps)
@@ -463,14 +430,10 @@ def _over_std(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure
         place: dict[str, Any] = {"xytext": (-12, 0), "textcoords": "offset points", "ha": "right"}
         left.annotate(key, (stds[-1], rows[-1]["L"][key] ** 2), color=colour, **place)
     for name in names:
-        by_steps = [
-            (row["std"], row["cells"][name]["kl"])
-            for row in rows
-            if row["cells"][name]["kl"] is not None
-        ]
-        right.plot(
-            *zip(*by_steps, strict=True), "o-", color=METHODS[name].colour, label=name, markersize=4
-        )
+        shown = [row for row in rows if row["cells"][name]["kl"] is not None]
+        values = [row["cells"][name]["kl"] for row in shown]
+        style: dict[str, Any] = {"color": METHODS[name].colour, "markersize": 4}
+        right.plot([row["std"] for row in shown], values, "o-", label=name, **style)
     for axis, label in ((left, "L$^2$"), (right, f"KL(X | Y), T = {rows[0]['T']}")):
         axis.set(xscale="log", yscale="log", ylabel=label)
         steps_axis(axis, stds, "std of the bumps (narrower to the right)")

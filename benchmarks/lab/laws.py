@@ -1,7 +1,7 @@
-"""Exact laws: on Gaussian data every sampler is an affine map, so KL and W2 of what it draws are known without drawing.
+"""Exact laws: on Gaussian data every sampler is an affine map, so the law of its samples is known in closed form.
 
 The law is computed from the samplers themselves, driven with probes: a deterministic one from x = 0 and x = 1 over its
-whole path, a stochastic one over each step alone, which gives `Y' = A Y + b + sum B Z` and with it mean and variance.
+whole trajectory, a stochastic one over each step alone, which gives `Y' = A Y + b + sum B Z`, hence mean and variance.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
+from benchmarks.lab.markdown import Rendered, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.measures import power_law_fit
 from ddm.oracle import GaussianMixture
@@ -23,7 +23,7 @@ from ddm.schedules import Coeffs, Schedule, TwoPhase
 Walker = Callable[[Tensor, Schedule, Tensor, Noise], Trajectory]
 STEPS = (100, 200, 400, 800, 1600, 3200, 6400)
 DIMENSIONS = (1, 4, 16, 64, 256, 1024)
-BLOCK = 16  # the dimension of the claims; 1024 coordinates are 64 such Gaussians
+BLOCK = 16  # the dimension of one Gaussian; 1024 coordinates are 64 of them
 
 
 class Law(NamedTuple):
@@ -42,7 +42,7 @@ class Law(NamedTuple):
 
 
 class Tabled:
-    """A schedule at the times of a grid, computed at once: T = 6400 steps then take seconds."""
+    """A schedule tabulated at the times of a grid, so that T = 6400 steps take seconds."""
 
     def __init__(self, schedule: Schedule, times: Tensor) -> None:
         self._at = {float(t): Coeffs(*row) for t, *row in zip(times, *schedule(times), strict=True)}
@@ -52,7 +52,7 @@ class Tabled:
 
 
 def exact_denoiser(data: Law, schedule: Schedule) -> Denoiser:
-    """`E[x0 | x_t = x]`, x `[B, d]`: for Gaussian data affine in x, each coordinate by itself."""
+    """`E[x0 | x_t = x]` for x `[B, d]`: for Gaussian data it is affine in each coordinate separately."""
     one = torch.ones(1, dtype=torch.float64)
     return GaussianMixture(one, data.mean[None], data.variance.sqrt()[None], schedule).expert(0)
 
@@ -71,9 +71,9 @@ class Affine(NamedTuple):
 def affine(
     trajectory: Walker, denoise: Denoiser, schedule: Schedule, times: Tensor, draws: int, d: int
 ) -> Affine:
-    """Drive a sampler with probes, for a denoiser that is affine in each of d coordinates by itself.
+    """Drive a sampler with probes, for a denoiser that is affine in each of d coordinates separately.
 
-    draws: the normal draws of a step; 0 for a deterministic sampler, which may remember its steps.
+    draws: the normal variables of a step; 0 for a deterministic sampler, which may be multistep.
     """
     probes = torch.zeros(draws + 2, d, dtype=torch.float64)
     probes[1] = 1
@@ -92,7 +92,7 @@ def affine(
 
 
 def kl(p: Law, q: Law) -> Tensor:
-    """`KL(p | q)` of each coordinate, `[d]`; sum for the whole. Accurate to rounding of the laws, however close they are.
+    """`KL(p | q)` of each coordinate, `[d]`; their sum is that of the product. Accurate even if the laws are very close.
 
     With `u = var_p / var_q - 1` it is `(u - log(1 + u) + (difference of means)^2 / var_q) / 2`, a series where u is small.
     """
@@ -106,13 +106,13 @@ def kl(p: Law, q: Law) -> Tensor:
 
 
 def w2_square(p: Law, q: Law) -> Tensor:
-    """`W2^2` of each coordinate, `[d]`; its sum is the square of the whole distance."""
+    """`W2^2` of each coordinate, `[d]`; their sum is that of the product."""
     spread = (p.variance - q.variance) / (p.variance.sqrt() + q.variance.sqrt())
     return (p.mean - q.mean) ** 2 + spread**2
 
 
 def ddim_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Trajectory:
-    """DDIM as arXiv 2408.02320 has it: `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`, alpha the step's ratio of a^2."""
+    """DDIM as defined in arXiv 2408.02320: `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`, alpha the step's ratio of a^2."""
     for t, t_next in pairwise(times):
         c, r = schedule(t), schedule(t).a / schedule(t_next).a
         x = (x + (1 - r**2) / 2 * (c.a * (yield x, t) - x) / c.s**2) / r
@@ -120,10 +120,10 @@ def ddim_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -
 
 
 def ddpm_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Trajectory:
-    """DDPM as arXiv 2510.27562 has it: `Y' = (Y + beta score + sqrt(beta) Z) / sqrt(1 - beta)`.
+    """DDPM as defined in arXiv 2510.27562: `Y' = (Y + beta score + sqrt(beta) Z) / sqrt(1 - beta)`.
 
-    Its noise has the variance beta / (1 - beta), where arXiv 2006.11239 and `ddm.samplers.ddpm` have beta. A step to t = 0 is
-    the denoised image.
+    Its noise has the variance beta / (1 - beta), where arXiv 2006.11239 and `ddm.samplers.ddpm` have beta. A step to t = 0
+    returns the denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -137,7 +137,7 @@ def ddpm_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -
 
 
 def walker(name: str) -> Walker:
-    """The sampler of that name, or the form of it that a paper's proof has."""
+    """The sampler of that name, or its form in a paper's proof."""
     as_proven = {"ddim as proven": ddim_as_proven, "ddpm as proven": ddpm_as_proven}
     return as_proven[name] if name in as_proven else sampler(name).trajectory
 
@@ -149,7 +149,7 @@ def local_slopes(steps: Sequence[int], errors: Sequence[float]) -> list[float]:
 
 
 class Method(NamedTuple):
-    """A sampler of this page: how it walks, its draws a step, the power of 1/T and of d proven for its KL, and by whom."""
+    """A sampler: generator, normal variables per step, proven powers of 1/T and d for its KL, their source, and its colour."""
 
     trajectory: Walker
     draws: int
@@ -194,7 +194,7 @@ def decaying(d: int) -> Law:
 
 
 class Outcome(NamedTuple):
-    """Of each coordinate `[d]`, at t = 1/T: KL(x | Y) and W2^2; KL had Y started as x_1; and the KL of the start itself."""
+    """For each coordinate `[d]`, at t = 1/T: KL(x | Y), W2^2, KL if Y starts from the true x_1, and the KL of the start."""
 
     kl: Tensor
     w2_square: Tensor
@@ -203,7 +203,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(method: Method, data: Law, steps: int) -> Outcome:
-    """Walk the two-phase schedule (c0 = 2, c1 = 4) from N(0, 1) at n = T to n = 1, where the theorems compare X_1 and Y_1."""
+    """Run the two-phase schedule (c0 = 2, c1 = 4) from N(0, 1) at n = T to n = 1, where the theorems compare X_1 and Y_1."""
     schedule = TwoPhase(steps)
     times = time_grid("own", steps, schedule, t_min=1 / steps)
     tabled = Tabled(schedule, times)
@@ -218,7 +218,7 @@ def outcome(method: Method, data: Law, steps: int) -> Outcome:
 def measure(
     steps: Sequence[int] = STEPS, dimensions: Sequence[int] = DIMENSIONS, seed: int = 0
 ) -> dict[str, Any]:
-    """KL and W2 in 16 dimensions over T, for as many Gaussians as the coordinates make; and KL over d at the T in the middle."""
+    """KL and W2 in 16 dimensions over T, for every block of 16 coordinates; and KL over d at the middle T."""
     data, middle = gaussian(max(*dimensions, BLOCK), seed), steps[len(steps) // 2]
     over_steps, over_d = [], []
     for name, method in METHODS.items():
@@ -252,7 +252,7 @@ def measure(
 def slopes(
     numbers: Mapping[str, Any], name: str, key: str = "kl", first: int = 1600, last: int = 6400
 ) -> list[float]:
-    """Of each Gaussian, `-d log KL / d log T` between two numbers of steps."""
+    """For each Gaussian, `-d log KL / d log T` between two numbers of steps."""
     cells = {cell["T"]: cell[key] for cell in numbers["over_steps"] if cell["sampler"] == name}
     return [
         local_slopes((first, last), pair)[0] for pair in zip(cells[first], cells[last], strict=True)
@@ -262,105 +262,86 @@ def slopes(
 def lead(
     numbers: Mapping[str, Any], loser: str, winner: str = "accelerated_ode", T: int = 800
 ) -> list[float]:
-    """Of each Gaussian, how many times smaller the winner's KL is."""
+    """For each Gaussian, how many times smaller the winner's KL is."""
     cells = {cell["sampler"]: cell["kl"] for cell in numbers["over_steps"] if cell["T"] == T}
     return [a / b for a, b in zip(cells[loser], cells[winner], strict=True)]
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """`middle (least to most)`."""
+    """`median (least to most)`."""
     ordered = sorted(values)
     return f"{ordered[len(ordered) // 2]:{form}} ({ordered[0]:{form}} to {ordered[-1]:{form}})"
 
 
-def page(numbers: Mapping[str, Any]) -> Page:
-    """The slopes beside the proven ones, and what the independent computation took DDIM to be."""
-    cells = numbers["over_steps"]
-    steps = sorted({cell["T"] for cell in cells})
-    last = (steps[-3], steps[-1])
-    rows, d_rows = [], []
+def render(numbers: Mapping[str, Any]) -> Rendered:
+    """Tables of the slopes beside the proven ones, over T and over d, and of the accelerated ODE's lead over DDIM."""
+    steps = sorted({cell["T"] for cell in numbers["over_steps"]})
+    tables = {
+        "over_steps": _steps_table(numbers, (steps[-3], steps[-1])),
+        "lead": _lead_table(numbers),
+        "over_d": _d_table(numbers),
+    }
+    figures = {"steps": _over_steps(numbers["over_steps"], steps), "dimension": _over_d(numbers)}
+    return Rendered(tables, figures)
+
+
+def _steps_table(numbers: Mapping[str, Any], last: tuple[int, int]) -> str:
+    middle = numbers["middle"]
+    rows = []
     for name, method in METHODS.items():
-        by_steps = {cell["T"]: cell for cell in cells if cell["sampler"] == name}
+        of_sampler = [cell for cell in numbers["over_steps"] if cell["sampler"] == name]
+        by_steps = {cell["T"]: cell for cell in of_sampler}
+        w2_slope = local_slopes(last, [by_steps[T]["w2"] for T in last])[0]
         rows.append(
             (
                 f"`{name}`",
                 method.proof,
                 str(method.T_power or "-"),
-                f"{by_steps[numbers['middle']]['kl'][0]:.2g}",
+                f"{by_steps[middle]['kl'][0]:.2g}",
                 spread(slopes(numbers, name, "kl", *last)),
                 spread(slopes(numbers, name, "kl_from_true", *last)),
-                f"{local_slopes(last, [by_steps[T]['w2'] for T in last])[0]:.2f}",
+                f"{w2_slope:.2f}",
                 f"{FLOORS[name]}" if name in FLOORS else "-",
             )
         )
-        fits = []
-        for spectrum in ("even", "decaying"):
-            over = [
-                cell
-                for cell in numbers["over_d"]
-                if cell["sampler"] == name and cell["spectrum"] == spectrum
-            ]
-            fits.append(
-                f"{-power_law_fit([c['d'] for c in over], [c['kl'] for c in over]).exponent:.2f}"
-            )
-        d_rows.append((f"`{name}`", method.d_power, *fits))
-    T = numbers["middle"]
-    proven, exact = (spread(lead(numbers, name, T=T), ".0f") for name in ("ddim as proven", "ddim"))
     head = (
         "sampler",
         "proven",
         "power of 1/T",
-        f"KL at T = {T}",
+        f"KL at T = {middle}",
         "slope of KL",
         "from the true x_1",
         "slope of W2",
-        "KL's is to be at least",
+        "required slope of KL",
     )
-    text = f"""
-# Exact laws
+    return table(head, rows)
 
-On Gaussian data the exact denoiser is affine, so every sampler here maps x affinely, step by step and coordinate by
-coordinate, and what it draws is a Gaussian whose mean and variance follow from the sampler alone: drive it with 0 and 1 in
-place of x and of each noise, and read off `Y' = A Y + b + sum B Z`. No Monte Carlo, no rederivation: these are the generators
-of `ddm.samplers`, in float64. A covariance that is not diagonal is a diagonal one turned, and every sampler commutes with
-turning.
 
-KL(X | Y) and W2 compare x at t = 1/T with the sampler's law there, as the theorems do, on the two-phase schedule (c0 = 2,
-c1 = 4), from Y ~ N(0, 1) at t = 1. Standard deviations are even in [0.2, 1.2], means normal; the middle and the range are over
-{len(cells[0]["kl"])} independent Gaussians of {numbers["block"]} dimensions, the slopes from T = {last[0]} to {last[1]}.
-Theorems on TV are squared, since TV^2 <= KL / 2. All proven powers are up to logarithms; a factor log^2 T lowers a measured
-slope by 0.25 at these T.
+def _lead_table(numbers: Mapping[str, Any]) -> str:
+    T = numbers["middle"]
+    losers = ("ddim as proven", "ddim")
+    row = [spread(lead(numbers, name, T=T), ".0f") for name in losers]
+    return table(
+        [f"KL over that of `accelerated_ode`, T = {T}", *(f"`{name}`" for name in losers)],
+        [["ratio", *row]],
+    )
 
-{table(head, rows)}
 
-![KL and W2 over T](laws-steps.png)
+def _d_table(numbers: Mapping[str, Any]) -> str:
+    rows = []
+    for name, method in METHODS.items():
+        row = [f"`{name}`", method.d_power]
+        for spectrum in ("even", "decaying"):
+            cells = _over_d_cells(numbers, name, spectrum)
+            fit = power_law_fit([cell["d"] for cell in cells], [cell["kl"] for cell in cells])
+            row.append(f"{-fit.exponent:.2f}")
+        rows.append(row)
+    return table(("sampler", "proven power of d", "even spectrum", "spectrum 1/i"), rows)
 
-**The accelerated ODE beside DDIM**, at T = {T}, in KL: {proven} times better than DDIM in the form of the
-proof, `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`; {exact} times better than DDIM as it is run, `ddim`, whose
-coefficients integrate the step exactly where D is constant. The second costs the same and is better than the first by two
-orders of magnitude, so it no longer loses by 1000 times. An independent computation that finds DDIM's slope at 1.5 and 4000
-times has the proof's form in hand. Both are of first order, and meet the same theorem.
 
-**What is seen.** DDPM in the form of its proof (noise of variance beta / (1 - beta); `ddpm` has beta) and both DDIMs fall as
-T^-2 with two to four logarithms, as proven. The accelerated SDE falls as T^-4 with four: two powers more than its theorem,
-but [only on Gaussians](densities.md), whose score has no curvature. The accelerated ODE is to have slope 4 and seems to lose
-it at large T: what is left there is no error of the sampler's but the start's, N(0, 1) in place of the law of x_1. On this
-schedule a(1)^2 is about T^(-c1/2) = T^-2, and a deterministic sampler carries that KL whole to the data (the grey band;
-`dpmpp_2m` lies on it from T = {steps[1]} on). From the true x_1 the slope is the one in that column. The stochastic samplers
-forget their start.
-
-## In d
-
-The KL of a product is the sum of its coordinates', so for a spectrum that goes on as it began KL ~ d, whatever the sampler, and
-DDIM's d^2 is never met by Gaussians. Nor is a spectrum that decays like that of images, 1/i, cheaper: the two-phase schedule
-resolves all scales above s(1/T) = 1/T alike, and to most samplers a narrow coordinate costs about what a wide one does. To
-DDIM's proof's form and the accelerated ODE it costs more, the latter's curve turning up where 1/i nears the resolution.
-
-{table(("sampler", "proven power of d", "even spectrum", "spectrum 1/i"), d_rows)}
-
-![KL over d](laws-dimension.png)
-"""
-    return Page(text, {"steps": _over_steps(cells, steps), "dimension": _over_d(numbers)})
+def _over_d_cells(numbers: Mapping[str, Any], name: str, spectrum: str) -> list[Any]:
+    wanted = (name, spectrum)
+    return [cell for cell in numbers["over_d"] if (cell["sampler"], cell["spectrum"]) == wanted]
 
 
 def _over_steps(cells: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> Figure:
@@ -408,9 +389,7 @@ def _over_d(numbers: Mapping[str, Any]) -> Figure:
     figure, pair = axes(2, height=3.9)
     for axis, spectrum in zip(pair, ("even", "decaying"), strict=True):
         for name, method in METHODS.items():
-            by_steps = [
-                c for c in numbers["over_d"] if c["sampler"] == name and c["spectrum"] == spectrum
-            ]
+            by_steps = _over_d_cells(numbers, name, spectrum)
             axis.plot(
                 [c["d"] for c in by_steps],
                 [c["kl"] for c in by_steps],

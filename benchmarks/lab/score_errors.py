@@ -1,4 +1,4 @@
-"""Score errors: how far a controlled error of the score, of the posterior or of the experts moves the law of what is drawn."""
+"""Score errors: how far a known error of the score, the posterior or the experts moves the law of the samples."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from benchmarks.lab.laws import (
     kl,
     w2_square,
 )
-from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
+from benchmarks.lab.markdown import Rendered, axes, legend_below, steps_axis, table
 from ddm.grids import time_grid
 from ddm.measures import power_law_fit
 from ddm.oracle import GaussianMixture
@@ -37,10 +37,11 @@ POLICIES = {"full": "#009E73", "balanced": "#D55E00", "stochastic": "#0072B2"}
 ROUTED_EPS = {"posterior": (0.03, 0.08, 0.2, 0.5), "experts": (0.03, 0.1, 0.3, 1.0)}
 ROUTED_STEPS = (20, 60, 180)
 DELTA = 0.02
+LINEAR_UP_TO = 0.1  # eps
 
 
 def erring(data: Law, path: Schedule, shift: Tensor, slope: Tensor) -> Denoiser:
-    """The exact denoiser with its score off, at every t and in coordinate i, by `shift_i + slope_i (x_i - a m_i)/std` of x_t."""
+    """The exact denoiser with an error of the score: `shift_i + slope_i (x_i - a m_i)/std` in coordinate i, at every t."""
     exact = exact_denoiser(data, path)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -54,33 +55,22 @@ def erring(data: Law, path: Schedule, shift: Tensor, slope: Tensor) -> Denoiser:
 def gaussian_errors(
     T: int, eps: Sequence[float], dimensions: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """KL and W2 of the erring samplers on the Gaussian of `laws`, to the truth and to what the sampler draws without the error.
+    """KL and W2 of samplers with a score error on the Gaussian of `laws`: to the truth, and to the sampler without error.
 
-    Coordinates go their own ways, so every d, kind and eps is a block of the coordinates of one walk; the first eps is 0.
+    Coordinates are independent, so every d, kind and eps is a block of the coordinates of one run; the first eps is 0.
     """
     path = TwoPhase(T)
     times = time_grid("own", T, path, t_min=1 / T)
-    blocks = [(d, kind, e) for d in dimensions for kind in KINDS for e in (0.0, *eps)]
-    data = Law(
-        *(
-            torch.cat(parts)
-            for parts in zip(*(gaussian(d, seed=0) for d, _, _ in blocks), strict=True)
-        )
-    )
-    shift, slope = (
-        torch.cat(
-            [
-                torch.full((d,), e * (kind == wanted) / math.sqrt(d), dtype=torch.float64)
-                for d, kind, e in blocks
-            ]
-        )
-        for wanted in KINDS
-    )
-    tabled, cells = Tabled(path, times), []
-    true, start = (
-        data.at(tabled(times[-1])),
-        Law(torch.zeros_like(data.mean), torch.ones_like(data.mean)),
-    )
+    blocks = list(product(dimensions, KINDS, (0.0, *eps)))
+    gaussians = [gaussian(d, seed=0) for d, _, _ in blocks]
+    means = torch.cat([law.mean for law in gaussians])
+    data = Law(means, torch.cat([law.variance for law in gaussians]))
+    shift = torch.cat([_error(d, e if kind == "shift" else 0.0) for d, kind, e in blocks])
+    slope = torch.cat([_error(d, e if kind == "slope" else 0.0) for d, kind, e in blocks])
+    tabled = Tabled(path, times)
+    true = data.at(tabled(times[-1]))
+    start = Law(torch.zeros_like(means), torch.ones_like(means))
+    cells = []
     for name in SAMPLERS:
         method = METHODS[name]
         law = affine(
@@ -92,14 +82,8 @@ def gaussian_errors(
             len(data.mean),
         )(start)
         sizes = [d for d, _, _ in blocks]
-        parts = [
-            Law(*pair)
-            for pair in zip(law.mean.split(sizes), law.variance.split(sizes), strict=True)
-        ]
-        truths = [
-            Law(*pair)
-            for pair in zip(true.mean.split(sizes), true.variance.split(sizes), strict=True)
-        ]
+        parts = _split(law, sizes)
+        truths = _split(true, sizes)
         for first in range(0, len(blocks), len(eps) + 1):
             runs = slice(first + 1, first + 1 + len(eps))
             exact = parts[first]
@@ -116,6 +100,17 @@ def gaussian_errors(
                 }
             )
     return cells
+
+
+def _error(d: int, eps: float) -> Tensor:
+    """An error of norm eps, the same in all d coordinates."""
+    return torch.full((d,), eps / math.sqrt(d), dtype=torch.float64)
+
+
+def _split(law: Law, sizes: Sequence[int]) -> list[Law]:
+    means = law.mean.split(list(sizes))
+    variances = law.variance.split(list(sizes))
+    return [Law(mean, variance) for mean, variance in zip(means, variances, strict=True)]
 
 
 def _distances(p: Law, q: Law) -> dict[str, float]:
@@ -135,9 +130,10 @@ def quartet(path: Schedule, d: int = 8) -> GaussianMixture:
 def routed_errors(
     steps: Sequence[int], eps: Mapping[str, Sequence[float]], paths: int, policies: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Root mean square distance, over the paths, of the routed Euler sampler to the exact flow from the same noise at t = delta.
+    """Root mean square distance, over the trajectories, between the routed Euler sampler and the exact flow at t = delta.
 
-    posterior: alpha is mixed with the uniform one, `|alphahat - alpha| <= eps`. experts: each off by eps, each its own way.
+    Both start from the same noise. posterior: alpha is mixed with the uniform distribution, `|alphahat - alpha| <= eps`.
+    experts: each has an error of norm eps in a direction of its own.
     """
     oracle = quartet(schedule("vp_linear"))
     K, d = oracle.means.shape
@@ -165,20 +161,13 @@ def routed_errors(
         for n in steps:
             floor = distance(policy, n, 0, 0)
             for kind, values in eps.items():
+                of_posterior = kind == "posterior"
                 found = [
-                    distance(policy, n, *((e, 0) if kind == "posterior" else (0, e)))
+                    distance(policy, n, e if of_posterior else 0, 0 if of_posterior else e)
                     for e in values
                 ]
-                cells.append(
-                    {
-                        "policy": policy,
-                        "N": n,
-                        "kind": kind,
-                        "eps": list(values),
-                        "floor": floor,
-                        "error": found,
-                    }
-                )
+                cell = {"policy": policy, "N": n, "kind": kind, "eps": list(values)}
+                cells.append({**cell, "floor": floor, "error": found})
     return cells
 
 
@@ -196,7 +185,7 @@ def measure(
     paths: int = 300,
     policies: Sequence[str] = tuple(POLICIES),
 ) -> dict[str, Any]:
-    """Both halves: exact laws on Gaussians, paths on a mixture."""
+    """Exact laws on Gaussians, and trajectories on a mixture."""
     return {
         "T": T,
         "eps": list(eps),
@@ -208,7 +197,7 @@ def measure(
 
 
 class Quadrature(NamedTuple):
-    """`E(eps) = sqrt(floor^2 + (C eps)^2)` with the floor measured at eps = 0, C fitted in log E, and the largest ratio off."""
+    """`E(eps) = sqrt(floor^2 + (C eps)^2)`: C fitted in log E, and the largest ratio of a measurement to the fit."""
 
     C: float
     worst: float
@@ -216,7 +205,8 @@ class Quadrature(NamedTuple):
 
 def quadrature_fit(eps: Sequence[float], errors: Sequence[float], floor: float) -> Quadrature:
     """Least squares in log E over C alone."""
-    e, measured = torch.tensor(eps, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+    e = torch.tensor(eps, dtype=torch.float64)
+    measured = torch.tensor(errors, dtype=torch.float64)
 
     def rest(log_C: float) -> Tensor:
         return (floor**2 + (math.exp(log_C) * e) ** 2).sqrt().log() - measured.log()
@@ -227,101 +217,88 @@ def quadrature_fit(eps: Sequence[float], errors: Sequence[float], floor: float) 
     return Quadrature(math.exp(found.x), float(rest(found.x).abs().max().exp()))
 
 
-def page(numbers: Mapping[str, Any]) -> Page:
-    """Powers and constants of the errors' own terms, beside the theorems' linear ones."""
-    eps, cells = numbers["eps"], numbers["gaussian"]
-    dimensions, rows = sorted({cell["d"] for cell in cells}), []
-    small = [i for i, e in enumerate(eps) if e <= 0.1]
+def render(numbers: Mapping[str, Any]) -> Rendered:
+    """Tables of the constants and powers of the errors, on Gaussians and for the routed sampler."""
+    tables = {
+        "gaussian": _gaussian_table(numbers["gaussian"], numbers["eps"]),
+        "routed": _routed_table(numbers["routed"]),
+    }
+    return Rendered(tables, {"gaussian": _gaussian(numbers), "routed": _routed(numbers)})
+
+
+def _gaussian_table(cells: Sequence[Mapping[str, Any]], eps: Sequence[float]) -> str:
+    dimensions = sorted({cell["d"] for cell in cells})
+    rows = []
     for name, kind in product(SAMPLERS, KINDS):
-        cfg = {c["d"]: c for c in cells if c["sampler"] == name and c["kind"] == kind}
+        of_sampler = [cell for cell in cells if (cell["sampler"], cell["kind"]) == (name, kind)]
+        by_d = {cell["d"]: cell for cell in of_sampler}
+        largest = by_d[dimensions[-1]]
+        kl_constants = _constants(by_d, eps, "kl")
+        w2_constants = _constants(by_d, eps, "w2")
         row = [f"`{name}`", kind]
-        for key in ("kl", "w2"):
-            moved = {d: [_linear(cfg[d]["moved"][i], key) for i in small] for d in dimensions}
-            C = [moved[d][0] / eps[0] for d in dimensions]
-            power = -power_law_fit([eps[i] for i in small], moved[dimensions[-1]]).exponent
-            row += [*(f"{value:.2f}" for value in C), f"{power:.2f}"]
-            row += (
-                [f"{-power_law_fit(dimensions, C).exponent:.2f}"] if len(dimensions) > 1 else ["-"]
-            )
-        rows.append(
-            [
-                *row,
-                f"{_linear(cfg[dimensions[-1]]['floor'], 'kl') / float(row[1 + len(dimensions)]):.2g}",
-            ]
-        )
-    at_d = [f"d = {d}" for d in dimensions]
-    head = ("sampler", "error", *(f"C of sqrt(KL/2), {d}" for d in at_d), "power of eps", "of d")
-    head += (
-        *(f"C of W2, {d}" for d in at_d),
+        for key, constants in (("kl", kl_constants), ("w2", w2_constants)):
+            row += [f"{C:.2f}" for C in constants]
+            row += [f"{_eps_power(largest, eps, key):.2f}", _d_power(dimensions, constants)]
+        eps_at_floor = _linear(largest["floor"], "kl") / kl_constants[-1]
+        rows.append([*row, f"{eps_at_floor:.2g}"])
+    head = [
+        "sampler",
+        "error",
+        *(f"C of sqrt(KL/2), d = {d}" for d in dimensions),
         "power of eps",
         "of d",
-        f"eps at the floor, {at_d[-1]}",
-    )
-    routed, routed_rows = numbers["routed"], []
-    steps = sorted({cell["N"] for cell in routed})
-    for policy in dict.fromkeys(cell["policy"] for cell in routed):
-        own_cells = [cell for cell in routed if cell["policy"] == policy]
-        floors = [next(c["floor"] for c in own_cells if c["N"] == n) for n in steps]
-        falls = f"{power_law_fit(steps, floors).exponent:.2f}" if len(steps) > 1 else "-"
-        row = [f"`{policy}`", *(f"{floor:.3f}" for floor in floors), falls]
+        *(f"C of W2, d = {d}" for d in dimensions),
+        "power of eps",
+        "of d",
+        f"eps at the floor, d = {dimensions[-1]}",
+    ]
+    return table(head, rows)
+
+
+def _constants(
+    by_d: Mapping[int, Mapping[str, Any]], eps: Sequence[float], key: str
+) -> list[float]:
+    """C at each d: the distance that the smallest error causes, divided by eps."""
+    return [_linear(by_d[d]["moved"][0], key) / eps[0] for d in sorted(by_d)]
+
+
+def _eps_power(cell: Mapping[str, Any], eps: Sequence[float], key: str) -> float:
+    """The power of eps in the distance that an error causes, fitted up to eps = LINEAR_UP_TO."""
+    small = [e for e in eps if e <= LINEAR_UP_TO]
+    moved = [_linear(distances, key) for distances in cell["moved"][: len(small)]]
+    return -power_law_fit(small, moved).exponent
+
+
+def _d_power(dimensions: Sequence[int], constants: Sequence[float]) -> str:
+    if len(dimensions) == 1:
+        return "-"
+    return f"{-power_law_fit(dimensions, constants).exponent:.2f}"
+
+
+def _routed_table(cells: Sequence[Mapping[str, Any]]) -> str:
+    steps = sorted({cell["N"] for cell in cells})
+    rows = []
+    for policy in dict.fromkeys(cell["policy"] for cell in cells):
+        of_policy = [cell for cell in cells if cell["policy"] == policy]
+        floors = [next(cell["floor"] for cell in of_policy if cell["N"] == n) for n in steps]
+        exponent = f"{power_law_fit(steps, floors).exponent:.2f}" if len(steps) > 1 else "-"
+        row = [f"`{policy}`", *(f"{floor:.3f}" for floor in floors), exponent]
         for kind in ROUTED_EPS:
-            fits = [
-                quadrature_fit(c["eps"], c["error"], c["floor"])
-                for c in own_cells
-                if c["kind"] == kind
-            ]
-            row += [
-                ", ".join(f"{fit.C:.2f}" for fit in fits),
-                f"{max(fit.worst for fit in fits):.2f}",
-            ]
-        routed_rows.append(row)
-    routed_head = ("policy", *(f"floor, N = {n}" for n in steps), "falls as 1/N to")
-    routed_head += ("C of the posterior", "off by at most", "C of the experts", "off by at most")
-    text = f"""
-# Score errors
-
-## On Gaussians, exactly
-
-arXiv 2408.02320 allows DDIM an error of the score: its TV grows by at most sqrt(d) eps_score + d eps_Jacobi, times logarithms.
-Here the score of a Gaussian ([that of the exact laws](laws.md)) is off by e with E|e|^2 = eps^2 at every t: by a constant
-`shift`, or by a `slope`, in proportion to `(x - a m)/std`, which bends the Jacobian too, by eps / sqrt(d) over the standard
-deviation of x_t. Both keep the samplers affine, so all laws are exact. T = {numbers["T"]}, the two-phase schedule.
-
-sqrt(KL/2), which is at least TV, stands beside the theorem. C is what the error alone moves, per eps: the distance between what a
-sampler draws with it and without it. Powers of eps are fitted up to eps = {eps[small[-1]]:g}. The last column is
-the eps that moves the law as far as the exact sampler is from the truth already, in sqrt(KL/2).
-
-{table(head, rows)}
-
-![Distances over the error of the score](errors-gaussian.png)
-
-**Linear in eps**, as the theorem says, for the shift exactly. **Not growing with d**: at a given eps the bound has sqrt(d) for
-the shift, and for the slope d times a Jacobian off by eps / sqrt(d), so sqrt(d) again. A product shares eps out among its
-coordinates, and pays once. **The SDE samplers forget**: the same error costs the ODE samplers several times more, since a
-stochastic step corrects what earlier ones did wrong, and a deterministic one carries it to the end. No acceleration changes C:
-it lowers the floor, so the better the sampler, the smaller the eps that it is worth training for. An error of slope can undo
-the sampler's own, which is one of spread as well: hence the dip of the ODE samplers in the middle, an accident of its sign.
-
-## On a mixture, routed
-
-The routed theorem (arXiv 2606.15835) has W2 = O(N^-1/2 + eps). Here are four overlapping Gaussians in 8 dimensions with exact
-experts and posterior, and the routed Euler sampler on even steps from t = 1 to {numbers["delta"]:g}, against the exact
-flow from the same noise: the root mean square distance over {numbers["paths"]} paths, which is at least W2. The
-posterior is mixed with the uniform one, |alphahat - alpha| <= eps; each expert is off by eps in a direction of its own. C is
-fitted to `sqrt(floor^2 + (C eps)^2)`, floor as measured at eps = 0, for N = {", ".join(map(str, steps))};
-"off by at most" is the largest ratio between a measured distance and that law.
-
-{table(routed_head, routed_rows)}
-
-![Distance to the exact path over the error of router and experts](errors-routed.png)
-
-**What is seen.** Both terms of the theorem: a floor that falls with N, and a rise linear in eps; they add as squares, so the
-worse of the two is all that matters, and experts better than floor / C are trained in vain. The floor of `stochastic` falls
-about as N^-1/2, the theorem's rate; `full` and `balanced` fall as 1/N, for which the theorem is half a power
-loose. C settles as N grows, as it must, and is the same for all policies: an error of the router or of an expert costs the
-same however the expert is chosen.
-"""
-    return Page(text, {"gaussian": _gaussian(numbers), "routed": _routed(numbers)})
+            of_kind = [cell for cell in of_policy if cell["kind"] == kind]
+            fits = [quadrature_fit(c["eps"], c["error"], c["floor"]) for c in of_kind]
+            row.append(", ".join(f"{fit.C:.2f}" for fit in fits))
+            row.append(f"{max(fit.worst for fit in fits):.2f}")
+        rows.append(row)
+    head = [
+        "policy",
+        *(f"floor, N = {n}" for n in steps),
+        "exponent of 1/N",
+        "C of the posterior",
+        "largest ratio to the fit",
+        "C of the experts",
+        "largest ratio to the fit",
+    ]
+    return table(head, rows)
 
 
 def _linear(distances: Mapping[str, float], key: str) -> float:
@@ -367,20 +344,14 @@ def _routed(numbers: Mapping[str, Any]) -> Figure:
     steps = sorted({cell["N"] for cell in cells})
     for axis, kind in zip(plots, ROUTED_EPS, strict=True):
         for cell in (c for c in cells if c["kind"] == kind):
-            fit, width = (
-                quadrature_fit(cell["eps"], cell["error"], cell["floor"]),
-                1 + steps.index(cell["N"]) * 0.7,
-            )
-            low, high = cell["eps"][0] / 2, cell["eps"][-1]
-            line = [low * (high / low) ** (i / 50) for i in range(51)]
+            fit = quadrature_fit(cell["eps"], cell["error"], cell["floor"])
+            width = 1 + steps.index(cell["N"]) * 0.7
             colour = POLICIES[cell["policy"]]
-            axis.plot(
-                line,
-                [math.hypot(cell["floor"], fit.C * e) for e in line],
-                color=colour,
-                linewidth=width,
-                alpha=0.55,
-            )
+            low = cell["eps"][0] / 2
+            high = cell["eps"][-1]
+            line = [low * (high / low) ** (i / 50) for i in range(51)]
+            fitted = [math.hypot(cell["floor"], fit.C * e) for e in line]
+            axis.plot(line, fitted, color=colour, linewidth=width, alpha=0.55)
             axis.plot(cell["eps"], cell["error"], "o", color=colour, markersize=4)
         axis.set(xscale="log", yscale="log", ylabel="distance to the exact path")
         axis.set_title(

@@ -1,21 +1,23 @@
-"""Routing: how close each policy and each source of alpha keeps to the mixture's own path, at equal expert calls."""
+"""Expert selection: how closely each policy and source of alpha follows the mixture's trajectory, at equal NFE."""
 
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.lab.markdown import COLOURS, Page, axes, legend_below, steps_axis, table
-from benchmarks.lab.testbeds import Bed, mixture
+from benchmarks.lab.markdown import COLOURS, Rendered, axes, legend_below, steps_axis, table
+from benchmarks.lab.testbeds import Testbed, mixture
 from ddm.measures import power_law_fit, sliced_w2
 from router.policies import Nucleus, Policy, TopK
 from router.sources import Alpha, Integrated, Source, prior
 
-CALLS = (10, 25, 50, 100)
-RELAXATION_RATE = 40.0  # the default of `sample.pull`
+NFE = (10, 25, 50, 100)
+RELAXATION_RATE = 40.0  # the default of `sample.relaxation_rate`
+PLOTTED = (0, 2)  # testbeds with a figure
 
 
-def _beds() -> list[Bed]:
+def _testbeds() -> list[Testbed]:
     return [
         mixture(4, 8, 3.0),
         mixture(4, 8, 1.0),
@@ -27,10 +29,10 @@ def _beds() -> list[Bed]:
     ]
 
 
-def _methods(bed: Bed) -> dict[str, tuple[str | Policy, bool, float]]:
-    """A method, its policy, whether Gaussians stand in, and its calls a step."""
+def _methods(testbed: Testbed) -> dict[str, tuple[str | Policy, bool, float]]:
+    """For each method: its policy, whether it uses the control variate, and its NFE per step."""
     return {
-        "full": ("full", False, len(bed.experts)),
+        "full": ("full", False, len(testbed.experts)),
         "top-1": (TopK(1), False, 1),
         "top-2": (TopK(2), False, 2),
         "nucleus": (Nucleus(0.9), False, 1.5),
@@ -42,186 +44,145 @@ def _methods(bed: Bed) -> dict[str, tuple[str | Policy, bool, float]]:
     }
 
 
-def _sources(bed: Bed) -> dict[str, Alpha | Source]:
-    """Sources: the exact posterior, none, and its exact rate integrated without and with correction."""
-    assert bed.rate is not None
+def _sources(testbed: Testbed) -> dict[str, Alpha | Source]:
+    """The exact posterior, the prior, and the posterior's exact rate integrated without and with relaxation."""
+    assert testbed.rate is not None
     return {
-        "posterior": bed.alpha,
-        "prior": prior(bed.pi),
-        "derivative": Integrated(bed.rate, bed.pi),
-        "combined": Integrated(bed.rate, bed.pi, bed.alpha, RELAXATION_RATE),
+        "posterior": testbed.alpha,
+        "prior": prior(testbed.pi),
+        "derivative": Integrated(testbed.rate, testbed.pi),
+        "combined": Integrated(testbed.rate, testbed.pi, testbed.alpha, RELAXATION_RATE),
     }
 
 
-def fitted(steps: list[int], errors: Tensor, resamples: int = 200) -> dict[str, float]:
+def exponent_fit(steps: list[int], errors: Tensor, resamples: int = 200) -> dict[str, float]:
     """The exponent of mean errors `[steps, paths]` over steps, and its 95 % interval by resampling the paths."""
-    errors = errors.clamp_min(1e-12)  # paths over a finite set can end in the very same image
+    errors = errors.clamp_min(1e-12)  # trajectories over a finite set can end in the same image
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(errors.shape[1], (resamples, errors.shape[1]), generator=generator)
-    found = torch.tensor(
-        [power_law_fit(steps, errors[:, row].mean(dim=1).tolist()).exponent for row in rows]
-    )
-    low, high = found.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {
-        "exponent": power_law_fit(steps, errors.mean(dim=1).tolist()).exponent,
-        "low": low,
-        "high": high,
-    }
+    paths = errors.shape[1]
+    rows = torch.randint(paths, (resamples, paths), generator=generator)
+    means = [errors[:, row].mean(dim=1).tolist() for row in rows]
+    exponents = torch.tensor([power_law_fit(steps, mean).exponent for mean in means])
+    low, high = exponents.quantile(torch.tensor([0.025, 0.975])).tolist()
+    exponent = power_law_fit(steps, errors.mean(dim=1).tolist()).exponent
+    return {"exponent": exponent, "low": low, "high": high}
 
 
-def errors_of(ends: Tensor, reference: Tensor) -> Tensor:
-    """The mean square distance of each path's end, `[paths]`."""
+def square_errors(ends: Tensor, reference: Tensor) -> Tensor:
+    """The mean square distance between each trajectory's end and the reference's, per coordinate: `[paths]`."""
     return (ends - reference).double().square().flatten(1).mean(dim=1)
 
 
 def measure() -> dict[str, Any]:
-    """Every policy on every mixture at equal calls; every source on the first mixture."""
-    beds, sources = [], []
-    for bed in _beds():
-        reference, draws = (
-            bed.reference(),
-            [bed.draw(seed) for seed in range(5)] if bed.draw else [],
+    """Every policy on every mixture at equal NFE; every source on the first mixture."""
+    testbeds = _testbeds()
+    return {
+        "nfe": list(NFE),
+        "testbeds": [_measure_policies(testbed) for testbed in testbeds],
+        "sources": _measure_sources(testbeds[0]),
+    }
+
+
+def _measure_policies(testbed: Testbed) -> dict[str, Any]:
+    reference = testbed.reference()
+    exact = [testbed.draw(seed) for seed in range(5)] if testbed.draw else []
+    rows = []
+    for name, (policy, control_variate, per_step) in _methods(testbed).items():
+        steps = [max(1, round(nfe / per_step)) for nfe in NFE]
+        runs = [testbed.trajectory(n, policy, control_variate=control_variate) for n in steps]
+        errors = torch.stack([square_errors(ends, reference) for ends, _ in runs])
+        distances = torch.stack([_distances(ends, exact) for ends, _ in runs])
+        rows.append(
+            {
+                "method": name,
+                "steps": steps,
+                "nfe": [nfe for _, nfe in runs],
+                "error": errors.mean(dim=1).tolist(),
+                "sliced_w2": distances.mean(dim=1).tolist(),
+                "sliced_w2_deviation": distances.std(dim=1).tolist(),
+                "fit": exponent_fit(steps, errors),
+            }
         )
-        rows = []
-        for name, (policy, control_variate, per_step) in _methods(bed).items():
-            steps = [max(1, round(calls / per_step)) for calls in CALLS]
-            walks = [bed.trajectory(n, policy, control_variate=control_variate) for n in steps]
-            errors = torch.stack([errors_of(ends, reference) for ends, _ in walks])
-            distances = torch.tensor(
-                [[sliced_w2(ends, truth) for truth in draws] for ends, _ in walks]
-            )
-            rows.append(
-                {
-                    "method": name,
-                    "steps": steps,
-                    "calls": [calls for _, calls in walks],
-                    "error": errors.mean(dim=1).tolist(),
-                    "sliced_w2": distances.mean(dim=1).tolist(),
-                    "sliced_w2_deviation": distances.std(dim=1).tolist(),
-                    "fit": fitted(steps, errors),
-                }
-            )
-        beds.append({"bed": bed.name, "experts": len(bed.experts), "rows": rows})
-    bed = _beds()[0]
-    reference = bed.reference()
+    return {"testbed": testbed.name, "experts": len(testbed.experts), "rows": rows}
+
+
+def _distances(ends: Tensor, exact: list[Tensor]) -> Tensor:
+    return torch.tensor([sliced_w2(ends, samples) for samples in exact])
+
+
+def _measure_sources(testbed: Testbed) -> list[dict[str, Any]]:
+    reference = testbed.reference()
+    rows = []
     for policy in ("full", "stochastic", "balanced"):
-        for name in _sources(bed):
-            ends = [bed.trajectory(n, policy, alpha=_sources(bed)[name])[0] for n in CALLS]
-            errors = torch.stack([errors_of(end, reference) for end in ends])
-            sources.append(
-                {
-                    "policy": policy,
-                    "source": name,
-                    "error": errors.mean(dim=1).tolist(),
-                    "fit": fitted(list(CALLS), errors),
-                }
-            )
-    return {"calls": list(CALLS), "beds": beds, "sources": sources}
+        for name, source in _sources(testbed).items():
+            ends = [testbed.trajectory(n, policy, alpha=source)[0] for n in NFE]
+            errors = torch.stack([square_errors(end, reference) for end in ends])
+            error = errors.mean(dim=1).tolist()
+            fit = exponent_fit(list(NFE), errors)
+            rows.append({"policy": policy, "source": name, "error": error, "fit": fit})
+    return rows
 
 
-def law(fit: dict[str, float]) -> str:
+def shown_fit(fit: dict[str, float]) -> str:
     """A fitted exponent p with its interval, as text."""
     return f"{fit['exponent']:.2f} [{fit['low']:.2f}, {fit['high']:.2f}]".replace("-0.00", "0.00")
 
 
-def page(numbers: dict[str, Any]) -> Page:
-    """Tables of E and sliced W2, and a plot a mixture."""
-    calls = numbers["calls"]
-    text = [
-        f"""# Routing: who should move the image
-
-Exact experts and the exact posterior on Gaussian mixtures, so that all error is the sampler's and the policy's. E is the mean
-square distance, a number of the data, between where a path ends and where the full mixture's own path ends (UniPC-3, 500 steps).
-Every method gets the same **calls** an image, {", ".join(map(str, calls))}: `full`, which asks all K experts, takes
-calls/K steps, `top-2` calls/2, `adaptive` and `nucleus` calls/1.5 (nucleus asks as many as it needs: its true calls are in the
-JSON). `balanced-cv` is `balanced` with `control_variate=gaussian`: Gaussians stand in for the experts that are not asked,
-so where
-clusters *are* Gaussians it is the full mixture at one call a step. DDIM, uniform in t. Intervals are 95 %, by resampling
-the paths. `python -m benchmarks.lab routing` makes this page.
-"""
-    ]
-    figures = {}
-    for place, bed in enumerate(numbers["beds"]):
-        rows = []
-        for row in bed["rows"]:
-            w2 = f"{row['sliced_w2'][2]:.3f} ± {row['sliced_w2_deviation'][2]:.3f}"
-            rows.append([row["method"], *(f"{e:.2g}" for e in row["error"]), law(row["fit"]), w2])
-        head = ["policy", *(f"E at {n} calls" for n in calls), "p of N^-p", "sliced W2 at 50 calls"]
-        text.append(f"## {bed['bed']}\n\n{table(head, rows)}\n")
-        if place in (0, 2):
-            text.append(f"![E over calls](routing-{place}.png)\n")
-            figures[str(place)] = _plot(bed)
-    text.append(_summary(numbers))
-    rows = [
-        [s["policy"], s["source"], *(f"{e:.2g}" for e in s["error"]), law(s["fit"])]
-        for s in numbers["sources"]
-    ]
-    head = ["policy", "source", *(f"E at {n} steps" for n in calls), "p of N^-p"]
-    text.append(
-        f"""## Where alpha comes from: {numbers["beds"][0]["bed"]}
-
-The exact posterior; the prior; the posterior's exact rate integrated from the prior (`derivative`); and the same pulled to the
-posterior by {RELAXATION_RATE:g} a unit of t (`combined`), which corrects what integration loses when one expert at a time
-takes the path
-away from the mixture's.
-
-{table(head, rows)}
-
-With one expert at a time the integral of the exact rate keeps nearer to the mixture's path than the exact posterior does: an
-expert's detour moves the posterior at once, the integral only through its rate. For `full`, which makes no detours, the
-posterior is better at many steps. This is the best case of `derivative`; a network that learned the rate is another matter.
-"""
-    )
-    return Page("\n".join(text), figures)
+def render(numbers: dict[str, Any]) -> Rendered:
+    """Tables of E and sliced W2 for each mixture, of the ratios between methods, and of the sources."""
+    tables, figures = {}, {}
+    for i, testbed in enumerate(numbers["testbeds"]):
+        tables[f"testbed_{i}"] = _policies_table(numbers["nfe"], testbed["rows"])
+        if i in PLOTTED:
+            figures[str(i)] = _plot(testbed)
+    tables["ratios"] = _ratios(numbers)
+    tables["sources"] = _sources_table(numbers)
+    return Rendered(tables, figures)
 
 
-def _summary(numbers: dict[str, Any]) -> str:
-    """How many times closer, and whether the distribution is harmed, from the numbers."""
-    lines = []
-    for bed in numbers["beds"]:
-        rows = {row["method"]: row for row in bed["rows"]}
-        b, s, c = (rows[name]["error"] for name in ("balanced", "stochastic", "balanced-cv"))
-        lines.append(
-            [
-                bed["bed"],
-                f"{s[2] / b[2]:.1f}",
-                f"{s[3] / b[3]:.1f}",
-                *(f"{b[i] / c[i]:.1f}" for i in range(len(b))),
-            ]
-        )
-    head = ["mixture", "at 50", "at 100", *(f"at {n}" for n in numbers["calls"])]
-    return (
-        "## Times closer at equal calls\n\nFirst two columns: `balanced` over `stochastic`. The others: `balanced-cv` over "
-        f"`balanced`.\n\n{table(head, lines)}\n"
-    )
+def _policies_table(nfe: list[int], measured: list[dict[str, Any]]) -> str:
+    rows = []
+    for row in measured:
+        w2 = f"{row['sliced_w2'][2]:.3f} ± {row['sliced_w2_deviation'][2]:.3f}"
+        errors = [f"{error:.2g}" for error in row["error"]]
+        rows.append([row["method"], *errors, shown_fit(row["fit"]), w2])
+    columns = [f"E at {n} NFE" for n in nfe]
+    return table(["policy", *columns, "p of N^-p", "sliced W2 at 50 NFE"], rows)
 
 
-def _plot(bed: dict[str, Any]) -> Any:
+def _sources_table(numbers: dict[str, Any]) -> str:
+    rows = []
+    for row in numbers["sources"]:
+        errors = [f"{error:.2g}" for error in row["error"]]
+        rows.append([row["policy"], row["source"], *errors, shown_fit(row["fit"])])
+    columns = [f"E at {n} steps" for n in numbers["nfe"]]
+    return table(["policy", "source", *columns, "p of N^-p"], rows)
+
+
+def _ratios(numbers: dict[str, Any]) -> str:
+    """Ratios of E: `stochastic` over `balanced` at 50 and 100 NFE, `balanced` over `balanced-cv` at all."""
+    rows = []
+    for testbed in numbers["testbeds"]:
+        errors = {row["method"]: row["error"] for row in testbed["rows"]}
+        balanced = errors["balanced"]
+        first = [errors["stochastic"][i] / balanced[i] for i in (2, 3)]
+        second = [a / b for a, b in zip(balanced, errors["balanced-cv"], strict=True)]
+        rows.append([testbed["testbed"], *(f"{ratio:.1f}" for ratio in (*first, *second))])
+    head = ["mixture", "at 50", "at 100", *(f"at {n}" for n in numbers["nfe"])]
+    return table(head, rows)
+
+
+def _plot(testbed: dict[str, Any]) -> Figure:
     figure, (left, right) = axes(2, height=3.8)
-    for row in bed["rows"]:
-        colour = COLOURS.get(row["method"], "#666666")
-        left.plot(
-            row["calls"],
-            row["error"],
-            "o-",
-            color=colour,
-            markersize=3.5,
-            linewidth=1.2,
-            label=row["method"],
-        )
-        right.errorbar(
-            row["calls"],
-            row["sliced_w2"],
-            row["sliced_w2_deviation"],
-            fmt="o-",
-            color=colour,
-            markersize=3.5,
-            linewidth=1.2,
-        )
-    for plot, label in ((left, "E, mean square distance"), (right, "sliced W2 to exact draws")):
-        plot.set_xscale("log")
-        plot.set_yscale("log")
-        steps_axis(plot, bed["rows"][-1]["steps"], "NFE per image")
-        plot.set_ylabel(label)
+    style: dict[str, Any] = {"markersize": 3.5, "linewidth": 1.2}
+    for row in testbed["rows"]:
+        style["color"] = COLOURS.get(row["method"], "#666666")
+        left.plot(row["nfe"], row["error"], "o-", label=row["method"], **style)
+        deviation = row["sliced_w2_deviation"]
+        right.errorbar(row["nfe"], row["sliced_w2"], deviation, fmt="o-", **style)
+    labels = ("E, mean square distance", "sliced W2 to exact samples")
+    for plot, label in zip((left, right), labels, strict=True):
+        plot.set(xscale="log", yscale="log", ylabel=label)
+        steps_axis(plot, testbed["rows"][-1]["steps"], "NFE per image")
     legend_below(figure, left, columns=5)
     return figure

@@ -1,4 +1,4 @@
-"""Policies beyond the papers: what was tried at one expert call a step, what won, and what did not."""
+"""Selection rules beyond the papers: what was tried at one NFE per step, what was better, and what was not."""
 
 import logging
 import os
@@ -7,257 +7,244 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from benchmarks.lab.markdown import Page, axes, legend_below, steps_axis, table
-from benchmarks.lab.selection import errors_of, fitted, law
-from benchmarks.lab.testbeds import Bed, cifar10, mixture
+from benchmarks.lab.markdown import Rendered, axes, legend_below, steps_axis, table
+from benchmarks.lab.selection import exponent_fit, shown_fit, square_errors
+from benchmarks.lab.testbeds import Testbed, cifar10, mixture
 from ddm.grids import time_grid
 from ddm.measures import sliced_w2
 from ddm.samplers import sample
 from router.policies import Balanced
 from router.routing import RoutedDenoiser
 
-CALLS = (10, 25, 50, 100)
+NFE = (10, 25, 50, 100)
+COMPARED = 3  # step counts, from 10 to 50, over which rules are compared with `balanced`
 
 log = logging.getLogger(__name__)
 
 
-class Weighted(Balanced):
-    """`balanced` whose credit counts a step by its weight, and is kept from one step to the next by a factor."""
+class WeightedCredit(Balanced):
+    """`balanced` with a weight for each step's credit, and a factor by which credit decays from step to step."""
 
-    def __init__(self, bed: Bed, times: Tensor, kind: str) -> None:
-        c = bed.schedule(times[:-1])
-        c_next = bed.schedule(times[1:])
+    def __init__(self, testbed: Testbed, times: Tensor, kind: str) -> None:
+        c = testbed.schedule(times[:-1])
+        c_next = testbed.schedule(times[1:])
         one = torch.ones(len(times) - 1)
-        rho = (c_next.a / c_next.s.clamp_min(1e-2)).log() - (c.a / c.s).log()
-        self.weight, self.kept = {
-            "share of x": (c_next.a - c.a * c_next.s / c.s, c_next.s / c.s),
-            "log SNR": (rho / rho.mean(), one),
-            "forgetting": (one, 0.9 * one),
+        log_snr_change = (c_next.a / c_next.s.clamp_min(1e-2)).log() - (c.a / c.s).log()
+        noise_ratio = c_next.s / c.s
+        self.weight, self.decay = {
+            "change of x": (c_next.a - c.a * noise_ratio, noise_ratio),
+            "log SNR": (log_snr_change / log_snr_change.mean(), one),
+            "decay": (one, 0.9 * one),
         }[kind]
         self.step = 0
 
     def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        weight, kept = float(self.weight[self.step]), float(self.kept[self.step])
+        weight = float(self.weight[self.step])
+        decay = float(self.decay[self.step])
         self.step += 1
-        credit = kept * state + weight * alpha
-        chosen = torch.zeros_like(alpha, dtype=torch.bool).scatter_(
-            1, credit.argmax(dim=1, keepdim=True), True
-        )
+        credit = decay * state + weight * alpha
+        most = credit.argmax(dim=1, keepdim=True)
+        chosen = torch.zeros_like(alpha, dtype=torch.bool).scatter_(1, most, True)
         return chosen, credit - weight * chosen
 
 
-class Remembering(RoutedDenoiser):
-    """One expert a step, and for each of the others what it said at its last call less what its stand-in said then.
+class LastResiduals(RoutedDenoiser):
+    """`balanced` with a control variate that also remembers each expert's last residual against its approximation.
 
-    That rest counts less the longer ago it was, by the ratio of a/s then and now; without Gaussians the stand-in is the
-    cluster's mean.
+    A residual is weighted by the ratio of a/s then and now, so it fades as the noise falls. The approximation is the cluster's
+    Gaussian, or its mean.
     """
 
-    def __init__(self, bed: Bed, gaussian: bool) -> None:
-        super().__init__(bed.experts, bed.router("balanced"), seed=3)
-        self.bed, self.gaussian = bed, gaussian
-        self.rest: Tensor | None = None
-        self.rho = torch.full((len(bed.noise), len(bed.experts)), 1e-9)
+    def __init__(self, testbed: Testbed, gaussian: bool) -> None:
+        super().__init__(testbed.experts, testbed.router("balanced"), seed=3)
+        self.testbed = testbed
+        self.gaussian = gaussian
+        self.residuals: Tensor | None = None
+        self.snr_then = torch.full((len(testbed.noise), len(testbed.experts)), 1e-9)
+
+    def _approximations(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.gaussian:
+            return self.testbed.gaussian_denoised(x, t)
+        means = self.testbed.means
+        return means.expand(len(x), *means.shape)
 
     def _mix(self, x: Tensor, t: Tensor, alpha: Tensor, chosen: Tensor) -> Tensor:
-        c, rows, k = self.bed.schedule(t), torch.arange(len(x)), chosen.int().argmax(dim=1)
-        stand_ins = (
-            self.bed.stand_ins(x, t)
-            if self.gaussian
-            else self.bed.means.expand(len(x), *self.bed.means.shape)
-        )
-        self.rest = torch.zeros_like(stand_ins) if self.rest is None else self.rest
-        faded = (self.rho / float(c.a / c.s)).reshape(
-            *self.rho.shape, *[1] * (x.ndim - 1)
-        ) * self.rest
-        guesses, said = stand_ins + faded, super()._mix(x, t, alpha, chosen)
-        self.rest[rows, k], self.rho[rows, k] = said - stand_ins[rows, k], float(c.a / c.s)
-        mean = (alpha.reshape(*alpha.shape, *[1] * (x.ndim - 1)) * guesses).sum(dim=1)
-        return said + mean - guesses[rows, k]
+        c = self.testbed.schedule(t)
+        snr = float(c.a / c.s)
+        rows = torch.arange(len(x))
+        expert = chosen.int().argmax(dim=1)
+        trailing = [1] * (x.ndim - 1)
+        approximations = self._approximations(x, t)
+        if self.residuals is None:
+            self.residuals = torch.zeros_like(approximations)
+        fading = (self.snr_then / snr).reshape(*alpha.shape, *trailing)
+        estimates = approximations + fading * self.residuals
+        denoised = super()._mix(x, t, alpha, chosen)
+        self.residuals[rows, expert] = denoised - approximations[rows, expert]
+        self.snr_then[rows, expert] = snr
+        mean = (alpha.reshape(*alpha.shape, *trailing) * estimates).sum(dim=1)
+        return denoised + mean - estimates[rows, expert]
 
 
-def where_alpha_moves(bed: Bed, steps: int) -> Tensor:
-    """A grid with half its steps even in t, and half where alpha of the mixture's own paths moves."""
-    fine = time_grid("uniform_t", 200, bed.schedule)
-    seen: list[Tensor] = []
+def alpha_grid(testbed: Testbed, steps: int) -> Tensor:
+    """A grid with half its steps even in t, and half where alpha changes along the mixture's trajectories."""
+    fine = time_grid("uniform_t", 200, testbed.schedule)
+    alphas: list[Tensor] = []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        seen.append(bed.alpha(x, t))
-        return bed.full(x, t)
+        alphas.append(testbed.alpha(x, t))
+        return testbed.full(x, t)
 
-    sample(denoise, bed.noise, bed.schedule, steps=200)
-    moved = torch.stack(seen).diff(dim=0).abs().sum(dim=2).mean(dim=1).double()
-    density = torch.cat([moved / moved.sum(), moved.new_zeros(1)]) + 1 / len(fine)
+    sample(denoise, testbed.noise, testbed.schedule, steps=200)
+    change = torch.stack(alphas).diff(dim=0).abs().sum(dim=2).mean(dim=1).double()
+    density = torch.cat([change / change.sum(), change.new_zeros(1)]) + 1 / len(fine)
     mass = torch.cat([density.new_zeros(1), density.cumsum(0) / density.sum()])
     wanted = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     right = torch.searchsorted(mass, wanted).clamp(1, len(fine) - 1)
-    share = (wanted - mass[right - 1]) / (mass[right] - mass[right - 1])
-    times = fine[right - 1] + share * (fine[right] - fine[right - 1])
-    times[0], times[-1] = 1, 0
+    fraction = (wanted - mass[right - 1]) / (mass[right] - mass[right - 1])
+    times = fine[right - 1] + fraction * (fine[right] - fine[right - 1])
+    times[0] = 1
+    times[-1] = 0
     return times
 
 
-def _weighted(kind: str) -> Callable[[Bed, int], Tensor]:
-    return lambda bed, n: bed.trajectory(
-        n, Weighted(bed, time_grid("uniform_t", n, bed.schedule), kind)
-    )[0]
+Rule = Callable[[Testbed, int], Tensor]  # testbed, NFE per image -> ends
 
 
-def _alpha_grid(bed: Bed, n: int) -> Tensor:
-    return bed.trajectory(n, "balanced", grid=where_alpha_moves(bed, n))[0]
+def _policy(name: str, nfe_per_step: float = 1, **settings: Any) -> Rule:
+    def ends(testbed: Testbed, nfe: int) -> Tensor:
+        return testbed.trajectory(round(nfe / nfe_per_step), name, **settings)[0]
+
+    return ends
 
 
-def _remembering(gaussian: bool) -> Callable[[Bed, int], Tensor]:
-    return lambda bed, n: sample(Remembering(bed, gaussian), bed.noise, bed.schedule, steps=n)
+def _weighted(kind: str) -> Rule:
+    def ends(testbed: Testbed, nfe: int) -> Tensor:
+        times = time_grid("uniform_t", nfe, testbed.schedule)
+        return testbed.trajectory(nfe, WeightedCredit(testbed, times, kind))[0]
+
+    return ends
 
 
-TRIED: dict[str, tuple[Callable[[Bed, int], Tensor], str]] = {
-    "full, K calls a step": (lambda bed, n: bed.trajectory(n, "full")[0], "#009E73"),
-    "stochastic": (lambda bed, n: bed.trajectory(n, "stochastic")[0], "#56B4E9"),
-    "balanced": (lambda bed, n: bed.trajectory(n, "balanced")[0], "#D55E00"),
-    "balanced, control_variate=gaussian": (
-        lambda bed, n: bed.trajectory(n, "balanced", control_variate=True)[0],
-        "#E69F00",
-    ),
-    "balanced, last words": (_remembering(False), "#CC79A7"),
-    "balanced, Gaussians and last words": (_remembering(True), "#0072B2"),
-    "stochastic, control_variate=gaussian": (
-        lambda bed, n: bed.trajectory(n, "stochastic", control_variate=True)[0],
-        "",
-    ),
-    "adaptive, 1.5 calls a step": (
-        lambda bed, n: bed.trajectory(round(n / 1.5), "adaptive")[0],
-        "#882255",
-    ),
-    "balanced, credit by share of x": (_weighted("share of x"), ""),
-    "balanced, credit by log SNR": (_weighted("log SNR"), ""),
-    "balanced, credit that forgets": (_weighted("forgetting"), ""),
-    "balanced, steps where alpha moves": (_alpha_grid, ""),
-    "balanced, even in log SNR": (
-        lambda bed, n: bed.trajectory(n, "balanced", grid="uniform_log_snr")[0],
-        "",
-    ),
+def _on_alpha_grid(testbed: Testbed, nfe: int) -> Tensor:
+    return testbed.trajectory(nfe, "balanced", grid=alpha_grid(testbed, nfe))[0]
+
+
+def _last_residuals(gaussian: bool) -> Rule:
+    def ends(testbed: Testbed, nfe: int) -> Tensor:
+        routed = LastResiduals(testbed, gaussian)
+        return sample(routed, testbed.noise, testbed.schedule, steps=nfe)
+
+    return ends
+
+
+RULES: dict[str, tuple[Rule, str]] = {  # and the colour of its curve, if it is plotted
+    "full, K NFE per step": (_policy("full"), "#009E73"),
+    "stochastic": (_policy("stochastic"), "#56B4E9"),
+    "balanced": (_policy("balanced"), "#D55E00"),
+    "balanced, control_variate=gaussian": (_policy("balanced", control_variate=True), "#E69F00"),
+    "balanced, last residuals": (_last_residuals(False), "#CC79A7"),
+    "balanced, Gaussians and last residuals": (_last_residuals(True), "#0072B2"),
+    "stochastic, control_variate=gaussian": (_policy("stochastic", control_variate=True), ""),
+    "adaptive, 1.5 NFE per step": (_policy("adaptive", nfe_per_step=1.5), "#882255"),
+    "balanced, credit weighted by change of x": (_weighted("change of x"), ""),
+    "balanced, credit weighted by log SNR": (_weighted("log SNR"), ""),
+    "balanced, decaying credit": (_weighted("decay"), ""),
+    "balanced, steps where alpha changes": (_on_alpha_grid, ""),
+    "balanced, even in log SNR": (_policy("balanced", grid="uniform_log_snr"), ""),
 }
-ON_IMAGES = tuple(TRIED)[:8]
+ON_IMAGES = tuple(RULES)[:8]
 
 
 def measure() -> dict[str, Any]:
-    """E of everything that was tried; on CIFAR-10 of what was worth it, where `DDM_DATA` (default `data`) holds it."""
+    """E of every rule on mixtures, and of the more promising ones on CIFAR-10 if `DDM_DATA` (default `data`) holds it."""
     found = []
-    for bed in (mixture(4, 8, 3.0), mixture(4, 8, 3.0, components=3)):
-        assert bed.draw is not None
-        truths = [bed.draw(seed) for seed in range(5)]
-        found.append(_rows(bed, tuple(TRIED), bed.reference(), truths))
+    for testbed in (mixture(4, 8, 3.0), mixture(4, 8, 3.0, components=3)):
+        assert testbed.draw is not None
+        exact = [testbed.draw(seed) for seed in range(5)]
+        found.append(_measure(testbed, tuple(RULES), testbed.reference(), exact))
     root = Path(os.environ.get("DDM_DATA", "data"))
     if (root / "cifar-10-batches-py").is_dir():
-        bed = cifar10(root)
-        reference = sample(bed.full, bed.noise, bed.schedule, "ddim", 500)
-        found.append(_rows(bed, ON_IMAGES, reference, [reference]))
+        images = cifar10(root)
+        reference = sample(images.full, images.noise, images.schedule, "ddim", 500)
+        found.append(_measure(images, ON_IMAGES, reference, [reference]))
     else:
-        log.info("policies: no CIFAR-10 in %s (DDM_DATA), only mixtures are measured", root)
-    return {"calls": list(CALLS), "beds": found}
+        log.info("selection_rules: no CIFAR-10 in %s (DDM_DATA): measuring mixtures only", root)
+    return {"nfe": list(NFE), "testbeds": found}
 
 
-def _rows(
-    bed: Bed, names: tuple[str, ...], reference: Tensor, truths: list[Tensor]
+def _measure(
+    testbed: Testbed, names: tuple[str, ...], reference: Tensor, exact: list[Tensor]
 ) -> dict[str, Any]:
     rows = []
     for name in names:
-        ends = [TRIED[name][0](bed, n) for n in CALLS]
-        errors = torch.stack([errors_of(end, reference) for end in ends])
-        distance = [sum(sliced_w2(end, truth) for truth in truths) / len(truths) for end in ends]
+        rule, _ = RULES[name]
+        ends = [rule(testbed, nfe) for nfe in NFE]
+        errors = torch.stack([square_errors(end, reference) for end in ends])
         rows.append(
             {
-                "tried": name,
+                "rule": name,
                 "error": errors.mean(dim=1).tolist(),
-                "sliced_w2": distance,
-                "fit": fitted(list(CALLS), errors),
+                "sliced_w2": [_mean_distance(end, exact) for end in ends],
+                "fit": exponent_fit(list(NFE), errors),
             }
         )
-    return {"bed": bed.name, "rows": rows}
+    return {"testbed": testbed.name, "rows": rows}
 
 
-def page(numbers: dict[str, Any]) -> Page:
-    """A table a bed, what is kept, and a plot."""
-    calls = numbers["calls"]
-    text = [
-        """# Policies beyond the papers
+def _mean_distance(ends: Tensor, exact: list[Tensor]) -> float:
+    return sum(sliced_w2(ends, samples) for samples in exact) / len(exact)
 
-What can be better than `balanced` at one expert call a step? E is the mean square distance to the end of the mixture's own path;
-columns are NFE per image (`full` alone takes K times as many); DDIM. On CIFAR-10 an expert is the exact softmax average
-of its cluster's images, nothing is trained, and the path is the mixture's of 500 DDIM steps.
-`DDM_DATA=data python -m benchmarks.lab policies` makes this page.
 
-- **control_variate=gaussian**: a Gaussian a cluster (mean, and variances in the cosine basis) says what each expert not
-asked would say.
-- **last words**: instead of it, or besides it, what an expert said at its last call, fading as the noise falls.
-- **adaptive**: a second expert where alpha is undecided, fewer steps.
-- **credit by ...**: the credit counts a step by how much of x it replaces, or by its share of log SNR, or forgets a tenth a step.
-- **steps where alpha moves**: half the grid's steps go where alpha of the mixture's paths changes.
-"""
-    ]
-    figure, plots = axes(len(numbers["beds"]), height=3.6)
-    for plot, bed in zip(plots, numbers["beds"], strict=True):
-        head = ["tried", *(f"E at {n}" for n in calls), "p of N^-p", "sliced W2 at 25"]
-        body = [
-            [
-                r["tried"],
-                *(f"{e:.2g}" for e in r["error"]),
-                law(r["fit"]),
-                f"{r['sliced_w2'][1]:.3f}",
-            ]
-            for r in bed["rows"]
-        ]
-        text.append(f"## {bed['bed']}\n\n{table(head, body)}\n")
-        for row in bed["rows"]:
-            colour = TRIED[row["tried"]][1]
-            if colour:
-                plot.plot(
-                    calls,
-                    row["error"],
-                    "o-",
-                    color=colour,
-                    markersize=3.5,
-                    linewidth=1.2,
-                    label=row["tried"],
-                )
-        plot.set_xscale("log")
-        plot.set_yscale("log")
-        plot.set_title(bed["bed"], fontsize=9)
-        steps_axis(plot, calls, "NFE per image")
+def render(numbers: dict[str, Any]) -> Rendered:
+    """A table for each testbed, the gains over `balanced`, and a plot."""
+    testbeds = numbers["testbeds"]
+    tables = {
+        f"testbed_{i}": _errors_table(numbers["nfe"], testbed["rows"])
+        for i, testbed in enumerate(testbeds)
+    }
+    tables["gains"] = _gains(testbeds)
+    figure, plots = axes(len(testbeds), height=3.6)
+    for plot, testbed in zip(plots, testbeds, strict=True):
+        _panel(plot, testbed, numbers["nfe"])
     plots[0].set_ylabel("E, mean square distance")
     legend_below(figure, plots[0], columns=4)
-    text.append("![E over calls](policies-e.png)\n")
-    text.append(_verdict(numbers))
-    return Page("\n".join(text), {"e": figure})
+    return Rendered(tables, {"e": figure})
 
 
-def _verdict(numbers: dict[str, Any]) -> str:
-    body = []
-    for name in TRIED:
+def _errors_table(nfe: list[int], measured: list[dict[str, Any]]) -> str:
+    rows = []
+    for row in measured:
+        errors = [f"{error:.2g}" for error in row["error"]]
+        rows.append([row["rule"], *errors, shown_fit(row["fit"]), f"{row['sliced_w2'][1]:.3f}"])
+    return table(["rule", *(f"E at {n}" for n in nfe), "p of N^-p", "sliced W2 at 25"], rows)
+
+
+def _gains(testbeds: list[dict[str, Any]]) -> str:
+    """E of `balanced` over that of each rule: the geometric mean over 10, 25 and 50 NFE."""
+    rows = []
+    for rule in RULES:
         cells = []
-        for bed in numbers["beds"]:
-            rows = {row["tried"]: torch.tensor(row["error"]).log() for row in bed["rows"]}
-            gain = (rows["balanced"] - rows[name])[:3].mean().exp() if name in rows else None
-            cells.append("" if gain is None else f"{float(gain):.2f}")
-        body.append([name, *cells])
-    return f"""## Times closer than `balanced`, 10 to 50 calls
+        for testbed in testbeds:
+            logs = {row["rule"]: torch.tensor(row["error"]).log() for row in testbed["rows"]}
+            if rule in logs:
+                gain = float((logs["balanced"] - logs[rule])[:COMPARED].mean().exp())
+                cells.append(f"{gain:.2f}")
+            else:
+                cells.append("")
+        rows.append([rule, *cells])
+    return table(["rule", *(testbed["testbed"] for testbed in testbeds)], rows)
 
-{table(["tried", *(bed["bed"] for bed in numbers["beds"])], body)}
 
-Geometric mean over 10, 25 and 50 calls; above 1 is better than `balanced`. A path ends on another image or cluster or it does
-not, so few paths make most of E: the intervals above are wide, and on CIFAR-10 factors below 1.3 mean little.
-
-**Kept**: `control_variate=gaussian`, the default. Over these calls it is better than `balanced` on every bed, if not in
-every cell; it is
-exact where clusters are Gaussian, costs no call and remembers nothing; on trained digits it halves E at 10 and 25 steps
-([results](../results/digits.md)). `adaptive` is kept for a number of steps that is given: on mixtures its calls are better spent
-on more steps of `balanced`, on the finite sets of CIFAR-10 they are not.
-
-**Not kept**: last words beside the Gaussians, which on all that is not Gaussian is the best of all at 25 and 50 calls, but
-needs K images of memory for every path, which a server would have to carry along; it is the first to come back to. Last
-words alone; a credit that weighs steps or forgets; grids even in log SNR for DDIM, or by where alpha moves, which helps
-on one mixture and not on the other, and has to be measured for each router.
-"""
+def _panel(plot: Axes, testbed: dict[str, Any], nfe: list[int]) -> None:
+    for row in testbed["rows"]:
+        _, colour = RULES[row["rule"]]
+        if colour:
+            style: dict[str, Any] = {"markersize": 3.5, "linewidth": 1.2, "color": colour}
+            plot.plot(nfe, row["error"], "o-", label=row["rule"], **style)
+    plot.set(xscale="log", yscale="log")
+    plot.set_title(testbed["testbed"], fontsize=9)
+    steps_axis(plot, nfe, "NFE per image")

@@ -1,4 +1,4 @@
-"""Where routing is tried: mixtures of which everything is known exactly, and real images with exact finite-set experts."""
+"""Testbeds for routing: mixtures with exact experts and posterior, and real images with exact finite-set experts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from train.data import DataConfig
 
 
 @dataclass(frozen=True)
-class Bed:
-    """K exact experts, their exact posterior, what stands in for them, and the noise that the paths start from."""
+class Testbed:
+    """K exact experts, their exact posterior and Gaussian approximations, and the noise that trajectories start from."""
 
     name: str
     experts: Sequence[Denoiser]
@@ -31,8 +31,8 @@ class Bed:
     gaussians: Gaussians
     noise: Tensor
     schedule: Schedule
-    draw: Callable[[int], Tensor] | None = None  # exact draws of a seed, as many as there are paths
-    rate: Alpha | None = None  # the posterior's exact rate
+    draw: Callable[[int], Tensor] | None = None  # exact samples of a seed, one per trajectory
+    rate: Alpha | None = None  # the exact rate of the posterior
 
     def trajectory(
         self,
@@ -46,7 +46,7 @@ class Bed:
         grid: str | Tensor = "uniform_t",
         seed: int = 3,
     ) -> tuple[Tensor, float]:
-        """Where the paths end, `[B, ...]`, and the expert calls that each took."""
+        """The ends of the trajectories, `[B, ...]`, and the NFE of each."""
         method, _ = plan_steps(sampler, steps, grid, self.schedule, 0.0, order)
         routed = RoutedDenoiser(
             self.experts,
@@ -55,9 +55,8 @@ class Bed:
             calls_per_step=method.calls_per_step,
             control_variate=self.control_variate if control_variate else None,
         )
-        ends, _ = drive(
-            start(self.noise, self.schedule, sampler, steps, grid, seed=seed, order=order), routed
-        )
+        generator = start(self.noise, self.schedule, sampler, steps, grid, seed=seed, order=order)
+        ends, _ = drive(generator, routed)
         return ends, routed.calls / len(ends)
 
     def router(self, policy: str | Policy, alpha: Alpha | Source | None = None) -> Router:
@@ -66,7 +65,7 @@ class Bed:
 
     @property
     def control_variate(self) -> ControlVariate:
-        """The Gaussians that stand in for the experts."""
+        """The Gaussian approximations of the experts."""
         return self.gaussians.mix
 
     @property
@@ -74,33 +73,34 @@ class Bed:
         """The clusters' means, `[K, ...]`."""
         return cosine(self.gaussians.means, inverse=True)
 
-    def stand_ins(self, x: Tensor, t: Tensor) -> Tensor:
-        """What each Gaussian says, `[B, K, ...]`."""
-        rows = torch.eye(len(self.experts))
-        return torch.stack(
-            [self.control_variate(x, t, row.expand(len(x), -1)) for row in rows], dim=1
-        )
+    def gaussian_denoised(self, x: Tensor, t: Tensor) -> Tensor:
+        """The denoised image of each Gaussian approximation, `[B, K, ...]`."""
+        one_hot = torch.eye(len(self.experts))
+        denoised = [self.control_variate(x, t, row.expand(len(x), -1)) for row in one_hot]
+        return torch.stack(denoised, dim=1)
 
     def full(self, x: Tensor, t: Tensor) -> Tensor:
-        """The mixture itself."""
+        """The denoised image of the full mixture."""
         alpha = self.alpha(x, t)
-        return sum(
-            (
-                alpha[:, k].reshape(-1, *[1] * (x.ndim - 1)) * e(x, t)
-                for k, e in enumerate(self.experts)
-            ),
-            0 * x,
-        )
+        total = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            total = total + _per_image(alpha[:, k], x) * expert(x, t)
+        return total
 
     def reference(self) -> Tensor:
-        """Where the full mixture's own path ends."""
+        """The ends of the full mixture's trajectories."""
         return sample(self.full, self.noise, self.schedule, "unipc", 500, "uniform_log_snr")
+
+
+def _per_image(values: Tensor, x: Tensor) -> Tensor:
+    """One value `[B]` per image, ready to multiply x `[B, ...]`."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def mixture(
     k: int, d: int, separation: float, components: int = 1, paths: int = 400, seed: int = 1
-) -> Bed:
-    """K clusters in d dimensions, each of that many Gaussians whose means are `separation` times normal draws."""
+) -> Testbed:
+    """K clusters in d dimensions, each of `components` Gaussians with means `separation` times normal random numbers."""
     generator = torch.Generator().manual_seed(seed)
     means = separation * torch.randn(k * components, d, generator=generator)
     stds = 0.3 + 0.7 * torch.rand(k * components, d, generator=generator)
@@ -108,23 +108,29 @@ def mixture(
     weights = (pi / components).repeat_interleave(components)
     process = schedule("vp_linear")
     whole = GaussianMixture(weights, means, stds, process)
-    parts = [
-        GaussianMixture(torch.full((components,), 1 / components), m, s, process)
-        for m, s in zip(means.split(components), stds.split(components), strict=True)
+    even = torch.full((components,), 1 / components)
+    clusters = [
+        GaussianMixture(even, cluster_means, cluster_stds, process)
+        for cluster_means, cluster_stds in zip(
+            means.split(components), stds.split(components), strict=True
+        )
     ]
     grouped = means.reshape(k, components, d)
-    spread = (stds**2).reshape(k, components, d).mean(dim=1) + grouped.var(dim=1, correction=0)
+    within = (stds**2).reshape(k, components, d).mean(dim=1)
+    variance = within + grouped.var(dim=1, correction=0)
 
     def by_cluster(of: Alpha, x: Tensor, t: Tensor) -> Tensor:
         return of(x, t).reshape(len(x), k, components).sum(dim=2)
 
-    return Bed(
-        f"K = {k}, d = {d}, means {separation:g}"
-        + (f", {components} Gaussians a cluster" if components > 1 else ""),
-        [part.denoise for part in parts],
+    name = f"K = {k}, d = {d}, means {separation:g}"
+    if components > 1:
+        name += f", {components} Gaussians per cluster"
+    return Testbed(
+        name,
+        [cluster.denoise for cluster in clusters],
         partial(by_cluster, whole.posterior),
         pi,
-        Gaussians(grouped.mean(dim=1), spread, process),
+        Gaussians(grouped.mean(dim=1), variance, process),
         normal(5, RngStream.START, torch.arange(paths), 0, (d,)),
         process,
         partial(whole.sample, paths),
@@ -132,21 +138,24 @@ def mixture(
     )
 
 
-def cifar10(root: Path, real: int = 3000, paths: int = 48) -> Bed:
-    """Ten clusters by label of real real; an expert is the softmax average of its cluster's real, exact and untrained."""
+def cifar10(root: Path, count: int = 3000, paths: int = 48) -> Testbed:
+    """The first `count` images of CIFAR-10 in ten clusters by label.
+
+    An expert is the softmax average of its cluster's images: exact and untrained.
+    """
     data = DataConfig(name="cifar10", root=str(root)).build()
     assert data.labels is not None
-    order = data.labels[:real].argsort(stable=True)
-    images, counts = data.images[:real][order], torch.bincount(data.labels[:real], minlength=10)
+    labels = data.labels[:count]
+    sizes = torch.bincount(labels, minlength=10)
+    clusters = data.images[:count][labels.argsort(stable=True)].split(sizes.tolist())
+    of_clusters = [moments(cluster) for cluster in clusters]
+    means = torch.stack([mean for mean, _ in of_clusters])
+    variances = torch.stack([variance for _, variance in of_clusters])
     process = schedule("vp_linear")
-    clusters = images.split(counts.tolist())
-    means, variances = (
-        torch.stack(part) for part in zip(*(moments(cluster) for cluster in clusters), strict=True)
-    )
     points = [to_float(cluster).flatten(1) for cluster in clusters]
-    squares = [part.square().sum(dim=1) for part in points]
+    squares = [cluster.square().sum(dim=1) for cluster in points]
 
-    # Beside `router.targets`, which counts in float64, converting the real at each call: paths do not need that.
+    # In float32, unlike `router.targets`, which converts all images to float64 at each call.
     def log_weights(x: Tensor, t: Tensor, k: int) -> Tensor:
         a, s, _, _ = process(t.to(x))
         return a / s**2 * (x.flatten(1) @ points[k].T - a / 2 * squares[k])
@@ -155,15 +164,14 @@ def cifar10(root: Path, real: int = 3000, paths: int = 48) -> Bed:
         return (log_weights(x, t, k).softmax(dim=1) @ points[k]).reshape(x.shape)
 
     def alpha(x: Tensor, t: Tensor) -> Tensor:
-        return torch.stack(
-            [log_weights(x, t, k).logsumexp(dim=1) for k in range(10)], dim=1
-        ).softmax(dim=1)
+        evidence = [log_weights(x, t, k).logsumexp(dim=1) for k in range(10)]
+        return torch.stack(evidence, dim=1).softmax(dim=1)
 
-    return Bed(
-        f"{real:,} real of CIFAR-10, 10 clusters by label",
+    return Testbed(
+        f"{count:,} images of CIFAR-10, 10 clusters by label",
         [partial(expert, k) for k in range(10)],
         alpha,
-        counts / counts.sum(),
+        sizes / sizes.sum(),
         Gaussians(means, variances, process),
         normal(0, RngStream.START, torch.arange(paths), 0, (3, 32, 32)),
         process,

@@ -1,22 +1,24 @@
-"""python -m benchmarks.load [RUN] [MODE ...] [--clients=64] [--requests=512] [--rate=20] [--out=FOLDER]
+"""Load on loopback against `python -m serve RUN`, which this starts and stops.
 
-Load on loopback against `python -m serve RUN` (default: runs/digits), which this starts and stops:
-  closed  64 clients, each asking for an image when it has the last, beside one offline `sample` call of as many images, in
-          turn, medians; and beside a server that answers one request after another
-  open    requests at a rate, whether or not the server keeps up
-  ray     the time of a step with each expert a deployment, beside a bare call of a Ray handle
-  fairness  latency of small requests behind six giant ones (benchmarks/load/fairness.py)
-  stalled   memory of the server while 20 clients do not read their streams
-  drill   what becomes of 500 requests while experts, a node and weights go (see benchmarks/load/drill.py)
-Prints a table and writes load.json. None named: closed open ray.
+Modes (default: closed open ray):
+  closed    CLIENTS clients, each sending its next request as soon as the last is answered, in turn
+            with one offline `sample` call of as many images, medians; and one request after another
+  open      requests at a fixed rate, whether or not the server keeps up
+  ray       the time per step with one deployment per expert, and of a bare call of a Ray handle
+  fairness  the latency of small requests behind six giant ones (benchmarks/load/fairness.py)
+  stalled   the memory of the server while 20 clients do not read their streams
+  drill     500 requests while experts and a node die and weights change (benchmarks/load/drill.py)
+Prints a table for each mode and writes load.json.
 """
 
+import argparse
 import asyncio
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cli import Parser, run
 from benchmarks.load.child import server
 from benchmarks.load.client import closed, opened
 from benchmarks.load.fairness import fairness_mode, stalled_mode
+from ddm.errors import ConfigError, require
 from serve import load
+from serve.model.loading import bundle_folder
 
 MODES = ("closed", "open", "ray", "drill", "fairness", "stalled")
 COLUMNS = ("requests", "failed", "images_per_s", "p50_ms", "p90_ms", "p99_ms", "max_ms")
@@ -129,43 +134,53 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 170).print(table)
 
 
-def main(words: list[str]) -> int:
-    """Run the modes named."""
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return 0
-    options = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
-    modes = [word for word in words if word in MODES] or ["closed", "open", "ray"]
-    runs = [word for word in words if word not in MODES and not word.startswith("--")] or [
-        "runs/digits"
-    ]
-    clients, requests = int(options.pop("clients", 64)), int(options.pop("requests", 512))
-    rate, out = float(options.pop("rate", 20)), Path(options.pop("out", "."))
-    if options or len(runs) != 1:
-        print(__doc__, file=sys.stderr)
-        return 2
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = Parser("load", __doc__)
+    known = " ".join(MODES)
+    parser.add_argument("words", nargs="*", metavar="word", help=f"RUN, or modes of {known}")
+    parser.add_argument("--clients", type=int, default=64, help="default 64")
+    parser.add_argument("--requests", type=int, default=512, help="default 512")
+    parser.add_argument("--rate", type=float, default=20.0, help="requests per second; default 20")
+    parser.add_argument("--out", type=Path, default=Path(), help="load.json's folder; default .")
+    return run(parser, _run_all, words)
+
+
+def _run_all(arguments: argparse.Namespace) -> None:
+    for key in ("clients", "requests"):
+        value = getattr(arguments, key)
+        require(value >= 1, f"--{key}", "be at least 1", value)
+    require(arguments.rate > 0, "--rate", "be above 0", arguments.rate)
+    modes = [word for word in arguments.words if word in MODES] or ["closed", "open", "ray"]
+    runs = [word for word in arguments.words if word not in MODES] or ["runs/digits"]
+    if len(runs) != 1:
+        raise ConfigError(f"give one run and modes of {' '.join(MODES)}, got {' '.join(runs)}")
+    bundle_folder(runs[0])  # refuses what is not a run before a server is started
     found: dict[str, Any] = {"run": runs[0], "cpus": os.cpu_count()}
     for mode in modes:
-        match mode:
-            case "closed":
-                found[mode] = closed_mode(runs[0], clients, requests)
-            case "open":
-                found[mode] = open_mode(runs[0], rate, requests // 2)
-            case "ray":
-                found[mode] = ray_mode(runs[0], clients, requests)
-            case "fairness":
-                found[mode] = fairness_mode(runs[0])
-            case "stalled":
-                found[mode] = stalled_mode(runs[0])
-            case _:
-                from benchmarks.load.drill import drill
-
-                found[mode] = drill(runs[0])
+        found[mode] = _run(mode, runs[0], arguments)
         show(mode, found[mode])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "load.json").write_text(json.dumps(found, indent=1))
-    return 0
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "load.json").write_text(json.dumps(found, indent=1))
+
+
+def _run(mode: str, folder: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    match mode:
+        case "closed":
+            return closed_mode(folder, arguments.clients, arguments.requests)
+        case "open":
+            return open_mode(folder, arguments.rate, arguments.requests // 2)
+        case "ray":
+            return ray_mode(folder, arguments.clients, arguments.requests)
+        case "fairness":
+            return fairness_mode(folder)
+        case "stalled":
+            return stalled_mode(folder)
+        case _:
+            from benchmarks.load.drill import drill
+
+            return drill(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -110,7 +110,7 @@ def test_density_on_a_gaussian_is_the_exact_law(name):
 def test_density_of_ddpm_on_a_mixture_is_that_of_simulated_paths():
     T, n = 30, 200_000
     data, times = densities._setting(0.2, T)
-    y, log_r = densities.drawn("ddpm as proven", data, times)
+    y, log_r = densities.evolved("ddpm as proven", data, times)
     q = (densities.log_density(data, times[-1])(y) + log_r).exp()
     generator = torch.Generator().manual_seed(0)
 
@@ -213,7 +213,7 @@ def test_the_exact_denoiser_is_the_conditional_mean():
     assert torch.allclose(exact_denoiser(law, schedule)(x, t), expected, rtol=1e-12)
 
 
-def test_pages_are_drawn_from_small_measurements():
+def test_tables_and_figures_of_small_measurements():
     small = {
         laws: laws.measure(steps=(20, 40, 80, 160), dimensions=(1, 16)),
         densities: densities.measure(
@@ -225,8 +225,8 @@ def test_pages_are_drawn_from_small_measurements():
         ),
     }
     for module, numbers in small.items():
-        page = module.page(numbers)
-        assert "nan" not in page.text.lower().split()
-        for name in page.figures:
-            plt.close(page.figures[name])
-            assert f"{module.__name__.rsplit('.', 1)[1]}-{name}.png" in page.text
+        rendered = module.render(numbers)
+        for text in rendered.tables.values():
+            assert "nan" not in text.lower().split()
+        for figure in rendered.figures.values():
+            plt.close(figure)

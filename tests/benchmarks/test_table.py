@@ -156,7 +156,7 @@ def test_what_is_done_is_not_done_again(made: Path) -> None:
             ["table.features=[nowhere.pt]"],
             "table.features must be of classifier, inception, TorchScript files",
         ),
-        (["--pages=1"], "give one config, key=value words and --out=FOLDER"),
+        (["--pages=1"], "unrecognized arguments: --pages=1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(

@@ -1,0 +1,49 @@
+"""The command lines of the benchmarks: `--help`, and errors in one line."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ddm.errors import ConfigError, DdmError
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of `python -m benchmarks.NAME`; the module's docstring is the help."""
+
+    def __init__(self, name: str, doc: str | None) -> None:
+        super().__init__(
+            prog=f"python -m benchmarks.{name}",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError` instead of printing the usage."""
+        raise ConfigError(message)
+
+
+def run(
+    parser: Parser, work: Callable[[argparse.Namespace], object], words: Sequence[str] | None = None
+) -> int:
+    """Parse the words (default: the command line's), do the work, and return the exit status.
+
+    0: done, or help was asked for. 2: an error that the user can fix, in one line on stderr. 130: interrupted.
+    """
+    try:
+        arguments = parser.parse_intermixed_args(words)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit:  # after --help
+        return 0
+    try:
+        work(arguments)
+    except DdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        print("interrupted; the same command starts again, or resumes", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,63 @@
+"""The command lines of the benchmarks: help, and errors in one line with exit status 2."""
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks import ablations, relaxation_rate, router_targets
+from benchmarks.lab import __main__ as lab
+from benchmarks.load import __main__ as load
+from benchmarks.table import __main__ as table
+
+COMMANDS = {
+    "ablations": ablations.main,
+    "lab": lab.main,
+    "load": load.main,
+    "relaxation_rate": relaxation_rate.main,
+    "router_targets": router_targets.main,
+    "table": table.main,
+}
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_shown(name: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMANDS[name]([word]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: python -m benchmarks.{name} ")
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (ablations.main, ["nothing"], "group must be one of chance parameterization"),
+        (ablations.main, ["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (ablations.main, ["configs/digits.yaml", "expert.stepz=3"], "expert.stepz"),
+        (lab.main, ["lawz"], "name must be one of orders laws"),
+        (lab.main, ["--draw"], "unrecognized arguments: --draw"),
+        (lab.main, ["laws", "--render", "--out=nowhere"], "--out must hold laws.json"),
+        (load.main, ["runs/none", "other"], "give one run"),
+        (load.main, ["--clients=many"], "argument --clients: invalid int value: 'many'"),
+        (load.main, ["--clients=0"], "--clients must be at least 1, got 0"),
+        (relaxation_rate.main, ["nowhere"], "nowhere"),
+        (relaxation_rate.main, ["one", "two"], "unrecognized arguments: two"),
+        (router_targets.main, ["nowhere"], "CIFAR-10 is not in nowhere"),
+        (table.main, [], "give one config"),
+        (table.main, ["configs/digits.yaml", "--page=x.json"], "give one config"),
+        (table.main, ["--page=nowhere.json"], "nowhere.json"),
+        (table.main, ["configs/nowhere.yaml"], "there is no config"),
+    ],
+)
+def test_bad_words_are_refused_in_one_line(
+    main: Callable[[list[str]], int],
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert said in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
