@@ -155,7 +155,7 @@ class PowerLaw(NamedTuple):
     r2: float
 
 
-def power_law_fit(steps: Sequence[int], errors: Sequence[float]) -> PowerLaw:
+def power_law_fit(steps: Sequence[float], errors: Sequence[float]) -> PowerLaw:
     """Least squares in log E over log N. Raises `ConfigError` for fewer than two points or an error that is not positive."""
     require(
         len(steps) == len(errors) >= 2,

@@ -142,7 +142,7 @@ def walker(name: str) -> Walker:
     return as_proven[name] if name in as_proven else sampler(name).trajectory
 
 
-def local_slopes(steps: Sequence[int], errors: Sequence[float]) -> list[float]:
+def local_slopes(steps: Sequence[float], errors: Sequence[float]) -> list[float]:
     """`-d log error / d log T` between each number of steps and the next."""
     points = list(zip(steps, errors, strict=True))
     return [-math.log(e2 / e1) / math.log(t2 / t1) for (t1, e1), (t2, e2) in pairwise(points)]
