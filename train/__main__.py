@@ -1,43 +1,66 @@
 """python -m train [CONFIG] [stage ...] [key=value ...]
 
-Stages: partition expert router bundle monolith sample evaluate, in this order; none named means all. What is up to date is
-skipped, what was cut off resumes. CONFIG is a YAML file; none named means the built-in digits. Every key of it can be
-given a value: expert.steps=1000 sample.policy=stochastic run=runs/another. One expert alone: expert expert.index=3.
+Stages: partition expert router bundle monolith sample evaluate, in this order; all of them if none is named. A stage is
+skipped if its output exists and its inputs are unchanged; an interrupted one resumes. CONFIG is a YAML file or the name
+of one of the shipped ones, such as cifar10_tiny; by default the built-in digits. Every key of it can be given a value:
+expert.steps=1000 sample.policy=stochastic run=runs/another. One expert alone: expert expert.index=3.
 """
 
 import logging
 import sys
-from pathlib import Path
 
 from ddm.errors import ConfigError, DdmError
-from train.config import STAGES, default_config, load_config
+from train import stopping
+from train.config import STAGES, config_file, load_config, shipped_configs
+
+log = logging.getLogger(__name__)
 
 
 def main(words: list[str]) -> int:
-    """Run the command line; returns the exit status: 0, or 2 where the user can mend what went wrong."""
+    """Run the command line; returns the exit status.
+
+    0: done; 1: an error of the program, with its traceback; 2: an error that the user can mend; 128 + N: signal N.
+    """
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        overrides = [word for word in words if "=" in word]
-        stages = [word for word in words if word in STAGES]
-        paths = [word for word in words if "=" not in word and word not in STAGES]
-        if len(paths) > 1 or any(not path.endswith((".yaml", ".yml")) for path in paths):
-            raise ConfigError(
-                f"a word must be a config (*.yaml), a stage ({' '.join(STAGES)}) or key=value, got {paths[-1]!r}"
-            )
-        config = load_config(Path(paths[0]) if paths else default_config(), overrides)
-        from train.stages.run import run  # here, so that a typo need not wait for Lightning
-
-        run(config, stages or STAGES)
+        with stopping.on_signals():
+            _run(words)
+    except stopping.Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
     except DdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit):  # Lightning answers the first with the second
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130
+        return _refuse(str(error))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _refuse(f"{error.filename}: {reason}" if error.filename else reason)
+    except Exception:
+        log.exception("an error of the program, not of its input:")
+        return 1
     return 0
+
+
+def _run(words: list[str]) -> None:
+    overrides = [word for word in words if "=" in word]
+    stages = [word for word in words if word in STAGES]
+    named = [word for word in words if "=" not in word and word not in STAGES]
+    unknown = [word for word in named if config_file(word) is None]
+    if unknown or len(named) > 1:
+        raise ConfigError(
+            f"a word must be a config (*.yaml, or one of {' '.join(shipped_configs())}), a stage ({' '.join(STAGES)}) "
+            f"or key=value, got {(unknown or named[1:])[0]!r}"
+        )
+    config = load_config(config_file(named[0]) if named else None, overrides)
+    from train.stages.run import run  # here: it imports Lightning, which takes seconds
+
+    run(config, stages or STAGES)
+
+
+def _refuse(reason: str) -> int:
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -10,64 +10,75 @@ from omegaconf import DictConfig, OmegaConf
 
 import configs
 from ddm.device import pick_device
-from ddm.errors import ConfigError, one_of, require, within
+from ddm.errors import ConfigError, DdmError, one_of, require, within
 from ddm.grids import check_grid
 from ddm.samplers import plan_steps
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
 from router.networks import RouterConfig
 from serve import SampleConfig
-from serve.model.config_merge import filled
+from serve.model.config_merge import filled, read_yaml
 from train.clustering import PartitionConfig
 from train.data import DataConfig
 from train.evaluation.feature_files import script_files
+
+_SHIPPED = Path(configs.__path__[0])
 
 STAGES = ("partition", "expert", "router", "bundle", "monolith", "sample", "evaluate")
 
 
 @dataclass
 class ExpertStageConfig(ExpertConfig):
-    """The stage `expert`: which of the experts, and how many at a time on this machine."""
+    """The stage `expert`: which of the experts, and how many at a time on this machine.
 
-    index: int | None = None  # train only this one
-    workers: int | None = None  # processes; null is one a core on a CPU, one on a GPU
+    index: train only this expert, in this process; null for all
+    workers: processes; null for one per core on a CPU, one per GPU; 0 for none besides this one
+    threads: CPU threads per expert; null for the cores divided by the experts. Bits of the weights depend on it
+    """
+
+    index: int | None = None
+    workers: int | None = None
+    threads: int | None = None
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
         super().check()
-        require(
-            self.index is None or self.index >= 0,
-            "index",
-            "be at least 0, or null for all",
-            self.index,
-        )
-        require(
-            self.workers is None or self.workers >= 1,
-            "workers",
-            "be at least 1, or null",
-            self.workers,
-        )
+        for key, least in (("index", 0), ("workers", 0), ("threads", 1)):
+            value = getattr(self, key)
+            require(value is None or value >= least, key, f"be at least {least}, or null", value)
 
 
 @dataclass
 class BundleConfig:
-    """The stage `bundle`."""
+    """The stage `bundle`.
 
-    half: bool = False  # also bundle-half/, in half precision, to give away
+    half: also write `bundle-half/`, in half precision, for download
+    """
+
+    half: bool = False
 
 
 @dataclass
 class SampleStageConfig(SampleConfig):
-    """The stage `sample`: how many images, from which seed."""
+    """The stage `sample`: how many images, and which.
+
+    n: images, at least 1
+    seed: of the noise, in [0, 2^63)
+    first_index: the images are `first_index ... first_index + n - 1` of the seed
+    format: `sheet`, or `folder` for one PNG file per image as well
+    """
 
     n: int = 64
     seed: int = 0
+    first_index: int = 0
+    format: Literal["sheet", "folder"] = "sheet"
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `sample.…` of a value out of its range."""
         super().check()
         require(self.n >= 1, "sample.n", "be at least 1", self.n)
-        require(self.seed >= 0, "sample.seed", "be at least 0", self.seed)
+        require(0 <= self.seed < 2**63, "sample.seed", "be in [0, 2^63)", self.seed)
+        require(self.first_index >= 0, "sample.first_index", "be at least 0", self.first_index)
 
 
 PAPER = ("DDIM", "Naive", "MoG-a", "MoG-da")
@@ -77,28 +88,38 @@ Precision = Literal["32-true", "bf16-mixed"]
 
 @dataclass
 class EvaluateConfig:
-    """What is measured: which methods and samplers, on how many images, and with whose features."""
+    """What is measured: which methods and samplers, on how many images, and with which features.
 
-    n: int = 1000  # images a method, sampler, number of steps and seed
-    seeds: int = 1  # sampling seeds 0, 1, ...: with several there are error bars
+    n: images per method, sampler, number of steps and seed; at least 20
+    seeds: sampling seeds 0, 1, ...; in [1, 100]; several give error bars
+    steps: two or more numbers of steps in [1, 1000]
+    methods: rows of the table, of `METHODS`
+    samplers: `{NAME: {settings over sample}}`; empty for the sampler of `sample`
+    features: `classifier` (a small one, trained on the spot), `inception`, TorchScript files, or folders of them
+    reference: distances are to `REFERENCE.NETWORK.npz` beside `NETWORK.pt`; null for the run's images
+    inception_weights: the file pt_inception-2015-12-05-6726825d.pth, for inception
+    trajectories: trajectories for the trajectory error, of seed 0; in [1, n]
+    reference_steps: steps of the trajectories that these are compared with; above `steps`, at most 1000
+    monolith_steps: training steps of the row DDIM; null for as many as all experts together, 0 for no such row
+    batch: images per call of the networks
+    precision: of the networks while sampling
+    """
+
+    n: int = 1000
+    seeds: int = 1
     steps: list[int] = field(default_factory=lambda: [10, 25, 50, 100])
     methods: list[str] = field(
         default_factory=lambda: [*PAPER, "balanced", "balanced-cv", "top-1", "full"]
     )
-    # NAME: {settings over sample}; none means sample's own:
     samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # `classifier` (a small one, trained on the spot), `inception`, TorchScript files, or folders of them:
     features: list[str] = field(default_factory=lambda: ["classifier"])
-    # Distances are to REFERENCE.NETWORK.npz beside NETWORK.pt; null: to the run's images.
     reference: str | None = None
-    inception_weights: str | None = None  # for inception: pt_inception-2015-12-05-6726825d.pth
-    trajectories: int = 64  # paths for the trajectory error, of seed 0
+    inception_weights: str | None = None
+    trajectories: int = 64
     reference_steps: int = 1000
-    monolith_steps: int | None = (
-        None  # of the row DDIM's one model; null is as many as all experts; 0 for no row
-    )
+    monolith_steps: int | None = None
     batch: int = 256
-    precision: Precision = "32-true"  # of the networks while drawing
+    precision: Precision = "32-true"
 
     def check(self, section: str) -> None:
         """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
@@ -144,7 +165,7 @@ class EvaluateConfig:
         require(self.batch >= 1, f"{section}.batch", "be at least 1", self.batch)
 
     def check_files(self, section: str) -> None:
-        """Raise `ConfigError` naming the key of a file that is not there: asked only where it is to be measured."""
+        """Raise `ConfigError` naming the key of a file that does not exist: checked only before measuring."""
         found = 0
         for name in self.features:
             if name == "inception":
@@ -181,7 +202,17 @@ class TableConfig(EvaluateConfig):
 
 @dataclass
 class Config:
-    """A whole run. `run` is its folder, `seed` that of its training."""
+    """A whole run.
+
+    run: its folder
+    seed: of its partition and its training, in [0, 2^63)
+    accelerator: where it trains and samples; auto for a GPU if there is one
+    data: the images
+    partition: how they are cut into clusters
+    schedule: `name` and the parameters of the forward process
+    expert, router, bundle, sample, evaluate: the stages
+    table: what `python -m benchmarks.table` measures
+    """
 
     run: str = "runs/digits"
     seed: int = 0
@@ -215,7 +246,7 @@ class Config:
         self.check_plan(self.sample, self.sample.steps)
 
     def check_plan(self, cfg: SampleConfig, *steps: int) -> None:
-        """Raise `ConfigError` where the sampler or the grid is not defined for the schedule at these numbers of steps."""
+        """Raise `ConfigError` if the sampler or the grid is not defined for the schedule at these numbers of steps."""
         process = schedule(**self.schedule)
         with within("sample"):
             for count in steps:
@@ -223,9 +254,9 @@ class Config:
             check_grid(cfg.grid, process)
 
     def samplers(self, cfg: EvaluateConfig, section: str) -> dict[str, SampleConfig]:
-        """The samplers that are compared, by name; `sample`'s own where none is named.
+        """The samplers that are compared, by name; `sample`'s own if none is named.
 
-        Raises `ConfigError` naming the sampler and what of it cannot be.
+        Raises `ConfigError` naming the sampler and its setting.
         """
         usual = {field.name: getattr(self.sample, field.name) for field in fields(SampleConfig)}
         found = {}
@@ -263,29 +294,53 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(OmegaConf.structured(config)) if is_dataclass(config) else config
 
 
+def changed(config: Any) -> dict[str, Any]:
+    """The keys of a config that are not at their defaults, for hashes: a key that is added later does not change them."""
+    usual = plain(type(config)())
+    return {key: value for key, value in plain(config).items() if value != usual[key]}
+
+
 def default_config() -> Path:
-    """The file that is meant where none is named: the built-in digits."""
-    return Path(configs.__path__[0]) / "digits.yaml"
+    """The config that is meant if none is named: the built-in digits."""
+    return _SHIPPED / "digits.yaml"
 
 
-def load_config(path: Path, overrides: Sequence[str]) -> Config:
+def shipped_configs() -> list[str]:
+    """The names of the configs that come with the program."""
+    return sorted(file.stem for file in _SHIPPED.glob("*.yaml"))
+
+
+def config_file(word: str) -> Path | None:
+    """The file that a word means: a path to YAML or the name of a shipped config; None if it is neither."""
+    if word.endswith((".yaml", ".yml")):
+        return Path(word)
+    return _SHIPPED / f"{word}.yaml" if word in shipped_configs() else None
+
+
+def load_config(path: Path | None, overrides: Sequence[str]) -> Config:
     """Read a YAML file and `key=value` words over it; unknown keys, wrong types and bad values are refused by name.
 
-    Raises `ConfigError`.
+    Without a path it is the built-in digits. Raises `ConfigError`.
     """
-    try:
-        text = OmegaConf.load(path)
-    except FileNotFoundError:
-        at_hand = " ".join(
-            sorted(f"configs/{file.name}" for file in default_config().parent.glob("*.yaml"))
-        )
-        raise ConfigError(
-            f"there is no config {path}; those that come with the program are {at_hand}"
-        ) from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML file that can be read: {error}") from error
-    if not isinstance(text, DictConfig):
-        raise ConfigError(f"{path} must hold keys with values, and holds a list")
-    config = filled(Config, text, *overrides)
+    tree = read_config_file(path or default_config(), ConfigError)
+    config = filled(Config, DictConfig(tree), *overrides)
     config.check()
     return config
+
+
+def read_config_file(path: Path, error: type[DdmError]) -> dict[str, Any]:
+    """The tree of keys in a YAML file. Raises the `error` given, naming the file, if it is not one."""
+    if not path.exists():
+        names = " ".join(shipped_configs())
+        raise error(f"there is no config {path}; those that come with the program are {names}")
+    if not path.is_file():
+        raise error(f"{path} must be a YAML file, it is a folder, fifo or device")
+    try:
+        tree = read_yaml(path.read_text(encoding="utf-8"), Config)
+    except RecursionError as cause:
+        raise error(f"{path} is nested too deeply") from cause
+    except (yaml.YAMLError, OSError, ValueError) as cause:
+        raise error(f"{path} is not a YAML file that can be read: {cause}") from cause
+    if not isinstance(tree, dict):
+        raise error(f"{path} must hold keys with values")
+    return {str(key): value for key, value in tree.items()}

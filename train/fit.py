@@ -1,29 +1,64 @@
-"""Fitting one module with Lightning: averaging, checkpoints to resume from, progress."""
+"""Fitting one module with Lightning: averaged weights, checkpoints, progress, and no step on a loss that is not finite."""
 
 import logging
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ddm.artifacts import replaced
+from ddm.errors import DdmError
 from ddm.training import FitConfig
+from train import stopping
+from train.resume import NEWEST, ResumeFiles, read_resume
+from train.stopping import Stopped
 
-Report = Callable[[int, float], None]  # told the steps done and the mean loss since the last word
+Report = Callable[[int, float], None]  # (steps done, mean loss since the last report)
+
+_REPORTS = 200  # in one training
 
 
-class _Losses(Callback):
-    """Tells `report`, and appends `step loss` to a file, about 200 times a run; the mean stays on the device in between."""
+class NotFiniteError(DdmError):
+    """A loss, a gradient or a weight is NaN or infinite: the training has diverged."""
 
-    def __init__(self, path: Path, steps: int, report: Report) -> None:
-        self.path, self.report = path, report
-        self.every = max(1, steps // 200)
-        self.sum: torch.Tensor | float = 0.0
+
+class _Steps(Callback):
+    """What happens after a step: the loss is recorded, reported and checked; checkpoints are saved; signals are answered.
+
+    The loss stays on the device between reports, so that no step waits for it.
+    """
+
+    def __init__(self, folder: Path, steps: int, config: FitConfig, report: Report) -> None:
+        self.folder, self.config, self.report = folder, config, report
+        self.report_every = max(1, steps // _REPORTS)
+        self.sum: Tensor | float = 0.0
         self.count = 0
+        self.first_bad: Tensor | None = (
+            None  # the first step with a bad loss or gradient; 0 for none
+        )
+        self.on_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.first_bad = torch.zeros((), dtype=torch.int64, device=pl_module.device)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.on_sigterm)  # Lightning has put its own in front
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
+        if trainer.precision == "16-mixed":
+            return  # an infinite gradient is how the scale of the loss is found: the step is skipped
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self._check_later(nn.utils.get_total_norm(gradients), trainer.global_step + 1)
 
     def on_train_batch_end(
         self,
@@ -33,17 +68,53 @@ class _Losses(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.sum, self.count = self.sum + outputs["loss"].detach(), self.count + 1
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            mean = float(self.sum) / self.count
-            with self.path.open("a") as file:
-                file.write(f"{trainer.global_step} {mean:.6g}\n")
-            self.report(trainer.global_step, mean)
-            self.sum, self.count = 0.0, 0
+        step, loss = trainer.global_step, outputs["loss"].detach()
+        self.sum, self.count = self.sum + loss, self.count + 1
+        self._check_later(loss, step)
+        last = step == trainer.max_steps
+        signum = stopping.requested()
+        if step % self.report_every == 0 or last:
+            self._report(step)
+        if step % self.config.checkpoint_every == 0 or last or signum is not None:
+            self._check_now()
+            check_finite(pl_module.parameters(), step)
+            trainer.save_checkpoint(self.folder / NEWEST)
+        if signum is not None:
+            raise Stopped(signum, [step])
+
+    def _check_later(self, value: Tensor, step: int) -> None:
+        assert self.first_bad is not None
+        new = (self.first_bad == 0) & ~value.isfinite()
+        self.first_bad = torch.where(new, step, self.first_bad)
+
+    def _check_now(self) -> None:
+        assert self.first_bad is not None
+        if (step := int(self.first_bad)) > 0:
+            raise _not_finite("the loss or its gradient", step)
+
+    def _report(self, step: int) -> None:
+        self._check_now()
+        mean = float(self.sum) / self.count
+        with (self.folder / "losses.txt").open("a") as file:
+            file.write(f"{step} {mean:.6g}\n")
+        self.report(step, mean)
+        self.sum, self.count = 0.0, 0
+
+
+def check_finite(tensors: Iterable[Tensor], step: int) -> None:
+    """Raise `NotFiniteError` if a number in the tensors is NaN or infinite."""
+    if not nn.utils.get_total_norm(list(tensors), torch.inf).isfinite():
+        raise _not_finite("a weight", step)
+
+
+def _not_finite(what: str, step: int) -> NotFiniteError:
+    return NotFiniteError(
+        f"{what} is not finite at step {step} (NaN or infinite; its batch is a function of the seed and the step)"
+    )
 
 
 class _Averaging(WeightAveraging):
-    """Lightning's, where the module trains, and without what it asks of the device at every step, which would wait for it."""
+    """Lightning's average on the device that trains, without its per-step checks, each of which waits for the device."""
 
     def __init__(self, decay: float) -> None:
         super().__init__(use_buffers=False)
@@ -52,7 +123,8 @@ class _Averaging(WeightAveraging):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._average_model is not None
         self._average_model.to(pl_module.device)  # it was copied before Lightning moved the module
-        self.averages, self.current = [*self._average_model.parameters()], [*pl_module.parameters()]
+        self.averages = [*self._average_model.parameters()]
+        self.current = [*pl_module.parameters()]
 
     def on_train_batch_end(
         self,
@@ -62,10 +134,9 @@ class _Averaging(WeightAveraging):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        update = get_ema_multi_avg_fn(
-            self.decay if trainer.global_step > 1 else 0.0
-        )  # it begins at the first step's
-        update(self.averages, self.current, 0)
+        # The average starts from the weights after the first step.
+        decay = self.decay if trainer.global_step > 1 else 0.0
+        get_ema_multi_avg_fn(decay)(self.averages, self.current, 0)
 
 
 def fit(
@@ -76,37 +147,28 @@ def fit(
     accelerator: str,
     report: Report,
 ) -> None:
-    """Fit `module` for `steps` steps, leaving the averaged weights in it; resumes from `folder/resume.ckpt` where that exists.
+    """Fit `module` for `steps` steps, leaving the averaged weights in it; resumes from `folder/resume.ckpt`.
 
-    The steps' mean losses are appended to `folder/losses.txt`.
+    The mean losses are appended to `folder/losses.txt`, one line `step loss` per report.
+
+    Raises `NotFiniteError` at the first loss, gradient or weight that is not finite, `ArtifactError` if the checkpoints are
+    damaged, and `Stopped` after a signal, with a checkpoint saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "resume.ckpt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        report(saved["global_step"], float("nan"))
-        if saved["global_step"] >= steps:
-            module.load_state_dict(
-                saved["state_dict"]
-            )  # the averaged weights, where there is an average
+    saved = read_resume(folder)
+    done = 0 if saved is None else int(saved["global_step"])
+    _cut_losses(folder / "losses.txt", done)
+    if saved is not None:
+        report(done, float("nan"))
+        if done >= steps:
+            module.load_state_dict(saved["state_dict"])  # the averaged weights, if there are any
             return
-    callbacks: list[Callback] = [
-        _Losses(folder / "losses.txt", steps, report),
-        ModelCheckpoint(
-            folder,
-            "resume",
-            every_n_train_steps=config.checkpoint_every,
-            save_top_k=1,
-            enable_version_counter=False,
-        ),
-    ]
-    if config.ema_decay > 0:
-        callbacks.insert(0, _Averaging(config.ema_decay))
+    callbacks: list[Callback] = [_Averaging(config.ema_decay)] if config.ema_decay > 0 else []
+    callbacks.append(_Steps(folder, steps, config, report))
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), stopping.deferred():
         warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
-        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         warnings.filterwarnings(
             "ignore", "You're resuming from a checkpoint that ended before the epoch ended"
         )
@@ -116,7 +178,10 @@ def fit(
             max_steps=steps,
             max_epochs=-1,
             precision=config.precision,
+            # One process trains one network, also where srun or torchrun have started several.
+            plugins=[LightningEnvironment(), ResumeFiles(saved)],
             callbacks=callbacks,
+            enable_checkpointing=False,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -125,9 +190,17 @@ def fit(
         trainer.fit(
             module,
             range(steps),
-            ckpt_path=checkpoint if checkpoint.exists() else None,
+            ckpt_path=None if saved is None else folder / NEWEST,
             weights_only=True,
         )
-        trainer.save_checkpoint(
-            checkpoint
-        )  # so that whoever is cut off after this line has nothing to train again
+    check_finite(module.parameters(), steps)
+
+
+def _cut_losses(path: Path, done: int) -> None:
+    """Remove the lines of steps after `done`, which will be trained again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.split()[:1] and int(line.split()[0]) <= done]
+        if len(kept) < len(lines):
+            with replaced(path) as scratch:
+                scratch.write_text("".join(kept))

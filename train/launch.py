@@ -1,24 +1,44 @@
-"""Jobs that share nothing, run one after another here or side by side in processes of their own."""
+"""Independent jobs, one after another in this process or side by side in processes of their own."""
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
 
+from ddm.errors import DdmError
+from train import stopping
+from train.stopping import Stopped
+
 J = TypeVar("J")
 R = TypeVar("R")
 OnProgress = Callable[[Any], None]
+Work = Callable[[J, OnProgress], R]
+
+_POLL_S = 0.5  # how often a waiting parent looks for a signal
+_GRACE_S = 60.0  # for workers to save a checkpoint after a signal
 
 
-def workers_for(jobs: int, device: str, asked: int | None = None) -> int:
-    """How many processes: as many as asked for, else one a core on a CPU and one a GPU; never more than jobs."""
-    return min(jobs, asked or ((os.cpu_count() or 1) if device == "cpu" else len(gpus())))
+class WorkerDiedError(DdmError):
+    """The process of a job ended without a result, such as one killed for its memory."""
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def gpus() -> list[str]:
@@ -27,67 +47,207 @@ def gpus() -> list[str]:
     return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
+def workers_for(jobs: int, device: str, asked: int | None = None) -> int:
+    """The number of processes: as many as asked for, else one per GPU or CPU core; at most one per job."""
+    if asked is None:
+        asked = cores() if device == "cpu" else max(1, len(gpus()))
+    return min(jobs, asked)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run the block with that many threads for torch's CPU operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run_jobs(
-    work: Callable[[J, OnProgress], R], jobs: Sequence[J], workers: int, on_progress: OnProgress
+    work: Work[J, R],
+    jobs: Sequence[J],
+    workers: int,
+    on_progress: OnProgress,
+    threads: int | None = None,
 ) -> list[R | Exception]:
-    """`work(job, tell)` for every job: its result, or the exception it died of. What a job tells, `hear` hears, here.
+    """Call `work(job, on_progress)` for every job; returns its result or its exception, in the order of the jobs.
 
-    `work` and jobs are pickled where `workers` is above 1; each process then has its share of the cores, and a GPU where there
-    are any, and leaves when this one is gone.
+    workers: the number of processes; 0 runs the jobs here, one after another
+    on_progress: called in this process with what the jobs report
+    threads: of torch's CPU operations in a job; None for an even share of the cores
+
+    In processes of their own (`work`, the jobs and their results are then pickled), a job whose process dies costs only
+    itself: its result is a `WorkerDiedError`. Each process has one of the GPUs, if there are any, and leaves with this
+    one. After a signal, jobs get time to save a checkpoint, then `Stopped` is raised.
     """
-    if workers == 1:
-        return [_tried(work, job, on_progress) for job in jobs]
-    context = multiprocessing.get_context("spawn")
-    news, places = context.Queue(), context.Queue()
-    for i in range(workers):
-        places.put(gpus()[i % len(gpus())] if gpus() else None)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(
-        workers, context, _start_worker, (os.getpid(), news, threads, places)
-    ) as pool:
-        futures: list[Future[R]] = [pool.submit(_work, work, job) for job in jobs]
-        try:
-            pending = set(futures)
-            while pending:
-                pending = wait(pending, timeout=0.2).not_done
-                while not news.empty():
-                    on_progress(news.get())
-        except KeyboardInterrupt:  # a job may have hours to go, and resumes from its checkpoint
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-        return [
-            _tried(lambda future, _: future.result(), future, on_progress) for future in futures
-        ]
+    if threads is None:
+        threads = max(1, cores() // max(1, workers))
+    if workers == 0:
+        with torch_threads(threads):
+            return [_attempt(work, job, on_progress) for job in jobs]
+    return _Pool(work, jobs, threads, on_progress).run(workers)
 
 
-def _tried(
-    work: Callable[[Any, OnProgress], R], job: Any, on_progress: OnProgress
-) -> R | Exception:
+def _attempt(work: Work[J, R], job: J, on_progress: OnProgress) -> R | Exception:
     try:
         return work(job, on_progress)
     except Exception as error:
         return error
 
 
-_on_progress: OnProgress  # in a worker process, the way to its parent
+@dataclass(eq=False)
+class _Worker:
+    """A process, its GPU, this side's end of its pipe, and the index of its job."""
+
+    process: BaseProcess
+    gpu: str | None
+    pipe: Connection
+    job: int = -1
 
 
-def _start_worker(parent: int, news: Any, threads: int, places: Any) -> None:
-    global _on_progress
-    _on_progress = news.put
-    if gpu := places.get():
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when this process first asks for CUDA
+class _Pool:
+    """The processes and the results of one `run_jobs`."""
+
+    def __init__(
+        self, work: Work[Any, Any], jobs: Sequence[Any], threads: int, on_progress: OnProgress
+    ) -> None:
+        self.work, self.jobs = work, jobs
+        self.threads, self.on_progress = threads, on_progress
+        self.waiting = list(range(len(jobs)))
+        self.results: dict[int, Any] = {}
+        self.workers: list[_Worker] = []
+
+    def run(self, count: int) -> list[Any]:
+        """Every job's result, from `count` processes at a time."""
+        with stopping.deferred():
+            try:
+                while len(self.results) < len(self.jobs):
+                    if (signum := stopping.requested()) is not None:
+                        raise Stopped(signum, self._stop())
+                    while self.waiting and len(self.workers) < count:
+                        self._start()
+                    self._listen(_POLL_S)
+            finally:
+                for worker in self.workers:
+                    worker.process.kill()
+                    worker.process.join()
+        return [self.results[i] for i in range(len(self.jobs))]
+
+    def _start(self) -> None:
+        """Start a process and give it the next job."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        gpu = self._free_gpu()
+        process = context.Process(target=_serve, args=(theirs, self.work, self.threads, gpu))
+        with _starting():
+            process.start()
+        theirs.close()
+        worker = _Worker(process, gpu, ours)
+        self.workers.append(worker)
+        self._give(worker, self.waiting.pop(0))
+
+    def _free_gpu(self) -> str | None:
+        """The GPU that has the fewest of the workers; None without GPUs."""
+        busy = [worker.gpu for worker in self.workers]
+        return min(gpus(), key=busy.count, default=None)
+
+    def _listen(self, timeout_s: float) -> None:
+        """Handle what the workers have sent, waiting for at most `timeout_s`."""
+        ready = wait([worker.pipe for worker in self.workers], timeout_s)
+        for worker in [worker for worker in self.workers if worker.pipe in ready]:
+            try:
+                kind, value = worker.pipe.recv()
+            except (EOFError, OSError):
+                worker.process.join()
+                kind, value = "died", WorkerDiedError(_cause(worker.process.exitcode))
+            if kind == "progress":
+                self.on_progress(value)
+                continue
+            self.results[worker.job] = value
+            if kind == "result" and self.waiting:
+                self._give(worker, self.waiting.pop(0))
+            else:
+                worker.pipe.close()  # on which the process leaves
+                self.workers.remove(worker)
+
+    def _give(self, worker: _Worker, job: int) -> None:
+        worker.job = job
+        with suppress(OSError):  # it has died, as the next _listen finds out
+            worker.pipe.send(self.jobs[job])
+
+    def _stop(self) -> list[int]:
+        """Ask every worker to stop and wait for it; returns the steps at which they saved their checkpoints."""
+        for worker in self.workers:
+            worker.process.terminate()
+        self.waiting.clear()
+        deadline = time.monotonic() + _GRACE_S
+        while self.workers and time.monotonic() < deadline:
+            self._listen(_POLL_S)
+        stopped = [result for result in self.results.values() if isinstance(result, Stopped)]
+        return [step for result in stopped for step in result.steps]
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Start a process that ignores ctrl-C and imports what this process does, not what the current folder holds."""
+    masked = (
+        set(stopping.SIGNALS) - {signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else None
+    )
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if masked is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, masked)
+    try:
+        yield
+    finally:
+        if masked is not None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, masked)
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
+def _cause(status: int | None) -> str:
+    """Why a process ended without a result, from its exit status."""
+    if status is None or status >= 0:
+        return f"its process ended with status {status}"
+    name = signal.Signals(-status).name
+    reason = ", probably because memory ran out" if name == "SIGKILL" else ""
+    return f"its process was killed by {name}{reason}"
+
+
+def _serve(pipe: Connection, work: Work[Any, Any], threads: int, gpu: str | None) -> None:
+    """The main function of a worker: receive a job, send its progress and its result, until the pipe is closed."""
+    stopping.follow_parent()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when this process first uses CUDA
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to answer
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError, Stopped):
+        while True:
+            pipe.send(_outcome(work, pipe.recv(), lambda news: pipe.send(("progress", news))))
 
 
-def _work(work: Callable[[J, OnProgress], R], job: J) -> R:
-    return work(job, _on_progress)
+def _outcome(work: Work[Any, Any], job: Any, on_progress: OnProgress) -> tuple[str, Any]:
+    try:
+        return "result", work(job, on_progress)
+    except Stopped as stop:
+        return "stopped", stop
+    except Exception as error:
+        error.add_note("".join(traceback.format_exception(error)))  # pickling drops the traceback
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # an exception with arguments of its own need not survive it
+            error = RuntimeError(f"{type(error).__name__}: {error}", *error.__notes__)
+        return "result", error
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

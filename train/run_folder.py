@@ -1,15 +1,15 @@
 """The run folder: which config it belongs to."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 
+from ddm.artifacts import replaced
 from ddm.errors import ArtifactError
-from train.config import Config, plain
+from train.config import Config, plain, read_config_file
 
-# Where things lie, which part of the work to do and how it is shown may change between two calls; what was learned may not.
+# Keys that may change between two calls: where things are, which part of the work to do, and how.
 _FREE = {
     "run",
     "accelerator",
@@ -17,65 +17,76 @@ _FREE = {
     "data.download",
     "expert.index",
     "expert.workers",
+    "expert.threads",
     "bundle.half",
     "expert.checkpoint_every",
     "router.checkpoint_every",
 }
+_FREE_SECTIONS = ("sample", "evaluate", "table")
 
 
 def settled(config: Config) -> dict[str, Any]:
     """What of a config decides what is learned and what `table` measures, flat: `expert.steps` ..."""
     flat = _flat({key: value for key, value in plain(config).items() if key != "evaluate"})
-    return {
-        key: value for key, value in flat.items() if key not in {*_FREE, "sample.n", "sample.seed"}
-    }
+    free = {*_FREE, "sample.n", "sample.seed", "sample.first_index", "sample.format"}
+    return {key: value for key, value in flat.items() if key not in free}
+
+
+def check_claim(config: Config) -> None:
+    """Raise `ArtifactError` with every key that differs if the run's folder was made by another config.
+
+    A key that the folder's config does not have, because the program was older, has its default there.
+    """
+    path = config.folder / "config.yaml"
+    if not path.exists():
+        return
+    saved = read_config_file(path, ArtifactError)
+    there = _learned(_with_defaults(saved, plain(Config())))
+    here = _learned(plain(config))
+    changes = [
+        f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if changes:
+        raise ArtifactError(
+            f"{config.folder} was made by another config: {'; '.join(changes)}. "
+            "Give run=FOLDER for a new run, or repeat the old values"
+        )
 
 
 def claim(config: Config) -> None:
-    """Make the run's folder this config's, or refuse where what lies there was learned with another one.
-
-    Raises `ArtifactError` listing every key that differs.
-    """
+    """Make the run's folder this config's: to be called before the first output. Raises as `check_claim`."""
+    check_claim(config)
     path = config.folder / "config.yaml"
-    if path.exists():
-        there, here = (
-            _flat({k: v for k, v in c.items() if k not in ("sample", "evaluate", "table")})
-            for c in (_saved(path), plain(config))
-        )
-        keys = [
-            key
-            for key in sorted(there.keys() | here.keys())
-            if key not in _FREE and there.get(key) != here.get(key)
-        ]
-        if keys:
-            changes = "; ".join(
-                f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in keys
-            )
-            raise ArtifactError(
-                f"{config.folder} was made by another config: {changes}. Give run=FOLDER for a new run, or repeat the old values"
-            )
-    config.folder.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    scratch.replace(path)
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    if path.is_file() and path.read_text() == text:
+        return
+    with replaced(path) as scratch:
+        scratch.write_text(text)
 
 
-def _saved(path: Path) -> dict[str, Any]:
-    try:
-        saved = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from error
-    if not isinstance(saved, dict):
-        raise ArtifactError(f"{path} is damaged: it holds no configuration")
-    return {str(key): value for key, value in saved.items()}
+def _learned(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that decide what is learned, flat."""
+    flat = _flat({key: value for key, value in tree.items() if key not in _FREE_SECTIONS})
+    return {key: value for key, value in flat.items() if key not in _FREE}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of keys with those of the defaults that it lacks; `schedule`, whose keys are free, stays as it is."""
+    whole = {**defaults, **tree}
+    for key, value in tree.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict) and key != "schedule":
+            whole[key] = _with_defaults(value, default)
+    return whole
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
     return leaves

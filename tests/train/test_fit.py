@@ -1,4 +1,4 @@
-"""Fitting: the average of the weights, beside one by hand."""
+"""Fitting: the average of the weights beside one by hand, and what is saved and refused."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddm.errors import ArtifactError
 from ddm.training import FitConfig
-from train.fit import fit
+from train.fit import NotFiniteError, fit
+from train.resume import read_resume
 
 
 class Falling(pl.LightningModule):
@@ -29,7 +31,7 @@ class Falling(pl.LightningModule):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
-def test_what_is_left_is_the_average_that_begins_at_the_first_step_s_weights(
+def test_the_weights_left_are_their_average_from_the_first_step_on(
     tmp_path: Path, decay: float
 ) -> None:
     module = Falling()
@@ -42,3 +44,107 @@ def test_what_is_left_is_the_average_that_begins_at_the_first_step_s_weights(
     torch.testing.assert_close(module.weight.detach(), average)
     raw = [torch.tensor([10.0, 20.0]) - n for n in (0, 1, 3, 6, 10)]
     torch.testing.assert_close(module.seen, raw)  # it learns with the weights as they are
+
+
+class Diverging(Falling):
+    """Its loss is NaN, or infinite, or its gradient is, at one step."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__()
+        self.step, self.what = step, what
+
+    def training_step(self, _: Any, __: int) -> Tensor:
+        bad = self.global_step + 1 == self.step
+        if bad and self.what == "gradient":  # of sqrt at 0
+            return (self.weight.sum() * 0).sqrt() + self.weight.sum()
+        loss = self.weight.sum()
+        return loss * float(self.what) if bad else loss
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("step", [3, 6, 7])
+def test_training_stops_at_the_first_step_that_is_not_finite_and_keeps_a_good_checkpoint(
+    tmp_path: Path, what: str, step: int
+) -> None:
+    config = FitConfig(ema_decay=0.5, gradient_clip=0.0, checkpoint_every=2)
+    # Two reports in 400 steps: a step is named although it is found later.
+    with pytest.raises(NotFiniteError, match=f"is not finite at step {step} "):
+        fit(Diverging(step, what), 400, config, tmp_path, "cpu", lambda *_: None)
+    saved = read_resume(tmp_path)
+    assert saved is not None
+    assert saved["global_step"] == 2 * ((step - 1) // 2)
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 needs a GPU")
+def test_float16_skips_steps_with_infinite_gradients_but_not_a_nan_loss(tmp_path: Path) -> None:
+    config = FitConfig(ema_decay=0.0, gradient_clip=0.0, precision="16-mixed", checkpoint_every=2)
+    fit(Diverging(3, "gradient"), 5, config, tmp_path / "skipped", "gpu", lambda *_: None)
+    with pytest.raises(NotFiniteError, match="step 3 "):
+        fit(Diverging(3, "nan"), 5, config, tmp_path / "nan", "gpu", lambda *_: None)
+
+
+def _trained(folder: Path, steps: int) -> Tensor:
+    module = Falling()
+    config = FitConfig(ema_decay=0.5, gradient_clip=0.0, checkpoint_every=2)
+    fit(module, steps, config, folder, "cpu", lambda *_: None)
+    return module.weight.detach()
+
+
+def _flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [0, 700, -1])
+def test_a_checkpoint_with_a_flipped_bit_is_named_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: int
+) -> None:
+    whole = _trained(tmp_path / "whole", 9)
+    folder = tmp_path / "cut"
+    _trained(folder, 5)  # saved at 2, 4 and 5
+    _flip_a_bit(folder / "resume.ckpt", place)
+    with caplog.at_level("WARNING"):
+        again = _trained(folder, 9)
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    assert f"{folder / 'resume.ckpt'} is damaged" in caplog.text
+    assert "resume.previous.ckpt" in caplog.text
+    steps = [int(line.split()[0]) for line in (folder / "losses.txt").read_text().splitlines()]
+    assert steps == list(range(1, 10))  # each once
+
+
+def test_two_damaged_checkpoints_are_named(tmp_path: Path) -> None:
+    _trained(tmp_path, 5)
+    for name in ("resume.ckpt", "resume.previous.ckpt"):
+        _flip_a_bit(tmp_path / name, 100)
+    with pytest.raises(ArtifactError, match=r"resume.ckpt and .*previous.ckpt are damaged: delete"):
+        _trained(tmp_path, 9)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 cut off", b"\0" * 5000])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "resume.ckpt").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"resume.ckpt is damaged: delete"):
+        _trained(tmp_path, 4)
+
+
+def test_a_checkpoint_that_cannot_be_renamed_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _trained(tmp_path, 3)
+    real = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).name == "resume.ckpt":
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(ArtifactError, match=r"resume.ckpt cannot be written: No space left"):
+        _trained(tmp_path, 9)
+    monkeypatch.undo()
+    saved = read_resume(tmp_path)
+    assert saved is not None
+    assert saved["global_step"] == 3

@@ -97,7 +97,7 @@ class SampleStore:
             return
         todo.sort(key=lambda job: -job[0])
         total = sum(nfe for nfe, _ in todo)
-        workers = 1 if total < _WORTH_A_PROCESS else min(workers, len(todo))
+        workers = 0 if total < _WORTH_A_PROCESS else min(workers, len(todo))
         with bar("evaluate: sampling", total) as advance:
             results = run_jobs(partial(_work, self), todo, workers, advance)
         for (_, spec), result in zip(todo, results, strict=True):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ddm.errors import ArtifactError
 from ddm.partition import Partition
 from train.config import Config, EvaluateConfig
-from train.run_folder import claim
+from train.run_folder import check_claim
 from train.stages.bundle import make_bundle
 from train.stages.expert import train_experts
 from train.stages.partition import make_partition
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def monolith_config(config: Config, evaluation: EvaluateConfig) -> Config | None:
-    """The run with `partition.k=1` of the row DDIM; None where no such row is wanted.
+    """The run with `partition.k=1` of the row DDIM; None if no such row is wanted.
 
     The same network and, unless `monolith_steps` says otherwise, as many images seen as all experts together.
     """
@@ -39,7 +39,7 @@ def train_monolith(config: Config, evaluation: EvaluateConfig) -> Config | None:
     if monolith is None:
         return None
     log.info("monolith   one model on all images, in %s", monolith.folder)
-    claim(monolith)
+    check_claim(monolith)
     make_partition(monolith)
     train_experts(monolith)
     make_bundle(monolith)
@@ -47,7 +47,7 @@ def train_monolith(config: Config, evaluation: EvaluateConfig) -> Config | None:
 
 
 def trained_monolith(config: Config, evaluation: EvaluateConfig) -> Config | None:
-    """The config of the trained monolith; None where none is wanted. Raises `ArtifactError` where it is not trained yet."""
+    """The config of the trained monolith; None if none is wanted. Raises `ArtifactError` if it is not trained yet."""
     monolith = monolith_config(config, evaluation)
     if monolith is not None and not (monolith.folder / "bundle").is_dir():
         raise ArtifactError(f"{monolith.folder} is missing: train it with the stage 'monolith'")

@@ -1,36 +1,37 @@
 """The stage `partition`: cut the data set into clusters."""
 
 import logging
+import shutil
 import time
+from pathlib import Path
 
-from ddm.artifacts import digest, read_json, write_json
+from ddm.artifacts import digest, flush, read_json, scratch_beside, sha256, write_json
 from ddm.errors import ArtifactError
 from ddm.partition import Partition
 from serve.model.images import contact_sheet, write_png
 from train.clustering import assign
-from train.config import Config, plain
+from train.config import Config, changed
+from train.data import ImageSet
+from train.run_folder import claim
 
 log = logging.getLogger(__name__)
 
+_SHEET, _DESCRIPTION = "clusters.png", "partition.json"
+
 
 def make_partition(config: Config) -> None:
-    """Cut the data set into clusters, and draw a sheet of each cluster's images."""
+    """Cut the data set into clusters, and write a contact sheet of each cluster's images."""
     began = time.monotonic()
     folder = config.folder / "partition"
     images = config.data.build()
-    key = digest([plain(config.partition), config.seed, images.hash])
-    if (folder / "partition.json").exists():
-        if read_json(folder / "stage.json").get("key") != key:
-            raise ArtifactError(
-                f"{folder} was cut from other images than data.root={config.data.root} holds now: give run=FOLDER for a new run"
-            )
+    key = digest([changed(config.partition), config.seed, images.hash])
+    if _is_made(folder, key):
         log.info("partition  up to date")
         return
-    cluster, names = assign(images, config.partition, config.seed)
-    write_json(folder / "stage.json", {"key": key})
-    cut = Partition.write(folder, images.images, cluster, names, images.labels)
-    rows = [cut.cluster(folder, k)["images"][:16] for k in range(cut.k)]
-    write_png(folder / "clusters.png", contact_sheet(rows))
+    cut = _cut(config, folder, images)
+    sheet = folder / _SHEET
+    write_png(sheet, contact_sheet([cut.cluster(folder, k)["images"][:16] for k in range(cut.k)]))
+    write_json(folder / "stage.json", {"key": key, "sheet": sha256(sheet)})
     sizes = ", ".join(f"{name} {size}" for name, size in zip(cut.names, cut.sizes, strict=True))
     log.info(
         "partition  %d images in %d clusters (%s) in %.1f s",
@@ -39,3 +40,44 @@ def make_partition(config: Config) -> None:
         sizes,
         time.monotonic() - began,
     )
+
+
+def _is_made(folder: Path, key: str) -> bool:
+    """Whether every file of the stage is there, whole, and made from what `key` is the hash of."""
+    if not (folder / "stage.json").exists() or not (folder / _DESCRIPTION).exists():
+        return False
+    made = read_json(folder / "stage.json")
+    cut = Partition.read(folder)
+    hashes = {Partition.file(folder, k): cut.hashes[k] for k in range(cut.k)}
+    hashes[folder / _SHEET] = str(made.get("sheet"))
+    return made.get("key") == key and all(
+        path.exists() and sha256(path) == expected for path, expected in hashes.items()
+    )
+
+
+def _cut(config: Config, folder: Path, images: ImageSet) -> Partition:
+    """Write the clusters' files and their description.
+
+    Raises `ArtifactError` if the folder holds another partition, on which experts may have been trained.
+    """
+    cluster, names = assign(images, config.partition, config.seed)
+    scratch = scratch_beside(folder)
+    try:
+        cut = Partition.write(scratch, images.images, cluster, names, images.labels)
+        if (folder / _DESCRIPTION).exists() and Partition.read(folder) != cut:
+            raise ArtifactError(
+                f"{folder} was cut from other images than data.root={config.data.root} holds now: "
+                "give run=FOLDER for a new run"
+            )
+        claim(config)
+        folder.mkdir(exist_ok=True)
+        files = [Partition.file(scratch, k) for k in range(cut.k)]
+        for file in [
+            *files,
+            scratch / _DESCRIPTION,
+        ]:  # with its description, a partition is complete
+            file.replace(folder / file.name)
+        flush(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return cut

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
+from ddm.partition import Partition
 from train.config import STAGES, Config
-from train.run_folder import claim
+from train.evaluation.classifier import check_classes, classes_of
+from train.run_folder import check_claim
 from train.stages.bundle import make_bundle
 from train.stages.evaluate import evaluate_stage
 from train.stages.expert import train_experts
@@ -14,11 +16,11 @@ from train.stages.sample import sample_images
 
 
 def run(config: Config, stages: Sequence[str] = STAGES) -> None:
-    """Run the stages in their order. Raises a `DdmError` that says what to mend."""
+    """Run the stages in their order. Raises a `DdmError` that says what to change."""
     if "evaluate" in stages:
         config.evaluate.check_files("evaluate")
         config.samplers(config.evaluate, "evaluate")
-    claim(config)
+    check_claim(config)
     does: dict[str, Callable[[Config], object]] = {
         "partition": make_partition,
         "expert": train_experts,
@@ -31,3 +33,12 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     for stage in STAGES:
         if stage in stages:
             does[stage](config)
+        if stage == "partition" and "evaluate" in stages:
+            _check_classes(config)
+
+
+def _check_classes(config: Config) -> None:
+    """Raise `ConfigError` before any training if evaluation wants a classifier of images of one class."""
+    if "classifier" in config.evaluate.features:
+        folder = config.folder / "partition"
+        check_classes(classes_of(Partition.read(folder).all(folder)))

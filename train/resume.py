@@ -1,0 +1,97 @@
+"""`resume.ckpt`: the checkpoint that training resumes from, and the one before it.
+
+A file is a Lightning checkpoint followed by the 32 bytes of its SHA-256. It is written beside its target, flushed and
+renamed, so a kill at any moment leaves a whole file.
+"""
+
+import hashlib
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import CheckpointIO
+
+from ddm.artifacts import replaced
+from ddm.errors import ArtifactError
+
+log = logging.getLogger(__name__)
+
+NEWEST, PREVIOUS = "resume.ckpt", "resume.previous.ckpt"
+_HASH_BYTES = 32
+
+
+class ResumeFiles(CheckpointIO):
+    """How Lightning saves to a folder's `resume.ckpt`, and gets what `read_resume` has read."""
+
+    def __init__(self, saved: dict[str, Any] | None) -> None:
+        self.saved = saved
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        with replaced(path) as scratch:
+            with scratch.open("wb") as file:
+                hashing = _Hashing(file)
+                torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it only writes
+                file.write(hashing.sha256.digest())
+            if path.exists():
+                path.replace(path.with_name(PREVIOUS))
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        assert self.saved is not None
+        return self.saved
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class _Hashing(io.BufferedIOBase):
+    """A file opened for writing, and the SHA-256 of what was written."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+
+def read_resume(folder: Path) -> dict[str, Any] | None:
+    """The newest whole checkpoint in a folder, None if there is none; a damaged one is named in a warning.
+
+    Raises `ArtifactError` if there are checkpoints and all are damaged.
+    """
+    newest, previous = folder / NEWEST, folder / PREVIOUS
+    present = [path for path in (newest, previous) if path.exists()]
+    for path in present:
+        saved = _read(path)
+        if saved is None:
+            continue
+        if path is previous and newest.exists():
+            log.warning("%s is damaged; training resumes from %s", newest, previous)
+            previous.replace(newest)  # so that the next save does not replace the whole one
+        return saved
+    if present:
+        names = " and ".join(str(path) for path in present)
+        verb = "is" if len(present) == 1 else "are"
+        raise ArtifactError(f"{names} {verb} damaged: delete to train anew from step 0")
+    return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A checkpoint on the CPU; None if the file is damaged."""
+    content = memoryview(path.read_bytes() if path.is_file() else b"")
+    body, expected = content[:-_HASH_BYTES], content[-_HASH_BYTES:]
+    if hashlib.sha256(body).digest() != expected:
+        return None
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+
+
+def drop_resume(folder: Path) -> None:
+    """Delete a folder's checkpoints: what they led to is written."""
+    for pattern in (NEWEST, PREVIOUS, f".{NEWEST}.*.part"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
