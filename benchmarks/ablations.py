@@ -1,7 +1,8 @@
 """The effect of each choice of a config (default: the built-in digits).
 
-Every variant changes one thing of the config, trains again what that affects, at equal compute, and is scored by Fréchet
-distance from the same noise. Writes ablations-NAME.json and ablations.md. If interrupted, the same command resumes.
+Every variant changes one thing of the config, trains again what that affects, at equal compute, and
+is scored by Fréchet distance from the same noise. Writes ablations-NAME.json and ablations.md. If
+interrupted, the same command resumes.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -80,9 +82,25 @@ def _batches(factor: float) -> Variant:
     return Variant(f"expert.batch × {factor:g}, expert.steps × {1 / factor:g}", words)
 
 
+def _clusters(config: Config) -> int:
+    return Partition.read(config.folder / "partition").k
+
+
+def _other_k(k: int) -> Variant:
+    """Another number of clusters; all experts together see the same number of images."""
+
+    def words(config: Config) -> list[str]:
+        steps = config.expert.steps * _clusters(config) // k
+        return [f"partition.k={k}", f"expert.steps={steps}"]
+
+    return Variant(f"K = {k}", words)
+
+
 @torch.inference_mode()
 def energy_bands(config: Config, images: int = 256, times: int = 64) -> list[float]:
-    """The two times that divide `E |d alpha/dt|^2` over [t_min, 1] into thirds, measured on the training set."""
+    """The two times that divide `E |d alpha/dt|^2` over [t_min, 1] into thirds, measured on the
+    training set.
+    """
     cut = Partition.read(config.folder / "partition")
     whole = cut.all(config.folder / "partition")
     data = (whole["images"], whole["cluster"], schedule(**config.schedule), cut.k)
@@ -98,6 +116,12 @@ def energy_bands(config: Config, images: int = 256, times: int = 64) -> list[flo
     return [float(at[(total >= total[-1] * part).nonzero()[0, 0]]) for part in (1 / 3, 2 / 3)]
 
 
+def _bands(config: Config) -> list[str]:
+    edges = ",".join(f"{t:.3f}" for t in energy_bands(config))
+    return [f"router.bands=[{edges}]"]
+
+
+_GRIDS = ("uniform_t", "uniform_log_snr", "quadratic")
 GROUPS: dict[str, tuple[str, list[Variant]]] = {
     "chance": ("Chance: the same config with another training seed", [_set("seed=1")]),
     "parameterization": (
@@ -124,22 +148,10 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         [
             Variant(
                 "by k-means",
-                lambda config: [
-                    "partition.by=kmeans",
-                    f"partition.k={Partition.read(config.folder / 'partition').k}",
-                ],
+                lambda config: ["partition.by=kmeans", f"partition.k={_clusters(config)}"],
             ),
-            # The same number of images seen by all experts together.
-            *(
-                Variant(
-                    f"K = {k}",
-                    lambda config, k=k: [  # type: ignore[misc]
-                        f"partition.k={k}",
-                        f"expert.steps={config.expert.steps * Partition.read(config.folder / 'partition').k // k}",
-                    ],
-                )
-                for k in (2, 10)
-            ),
+            _other_k(2),
+            _other_k(10),
         ],
     ),
     "targets": (
@@ -152,14 +164,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
     ),
     "bands": (
         "The edges of the derivative nets' bands",
-        [
-            Variant(
-                "a third of the energy of d alpha/dt in each",
-                lambda config: [
-                    f"router.bands=[{','.join(f'{t:.3f}' for t in energy_bands(config))}]"
-                ],
-            )
-        ],
+        [Variant("a third of the energy of d alpha/dt in each", _bands)],
     ),
     "temperature": (
         "The temperature of alpha",
@@ -173,12 +178,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         "Sampler and grid",
         [
             _set(f"sample.sampler={name}", f"sample.grid={grid}")
-            for name, grids in {
-                "ddim": ("uniform_t", "uniform_log_snr", "quadratic"),
-                "dpmpp_2m": ("uniform_t", "uniform_log_snr", "quadratic"),
-                "unipc": ("uniform_t", "uniform_log_snr", "quadratic"),
-            }.items()
-            for grid in grids
+            for name, grid in product(("ddim", "dpmpp_2m", "unipc"), _GRIDS)
         ],
     ),
 }
@@ -194,7 +194,9 @@ METHODS = ["balanced-cv"]
 
 
 def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Config, Evaluation]:
-    """The config and figures of a variant; parts of its run that equal the base's are copied from there."""
+    """The config and figures of a variant; parts of its run that equal the base's are copied from
+    there.
+    """
     config = load_config(path, words)
     steps = config.table.steps[:2]
     cfg = replace(config.table, methods=METHODS, samplers={}, steps=steps)
@@ -218,7 +220,9 @@ def _copy_same_parts(config: Config, base: Config) -> None:
 
 
 def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Path) -> Path:
-    """Measure groups of ablations and return the record `folder/ablations-NAME.json`; its other groups stay."""
+    """Measure groups of ablations and return the record `folder/ablations-NAME.json`; its other
+    groups stay.
+    """
     usual = load_config(path, overrides)
     home = usual.folder.with_name(f"{usual.folder.name}-ablations")
     base, evaluation = measured(path, overrides, None)
@@ -266,9 +270,10 @@ def _cells(evaluation: Evaluation) -> dict[str, list[float]]:
 
 _INTRODUCTION = """# Ablations
 
-The effect of each choice: one thing of a config is changed, and what it affects is trained again on the same number of images.
-Fréchet distances, lower is better; in parentheses the difference from the config as it is, per seed (below 0 is better). Chance,
-where it is measured, is another training seed: for what is trained again, a smaller difference means nothing."""
+The effect of each choice: one thing of a config is changed, and what it affects is trained again on
+the same number of images. Fréchet distances, lower is better; in parentheses the difference from the
+config as it is, per seed (below 0 is better). Chance, where it is measured, is another training seed:
+for what is trained again, a smaller difference means nothing."""
 
 
 def write_page(folder: Path) -> None:

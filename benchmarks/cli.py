@@ -29,7 +29,8 @@ def run(
 ) -> int:
     """Parse the words (default: the command line's), do the work, and return the exit status.
 
-    0: done, or help was asked for. 2: an error that the user can fix, in one line on stderr. 130: interrupted.
+    0: done, or help was asked for. 2: an error that the user can fix, in one line on stderr. 130:
+    interrupted.
     """
     try:
         arguments = parser.parse_intermixed_args(words)

@@ -1,7 +1,8 @@
-"""The trajectory error of `combined` at several relaxation rates: how to choose `sample.relaxation_rate`.
+"""The trajectory error of `combined` at several relaxation rates: how to choose
+`sample.relaxation_rate`.
 
-Prints E(N) of the policies `balanced` and `stochastic` against the full mixture's trajectory of 1000 steps under the
-posterior net. A rate of 0 is the source `derivative`.
+Prints E(N) of the policies `balanced` and `stochastic` against the full mixture's trajectory of
+1000 steps under the posterior net. A rate of 0 is the source `derivative`.
 """
 
 import argparse

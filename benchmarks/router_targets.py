@@ -1,7 +1,7 @@
 """The router's exact targets on CIFAR-10: accuracy, memory and time.
 
-Prints the largest difference from an independent float64 computation over 10,000 images at many times, and the memory and time of
-one call with 256 queries over all 50,000 images.
+Prints the largest difference from an independent float64 computation over 10,000 images at many
+times, and the memory and time of one call with 256 queries over all 50,000 images.
 """
 
 import argparse
@@ -106,7 +106,9 @@ def duration(images: Tensor, labels: Tensor) -> None:
 
 
 def memory(images: Tensor, labels: Tensor) -> None:
-    """Print the peak memory of the process's first call over all images, beyond what it held before (Linux)."""
+    """Print the peak memory of the process's first call over all images, beyond what it held before
+    (Linux).
+    """
     process = schedule("vp_linear")
     x0, eps, times = _queries(images)
     # A small call first, so that libraries are loaded.

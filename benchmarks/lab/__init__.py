@@ -1,1 +1,1 @@
-"""The laboratory: every claim about a sampler in this project is a number that one command makes again."""
+"""The laboratory: each claim about a sampler or a policy is a number that one command reproduces."""

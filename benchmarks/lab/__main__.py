@@ -1,6 +1,7 @@
 """Measure samplers and policies on data whose exact posterior and score are known.
 
-Writes the numbers (NAME.json), the figures (NAME-FIGURE.png) and the tables of the hand-written pages (NAME.md).
+Writes the numbers (NAME.json), the figures (NAME-FIGURE.png) and the tables of the hand-written
+pages (NAME.md).
 """
 
 import argparse
@@ -55,7 +56,9 @@ def _run_all(arguments: argparse.Namespace) -> None:
 
 
 def _run(name: str, folder: Path, only_render: bool) -> None:
-    """An experiment is a module with `measure() -> numbers` for JSON and `render(numbers) -> Rendered`."""
+    """An experiment is a module with `measure() -> numbers` for JSON and
+    `render(numbers) -> Rendered`.
+    """
     began = time.monotonic()
     experiment = importlib.import_module(f"benchmarks.lab.{name}")
     saved = folder / f"{name}.json"

@@ -1,4 +1,6 @@
-"""The bound: the theorem of `benchmarks.lab.theory` against measurement, for the routed Euler sampler."""
+"""The bound: the theorem of `benchmarks.lab.theory` against measurement, for the routed Euler
+sampler.
+"""
 
 import math
 from dataclasses import asdict, dataclass
@@ -28,7 +30,9 @@ NEAR = 1e-6  # the distance of two neighbours whose stretch is measured
 
 @dataclass(frozen=True)
 class Setting:
-    """Four clusters of four points each on the sphere of radius R in R^d, sampled to t = delta with these errors added."""
+    """Four clusters of four points each on the sphere of radius R in R^d, sampled to t = delta with
+    these errors added.
+    """
 
     name: str
     R: float
@@ -49,7 +53,9 @@ SETTINGS = (
 
 
 class Data:
-    """The points of a setting, each a Gaussian of width 0, and the exact denoisers with the setting's errors."""
+    """The points of a setting, each a Gaussian of width 0, and the exact denoisers with the
+    setting's errors.
+    """
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -66,7 +72,9 @@ class Data:
         return GaussianMixture(even, points, torch.zeros_like(points), PATH)
 
     def alpha(self, x: Tensor, t: Tensor) -> Tensor:
-        """The posterior, moved by at most eps_router towards its least likely corner, which is at most sqrt(2) away."""
+        """The posterior, moved by at most eps_router towards its least likely corner, which is at
+        most sqrt(2) away.
+        """
         alpha = self.mixture.posterior(x, t).unflatten(1, (self.setting.K, -1)).sum(2)
         corner = torch.nn.functional.one_hot(alpha.argmin(1), self.setting.K)
         return alpha + self.setting.eps_router / math.sqrt(2) * (corner - alpha)
@@ -115,7 +123,9 @@ class Data:
 
 
 def _bounded(setting: Setting, steps: int) -> dict[str, Any]:
-    """log10 of the theorem's numbers, and of `unstretched`: the sum of the errors of the steps without any later factor."""
+    """log10 of the theorem's numbers, and of `unstretched`: the sum of the errors of the steps
+    without any later factor.
+    """
     q = asdict(setting)
     del q["name"]
     times = torch.linspace(1, setting.delta, steps + 1, dtype=torch.float64)
@@ -133,7 +143,9 @@ def _bounded(setting: Setting, steps: int) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    """Bound and measured distance over N for every setting, and over delta at one N; and the bound alone for images."""
+    """Bound and measured distance over N for every setting, and over delta at one N; and the bound
+    alone for images.
+    """
 
     def run(setting: Setting, steps: tuple[int, ...]) -> dict[str, Any]:
         truths, stretch = Data(setting).measured(steps)
@@ -175,7 +187,9 @@ def _unstretched(cell: dict[str, Any]) -> float:
 
 
 def render(numbers: dict[str, Any]) -> Rendered:
-    """Tables of the bound and the measured distances over N and over delta, of the bound's parts, and for CIFAR-10."""
+    """Tables of the bound and the measured distances over N and over delta, of the bound's parts,
+    and for CIFAR-10.
+    """
     runs = numbers["over_steps"]
     sweep = numbers["over_delta"]
     tables = {
@@ -202,7 +216,9 @@ def _interval(cell: dict[str, Any]) -> str:
 
 
 def _parts_table(runs: list[dict[str, Any]]) -> str:
-    """log10 of the bound's parts at the largest N, and the ratios of bound and unstretched errors to the coupling."""
+    """log10 of the bound's parts at the largest N, and the ratios of bound and unstretched errors
+    to the coupling.
+    """
     rows = []
     for run in runs:
         last = run["cells"][-1]
@@ -295,9 +311,7 @@ def _figure(runs: list[dict[str, Any]], sweep: list[dict[str, Any]]) -> Figure:
         ("measured (floor of W2)", [c["floor"] for c in cells], "v-", "#999999"),
     ):
         over_delta.plot(delta, values, style, color=colour, markersize=4, label=label)
-    over_delta.set(
-        xscale="log", yscale="log", xlabel="end of the walk, delta: the data are to the right"
-    )
+    over_delta.set(xscale="log", yscale="log", xlabel="end time delta: the data are to the right")
     over_delta.set_xticks(delta, [f"{x:g}" for x in delta])
     over_delta.invert_xaxis()
     over_delta.legend(loc="upper left", fontsize=8, frameon=False)

@@ -1,7 +1,8 @@
-"""Densities: the law of a sampler's samples on one-dimensional mixtures, which are not log-concave, by quadrature.
+"""Densities: the law of a sampler's samples on one-dimensional mixtures, which are not log-concave,
+by quadrature.
 
-With p the density of x_t and q that of the sampler's Y, everything is represented as `log q/p`: p is known, and the quotient
-stays smooth and near 1 however narrow p and the step's noise become.
+With p the density of x_t and q that of the sampler's Y, everything is represented as `log q/p`: p
+is known, and the quotient stays smooth and near 1 however narrow p and the step's noise become.
 """
 
 import math
@@ -120,15 +121,19 @@ def _log_quadrature(log_r: CubicSpline, p: Density, y: Tensor, log_weight: Tenso
 
 
 def evolved(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Tensor]:
-    """A grid over x at the last time, and `log q/p` on it, for `ddpm as proven` or `accelerated_sde` started from N(0, 1).
+    """A grid over x at the last time, and `log q/p` on it, for `ddpm as proven` or
+    `accelerated_sde` started from N(0, 1).
 
-    A step maps Y to `M(Y) + b Z`; both come from the sampler itself, which is driven with and without noise. With
-    `y = centre + width z`, z at the Gauss-Hermite nodes, and N(y) the density of that proposal,
+    A step maps Y to `M(Y) + b Z`; both come from the sampler itself, which is driven with and
+    without noise. With `y = centre + width z`, z at the Gauss-Hermite nodes, and N(y) the density
+    of that proposal,
 
-        q'/p'(y') = int q/p(y) p(y) N(y'; M(y), b^2) / p'(y') dy = E_z [ q/p(y) p(y) N(y'; M(y), b^2) / (p'(y') N(y)) ]
+        q'/p'(y') = int q/p(y) p(y) N(y'; M(y), b^2) / p'(y') dy
+                  = E_z [ q/p(y) p(y) N(y'; M(y), b^2) / (p'(y') N(y)) ]
 
-    and the proposal, which is nearly the law of Y given Y', makes all but the first factor nearly constant. The accelerated
-    sampler also adds noise before the denoiser: one more step, from x_t to x_t plus noise, whose density is a mixture too.
+    and the proposal, which is nearly the law of Y given Y', makes all but the first factor nearly
+    constant. The accelerated sampler also adds noise before the denoiser: one more step, from x_t
+    to x_t plus noise, whose density is a mixture too.
     """
     trajectory = walker(name)
     first = times[0]
@@ -153,9 +158,9 @@ def evolved(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Te
             p, spline = p_noisy, CubicSpline(y.numpy(), log_r.numpy())
             centre = centre - before**2 * score(data, centre, t)[0]
         points = centre[:, None] + width * NODES
-        asked = points.reshape(-1, 1)
+        evaluated = points.reshape(-1, 1)
         mean, _ = drive(
-            trajectory(asked, data.schedule, times[n : n + 2], lambda _: torch.zeros(())),
+            trajectory(evaluated, data.schedule, times[n : n + 2], lambda _: torch.zeros(())),
             _oracle(data),
         )
         off = (y_next[:, None] - mean.reshape(points.shape)) / after
@@ -169,8 +174,8 @@ def evolved(name: str, data: GaussianMixture, times: Tensor) -> tuple[Tensor, Te
 def _oracle(data: GaussianMixture) -> Denoiser:
     """The exact denoiser for x `[B, 1]`, or for x and its derivative `[B, 2]`.
 
-    A sampler is linear in x and in the denoised images. So if the denoised second column is dD/dx times that column, the column
-    remains the derivative of the first with respect to the start.
+    A sampler is linear in x and in the denoised images. So if the denoised second column is dD/dx
+    times that column, the column remains the derivative of the first with respect to the start.
     """
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -181,31 +186,33 @@ def _oracle(data: GaussianMixture) -> Denoiser:
 
 
 def _noise_of_step(trajectory: Walker, data: GaussianMixture, step: Tensor) -> tuple[float, float]:
-    """The standard deviation of the noise that a step adds to x before the denoiser, and after it."""
-    zero, asked = torch.zeros(1, 1, dtype=torch.float64), []
+    """The standard deviation of the noise that a step adds before the denoiser, and after it."""
+    zero, evaluated = torch.zeros(1, 1, dtype=torch.float64), []
 
     def answer(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(float(x))
+        evaluated.append(float(x))
         return torch.zeros_like(x)
 
     drive(trajectory(zero, data.schedule, step, lambda n: torch.ones(()) * (n == 0)), answer)
     last = drive(
         trajectory(
-            zero, data.schedule, step, lambda n: torch.ones(()) * (n == 1 or asked[-1] == 0)
+            zero, data.schedule, step, lambda n: torch.ones(()) * (n == 1 or evaluated[-1] == 0)
         ),
         answer,
     )[0]
-    return asked[0], float(last)
+    return evaluated[0], float(last)
 
 
 def pushed(
     trajectory: Walker, data: GaussianMixture, times: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Rising points over x's support at the last time, and log q/p there, for a deterministic sampler started from N(0, 1).
+    """Rising points over x's support at the last time, and log q/p there, for a deterministic
+    sampler started from N(0, 1).
 
-    In one dimension the exact flow preserves the distribution function, so `start = Phi^-1(F(y))` ends near y. Between bumps
-    the starts are very close and the sampler separates them: gaps between ends are filled until they are small or hold no
-    probability. The density is that of the start over the derivative of the map. None if the map is not monotone.
+    In one dimension the exact flow preserves the distribution function, so `start = Phi^-1(F(y))`
+    ends near y. Between bumps the starts are very close and the sampler separates them: gaps
+    between ends are filled until they are small or hold no probability. The density is that of the
+    start over the derivative of the map. None if the map is not monotone.
     """
     y, p = support(data, times[-1]), log_density(data, times[-1])
     means, stds = _components(data, times[-1])
@@ -250,7 +257,9 @@ TOLERANCE = 0.1  # a cell whose total mass is off by more than this fraction of 
 
 
 def law_of(name: str, data: GaussianMixture, times: Tensor) -> tuple[float, float] | None:
-    """KL(X | Y) at the last time, and the error of the total mass of q, which is 0 in exact arithmetic."""
+    """KL(X | Y) at the last time, and the error of the total mass of q, which is 0 in exact
+    arithmetic.
+    """
     stochastic = SAMPLERS[name] > 0
     found = evolved(name, data, times) if stochastic else pushed(walker(name), data, times)
     if found is None:
@@ -261,7 +270,9 @@ def law_of(name: str, data: GaussianMixture, times: Tensor) -> tuple[float, floa
 
 
 def smoothness(data: GaussianMixture, times: Tensor) -> dict[str, float]:
-    """`s^2 |d score/dx|` over the times: its supremum over x, and the least L that x_t exceeds with probability 1/T at most."""
+    """`s^2 |d score/dx|` over the times: its supremum over x, and the least L that x_t exceeds with
+    probability 1/T at most.
+    """
     supremum = 0.0
     relaxed = 0.0
     for t in times[:: max(1, len(times) // 100)]:
@@ -288,7 +299,7 @@ def check(std: float, T: int) -> list[dict[str, Any]]:
     single = GaussianMixture(one, law.mean[:, None], std * one[:, None], data.schedule)
     rows = []
     for name, draws in SAMPLERS.items():
-        walked = affine(
+        affine_map = affine(
             walker(name),
             exact_denoiser(law, data.schedule),
             data.schedule,
@@ -296,7 +307,7 @@ def check(std: float, T: int) -> list[dict[str, Any]]:
             draws,
             1,
         )
-        exact = float(kl(law.at(data.schedule(times[-1])), walked(Law(0 * one, one))))
+        exact = float(kl(law.at(data.schedule(times[-1])), affine_map(Law(0 * one, one))))
         found = law_of(name, single, times)
         assert found is not None
         rows.append({"sampler": name, "std": std, "T": T, "exact": exact, "kl": found[0]})
@@ -309,7 +320,9 @@ def measure(
     samplers: Sequence[str] = tuple(SAMPLERS),
     checked: int = 200,
 ) -> dict[str, Any]:
-    """KL over T for wide and narrow bumps; KL and smoothness over the bumps' width; and the check on one Gaussian."""
+    """KL over T for wide and narrow bumps; KL and smoothness over the bumps' width; and the check
+    on one Gaussian.
+    """
     settings = [*product([WIDE], steps), *product([NARROW], steps[:-1])]
     over_steps = [
         {"std": std, "T": T, "sampler": name, **_cell(name, std, T)}
@@ -334,7 +347,9 @@ def _cell(name: str, std: float, T: int) -> dict[str, float | None]:
 
 
 def render(numbers: Mapping[str, Any]) -> Rendered:
-    """Tables of the slopes over T, of the smoothness constant over the bumps' width, and of the check on one Gaussian."""
+    """Tables of the slopes over T, of the smoothness constant over the bumps' width, and of the
+    check on one Gaussian.
+    """
     names = list(dict.fromkeys(cell["sampler"] for cell in numbers["over_steps"]))
     shown = [name for name in names if name in numbers["over_std"][0]["cells"]]
     steps = sorted({cell["T"] for cell in numbers["over_steps"]})

@@ -1,4 +1,6 @@
-"""Sampler history: what the earlier denoised images of a multistep sampler are worth when the expert changes between steps."""
+"""Sampler history: what the earlier denoised images of a multistep sampler are worth when the
+expert changes between steps.
+"""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,7 +21,9 @@ POLICIES = ("full", "balanced", "stochastic")
 
 
 class History(NamedTuple):
-    """A sampler, its order, whether the control variate corrects its denoised images, and the colour of its curve."""
+    """A sampler, its order, whether the control variate corrects its denoised images, and the
+    colour of its curve.
+    """
 
     sampler: str
     order: int
@@ -41,7 +45,9 @@ COMPARED = ("ddim", "2M, raw history", "2M, control variate")  # with a restart
 
 
 def restarted(testbed: Testbed, steps: int, policy: str) -> Tensor:
-    """The ends of DPM-Solver++(2M) with the history discarded (a DDIM step) for each image whose expert has changed."""
+    """The ends of DPM-Solver++(2M) with the history discarded (a DDIM step) for each image whose
+    expert has changed.
+    """
     routed = RoutedDenoiser(testbed.experts, testbed.router(policy), seed=3, trace=True)
     _, times = plan_steps("dpmpp_2m", steps, "uniform_t", testbed.schedule)
 
@@ -103,7 +109,9 @@ def measure() -> dict[str, Any]:
 
 
 def render(numbers: dict[str, Any]) -> Rendered:
-    """A table for each mixture and policy, the ratios to a restart, and a plot of the first mixture."""
+    """A table for each mixture and policy, the ratios to a restart, and a plot of the first
+    mixture.
+    """
     rows = numbers["rows"]
     testbeds = list(dict.fromkeys(row["testbed"] for row in rows))
     tables = {}

@@ -1,7 +1,9 @@
-"""Exact laws: on Gaussian data every sampler is an affine map, so the law of its samples is known in closed form.
+"""Exact laws: on Gaussian data every sampler is an affine map, so the law of its samples is known
+in closed form.
 
-The law is computed from the samplers themselves, driven with probes: a deterministic one from x = 0 and x = 1 over its
-whole trajectory, a stochastic one over each step alone, which gives `Y' = A Y + b + sum B Z`, hence mean and variance.
+The law is computed from the samplers themselves, driven with probes: a deterministic one from x = 0
+and x = 1 over its whole trajectory, a stochastic one over each step alone, which gives
+`Y' = A Y + b + sum B Z`, hence mean and variance.
 """
 
 import math
@@ -52,13 +54,17 @@ class Tabled:
 
 
 def exact_denoiser(data: Law, schedule: Schedule) -> Denoiser:
-    """`E[x0 | x_t = x]` for x `[B, d]`: for Gaussian data it is affine in each coordinate separately."""
+    """`E[x0 | x_t = x]` for x `[B, d]`: for Gaussian data it is affine in each coordinate
+    separately.
+    """
     one = torch.ones(1, dtype=torch.float64)
     return GaussianMixture(one, data.mean[None], data.variance.sqrt()[None], schedule).expert(0)
 
 
 class Affine(NamedTuple):
-    """A sampler on Gaussian data, from its first time to its last: `Y = A Y_0 + b + sqrt(noise) Z`, each `[d]`."""
+    """A sampler on Gaussian data, from its first time to its last: `Y = A Y_0 + b + sqrt(noise) Z`,
+    each `[d]`.
+    """
 
     A: Tensor
     b: Tensor
@@ -71,7 +77,8 @@ class Affine(NamedTuple):
 def affine(
     trajectory: Walker, denoise: Denoiser, schedule: Schedule, times: Tensor, draws: int, d: int
 ) -> Affine:
-    """Drive a sampler with probes, for a denoiser that is affine in each of d coordinates separately.
+    """Drive a sampler with probes, for a denoiser that is affine in each of d coordinates
+    separately.
 
     draws: the normal variables of a step; 0 for a deterministic sampler, which may be multistep.
     """
@@ -92,9 +99,11 @@ def affine(
 
 
 def kl(p: Law, q: Law) -> Tensor:
-    """`KL(p | q)` of each coordinate, `[d]`; their sum is that of the product. Accurate even if the laws are very close.
+    """`KL(p | q)` of each coordinate, `[d]`; their sum is that of the product. Accurate even if the
+    laws are very close.
 
-    With `u = var_p / var_q - 1` it is `(u - log(1 + u) + (difference of means)^2 / var_q) / 2`, a series where u is small.
+    With `u = var_p / var_q - 1` it is `(u - log(1 + u) + (difference of means)^2 / var_q) / 2`, a
+    series where u is small.
     """
     u = (p.variance - q.variance) / q.variance
     powers = torch.arange(2, 12, dtype=u.dtype)
@@ -112,7 +121,9 @@ def w2_square(p: Law, q: Law) -> Tensor:
 
 
 def ddim_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Trajectory:
-    """DDIM as defined in arXiv 2408.02320: `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`, alpha the step's ratio of a^2."""
+    """DDIM as defined in arXiv 2408.02320: `Y' = (Y + (1 - alpha)/2 score) / sqrt(alpha)`, alpha
+    the step's ratio of a^2.
+    """
     for t, t_next in pairwise(times):
         c, r = schedule(t), schedule(t).a / schedule(t_next).a
         x = (x + (1 - r**2) / 2 * (c.a * (yield x, t) - x) / c.s**2) / r
@@ -122,8 +133,8 @@ def ddim_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -
 def ddpm_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Trajectory:
     """DDPM as defined in arXiv 2510.27562: `Y' = (Y + beta score + sqrt(beta) Z) / sqrt(1 - beta)`.
 
-    Its noise has the variance beta / (1 - beta), where arXiv 2006.11239 and `ddm.samplers.ddpm` have beta. A step to t = 0
-    returns the denoised image.
+    Its noise has the variance beta / (1 - beta), where arXiv 2006.11239 and `ddm.samplers.ddpm`
+    have beta. A step to t = 0 returns the denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -149,7 +160,9 @@ def local_slopes(steps: Sequence[float], errors: Sequence[float]) -> list[float]
 
 
 class Method(NamedTuple):
-    """A sampler: generator, normal variables per step, proven powers of 1/T and d for its KL, their source, and its colour."""
+    """A sampler: generator, normal variables per step, proven powers of 1/T and d for its KL, their
+    source, and its colour.
+    """
 
     trajectory: Walker
     draws: int
@@ -194,7 +207,9 @@ def decaying(d: int) -> Law:
 
 
 class Outcome(NamedTuple):
-    """For each coordinate `[d]`, at t = 1/T: KL(x | Y), W2^2, KL if Y starts from the true x_1, and the KL of the start."""
+    """For each coordinate `[d]`, at t = 1/T: KL(x | Y), W2^2, KL if Y starts from the true x_1, and
+    the KL of the start.
+    """
 
     kl: Tensor
     w2_square: Tensor
@@ -203,22 +218,30 @@ class Outcome(NamedTuple):
 
 
 def outcome(method: Method, data: Law, steps: int) -> Outcome:
-    """Run the two-phase schedule (c0 = 2, c1 = 4) from N(0, 1) at n = T to n = 1, where the theorems compare X_1 and Y_1."""
+    """Run the two-phase schedule (c0 = 2, c1 = 4) from N(0, 1) at n = T to n = 1, where the
+    theorems compare X_1 and Y_1.
+    """
     schedule = TwoPhase(steps)
     times = time_grid("own", steps, schedule, t_min=1 / steps)
     tabled = Tabled(schedule, times)
     d = len(data.mean)
-    walked = affine(method.trajectory, exact_denoiser(data, tabled), tabled, times, method.draws, d)
+    affine_map = affine(
+        method.trajectory, exact_denoiser(data, tabled), tabled, times, method.draws, d
+    )
     first, true = data.at(tabled(times[0])), data.at(tabled(times[-1]))
     start = Law(torch.zeros_like(data.mean), torch.ones_like(data.mean))
-    law = walked(start)
-    return Outcome(kl(true, law), w2_square(true, law), kl(true, walked(first)), kl(first, start))
+    law = affine_map(start)
+    return Outcome(
+        kl(true, law), w2_square(true, law), kl(true, affine_map(first)), kl(first, start)
+    )
 
 
 def measure(
     steps: Sequence[int] = STEPS, dimensions: Sequence[int] = DIMENSIONS, seed: int = 0
 ) -> dict[str, Any]:
-    """KL and W2 in 16 dimensions over T, for every block of 16 coordinates; and KL over d at the middle T."""
+    """KL and W2 in 16 dimensions over T, for every block of 16 coordinates; and KL over d at the
+    middle T.
+    """
     data, middle = gaussian(max(*dimensions, BLOCK), seed), steps[len(steps) // 2]
     over_steps, over_d = [], []
     for name, method in METHODS.items():
@@ -274,7 +297,9 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def render(numbers: Mapping[str, Any]) -> Rendered:
-    """Tables of the slopes beside the proven ones, over T and over d, and of the accelerated ODE's lead over DDIM."""
+    """Tables of the slopes beside the proven ones, over T and over d, and of the accelerated ODE's
+    lead over DDIM.
+    """
     steps = sorted({cell["T"] for cell in numbers["over_steps"]})
     tables = {
         "over_steps": _steps_table(numbers, (steps[-3], steps[-1])),

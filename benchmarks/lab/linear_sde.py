@@ -13,10 +13,12 @@ from ddm.schedules import Coeffs
 
 @dataclass(frozen=True)
 class LinearSDE:
-    """The schedule of `dx = -f(t) x dt + g(t) dW` (arXiv 2311.11003, eq. 2), from f and g by quadrature.
+    """The schedule of `dx = -f(t) x dt + g(t) dW` (arXiv 2311.11003, eq. 2), from f and g by
+    quadrature.
 
-    `a = exp(-F)`, `F = int_0^t f`, `s^2 = int_0^t e^(-2 (F(t) - F(u))) g(u)^2 du`, each by Gauss-Legendre quadrature with 64
-    points: exact to rounding where f and g are smooth. An independent check of the closed forms of `ddm.schedules`.
+    `a = exp(-F)`, `F = int_0^t f`, `s^2 = int_0^t e^(-2 (F(t) - F(u))) g(u)^2 du`, each by
+    Gauss-Legendre quadrature with 64 points: exact to rounding where f and g are smooth. An
+    independent check of the closed forms of `ddm.schedules`.
     """
 
     f: Callable[[Tensor], Tensor]

@@ -30,9 +30,11 @@ class Rendered(NamedTuple):
 
 
 def write(folder: Path, name: str, numbers: Mapping[str, Any], rendered: Rendered) -> None:
-    """Write `NAME.json` and `NAME-FIGURE.png`, and put the tables into `NAME.md` between their markers.
+    """Write `NAME.json` and `NAME-FIGURE.png`, and put the tables into `NAME.md` between their
+    markers.
 
-    The text of `NAME.md` is written by hand and stays as it is. Raises `ValueError` as `with_tables` does.
+    The text of `NAME.md` is written by hand and stays as it is. Raises `ValueError` as
+    `with_tables` does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -71,7 +73,7 @@ def text_is_current(text: str, numbers: Mapping[str, Any]) -> bool:
 
 
 def short_digest(numbers: Mapping[str, Any]) -> str:
-    """The digest of numbers that their page notes: `<!-- text checked against numbers DIGEST -->`."""
+    """The digest that a page notes: `<!-- text checked against numbers DIGEST -->`."""
     return digest(numbers)[:12]
 
 
@@ -82,7 +84,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def axes(columns: int = 1, width: float = 6.4, height: float = 3.8) -> tuple[Figure, list[Axes]]:
-    """A figure with that many plots side by side; one plot is `width` inches wide, several 5.2 each."""
+    """A figure with that many plots side by side; one plot is `width` inches wide, several 5.2
+    each.
+    """
     plt.rcParams.update(STYLE)
     size = (width if columns == 1 else 5.2 * columns, height)
     figure, grid = plt.subplots(1, columns, figsize=size, squeeze=False)

@@ -1,4 +1,6 @@
-"""The order of accuracy of each deterministic sampler: its error over steps and over NFE, and the fitted order."""
+"""The order of accuracy of each deterministic sampler: its error over steps and over NFE, and the
+fitted order.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -82,7 +84,9 @@ def _exact_end(oracle: GaussianMixture, x: Tensor, t_end: float) -> Tensor:
 
 
 def _distances(x: Tensor, exact: Tensor) -> Tensor:
-    """The distance of each trajectory's end from the exact one, per coordinate: `sqrt(|x - x_ref|^2 / d)`."""
+    """The distance of each trajectory's end from the exact one, per coordinate:
+    `sqrt(|x - x_ref|^2 / d)`.
+    """
     return (x - exact).square().mean(dim=1).sqrt()
 
 
@@ -92,7 +96,9 @@ def _defined(method: Method, process: str) -> bool:
 
 
 def _fit(cells: list[dict[str, Any]], floor: float) -> dict[str, float] | None:
-    """The order: minus the slope of the median trajectory's log error over log steps, with standard error and 95% interval."""
+    """The order: minus the slope of the median trajectory's log error over log steps, with standard
+    error and 95% interval.
+    """
     fitted = [cell for cell in cells if cell["steps"] >= FITTED_FROM and cell["median"] > floor]
     if len(fitted) < 4:
         return None
@@ -111,7 +117,9 @@ def _fit(cells: list[dict[str, Any]], floor: float) -> dict[str, float] | None:
 
 
 def measure() -> dict[str, Any]:
-    """The error at the end by steps and NFE for every schedule, grid and sampler, and the order fitted to it."""
+    """The error at the end by steps and NFE for every schedule, grid and sampler, and the order
+    fitted to it.
+    """
     curves: list[dict[str, Any]] = []
     references = []
     for process in PROCESSES:

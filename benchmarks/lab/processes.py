@@ -1,4 +1,6 @@
-"""Forward processes: the exact number of steps that each process of arXiv 2311.11003 needs for W2 <= eps on Gaussian data."""
+"""Forward processes: the exact number of steps that each process of arXiv 2311.11003 needs for W2
+<= eps on Gaussian data.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +31,9 @@ MOST = 20_000
 
 @dataclass(frozen=True)
 class Process:
-    """A forward process with fixed parameters, run to the horizon T; `at(T)` rescales it to t in [0, 1]."""
+    """A forward process with fixed parameters, run to the horizon T; `at(T)` rescales it to t in
+    [0, 1].
+    """
 
     name: str
     at: Callable[[float], Schedule]
@@ -62,11 +66,14 @@ PROCESSES = (
 
 
 def exponential_integrator(process: Process, horizon: float, steps: int) -> float:
-    """W2 between the data and a coordinate after `steps` even steps of the paper's scheme from N(0, s(1)^2) to t = 0.
+    """W2 between the data and a coordinate after `steps` even steps of the paper's scheme from N(0,
+    s(1)^2) to t = 0.
 
-    The scheme freezes the score over a step and integrates the rest of `dx = (f x + g^2 score) dt + g dW` exactly:
+    The scheme freezes the score over a step and integrates the rest of
+    `dx = (f x + g^2 score) dt + g dW` exactly:
 
-        x' = x / r + k score + sqrt((s/r)^2 - s'^2) Z,     r = a/a',    k = 2 (1/r - 1) if VP, s^2 - s'^2 if VE
+        x' = x / r + k score + sqrt((s/r)^2 - s'^2) Z
+        r = a/a',    k = 2 (1/r - 1) if VP, s^2 - s'^2 if VE
     """
     c = process.at(horizon)(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     a, s = c.a[:-1], c.s[:-1]
@@ -89,7 +96,9 @@ def _data() -> Law:
 
 
 def fewest(error: Callable[[int], float], allowed: float, most: int = MOST) -> int | None:
-    """The fewest steps whose error is at most `allowed`, by doubling and bisection; None if `most` are not enough."""
+    """The fewest steps whose error is at most `allowed`, by doubling and bisection; None if `most`
+    are not enough.
+    """
     low, high = 1, 2
     while error(high) > allowed:
         if high >= most:
@@ -116,13 +125,15 @@ def sampled(name: str, process: Process, horizon: float, steps: int) -> float:
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     schedule = Tabled(process.at(horizon), times)
     denoise = exact_denoiser(_data(), schedule)
-    walked = affine(walker(name), denoise, schedule, times, 1, 1)
+    affine_map = affine(walker(name), denoise, schedule, times, 1, 1)
     s = schedule(times[0]).s[None]
-    return float(w2_square(walked(Law(0 * s, s**2)), _data()).sqrt())
+    return float(w2_square(affine_map(Law(0 * s, s**2)), _data()).sqrt())
 
 
 def horizons(process: Process, count: int = 40) -> list[float]:
-    """Horizons evenly in log T, from where the noise is as wide as the data to where the start is exact to 1e-4."""
+    """Horizons evenly in log T, from where the noise is as wide as the data to where the start is
+    exact to 1e-4.
+    """
 
     def left(T: float) -> float:
         """How much of the start's error reaches the data."""
@@ -142,7 +153,9 @@ def horizons(process: Process, count: int = 40) -> list[float]:
 
 
 def measure(ratios: Sequence[float] = RATIOS, count: int = 40) -> dict[str, Any]:
-    """Per process: steps and horizon over sqrt(d)/eps, W2 of this project's samplers, and steps over the horizon."""
+    """Per process: steps and horizon over sqrt(d)/eps, W2 of this project's samplers, and steps
+    over the horizon.
+    """
     middle = ratios[len(ratios) // 2]
     rows = []
     for process in PROCESSES:
@@ -178,7 +191,7 @@ def power(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def render(numbers: Mapping[str, Any]) -> Rendered:
-    """Tables of the fitted powers beside the upper bounds, and of what polynomial VE adds to them."""
+    """Tables of the fitted powers and their upper bounds, and of what polynomial VE adds."""
     tables = {"powers": _powers_table(numbers["rows"]), "added": _added_table(numbers["rows"])}
     return Rendered(tables, {"steps": _figure(numbers)})
 
@@ -223,7 +236,9 @@ def _powers_table(measured: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _added_table(measured: Sequence[Mapping[str, Any]]) -> str:
-    """By how much the power of 1/eps of polynomial VE exceeds that of the other processes: measured, and in the bound."""
+    """By how much the power of 1/eps of polynomial VE exceeds that of the other processes:
+    measured, and in the bound.
+    """
     rows = []
     for row, process in zip(measured, PROCESSES, strict=True):
         if not process.preserving and process.upper > 2:

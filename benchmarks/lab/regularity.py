@@ -12,7 +12,9 @@ from ddm.schedules import Schedule
 
 
 class Regularity(NamedTuple):
-    """What the convergence theorem assumes of a schedule: the bounds it uses, and every assumption that fails."""
+    """What the convergence theorem assumes of a schedule: the bounds it uses, and every assumption
+    that fails.
+    """
 
     s_min: float  # the smallest s: the theorem's constants grow with its inverse
     max_da: float
@@ -23,10 +25,12 @@ class Regularity(NamedTuple):
 
 
 def regularity(schedule: Schedule, t_min: float = 1e-3, t_max: float = 1.0) -> Regularity:
-    """Check a schedule: a(0) = 1, s(0) = 0; a never rising, s and s/a rising; a and s twice differentiable with finite bounds.
+    """Check a schedule: a(0) = 1, s(0) = 0; a never rising, s and s/a rising; a and s twice
+    differentiable with finite bounds.
 
-    The second derivatives are differences of da and ds over 4,096 intervals. Where one of them jumps, halving its interval again
-    and again does not make the difference smaller, and the sentence says where.
+    The second derivatives are differences of da and ds over 4,096 intervals. Where one of them
+    jumps, halving its interval again and again does not make the difference smaller, and the
+    sentence says where.
 
     Raises `ConfigError` for times not in 0 < t_min < t_max <= 1.
     """
@@ -64,7 +68,9 @@ def regularity(schedule: Schedule, t_min: float = 1e-3, t_max: float = 1.0) -> R
 
 
 def _jump(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[float, float]:
-    """The size and place of the largest jump of a function over the intervals of t; size 0 where it is continuous."""
+    """The size and place of the largest jump of a function over the intervals of t; size 0 where it
+    is continuous.
+    """
     left, right = t[:-1], t[1:]
     first = (function(right) - function(left)).abs()
     for _ in range(20):

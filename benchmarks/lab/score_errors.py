@@ -1,4 +1,6 @@
-"""Score errors: how far a known error of the score, the posterior or the experts moves the law of the samples."""
+"""Score errors: how far a known error of the score, the posterior or the experts moves the law of
+the samples.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +43,9 @@ LINEAR_UP_TO = 0.1  # eps
 
 
 def erring(data: Law, path: Schedule, shift: Tensor, slope: Tensor) -> Denoiser:
-    """The exact denoiser with an error of the score: `shift_i + slope_i (x_i - a m_i)/std` in coordinate i, at every t."""
+    """The exact denoiser with an error of the score: `shift_i + slope_i (x_i - a m_i)/std` in
+    coordinate i, at every t.
+    """
     exact = exact_denoiser(data, path)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -55,9 +59,11 @@ def erring(data: Law, path: Schedule, shift: Tensor, slope: Tensor) -> Denoiser:
 def gaussian_errors(
     T: int, eps: Sequence[float], dimensions: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """KL and W2 of samplers with a score error on the Gaussian of `laws`: to the truth, and to the sampler without error.
+    """KL and W2 of samplers with a score error on the Gaussian of `laws`: to the truth, and to the
+    sampler without error.
 
-    Coordinates are independent, so every d, kind and eps is a block of the coordinates of one run; the first eps is 0.
+    Coordinates are independent, so every d, kind and eps is a block of the coordinates of one run;
+    the first eps is 0.
     """
     path = TwoPhase(T)
     times = time_grid("own", T, path, t_min=1 / T)
@@ -130,10 +136,11 @@ def quartet(path: Schedule, d: int = 8) -> GaussianMixture:
 def routed_errors(
     steps: Sequence[int], eps: Mapping[str, Sequence[float]], paths: int, policies: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Root mean square distance, over the trajectories, between the routed Euler sampler and the exact flow at t = delta.
+    """Root mean square distance, over the trajectories, between the routed Euler sampler and the
+    exact flow at t = delta.
 
-    Both start from the same noise. posterior: alpha is mixed with the uniform distribution, `|alphahat - alpha| <= eps`.
-    experts: each has an error of norm eps in a direction of its own.
+    Both start from the same noise. posterior: alpha is mixed with the uniform distribution,
+    `|alphahat - alpha| <= eps`. experts: each has an error of norm eps in a direction of its own.
     """
     oracle = quartet(schedule("vp_linear"))
     K, d = oracle.means.shape
@@ -197,7 +204,9 @@ def measure(
 
 
 class Quadrature(NamedTuple):
-    """`E(eps) = sqrt(floor^2 + (C eps)^2)`: C fitted in log E, and the largest ratio of a measurement to the fit."""
+    """`E(eps) = sqrt(floor^2 + (C eps)^2)`: C fitted in log E, and the largest ratio of a
+    measurement to the fit.
+    """
 
     C: float
     worst: float

@@ -1,4 +1,6 @@
-"""Expert selection: how closely each policy and source of alpha follows the mixture's trajectory, at equal NFE."""
+"""Expert selection: how closely each policy and source of alpha follows the mixture's trajectory,
+at equal NFE.
+"""
 
 from typing import Any
 
@@ -45,7 +47,9 @@ def _methods(testbed: Testbed) -> dict[str, tuple[str | Policy, bool, float]]:
 
 
 def _sources(testbed: Testbed) -> dict[str, Alpha | Source]:
-    """The exact posterior, the prior, and the posterior's exact rate integrated without and with relaxation."""
+    """The exact posterior, the prior, and the posterior's exact rate integrated without and with
+    relaxation.
+    """
     assert testbed.rate is not None
     return {
         "posterior": testbed.alpha,
@@ -56,7 +60,9 @@ def _sources(testbed: Testbed) -> dict[str, Alpha | Source]:
 
 
 def exponent_fit(steps: list[int], errors: Tensor, resamples: int = 200) -> dict[str, float]:
-    """The exponent of mean errors `[steps, paths]` over steps, and its 95 % interval by resampling the paths."""
+    """The exponent of mean errors `[steps, paths]` over steps, and its 95 % interval by resampling
+    the paths.
+    """
     errors = errors.clamp_min(1e-12)  # trajectories over a finite set can end in the same image
     generator = torch.Generator().manual_seed(0)
     paths = errors.shape[1]
@@ -69,7 +75,9 @@ def exponent_fit(steps: list[int], errors: Tensor, resamples: int = 200) -> dict
 
 
 def square_errors(ends: Tensor, reference: Tensor) -> Tensor:
-    """The mean square distance between each trajectory's end and the reference's, per coordinate: `[paths]`."""
+    """The mean square distance between each trajectory's end and the reference's, per coordinate:
+    `[paths]`.
+    """
     return (ends - reference).double().square().flatten(1).mean(dim=1)
 
 
@@ -129,7 +137,9 @@ def shown_fit(fit: dict[str, float]) -> str:
 
 
 def render(numbers: dict[str, Any]) -> Rendered:
-    """Tables of E and sliced W2 for each mixture, of the ratios between methods, and of the sources."""
+    """Tables of E and sliced W2 for each mixture, of the ratios between methods, and of the
+    sources.
+    """
     tables, figures = {}, {}
     for i, testbed in enumerate(numbers["testbeds"]):
         tables[f"testbed_{i}"] = _policies_table(numbers["nfe"], testbed["rows"])
@@ -160,7 +170,9 @@ def _sources_table(numbers: dict[str, Any]) -> str:
 
 
 def _ratios(numbers: dict[str, Any]) -> str:
-    """Ratios of E: `stochastic` over `balanced` at 50 and 100 NFE, `balanced` over `balanced-cv` at all."""
+    """Ratios of E: `stochastic` over `balanced` at 50 and 100 NFE, `balanced` over `balanced-cv` at
+    all.
+    """
     rows = []
     for testbed in numbers["testbeds"]:
         errors = {row["method"]: row["error"] for row in testbed["rows"]}

@@ -1,4 +1,6 @@
-"""Selection rules beyond the papers: what was tried at one NFE per step, what was better, and what was not."""
+"""Selection rules beyond the papers: what was tried at one NFE per step, what was better, and what
+was not.
+"""
 
 import logging
 import os
@@ -26,7 +28,9 @@ log = logging.getLogger(__name__)
 
 
 class WeightedCredit(Balanced):
-    """`balanced` with a weight for each step's credit, and a factor by which credit decays from step to step."""
+    """`balanced` with a weight for each step's credit, and a factor by which credit decays from
+    step to step.
+    """
 
     def __init__(self, testbed: Testbed, times: Tensor, kind: str) -> None:
         c = testbed.schedule(times[:-1])
@@ -52,10 +56,11 @@ class WeightedCredit(Balanced):
 
 
 class LastResiduals(RoutedDenoiser):
-    """`balanced` with a control variate that also remembers each expert's last residual against its approximation.
+    """`balanced` with a control variate that also remembers each expert's last residual against its
+    approximation.
 
-    A residual is weighted by the ratio of a/s then and now, so it fades as the noise falls. The approximation is the cluster's
-    Gaussian, or its mean.
+    A residual is weighted by the ratio of a/s then and now, so it fades as the noise falls. The
+    approximation is the cluster's Gaussian, or its mean.
     """
 
     def __init__(self, testbed: Testbed, gaussian: bool) -> None:
@@ -90,7 +95,9 @@ class LastResiduals(RoutedDenoiser):
 
 
 def alpha_grid(testbed: Testbed, steps: int) -> Tensor:
-    """A grid with half its steps even in t, and half where alpha changes along the mixture's trajectories."""
+    """A grid with half its steps even in t, and half where alpha changes along the mixture's
+    trajectories.
+    """
     fine = time_grid("uniform_t", 200, testbed.schedule)
     alphas: list[Tensor] = []
 
@@ -160,7 +167,9 @@ ON_IMAGES = tuple(RULES)[:8]
 
 
 def measure() -> dict[str, Any]:
-    """E of every rule on mixtures, and of the more promising ones on CIFAR-10 if `DDM_DATA` (default `data`) holds it."""
+    """E of every rule on mixtures, and of the more promising ones on CIFAR-10 if `DDM_DATA`
+    (default `data`) holds it.
+    """
     found = []
     for testbed in (mixture(4, 8, 3.0), mixture(4, 8, 3.0, components=3)):
         assert testbed.draw is not None

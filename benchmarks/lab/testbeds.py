@@ -1,4 +1,6 @@
-"""Testbeds for routing: mixtures with exact experts and posterior, and real images with exact finite-set experts."""
+"""Testbeds for routing: mixtures with exact experts and posterior, and real images with exact
+finite-set experts.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ from train.data import DataConfig
 
 @dataclass(frozen=True)
 class Testbed:
-    """K exact experts, their exact posterior and Gaussian approximations, and the noise that trajectories start from."""
+    """K exact experts, their exact posterior and Gaussian approximations, and the noise that
+    trajectories start from.
+    """
 
     name: str
     experts: Sequence[Denoiser]
@@ -100,7 +104,9 @@ def _per_image(values: Tensor, x: Tensor) -> Tensor:
 def mixture(
     k: int, d: int, separation: float, components: int = 1, paths: int = 400, seed: int = 1
 ) -> Testbed:
-    """K clusters in d dimensions, each of `components` Gaussians with means `separation` times normal random numbers."""
+    """K clusters in d dimensions, each of `components` Gaussians with means `separation` times
+    normal random numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     means = separation * torch.randn(k * components, d, generator=generator)
     stds = 0.3 + 0.7 * torch.rand(k * components, d, generator=generator)

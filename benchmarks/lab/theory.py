@@ -1,40 +1,49 @@
-"""How far the routed Euler sampler can be from the data: its Wasserstein-2 theorem, with every constant as a number.
+"""The distance of the routed Euler sampler from the data: its Wasserstein-2 theorem, in numbers.
 
-The statement is that of arXiv 2606.15835, `W2 = O(N^-1/2 + eps)`; the constants and the proof below are worked out here.
+The statement is that of arXiv 2606.15835, `W2 = O(N^-1/2 + eps)`; the constants and the proof below
+are worked out here.
 
-**Setting.** Data `x0` in `R^d` with `|x0| <= R`, in K clusters; `x_t = a x0 + s eps`, and `lam = a/s` falls in t, as it does
-for every schedule of this project. With `b = ds/s`, `g = a ds/s - da = -s dlam/dt >= 0` and `e = E[eps | x_t] = (x - a D)/s`,
+**Setting.** Data `x0` in `R^d` with `|x0| <= R`, in K clusters; `x_t = a x0 + s eps`, and
+`lam = a/s` falls in t, as it does for every schedule of this project. With `b = ds/s`,
+`g = a ds/s - da = -s dlam/dt >= 0` and `e = E[eps | x_t] = (x - a D)/s`,
 
-    v = b x - g D = da D + ds e             and for cluster k alone, with D_k, likewise                             (1)
+    v = b x - g D = da D + ds e        and for cluster k alone, with D_k, likewise        (1)
 
-The sampler takes N even steps h from t = 1 to delta, `Y' = Y - h (b Y - g Dhat_k(Y))`, with k drawn anew at every step from
-`alphahat(Y)` (the policy `stochastic`), from `Y_0 ~ N(0, s(1)^2)`. In root mean square over its own points Y_n, at every step,
+The sampler takes N even steps h from t = 1 to delta, `Y' = Y - h (b Y - g Dhat_k(Y))`, with k drawn
+anew at every step from `alphahat(Y)` (the policy `stochastic`), from `Y_0 ~ N(0, s(1)^2)`. In root
+mean square over its own points Y_n, at every step,
 
-    |alphahat - alpha|_2 <= eps_router      |Dhat_k - D_k| <= eps_expert, k drawn from alphahat                     (2)
+    |alphahat - alpha|_2 <= eps_router   |Dhat_k - D_k| <= eps_expert, k drawn from alphahat   (2)
 
-Norms are Euclidean, in the K weights (rows sum to 1) and in R^d; bounds at every x imply (2), small losses over x_t do not.
+Norms are Euclidean, in the K weights (rows sum to 1) and in R^d; bounds at every x imply (2), small
+losses over x_t do not.
 
-**Theorem.** `W2(Y_N, x0) <= initialization + truncation + martingale + approximation + early_stop`. With l = 1 - delta and
-the stability factor `S(t) = (s_delta / s_t) exp(R^2/2 (lam_delta^2 - lam_t^2))`, the parts are, as N grows,
+**Theorem.** `W2(Y_N, x0) <= initialization + truncation + martingale + approximation + early_stop`.
+With l = 1 - delta and the stability factor
+`S(t) = (s_delta / s_t) exp(R^2/2 (lam_delta^2 - lam_t^2))`, the parts are, as N grows,
 
     S(1) a(1) R        l/2N int S |dv/dt|        sqrt(l/N int S^2 g^2) (R + eps_expert)
     int S g (sqrt(K) R eps_router + eps_expert)        sqrt((1 - a_delta)^2 R^2 + s_delta^2 d)
 
-with neither martingale nor router's part if K = 1. `bound` sums over the steps instead, and holds at every N.
+with neither martingale nor router's part if K = 1. `bound` sums over the steps instead, and holds
+at every N.
 
-**Proof.** Let X follow the exact flow `dX/dt = v` from `X_1 = a x0 + s eps`, so that `X_t ~ x_t`, and let `Y_0 = s eps` with the
-same eps. With `Phi = id - h v(., t)` and `Dhat` the mean of Dhat_k over the draw of k, one step takes the error Y - X to
+**Proof.** Let X follow the exact flow `dX/dt = v` from `X_1 = a x0 + s eps`, so that `X_t ~ x_t`,
+and let `Y_0 = s eps` with the same eps. With `Phi = id - h v(., t)` and `Dhat` the mean of Dhat_k
+over the draw of k, one step takes the error Y - X to
 
-    Y' - X' = [Phi(Y) - Phi(X)] + [Phi(X) - X'] + h g (Dhat - D)(Y) + h g (Dhat_k - Dhat)(Y)                        (3)
+    Y' - X' = [Phi(Y) - Phi(X)] + [Phi(X) - X'] + h g (Dhat - D)(Y) + h g (Dhat_k - Dhat)(Y)     (3)
 
-whose last term has mean 0 given the past, so is orthogonal to the rest in root mean square; the others add up (Minkowski).
-If Phi stretches by rho at most, the next two terms are within beta and the last within sigma, the error E obeys
-`E'^2 <= (rho E + beta)^2 + sigma^2`. Hence `E <= B + M` with `B' = rho B + beta` and `M'^2 = rho^2 M^2 + sigma^2`, because
-`rho M <= M'`: sums over the steps of beta, and of sigma^2, times all later factors. `step` and `Constants` give rho, beta and
-sigma. The couplings of X_1 with Y_0 and of `x_delta = a x0 + s eps` with x0 give the initialization and the early stop. QED
+whose last term has mean 0 given the past, so is orthogonal to the rest in root mean square; the
+others add up (Minkowski). If Phi stretches by rho at most, the next two terms are within beta and
+the last within sigma, the error E obeys `E'^2 <= (rho E + beta)^2 + sigma^2`. Hence `E <= B + M`
+with `B' = rho B + beta` and `M'^2 = rho^2 M^2 + sigma^2`, because `rho M <= M'`: sums over the
+steps of beta, and of sigma^2, times all later factors. `step` and `Constants` give rho, beta and
+sigma. The couplings of X_1 with Y_0 and of `x_delta = a x0 + s eps` with x0 give the initialization
+and the early stop. QED
 
-Two points at +-R attain rho, on the path that stays midway between them. Hardly any path does: a worst case compounded
-over all steps, `exp(R^2 / 2 s_delta^2)`, is what makes the bound loose.
+Two points at +-R attain rho, on the path that stays midway between them. Hardly any path does: a
+worst case compounded over all steps, `exp(R^2 / 2 s_delta^2)`, is what makes the bound loose.
 """
 
 import math
@@ -48,25 +57,29 @@ from ddm.schedules import Schedule
 
 
 class Constants(NamedTuple):
-    """What holds of all data in the ball at the times t: tensors like t, in units of x and 1/t. Each is derived here.
+    """What holds of all data in the ball at the times t: tensors like t, in units of x and 1/t.
+    Each is derived here.
 
-    `Sigma = Cov(x0 | x_t)`, for which `0 <= Sigma <= R^2`; `||.||` is the root mean square over x_t. A cluster's D_k and v_k
-    obey the same constants, since its data lie in the same ball.
+    `Sigma = Cov(x0 | x_t)`, for which `0 <= Sigma <= R^2`; `||.||` is the root mean square over
+    x_t. A cluster's D_k and v_k obey the same constants, since its data lie in the same ball.
 
-    lipschitz: of v in x. `grad D = (a/s^2) Sigma`, so `grad v = b - (g a/s^2) Sigma` is symmetric with eigenvalues in
-        `[b - g a R^2/s^2, b]`; the larger absolute value.
-    expansion: `g a R^2/s^2 - b`, the rate at which paths can part towards the data; negative if all approach. It integrates
-        to log S, because `g a/s^2 = -d(lam^2/2)/dt` and `b = d log s/dt`.
+    lipschitz: of v in x. `grad D = (a/s^2) Sigma`, so `grad v = b - (g a/s^2) Sigma` is symmetric
+        with eigenvalues in `[b - g a R^2/s^2, b]`; the larger absolute value.
+    expansion: `g a R^2/s^2 - b`, the rate at which paths can part towards the data; negative if all
+        approach. It integrates to log S, because `g a/s^2 = -d(lam^2/2)/dt` and `b = d log s/dt`.
     offset, slope: growth, `|v(x)| <= offset + slope |x|`: `g R` and `|b|`, from (1) and `|D| <= R`.
     moment: `||x_t|| <= sqrt(a^2 R^2 + s^2 d)`, which is the flow's as well.
-    time_derivative: along the flow, `||dv/dt|| <= |a''| R + |s''| sqrt(d) + s (dlam/dt)^2 rate`, the rate of `denoiser_rate` at
-        `||e|| <= ||eps|| = sqrt(d)`; from (1) and `de/dlam = -lam dD/dlam`. For schedules that torch differentiates twice.
-        Times h^2/2 it is the truncation of a short step.
-    martingale: sigma over h, with exact experts: `g sqrt(sum_k alphahat_k |D_k - sum_j alphahat_j D_j|^2) <= g R`; 0 if K = 1.
-        With the experts' errors R becomes `R + eps_expert`, by Minkowski.
-    router, expert: beta over h, less the truncation, is `router eps_router + expert eps_expert`, `g sqrt(K) R` (0 if K = 1) and
-        `g`: `|sum_k (alphahat_k - alpha_k) D_k| <= |alphahat - alpha|_2 sqrt(K) R` by Cauchy-Schwarz, and by Jensen the error
-        of a mean of experts is no larger than that of the one drawn.
+    time_derivative: along the flow, `||dv/dt|| <= |a''| R + |s''| sqrt(d) + s (dlam/dt)^2 rate`,
+        the rate of `denoiser_rate` at `||e|| <= ||eps|| = sqrt(d)`; from (1) and
+        `de/dlam = -lam dD/dlam`. For schedules that torch differentiates twice. Times h^2/2 it is
+        the truncation of a short step.
+    martingale: sigma over h, with exact experts:
+        `g sqrt(sum_k alphahat_k |D_k - sum_j alphahat_j D_j|^2) <= g R`; 0 if K = 1. With the
+        experts' errors R becomes `R + eps_expert`, by Minkowski.
+    router, expert: beta over h, less the truncation, is `router eps_router + expert eps_expert`,
+        `g sqrt(K) R` (0 if K = 1) and `g`:
+        `|sum_k (alphahat_k - alpha_k) D_k| <= |alphahat - alpha|_2 sqrt(K) R` by Cauchy-Schwarz,
+        and by Jensen the error of a mean of experts is no larger than that of the one drawn.
     """
 
     lipschitz: Tensor
@@ -81,7 +94,8 @@ class Constants(NamedTuple):
 
 
 def constants(schedule: Schedule, R: float, d: int, K: int, t: Tensor) -> Constants:
-    """The `Constants` of data in a ball of radius R about 0 in R^d, in K clusters, at times `t` `[n]` in (0, 1], float64.
+    """The `Constants` of data in a ball of radius R about 0 in R^d, in K clusters, at times `t`
+    `[n]` in (0, 1], float64.
 
     Raises `ConfigError` for R not above 0, or d or K below 1.
     """
@@ -119,9 +133,10 @@ def _second_derivatives(schedule: Schedule, t: Tensor) -> list[Tensor]:
 def denoiser_rate(lam: Tensor, R: float, noise: Tensor | float) -> Tensor:
     """A bound on `|dD/dlam|` along the flow where `|e| = noise`: `R^2 |e| + (32/27) lam R^3`.
 
-    For `y = x/s` the flow is `dy/dlam = D`, and the log-density of x0 given y is `lam y.x0 - lam^2 |x0|^2/2` plus that of x0 and
-    a normalizer. With `z = x0 - D` and `y = lam D + e`, its derivative is `e.z - lam |z|^2` up to a constant, and the mean of
-    x0 moves by the covariance with it: `dD/dlam = Sigma e - lam E[z |z|^2]`. Last, `|z| <= R + |D|` and
+    For `y = x/s` the flow is `dy/dlam = D`, and the log-density of x0 given y is
+    `lam y.x0 - lam^2 |x0|^2/2` plus that of x0 and a normalizer. With `z = x0 - D` and
+    `y = lam D + e`, its derivative is `e.z - lam |z|^2` up to a constant, and the mean of x0 moves
+    by the covariance with it: `dD/dlam = Sigma e - lam E[z |z|^2]`. Last, `|z| <= R + |D|` and
     `E|z|^2 <= R^2 - |D|^2` give `E|z|^3 <= (R + |D|)^2 (R - |D|)`, which is largest at `|D| = R/3`.
     """
     return R**2 * noise + 32 / 27 * R**3 * lam
@@ -136,20 +151,26 @@ class Step(NamedTuple):
 
 
 def step(schedule: Schedule, R: float, d: int, t: Tensor, t_next: Tensor) -> Step:
-    """What Euler's steps from t to t_next < t, of any length h = t - t_next, do to an error and what they add to it.
+    """What Euler's steps from t to t_next < t, of any length h = t - t_next, do to an error and
+    what they add to it.
 
-    factor: rho, with `|Phi(x) - Phi(y)| <= rho |x - y|`. `grad Phi = 1 - h grad v` has eigenvalues in
-        `[1 - h b, 1 - h b + h g a R^2/s^2]`, so rho is at most `1 + h lipschitz`, and below 1 where the flow contracts.
-    truncation: `||Phi(X) - X'||`. By `d(x/s)/dlam = D` the flow is `X' = (s'/s) X + s' int_lam^lam' D_mu dmu`, so that
-        `Phi(X) - X' = (s - h ds - s') e + (a - h da - a') D - s' int_lam^lam' (D_mu - D) dmu`: Euler's own errors on s and
-        a, where `||e|| <= sqrt(d)` and `|D| <= R`, and a double integral of `denoiser_rate`. It holds across kinks as well.
-    kept: `|1 - h b|`, so that the second moment of the routed points obeys `||Y'|| <= kept ||Y|| + h g (R + eps_expert)`.
+    factor: rho, with `|Phi(x) - Phi(y)| <= rho |x - y|`. `grad Phi = 1 - h grad v` has eigenvalues
+        in `[1 - h b, 1 - h b + h g a R^2/s^2]`, so rho is at most `1 + h lipschitz`, and below 1
+        where the flow contracts.
+    truncation: `||Phi(X) - X'||`. By `d(x/s)/dlam = D` the flow is
+        `X' = (s'/s) X + s' int_lam^lam' D_mu dmu`, so that
+        `Phi(X) - X' = (s - h ds - s') e + (a - h da - a') D - s' int_lam^lam' (D_mu - D) dmu`:
+        Euler's own errors on s and a, where `||e|| <= sqrt(d)` and `|D| <= R`, and a double
+        integral of `denoiser_rate`. It holds across kinks as well.
+    kept: `|1 - h b|`, so that the second moment of the routed points obeys
+        `||Y'|| <= kept ||Y|| + h g (R + eps_expert)`.
     """
     (a, s, da, ds), (a_next, s_next, _, _) = schedule(t), schedule(t_next)
     h, b, g, lam, root_d = t - t_next, ds / s, a * ds / s - da, a / s, math.sqrt(d)
     gained = a_next / s_next - lam
     of_schedule = (s - h * ds - s_next).abs() * root_d + (a - h * da - a_next).abs() * R
-    # int_lam^lam' (lam' - mu) rate(mu) dmu, of a rate affine in mu: that at the weight's centre, a third of the way.
+    # int_lam^lam' (lam' - mu) rate(mu) dmu, of a rate affine in mu: that at the weight's centre, a
+    # third of the way.
     of_denoiser = s_next * gained**2 / 2 * denoiser_rate(lam + gained / 3, R, root_d)
     kept = 1 - h * b
     return Step(
@@ -160,9 +181,11 @@ def step(schedule: Schedule, R: float, d: int, t: Tensor, t_next: Tensor) -> Ste
 
 
 def stability(schedule: Schedule, R: float, delta: float) -> float:
-    """log10 of `S(1) = (s_delta / s_1) exp(R^2/2 (lam_delta^2 - lam_1^2))`, the limit of the product of all factors.
+    """log10 of `S(1) = (s_delta / s_1) exp(R^2/2 (lam_delta^2 - lam_1^2))`, the limit of the
+    product of all factors.
 
-    Two paths of the flow end at most so much farther apart than they began. Raises `ConfigError` for R or delta out of range.
+    Two paths of the flow end at most so much farther apart than they began. Raises `ConfigError`
+    for R or delta out of range.
     """
     _check(R, delta=delta)
     a, s, _, _ = schedule(torch.tensor([delta, 1.0], dtype=torch.float64))
@@ -171,10 +194,12 @@ def stability(schedule: Schedule, R: float, delta: float) -> float:
 
 
 class Bound(NamedTuple):
-    """The theorem in numbers: log10 of distances in units of x, the root of a sum over d; -inf for none.
+    """The theorem in numbers: log10 of distances in units of x, the root of a sum over d; -inf for
+    none.
 
-    The theorem's five parts; `sampling`, the first four together: the distance from x_delta; `total`, all five: that from x0.
-    trivial: `||Y_N|| + ||x_delta||`, to which bounded denoisers limit `sampling` anyhow: where it is more, it says nothing.
+    The theorem's five parts; `sampling`, the first four together: the distance from x_delta;
+    `total`, all five: that from x0. trivial: `||Y_N|| + ||x_delta||`, to which bounded denoisers
+    limit `sampling` anyhow: where it is more, it says nothing.
     """
 
     initialization: float
@@ -197,11 +222,12 @@ def bound(
     eps_router: float = 0.0,
     eps_expert: float = 0.0,
 ) -> Bound:
-    """The bound on W2 between the routed Euler sampler's end and the data, after `steps` even steps from t = 1 to `delta`.
+    """The bound on W2 between the routed Euler sampler's end and the data, after `steps` even steps
+    from t = 1 to `delta`.
 
-    The data lie in a ball of radius R about 0 in R^d, in K clusters; eps_router and eps_expert are the errors (2). Summed as
-    logarithms, which nothing overflows. Raises `ConfigError` for R not above 0, d, K or steps below 1, delta not in (0, 1), or a
-    negative error.
+    The data lie in a ball of radius R about 0 in R^d, in K clusters; eps_router and eps_expert are
+    the errors (2). Summed as logarithms, which nothing overflows. Raises `ConfigError` for R not
+    above 0, d, K or steps below 1, delta not in (0, 1), or a negative error.
     """
     _check(R, d, K, delta, steps, eps_router, eps_expert)
     times = torch.linspace(1, delta, steps + 1, dtype=torch.float64)

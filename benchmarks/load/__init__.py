@@ -1,1 +1,1 @@
-"""Load on a service, on this machine: how fast it answers, and what becomes of its images when things die."""
+"""The server under load on this machine: throughput, latency, fairness and faults."""

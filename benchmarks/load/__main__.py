@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.cli import Parser, run
 from benchmarks.load.child import server
-from benchmarks.load.client import closed, opened
+from benchmarks.load.client import Tally, closed, opened
 from benchmarks.load.fairness import fairness_mode, stalled_mode
 from ddm.errors import ConfigError, require
 from serve import load
@@ -39,16 +39,18 @@ COLUMNS = ("requests", "failed", "images_per_s", "p50_ms", "p90_ms", "p99_ms", "
 
 
 def closed_mode(run: str, clients: int, requests: int) -> list[dict[str, Any]]:
-    """Offline, one after another, and many clients; `of_offline` and `of_sequential` are ratios of images a second."""
+    """Offline, one after another, and many clients; `of_offline` and `of_sequential` are ratios of
+    images a second.
+    """
     rows: list[dict[str, Any]] = []
     model = load(run)
     with server(run) as (url, first_s):
         rows.append({"what": "first image after a cold start", "seconds": first_s})
         for total, repeats in ((clients, 9), (requests, 3)):
-            offline_s, tallies = [], []
-            for _ in range(
-                repeats + 1
-            ):  # in turn, because the machine's speed changes; the first is to warm up
+            offline_s: list[float] = []
+            tallies: list[Tally] = []
+            # In turn, because the machine's speed changes; the first round is a warm-up.
+            for _ in range(repeats + 1):
                 started = time.perf_counter()
                 model.sample(total, batch=clients)
                 offline_s.append(time.perf_counter() - started)
@@ -109,7 +111,7 @@ def ray_mode(run: str, clients: int, requests: int) -> list[dict[str, Any]]:
     local, remote = (row["step_ms"] for row in rows if "step_ms" in row)
     from benchmarks.load.handle import bare_call_ms
 
-    rows.append({"what": "ray: more a step than local", "step_ms": remote - local})
+    rows.append({"what": "ray: more per step than local", "step_ms": remote - local})
     rows += [
         {"what": f"ray: a bare handle call, {name}", "step_ms": ms}
         for name, ms in bare_call_ms(run).items()

@@ -22,7 +22,8 @@ def free_port() -> int:
 
 @contextmanager
 def server(run: str, *words: str, within_s: float = 180) -> Iterator[tuple[str, float]]:
-    """A child process `python -m serve`: its address, and the seconds from its start to its first image.
+    """A child process `python -m serve`: its address, and the seconds from its start to its first
+    image.
 
     Raises `DdmError` if it does not start in time.
     """

@@ -1,4 +1,4 @@
-"""Clients of the sample endpoint: many at once, closed loop or open."""
+"""Clients of `POST /v1/samples`: many at once, in a closed or an open loop."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ from PIL import Image
 
 @dataclass
 class Reply:
-    """One request: image `index` of seed 0, when it was sent and answered, and with what."""
+    """The response to one request for image `index` of seed 0; times in seconds."""
 
     index: int
     sent_s: float
@@ -30,13 +30,13 @@ class Reply:
 
 @dataclass
 class Tally:
-    """The replies of a load, and how long it took."""
+    """All responses of a load, and its duration in seconds."""
 
     replies: list[Reply] = field(default_factory=list)
     seconds: float = 0.0
 
     def row(self) -> dict[str, float]:
-        """Requests, failures, images a second, and latencies in ms."""
+        """Requests, failures, images per second, and latencies in ms."""
         took = np.array([reply.seconds for reply in self.replies]) * 1000
         failed = sum(reply.status != 200 for reply in self.replies)
         p50, p90, p99 = np.percentile(took, (50, 90, 99))
@@ -53,15 +53,17 @@ class Tally:
 
 @asynccontextmanager
 async def session(url: str) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of that server with as many connections as it likes."""
+    """An HTTP client of that server without a limit on connections."""
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as client:
         yield client
 
 
-async def params(client: aiohttp.ClientSession, index: int, settings: dict[str, Any]) -> Reply:
-    """One image."""
+async def request_image(
+    client: aiohttp.ClientSession, index: int, settings: dict[str, Any]
+) -> Reply:
+    """Request one image. A failed connection is a reply with status 0."""
     sent = time.perf_counter()
     body = {"n": 1, "seed": 0, "first_index": index, "format": "b64_json", **settings}
     try:
@@ -81,13 +83,13 @@ async def params(client: aiohttp.ClientSession, index: int, settings: dict[str, 
 
 
 async def closed(url: str, clients: int, requests: int, settings: dict[str, Any]) -> Tally:
-    """That many clients, each asking for one image as soon as it has the last."""
+    """A closed loop: each client requests one image as soon as it has the last."""
     numbers: Iterator[int] = iter(range(requests))
     tally = Tally()
 
     async def one(client: aiohttp.ClientSession) -> None:
         for index in numbers:
-            tally.replies.append(await params(client, index, settings))
+            tally.replies.append(await request_image(client, index, settings))
 
     async with session(url) as client:
         started = time.perf_counter()
@@ -97,7 +99,7 @@ async def closed(url: str, clients: int, requests: int, settings: dict[str, Any]
 
 
 async def opened(url: str, rate_per_s: float, requests: int, settings: dict[str, Any]) -> Tally:
-    """Requests that come when they come: exponential gaps, whether or not the server keeps up."""
+    """An open loop: requests at exponential intervals, whether or not the server keeps up."""
     gaps = np.random.default_rng(0).exponential(1 / rate_per_s, requests)
     tally = Tally()
     async with session(url) as client:
@@ -107,7 +109,7 @@ async def opened(url: str, rate_per_s: float, requests: int, settings: dict[str,
             if index == requests:
                 break
             await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
-            tasks.append(asyncio.create_task(params(client, index, settings)))
+            tasks.append(asyncio.create_task(request_image(client, index, settings)))
         tally.replies = list(await asyncio.gather(*tasks))
         tally.seconds = time.perf_counter() - started
     return tally

@@ -1,4 +1,6 @@
-"""A Ray cluster of several nodes on this machine, with docker/serve.yaml deployed on it as `serve deploy` does."""
+"""A Ray cluster of several nodes on this machine, with docker/serve.yaml deployed on it as
+`serve deploy` does.
+"""
 
 import logging
 import os
@@ -9,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
-)  # the only switch by which Ray's own ports stay on this machine
+# The only switch that keeps Ray's own ports on this machine.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes share few cores
 
 from serve.ray_app import RAY_ENV  # Ray reads its environment when it is imported
@@ -39,10 +40,10 @@ _QUICK = {
 
 @dataclass
 class Deployed:
-    """The cluster, its service's address, and the config as deployed."""
+    """A cluster, the address of its service, and the config as deployed."""
 
     cluster: Any
-    nodes: list[Any]  # those that can be taken away
+    nodes: list[Any]  # all but the head
     url: str
     config: dict[str, Any]
     client: Any
@@ -55,7 +56,7 @@ class Deployed:
         self.client.deploy_applications(schema.model_dump(exclude_unset=True))
 
     def wait(self, within_s: float = 240) -> None:
-        """Until it runs. Raises `RuntimeError` with Serve's own words if it does not."""
+        """Wait until it runs. Raises `RuntimeError` with Serve's message if it does not."""
         ends = time.monotonic() + within_s
         while True:
             app = self.client.get_serve_details()["applications"].get("ddm", {})
@@ -66,21 +67,20 @@ class Deployed:
             time.sleep(0.5)
 
     def replicas(self) -> dict[str, list[tuple[int, str]]]:
-        """Of each deployment, the process and node of its replicas that run."""
+        """The process and node of each running replica, by deployment."""
         found = self.client.get_serve_details()["applications"]["ddm"]["deployments"]
-        return {
-            name: [
-                (r["pid"], r["node_id"])
-                for r in deployment["replicas"]
-                if r["state"] == "RUNNING" and r["pid"]
-            ]
-            for name, deployment in found.items()
-        }
+        running = {}
+        for name, deployment in found.items():
+            replicas = [r for r in deployment["replicas"] if r["state"] == "RUNNING" and r["pid"]]
+            running[name] = [(replica["pid"], replica["node_id"]) for replica in replicas]
+        return running
 
 
 @contextmanager
 def deployed(run: str, nodes: int = 3, slots: int = 4, **serve: Any) -> Iterator[Deployed]:
-    """The service of that run on a head, where the sampling service lives, and `nodes` others of `slots` experts."""
+    """The service of that run on a head, where the sampling service lives, and `nodes` others of
+    `slots` experts.
+    """
     dashboard = free_port()
     cluster = Cluster(
         initialize_head=True,
@@ -107,7 +107,8 @@ def deployed(run: str, nodes: int = 3, slots: int = 4, **serve: Any) -> Iterator
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         config = yaml.safe_load(CONFIG.read_text())
         application = config["applications"][0]
-        port, here = free_port(), str(Path(run).resolve())
+        port = free_port()
+        here = str(Path(run).resolve())
         config["http_options"] |= {"host": "127.0.0.1", "port": port}
         application["args"]["run"] = application["deployments"][0]["user_config"]["run"] = here
         application["args"]["serve"] |= serve

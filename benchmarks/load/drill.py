@@ -1,8 +1,9 @@
-"""The fault drill: 500 requests, 32 at a time, on a Ray cluster of four nodes, while things die.
+"""The fault drill: 500 requests, 32 at a time, on a Ray cluster of four nodes, while parts of it
+fail.
 
-First every few seconds a replica of an expert is killed (SIGKILL); then a whole node that has one; then, with the node away, the
-weights are switched. No request may fail, none may be lost, and none may be answered with other pixels than the fault-free run
-of the version that its answer names.
+First a replica of an expert is killed every few seconds (SIGKILL); then a whole node that holds
+one; then, without that node, the weights are switched. No request may fail or be lost, and every
+response must have the pixels of the fault-free run of the version that it names.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.load.client import Reply, params, session
+from benchmarks.load.client import Reply, request_image, session
 from benchmarks.load.cluster import Deployed, deployed
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from serve import load
@@ -28,7 +29,7 @@ from serve.model.loading import bundle_folder
 
 
 def other_weights(run: str, folder: Path) -> Path:
-    """A bundle like the run's whose experts have another last bias: brighter pixels."""
+    """A copy of the run's bundle whose experts have a larger last bias: brighter pixels."""
     shutil.copytree(bundle_folder(run), folder)
     manifest = read_json(folder / "manifest.json")
     for name in manifest["artifacts"]:
@@ -36,18 +37,15 @@ def other_weights(run: str, folder: Path) -> Path:
             tensors, facts = read_artifact(folder / name)
             last = [key for key in tensors if key.endswith("bias") and "head" in key][-1]
             tensors[last] = tensors[last] + 1
-            write_artifact(
-                folder / name,
-                tensors,
-                {key: value for key, value in facts.items() if key != "sha256"},
-            )
+            del facts["sha256"]
+            write_artifact(folder / name, tensors, facts)
             manifest["artifacts"][name] = sha256(folder / f"{name}.json")
     write_json(folder / "manifest.json", manifest)
     return folder
 
 
 class Drill:
-    """The load, and what is done to the service meanwhile."""
+    """A load on the service, and the faults caused meanwhile."""
 
     def __init__(self, service: Deployed, requests: int, clients: int) -> None:
         self.service, self.requests, self.clients = service, requests, clients
@@ -55,31 +53,31 @@ class Drill:
         self.log: list[str] = []
         self.started = time.perf_counter()
 
-    def say(self, what: str) -> None:
-        """Note what happened, when, and after how many answers."""
+    def note(self, what: str) -> None:
+        """Log an event, with its time and the number of responses so far."""
         self.log.append(
             f"{time.perf_counter() - self.started:6.1f} s  {len(self.replies):4d} answers  {what}"
         )
         print(self.log[-1], flush=True)
 
     async def load(self) -> None:
-        """That many clients until all requests are answered."""
+        """Run the clients until all requests are answered."""
         numbers = iter(range(self.requests))
 
         async def one(client: Any) -> None:
             for index in numbers:
-                self.replies.append(await params(client, index, {}))
+                self.replies.append(await request_image(client, index, {}))
 
         async with session(self.service.url) as client:
             await asyncio.gather(*(one(client) for _ in range(self.clients)))
 
     async def answers(self, share: float) -> None:
-        """Until that share of the requests is answered."""
+        """Wait until that fraction of the requests is answered."""
         while len(self.replies) < share * self.requests:
             await asyncio.sleep(0.05)
 
     async def faults(self, other: Path, every_s: float) -> None:
-        """Kill a replica every few seconds, once all run again, until 60 % are answered; then a node; then switch."""
+        """Until 60 % are answered, kill a replica whenever all run; then kill a node; then switch."""
         rng = np.random.default_rng(0)
         await self.answers(0.05)
         while len(self.replies) < 0.6 * self.requests:
@@ -89,53 +87,50 @@ class Drill:
                 name = str(rng.choice(experts))
                 with suppress(ProcessLookupError):  # Serve may not have seen yet that it is dead
                     os.kill(found[name][0][0], signal.SIGKILL)
-                    self.say(f"killed a replica of {name}")
+                    self.note(f"killed a replica of {name}")
             await asyncio.sleep(every_s)
         await self.answers(0.6)
         found = await asyncio.to_thread(self.service.replicas)
-        at = {
-            node for name, there in found.items() if name.startswith("expert") for _, node in there
-        }
-        gone = next(node for node in self.service.nodes if node.node_id in at)
-        lost = [name for name, there in found.items() for _, node in there if node == gone.node_id]
+        nodes_of = {name: {node for _, node in replicas} for name, replicas in found.items()}
+        experts = [name for name in nodes_of if name.startswith("expert")]
+        in_use = set().union(*(nodes_of[name] for name in experts))
+        gone = next(node for node in self.service.nodes if node.node_id in in_use)
+        lost = [name for name in nodes_of if gone.node_id in nodes_of[name]]
         await asyncio.to_thread(self.service.cluster.remove_node, gone, allow_graceful=False)
-        self.say(f"killed a node with {' '.join(lost)}")
+        self.note(f"killed a node with {' '.join(lost)}")
         await self.answers(0.8)
         await asyncio.to_thread(self.service.deploy, str(other))
-        self.say("switched weights")
+        self.note("switched weights")
 
 
 def differences(replies: list[Reply], expected: dict[str, Tensor]) -> list[int]:
-    """Of each answer, the largest difference in levels of 255 from the fault-free image of its version."""
+    """The largest difference of each image from the fault-free one of its version, in levels of
+    255.
+    """
     found = []
     for reply in replies:
-        image = torch.from_numpy(np.array(reply.image)).reshape(
-            expected[reply.version][reply.index].shape
-        )
-        found.append(int((image.int() - expected[reply.version][reply.index].int()).abs().max()))
+        fault_free = expected[reply.version][reply.index].int()
+        image = torch.from_numpy(np.array(reply.image)).reshape(fault_free.shape)
+        found.append(int((image.int() - fault_free).abs().max()))
     return found
 
 
 def drill(
     run: str, requests: int = 500, clients: int = 32, every_s: float = 3.0
 ) -> list[dict[str, Any]]:
-    """Run it; one row of figures, and a row for each thing that was done."""
+    """Run the drill; returns one row of figures, and one row per fault."""
     with tempfile.TemporaryDirectory() as scratch:
         other = other_weights(run, Path(scratch) / "other")
         models = [load(run), load(other)]
         expected = {m.version: to_uint8(m.sample(requests)).permute(0, 2, 3, 1) for m in models}
-        apart = (
-            (expected[models[0].version].int() - expected[models[1].version].int())
-            .abs()
-            .amax(dim=(1, 2, 3))
-        )
+        old, new = (expected[model.version].int() for model in models)
+        apart = (new - old).abs().amax(dim=(1, 2, 3))
         with deployed(run, retry_s=120) as service:
-            spread = {
-                name: sorted({node[:6] for _, node in there})
-                for name, there in service.replicas().items()
-            }
+            spread = {}
+            for name, replicas in service.replicas().items():
+                spread[name] = sorted({node[:6] for _, node in replicas})
             work = Drill(service, requests, clients)
-            work.say(f"on nodes {spread}")
+            work.note(f"on nodes {spread}")
 
             async def both() -> None:
                 faults = asyncio.create_task(work.faults(other, every_s))
@@ -143,7 +138,7 @@ def drill(
                 await faults
 
             asyncio.run(both())
-            work.say("all answered")
+            work.note("all answered")
     answered = [reply for reply in work.replies if reply.status == 200]
     off = differences(answered, expected)
     by_version = [sum(reply.version == m.version for reply in answered) for m in models]

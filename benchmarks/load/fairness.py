@@ -1,4 +1,6 @@
-"""What large requests and slow readers cost the others: `fairness` and `stalled` of benchmarks.load."""
+"""What large requests and slow readers cost the others: `fairness` and `stalled` of
+benchmarks.load.
+"""
 
 import asyncio
 import json
@@ -11,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from benchmarks.load.child import server
-from benchmarks.load.client import params, session
+from benchmarks.load.client import request_image, session
 
 GIANTS = 6
 GIANT = {"n": 64, "steps": 250, "format": "npz"}
@@ -36,7 +38,7 @@ async def _fairness(url: str, repeats: int) -> list[dict[str, Any]]:
             started = time.perf_counter()
             try:
                 async with asyncio.timeout(LONGEST_S):
-                    await params(client, index, SMALL)
+                    await request_image(client, index, SMALL)
             except TimeoutError:
                 pass
             return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""What a bare call of a Ray Serve handle costs, with an expert's arrays and an expert that does nothing."""
+"""The cost of a bare call of a Ray Serve handle, with arrays like an expert's and no computation."""
 
 import asyncio
 import logging
@@ -17,21 +17,21 @@ from serve import load  # noqa: E402
 
 
 class Echo:
-    """Answers x."""
+    """An expert that returns x."""
 
     async def denoise(self, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """x as it came."""
+        """Return x."""
         return x
 
 
 class Caller:
-    """Calls it from a replica, as the sampling service does."""
+    """Calls `Echo` from a replica, as the sampling service does."""
 
     def __init__(self, echo: Any) -> None:
         self.echo = echo
 
     async def measure(self, shape: tuple[int, ...], calls: int) -> list[float]:
-        """Seconds of each of so many calls, one after another."""
+        """The duration of each of `calls` calls in seconds, one after another."""
         x, t = np.zeros(shape, np.float32), np.zeros(shape[0], np.float32)
         took = []
         for _ in range(calls):
@@ -42,7 +42,7 @@ class Caller:
 
 
 def bare_call_ms(run: str, calls: int = 300) -> dict[str, float]:
-    """Median milliseconds of a call with one image, and with 64."""
+    """The median duration of a call in ms, with one image and with 64."""
     shape = load(run).shape
     ray.init(
         address="local",

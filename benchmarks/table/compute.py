@@ -12,9 +12,11 @@ from train.config import Config
 
 
 def compute(config: Config, cut: Partition, monolith_steps: int | None) -> dict[str, Any]:
-    """Operations of training all `experts`, the `monolith`, the `router`'s networks, and its `exact_targets` in float64.
+    """Operations of training all `experts`, the `monolith`, the `router`'s networks, and its
+    `exact_targets` in float64.
 
-    A training step counts as three forward passes. Also the `parameters` of one expert and of the router.
+    A training step counts as three forward passes. Also the `parameters` of one expert and of the
+    router.
     """
     process = schedule(**config.schedule)
     expert = config.expert.build(cut.shape, process)

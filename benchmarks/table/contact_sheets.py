@@ -1,4 +1,6 @@
-"""The images on a table's page: the samples of every method from the same noise, the best method's, and real images."""
+"""The images on a table's page: the samples of every method from the same noise, the best method's,
+and real images.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +24,9 @@ _SINGLE = ("MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1")  # routed, one
 def write(
     folder: Path, name: str, config: Config, measured: Measurement, evaluation: Evaluation
 ) -> list[str]:
-    """Write `NAME-methods-STEPS.png`, `NAME-images.png` and `NAME-real.png`; returns the files' names."""
+    """Write `NAME-methods-STEPS.png`, `NAME-images.png` and `NAME-real.png`; returns the files'
+    names.
+    """
     middle = shown_steps(evaluation)
     samples = {
         (spec.method.name, spec.steps): measured.samples(spec).images
@@ -56,7 +60,9 @@ def shown_steps(evaluation: Evaluation) -> int:
 
 
 def best_single(evaluation: Evaluation, steps: int, features: str, sampler: str) -> str | None:
-    """The routed method with one expert per step and the smallest Fréchet distance; None if none was measured."""
+    """The routed method with one expert per step and the smallest Fréchet distance; None if none
+    was measured.
+    """
 
     def distance(method: str) -> float:
         found = evaluation.over_seeds(

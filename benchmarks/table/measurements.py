@@ -1,4 +1,6 @@
-"""Making a table: train, sample, score; then the record, with the hash of everything the figures depend on."""
+"""Making a table: train, sample, score; then the record, with the hash of everything the figures
+depend on.
+"""
 
 import os
 import platform
@@ -20,7 +22,8 @@ from train.stages.run import run
 
 
 def make(config: Config, command: str, folder: Path) -> Path:
-    """Write the record of a config's table and its images, and return the record's path `folder/NAME.json`.
+    """Write the record of a config's table and its images, and return the record's path
+    `folder/NAME.json`.
 
     `command` is recorded as the way to reproduce it. Raises a `DdmError` that says what to fix.
     """

@@ -1,4 +1,6 @@
-"""The FID (Inception) that the paper reports, at 10, 25, 50 and 100 steps, after 200,000 steps of batch 128 on 8 A800."""
+"""The FID (Inception) that the paper reports, at 10, 25, 50 and 100 steps, after 200,000 steps of
+batch 128 on 8 A800.
+"""
 
 STEPS = (10, 25, 50, 100)
 FID = {

@@ -43,7 +43,9 @@ _COMPARISONS = [
 
 
 def write_page(path: Path) -> None:
-    """Write the page and the curves of the record `path` beside it, and the curves' hashes into the record."""
+    """Write the page and the curves of the record `path` beside it, and the curves' hashes into the
+    record.
+    """
     record = read_json(path)
     evaluation = Evaluation.of(record)
     name = path.stem
@@ -84,7 +86,7 @@ def frechet(features: str) -> Callable[[Cell], float]:
 
 
 def main_table(evaluation: Evaluation, features: str, sampler: str) -> str:
-    """Fréchet distances, one row per method and one column per step count, with the NFE per image."""
+    """Fréchet distances with the NFE per image: a row per method, a column per step count."""
     rows = []
     for method in evaluation.versions:
         row = [f"**{method}**: {MEANING[method]}"]
@@ -98,7 +100,9 @@ def main_table(evaluation: Evaluation, features: str, sampler: str) -> str:
 def difference(
     evaluation: Evaluation, a: str, b: str, n: int, features: str, sampler: str
 ) -> tuple[float, float | None]:
-    """The Fréchet distance of method a minus that of b, per seed: mean, and standard deviation of several seeds."""
+    """The Fréchet distance of method a minus that of b, per seed: mean, and standard deviation of
+    several seeds.
+    """
     by_seed: dict[int, dict[str, float]] = {}
     for cell in evaluation.cells:
         if (cell.steps, cell.sampler) == (n, sampler) and cell.method in (a, b):
@@ -131,16 +135,18 @@ def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
 
     {record["command"]}
 
-{len(record["clusters"])} experts of {size["expert"]} on {data["images"]:,} images of {shape}. Each cell is over
-{evaluation.seeds} seeds of {evaluation.n} images, ± the standard deviation over the seeds; all methods start from the same noise.
+{len(record["clusters"])} experts of {size["expert"]} on {data["images"]:,} images of {shape}.
+Each cell is over {evaluation.seeds} seeds of {evaluation.n} images, ± the standard deviation over
+the seeds; all methods start from the same noise.
 
-Training: the experts together saw {experts_saw:,} images ({tera["experts"]} TFLOP). The one model of the row DDIM, with the same
-network, saw {seen.get("DDIM", 0):,} ({tera["monolith"]} TFLOP). The router, which DDIM does not need, took another
-{tera["router"]} TFLOP in its networks ({size["router"]}), {router_share:.0f} % of the experts', and {tera["exact_targets"]} TFLOP
-of float64 products in its exact targets.
+Training: the experts together saw {experts_saw:,} images ({tera["experts"]} TFLOP). The one model of
+the row DDIM, with the same network, saw {seen.get("DDIM", 0):,} ({tera["monolith"]} TFLOP). The
+router, which DDIM does not need, took another {tera["router"]} TFLOP in its networks
+({size["router"]}), {router_share:.0f} % of the experts', and {tera["exact_targets"]} TFLOP of float64
+products in its exact targets.
 
-**These distances are not the FID of the literature**, which uses Inception features and 50,000 images. Each distance uses the
-named features and can be compared only with others on this page."""
+**These distances are not the FID of the literature**, which uses Inception features and 50,000
+images. Each distance uses the named features and can be compared only with others on this page."""
 
 
 def _distances(evaluation: Evaluation, features: str, sampler: str) -> str:
@@ -148,7 +154,8 @@ def _distances(evaluation: Evaluation, features: str, sampler: str) -> str:
     settings = evaluation.samplers[sampler]
     return f"""## Fréchet distance by {features}, sampler {sampler}
 
-Features: {of.what}; reference: {of.reference}. `sampler={settings["sampler"]} grid={settings["grid"]}`.
+Features: {of.what}; reference: {of.reference}.
+`sampler={settings["sampler"]} grid={settings["grid"]}`.
 Lower is better; the NFE per image is in parentheses.
 
 {main_table(evaluation, features, sampler)}"""
@@ -197,8 +204,8 @@ def _paper(name: str) -> str:
     rows = [[method, *(f"{value:.2f}" for value in values)] for method, values in fid.items()]
     return f"""## What the paper reports
 
-FID by Inception, networks of 35.7M parameters, 200,000 steps of batch 128 on 8 A800. Compare the order of the methods, not the
-numbers.
+FID by Inception, networks of 35.7M parameters, 200,000 steps of batch 128 on 8 A800. Compare the
+order of the methods, not the numbers.
 
 {table(["", *(f"{n} steps" for n in paper.STEPS)], rows)}"""
 
@@ -208,9 +215,9 @@ def _trajectory(record: dict[str, Any], evaluation: Evaluation, name: str) -> st
     paths = record["config"]["table.trajectories"]
     intro = f"""## Distance from the mixture's trajectory
 
-E(N): the mean square distance, per coordinate, between the end of a trajectory of N steps and the end of the full mixture's
-trajectory of {reference_steps} steps from the same noise, over {paths} trajectories; fitted as E(N) = C N^-p. The paper claims
-better than first order, p > 1."""
+E(N): the mean square distance, per coordinate, between the end of a trajectory of N steps and the
+end of the full mixture's trajectory of {reference_steps} steps from the same noise, over {paths}
+trajectories; fitted as E(N) = C N^-p. The paper claims better than first order, p > 1."""
     tables = [_trajectory_table(evaluation, sampler) for sampler in evaluation.samplers]
     image = f"![Trajectory error over steps]({name}-trajectory.png)"
     return "\n\n".join([intro, *tables, image])
@@ -296,9 +303,11 @@ def _provenance(record: dict[str, Any], evaluation: Evaluation, name: str) -> st
     )
     packages = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "device")
     training = f"{config['expert.steps']:,} steps of batch {config['expert.batch']}"
+    precision = f"EMA {config['expert.ema_decay']}, {config['expert.precision']}"
+    partition = record["data"]["partition"][:12]
     return f"""## Provenance
 
-On {machine["device"]}; {packages}. Each expert: {training}, EMA {config["expert.ema_decay"]}, {config["expert.precision"]};
-sampled in {evaluation.precision}.
-Bundles {bundles}; partition `{record["data"]["partition"][:12]}`; config `{record["config_hash"][:12]}`; features {features}.
+On {machine["device"]}; {packages}. Each expert: {training}, {precision}; sampled in
+{evaluation.precision}.
+Bundles {bundles}; partition `{partition}`; config `{record["config_hash"][:12]}`; features {features}.
 [The record]({name}.json) holds every figure for every seed, and all hashes."""

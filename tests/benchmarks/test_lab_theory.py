@@ -1,4 +1,6 @@
-"""Every constant of the theorem against finite sets of points: never exceeded, and reached where it can be; then the whole."""
+"""Every constant of the theorem against finite sets of points: never exceeded, and reached where it
+can be; then the whole.
+"""
 
 import math
 import re
@@ -34,7 +36,9 @@ class Bent:
 
 @dataclass
 class Points:
-    """Weighted points `[n, d]` in K clusters, and all that is known of x_t over them, by softmax in float64."""
+    """Weighted points `[n, d]` in K clusters, and all that is known of x_t over them, by softmax in
+    float64.
+    """
 
     points: Tensor
     labels: Tensor
@@ -91,7 +95,9 @@ def number(x: float) -> Tensor:
 
 
 def inside(case: int, K: int = 3) -> tuple[Points, float, Tensor, Tensor]:
-    """A random data set in a ball that it touches, its radius, a time, and places x far and near: `[16, d]`."""
+    """A random data set in a ball that it touches, its radius, a time, and places x far and near:
+    `[16, d]`.
+    """
     g = seeded(case)
     n, d = int(torch.randint(K, 8, (), generator=g)), int(torch.randint(1, 4, (), generator=g))
     points = torch.randn(n, d, generator=g, dtype=torch.float64)
@@ -144,7 +150,8 @@ def lam_rate(path: Schedule, t: Tensor) -> Tensor:
     return (a / s - a_ / s_) / 2e-6
 
 
-# --- the constants, one by one -----------------------------------------------------------------------------------------
+# --- the constants, one by one
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", range(CASES))
@@ -323,7 +330,8 @@ def test_points_on_the_sphere_have_the_second_moment_of_the_constant(path: Sched
     assert measured == pytest.approx(float(constants(path, 0.7, 3, 2, t).moment), rel=0.01)
 
 
-# --- one step ----------------------------------------------------------------------------------------------------------
+# --- one step -------------------------------------------------------------------------------------
+# ---------------------
 
 
 @pytest.mark.parametrize("case", range(CASES))
@@ -369,7 +377,8 @@ def test_the_truncation_of_a_long_step_integrates_the_denoisers_rate_twice() -> 
     )
 
 
-# --- the theorem -------------------------------------------------------------------------------------------------------
+# --- the theorem ----------------------------------------------------------------------------------
+# ---------------------
 
 
 def routed_error(
@@ -380,7 +389,9 @@ def routed_error(
     eps_expert: float = 0.0,
     n: int = 600,
 ) -> float:
-    """||Y_N - X_delta|| of the theorem's coupling: no less than W2, and what is proved to be within the bound."""
+    """||Y_N - X_delta|| of the theorem's coupling: no less than W2, and what is proved to be within
+    the bound.
+    """
     g, d = seeded(steps), data.points.shape[1]
     one, end = number(1.0), number(delta)
     (a, s, _, _), noise = data.path(one), torch.randn(n, d, generator=g, dtype=torch.float64)

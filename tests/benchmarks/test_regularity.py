@@ -38,7 +38,8 @@ def test_smooth_schedules_are_regular(name: str) -> None:
 def test_bounds_of_a_schedule_are_those_computed_by_hand() -> None:
     assert regularity(schedule("rectified_flow"), 0.25) == (0.25, 1, 1, 0, 0, ())
     assert regularity(schedule("edm"), 0.25, 0.5) == (20, 0, 80, 0, 0, ())
-    # vp_constant: a = e^-5t, s^2 = 1 - a^2, ds = 5 a^2/s, d2s = -50 a^2/s - 25 a^4/s^3, all largest at t_min
+    # vp_constant: a = e^-5t, s^2 = 1 - a^2, ds = 5 a^2/s, d2s = -50 a^2/s - 25 a^4/s^3, all largest
+    # at t_min
     a = math.exp(-0.5)
     s = math.sqrt(1 - a**2)
     expected = (s, 5 * a, 5 * a**2 / s, 25 * a, 50 * a**2 / s + 25 * a**4 / s**3)

@@ -1,4 +1,6 @@
-"""Every figure in docs/results has its record, and every record fits the files beside it and the configs in the tree."""
+"""Every figure in docs/results has its record, and every record fits the files beside it and the
+configs in the tree.
+"""
 
 import json
 import re

@@ -1,4 +1,6 @@
-"""The table's command: what it makes, that it resumes, and that its page is a function of its record."""
+"""The table's command: what it makes, that it resumes, and that its page is a function of its
+record.
+"""
 
 import json
 import subprocess
@@ -90,7 +92,8 @@ def test_monolith_and_experts_cost_the_same_and_the_router_is_counted(record: An
     assert cost["experts"] == cost["monolith"] > cost["router"] > 0
     seen = record["images_seen"]
     assert seen["DDIM"] == seen["full"] == 3 * 12 * 12
-    # 12 noisy images a step with 240 real ones of 64 numbers: once in the 4 steps of stage 1, twice in the 6 of stage 2
+    # 12 noisy images a step with 240 real ones of 64 numbers: once in the 4 steps of stage 1, twice
+    # in the 6 of stage 2
     assert cost["exact_targets"] == 2 * 12 * 240 * 64 * (4 + 2 * 6)
 
 
