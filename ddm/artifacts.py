@@ -196,7 +196,7 @@ def read_json(
             content, parse_float=_finite, parse_constant=_finite, parse_int=_within_64_bits
         )
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: it is not JSON ({error})") from error
+        raise ArtifactError(f"{path} is damaged: it is not JSON ({str(error)[:300]})") from error
     if not isinstance(facts, dict):
         raise ArtifactError(f"{path} must hold a JSON object, got {shown(facts)}")
     return facts
@@ -266,7 +266,7 @@ def _check_header(path: Path) -> None:
 
 
 def _not_safetensors(path: Path, reason: object) -> ArtifactError:
-    return ArtifactError(f"{path} is damaged: it is not a safetensors file ({reason})")
+    return ArtifactError(f"{path} is damaged: it is not a safetensors file ({str(reason)[:300]})")
 
 
 def file_of(stem: Path, suffix: str) -> Path:

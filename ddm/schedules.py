@@ -195,9 +195,9 @@ class TwoPhase:
 
     def __post_init__(self) -> None:
         require(
-            self.steps == int(self.steps) and self.steps >= 2,
+            self.steps == int(self.steps) and 2 <= self.steps <= 1_000_000,
             "steps",
-            "be a whole number, at least 2",
+            "be a whole number in [2, 1000000]",
             self.steps,
         )
         require(self.c0 > 0, "c0", "be above 0", self.c0)

@@ -31,7 +31,7 @@ class ExpertConfig(FitConfig):
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
         super().check()
-        require(self.sigma_data > 0, "sigma_data", "be above 0", self.sigma_data)
+        require(0 < self.sigma_data <= 1000, "sigma_data", "be in (0, 1000]", self.sigma_data)
         require(self.min_snr_gamma > 0, "min_snr_gamma", "be above 0", self.min_snr_gamma)
 
     def build(self, shape: Sequence[int], schedule: Schedule) -> "Denoiser":

@@ -94,4 +94,5 @@ def project_to_simplex(p: Tensor) -> Tensor:
     rank = torch.arange(1, p.shape[1] + 1, device=p.device)
     excess = (descending.cumsum(dim=1) - 1) / rank
     positive = (descending > excess).sum(dim=1, keepdim=True)
+    positive = positive.clamp_min(1)  # 0 for NaN, which then stays NaN
     return (p - excess.gather(1, positive - 1)).clamp_min(0)

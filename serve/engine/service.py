@@ -23,7 +23,7 @@ from serve.engine.metrics import Metrics
 from serve.engine.scheduler import Engine
 from serve.engine.state import OnStep, Request
 from serve.model.loading import load
-from serve.model.model import Model, SamplingPlan, Trace, kept
+from serve.model.model import Model, SamplingPlan, Trace
 from serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,6 @@ class Version:
     model: Model
     folder: Path
     engine: Engine
-    plans: dict[str, SamplingPlan] = field(default_factory=dict)  # checked once, by settings
     admitted: "WeakSet[AdmittedRequest]" = field(default_factory=WeakSet)
 
 
@@ -192,8 +191,7 @@ class Service:
         if self.current is None:
             raise ServingError("no bundle is in service")
         model, limits = self.current.model, self.settings.serve.limits
-        key = repr(params.settings)
-        plan = kept(self.current.plans, key, lambda: self._plan(model, params.settings))
+        plan = self._plan(model, params.settings)
         steps = plan.config.steps
         require(1 <= params.n <= limits.n, "sample.n", f"be in [1, {limits.n}]", params.n)
         require(steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", steps)

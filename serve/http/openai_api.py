@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,7 +24,7 @@ from serve.http.responses import b64, headers_of, images_of, run_while_connected
 from serve.http.schemas import IMAGE_ERRORS, ImagesRequest, errors
 from serve.http.streams import EventStream, StreamQueue, event, failed, steps_of
 from serve.model.model import Model
-from serve.model.params import CONTROL_VARIATES, SampleConfig
+from serve.model.params import CONTROL_VARIATES, SETTINGS
 
 
 class UnknownModelError(Exception):
@@ -182,6 +181,7 @@ def _card(service: Service) -> dict[str, Any]:
             "control_variate": CONTROL_VARIATES,
         },
         "defaults": {
-            f.name: getattr(service.settings.sample, f.name) for f in fields(SampleConfig)
-        },
+            setting.name: getattr(service.settings.sample, setting.name) for setting in SETTINGS
+        }
+        | {"clusters": service.settings.sample.clusters or {}},
     }

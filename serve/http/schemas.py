@@ -1,78 +1,55 @@
 """What requests over HTTP may say, and the one shape of every error."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ddm.grids import GRIDS
-from ddm.samplers import SAMPLERS
-from router.policies import POLICIES
-from router.sources import SOURCES
 from serve.http.middleware import shown
-from serve.model.params import CONTROL_VARIATES, SampleConfig
+from serve.model.params import SETTINGS, rule
 
 
-def _one_of(names: Sequence[str], what: str) -> Any:
-    return Field(
-        default=None, description=what, json_schema_extra={"enum": [*names, None]}, max_length=64
-    )
-
-
-class RequestSettings(BaseModel):
-    """The fields of `SampleConfig`; what is left out is the service's own default."""
+class _Settings(BaseModel):
+    """What requests have in common: no unknown fields, no conversion between types, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    steps: Annotated[int | None, Field(ge=1, le=1000, description="steps of the sampler")] = None
-    sampler: Annotated[str | None, _one_of(SAMPLERS, "how the ODE or SDE is walked")] = None
-    grid: Annotated[str | None, _one_of(GRIDS, "the times of the steps")] = None
-    source: Annotated[
-        str | None, _one_of(SOURCES, "where alpha, the experts' probabilities, comes from")
-    ] = None
-    policy: Annotated[str | None, _one_of(POLICIES, "who moves the image, given alpha")] = None
-    top_k: Annotated[int | None, Field(ge=1, le=2**31, description="for policy=top_k")] = None
-    nucleus_p: Annotated[float | None, Field(ge=1e-6, le=1, description="for policy=nucleus")] = (
-        None
-    )
-    budget: Annotated[
-        float | None,
-        Field(ge=1, le=1_000_000, description="for policy=adaptive: calls a step, on average"),
-    ] = None
-    temperature: Annotated[
-        float | None,
-        Field(ge=0.01, le=100, description="alpha^(1/temperature) is what the policy sees"),
-    ] = None
-    control_variate: Annotated[
-        str | None, _one_of(CONTROL_VARIATES, "what stands in for the experts that are not asked")
-    ] = None
-    order: Annotated[int | None, Field(ge=2, le=3, description="for sampler=unipc")] = None
-    relaxation_rate: Annotated[
-        float | None, Field(ge=0, le=1_000_000, description="for source=combined, a unit of t")
-    ] = None
-    t_min: Annotated[float | None, Field(ge=0, le=0.999, description="where the grid ends")] = None
-    clip: Annotated[bool | None, Field(description="bound the denoised images to [-1, 1]")] = None
-    clusters: Annotated[
-        list[str] | dict[str, Annotated[float, Field(ge=0)]] | None,
-        Field(
-            description="only these clusters; or what each cluster's share is multiplied by, others 0"
-        ),
-    ] = None
-
     def given(self) -> dict[str, Any]:
         """The settings that were given."""
-        found = {
-            f.name: value
-            for f in fields(SampleConfig)
-            if (value := getattr(self, f.name)) is not None
-        }
-        if isinstance(found.get("clusters"), list):
-            found["clusters"] = dict.fromkeys(found["clusters"], 1.0)
-        return found
+        values = {setting.name: getattr(self, setting.name) for setting in SETTINGS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-class SampleRequest(RequestSettings):
+def _field(setting: dataclasses.Field[Any]) -> Any:
+    """A setting of `SampleConfig` as an optional field with its range and description."""
+    bounds = setting.metadata
+    if setting.name == "clusters":
+        kind: Any = list[str] | dict[str, Annotated[float, Field(ge=0)]]
+    else:
+        kind = setting.type
+    enum: Any = {"enum": [*bounds["names"], None]} if bounds["names"] else None
+    return Annotated[
+        kind | None,
+        Field(
+            ge=bounds["low"],
+            le=bounds["high"],
+            max_length=64 if bounds["names"] else None,
+            description=bounds["doc"],
+            json_schema_extra=enum,
+        ),
+    ], None
+
+
+RequestSettings = create_model(
+    "RequestSettings",
+    __base__=_Settings,
+    __doc__="The fields of `SampleConfig`; the service's own defaults replace those left out.",
+    **{setting.name: _field(setting) for setting in SETTINGS},
+)
+
+
+class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
     """Images `first_index ... first_index + n - 1` of a seed. Image i is the same whatever its company."""
 
     n: Annotated[int, Field(ge=1, description="how many images")] = 1
@@ -117,7 +94,7 @@ class SampleRequest(RequestSettings):
     ] = 1
 
 
-class ImagesRequest(RequestSettings):
+class ImagesRequest(RequestSettings):  # type: ignore[misc, valid-type]
     """OpenAI's `images.generate`. `prompt` names a cluster, or is empty. `seed` and all settings may come as `extra_body`."""
 
     prompt: Annotated[
@@ -146,8 +123,6 @@ class ImagesRequest(RequestSettings):
 def _rule(field: Mapping[str, Any]) -> str:
     """What a field's JSON schema asks of a value, in words."""
     kinds = [kind for kind in field.get("anyOf", [field]) if kind["type"] != "null"]
-    if len(kinds) > 1:
-        return "be a list of clusters, or an object with a finite weight of at least 0 for each"
     if "const" in kinds[0]:
         return f"be {kinds[0]['const']}"
     if names := field.get("enum", kinds[0].get("enum")):
@@ -173,8 +148,9 @@ def _rule(field: Mapping[str, Any]) -> str:
     return f"be {words[bounds['type']]}{limits}"
 
 
+_OF_SAMPLING = {setting.name: rule(setting) for setting in SETTINGS}
 RULES = {
-    name: _rule(field)
+    name: _OF_SAMPLING.get(name) or _rule(field)
     for kind in (SampleRequest, ImagesRequest)
     for name, field in kind.model_json_schema()["properties"].items()
 }

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -10,10 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._yaml import get_yaml_loader  # that of OmegaConf.load, which takes no nodes
 from omegaconf.errors import OmegaConfBaseException
 
-from ddm.errors import ConfigError, shown
+from ddm.errors import ConfigError, require, shown, within
 
 C = TypeVar("C")
 
+_PLAIN = ((int,), (float,), (str,))
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -42,7 +43,7 @@ def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
                     key = str(name)
                     merged = OmegaConf.merge(merged, {key: value})
         key = ""
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        config: C = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except RecursionError as error:
         raise ConfigError(f"{key or 'the config'} is nested too deeply", key or None) from error
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
@@ -50,6 +51,8 @@ def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
         first_line = str(error).partition("\n")[0]  # OmegaConf's other lines repeat the key
         said = first_line[:500]
         raise ConfigError(f"{key}: {said}" if key else said, key or None) from error
+    _check_elements(config)
+    return config
 
 
 def read_yaml(text: str, schema: Any) -> Any:
@@ -116,3 +119,17 @@ def _type_at(schema: Any, key: str) -> Any:
     for part in key.split("."):
         schema = _inner_type(schema, part)
     return schema
+
+
+def _check_elements(config: Any) -> None:
+    """Refuse a list in place of a number in a list, which OmegaConf lets through; `config` is a dataclass."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            with within(field.name):
+                _check_elements(value)
+        elements = list(value.values()) if isinstance(value, dict) else value
+        if isinstance(elements, list) and get_args(hints[field.name])[-1:] in _PLAIN:
+            nested = any(isinstance(element, list | dict) for element in elements)
+            require(not nested, field.name, "not hold lists or objects", value)

@@ -1,17 +1,18 @@
 """A trained bundle in this process, ready to sample."""
 
+import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from ddm.bundle import Bundle
-from ddm.errors import ConfigError, one_of, require, within
-from ddm.grids import check_grid
+from ddm.errors import ArtifactError, ConfigError, one_of, require, within
 from ddm.rng import RngStream, normal
 from ddm.samplers import Sampler, Trajectory, drive, plan_steps
 from ddm.schedules import Schedule
@@ -21,25 +22,29 @@ from router.routing import ControlVariate, RoutedDenoiser, Router
 from router.sources import Alpha, Integrated, Source, Stateless, prior
 from router.targets import exact_posterior
 from serve.model.build import build_expert, build_gaussians, build_router, build_schedule
-from serve.model.params import SampleConfig
+from serve.model.params import SETTINGS, SampleConfig, SampleSettings, described
 
-C = TypeVar("C")
-
-_KEPT = 64  # recipes and routers, of as many different settings
+_CACHED = 64  # sampling plans, and routers, of as many different settings
 
 
 class Trace(NamedTuple):
-    """What happened on the way of B images in N steps, over K experts."""
+    """What happened while B images were sampled by N denoiser calls, over K experts.
 
-    t: Tensor  # [N], the times of the calls
-    alpha: Tensor  # [N, B, K]
-    chosen: Tensor  # bool [N, B, K]: which experts moved which image when
-    calls: int  # expert evaluations, an image each
+    t: times of the calls, `[N]`
+    alpha: `[N, B, K]`
+    chosen: which experts moved which image at which call, bool `[N, B, K]`
+    calls: expert evaluations, counted per image
+    """
+
+    t: Tensor
+    alpha: Tensor
+    chosen: Tensor
+    calls: int
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The way of an image under one `SampleConfig`, but for the experts: who moves it, from where, by which sampler."""
+    """Everything needed to sample with one `SampleConfig`, except the experts."""
 
     config: SampleConfig
     router: Router
@@ -66,8 +71,10 @@ class SamplingPlan:
 class Model:
     """K experts and their router, ready to sample. Made by `load`.
 
-    Attributes: `shape` of an image `[C, H, W]`, `names` and `pi` of the clusters, `version` (the SHA-256 of the manifest), and
-    the parts: `schedule`, `experts`, `posterior`, `derivative` (None where the bundle has no router).
+    shape: of an image, `[C, H, W]`
+    names, pi: of the clusters, `[K]`
+    version: the SHA-256 of the manifest
+    schedule, experts, gaussians, posterior, derivative: the parts; the last two are None for a bundle without a router
     """
 
     def __init__(
@@ -97,14 +104,48 @@ class Model:
             )
         self._images = images
         self._analytic: Alpha | None = None
-        self._routers: dict[str, Router] = {}
-        self._plans: dict[str, SamplingPlan] = {}
+        self._manifest = bundle.manifest
+        # The caches hold the model weakly, so that a model that is replaced frees its memory at once.
+        weak = weakref.proxy(self)
+        self._cached_plan = lru_cache(_CACHED)(partial(Model._plan, weak))
+        self._cached_router = lru_cache(_CACHED)(partial(Model._router, weak))
+
+    def __repr__(self) -> str:
+        clusters = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+        networks = [*self.experts, *filter(None, (self.posterior, self.derivative))]
+        numbers = sum(p.numel() for network in networks for p in network.parameters())
+        return (
+            f"Model({len(self.names)} experts ({clusters}), "
+            f"{'with' if self.posterior else 'without'} a router, "
+            f"{numbers / 1e6:.2f}M parameters, images {' x '.join(map(str, self.shape))}, "
+            f"{self.schedule}, on {self.device}, version {self.version[:12]})"
+        )
 
     @overload
-    def sample(self, n: int, *, trace: Literal[False] = False, **settings: Any) -> Tensor: ...
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first_index: int = 0,
+        batch: int = 256,
+        trace: Literal[False] = False,
+        progress: Callable[[int], object] | None = None,
+        **settings: Unpack[SampleSettings],
+    ) -> Tensor: ...
 
     @overload
-    def sample(self, n: int, *, trace: Literal[True], **settings: Any) -> tuple[Tensor, Trace]: ...
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first_index: int = 0,
+        batch: int = 256,
+        trace: Literal[True],
+        progress: Callable[[int], object] | None = None,
+        **settings: Unpack[SampleSettings],
+    ) -> tuple[Tensor, Trace]: ...
 
     def sample(
         self,
@@ -115,39 +156,38 @@ class Model:
         batch: int = 256,
         trace: bool = False,
         progress: Callable[[int], object] | None = None,
-        **settings: Any,
+        **settings: Unpack[SampleSettings],
     ) -> Tensor | tuple[Tensor, Trace]:
-        """Draw images `first_index ... first_index + n - 1` of a seed: `[n, C, H, W]` in [-1, 1], float32, on the CPU.
+        """Sample images `first_index ... first_index + n - 1` of a seed: `[n, C, H, W]`, float32, on the CPU.
 
-        Image i is a function of (seed, i) and the settings: the same alone or among others. `settings` are the fields of
-        `SampleConfig`. `batch` images go through the networks together; `progress` hears of every step how many they are.
-        With `trace=True` returns `(images, Trace)`.
+        Image i is a function of (seed, i) and the settings, whatever else is sampled. Values are in [-1, 1] unless
+        `clip=False`.
 
-        Raises `ConfigError` naming the setting, the rule and the value.
+        n: at least 1
+        seed: in [0, 2^63)
+        first_index: at least 0
+        batch: images that go through the networks together, at least 1
+        trace: also return a `Trace`
+        progress: called at each step with the number of images that take it
+
+        Raises `ConfigError` naming the setting, the rule and the value; `ArtifactError` if the images are not finite.
         """
         config = self.settings(**settings)
-        for key, value, least in (
-            ("n", n, 1),
-            ("first_index", first_index, 0),
-            ("batch", batch, 1),
-        ):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(
-                whole and value >= least,
-                f"sample.{key}",
-                f"be a whole number, at least {least}",
-                value,
-            )
-        require(
-            isinstance(seed, int) and 0 <= seed < 2**63,
-            "sample.seed",
-            "be a whole number in [0, 2^63)",
-            seed,
-        )
-        finished, traces = [], []
+        with within("sample"):
+            _check_whole("n", n, 1)
+            _check_whole("seed", seed, 0)
+            _check_whole("first_index", first_index, 0)
+            _check_whole("batch", batch, 1)
+        finished = []
+        traces = []
         for low in range(first_index, first_index + n, batch):
             index = torch.arange(low, min(low + batch, first_index + n), device=self.device)
             images, routed = self._sample_batch(index, seed, config, trace, progress)
+            if not images.isfinite().all():
+                raise ArtifactError(
+                    f"{self._manifest}: images {low} to {low + len(index) - 1} of seed {seed} are not finite: "
+                    "the weights are damaged, or do not work with these settings"
+                )
             finished.append(images.float().cpu())
             traces.append(routed)
         whole_batch = torch.cat(finished)
@@ -155,23 +195,17 @@ class Model:
 
     def settings(self, **settings: Any) -> SampleConfig:
         """The checked settings of a call to `sample`. Raises `ConfigError` naming what is unknown or out of range."""
-        known = [field.name for field in fields(SampleConfig)]
+        known = [setting.name for setting in SETTINGS]
         for key in settings:
             if key not in known:
                 raise ConfigError(f"sample has no setting {key!r}; it takes {', '.join(known)}")
         config = SampleConfig(**settings)
         config.check()
-        with within("sample"):
-            plan_steps(
-                config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order
-            )
-            check_grid(config.grid, self.schedule)
-        if unknown := [name for name in config.clusters if name not in self.names]:
-            raise one_of("sample.clusters", unknown[0], tuple(self.names))
-        needs_router = (
-            config.source in ("posterior", "derivative", "combined") and len(self.names) > 1
-        )
-        if needs_router and self.posterior is None:
+        for name in config.clusters or ():
+            if name not in self.names:
+                raise one_of("sample.clusters", name, tuple(self.names))
+        needs_router = config.source in ("posterior", "derivative", "combined")
+        if needs_router and len(self.names) > 1 and self.posterior is None:
             raise ConfigError(
                 f"sample.source must be prior or analytic for a bundle without a router, got {config.source!r}"
             )
@@ -179,70 +213,70 @@ class Model:
             raise ConfigError(
                 "sample.source=analytic needs the training images: load the run's folder, a bundle carries none"
             )
+        with within("sample"):
+            self.plan(config)
         return config
 
     def plan(self, config: SampleConfig) -> SamplingPlan:
-        """The way of an image under these checked settings; the same object for the same ones."""
-        return kept(self._plans, repr(config), lambda: self._plan(config))
+        """Everything needed to sample with these settings, except the experts; cached.
+
+        Raises `ConfigError` if the sampler or the grid is not defined for the schedule.
+        """
+        return self._cached_plan(config)
 
     def _plan(self, config: SampleConfig) -> SamplingPlan:
         method, times = plan_steps(
             config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order
         )
+        with_gaussians = config.control_variate == "gaussian" and config.policy != "fixed"
         return SamplingPlan(
             config,
-            self._routed_by(config),
-            self.gaussians.mix
-            if config.control_variate == "gaussian" and config.policy != "fixed"
-            else None,
+            self._router_of(config),
+            self.gaussians.mix if with_gaussians else None,
             method,
             list(times),
-            cache(self.schedule),  # the same few times for every image
+            cache(self.schedule),  # called at the same few times for every image
             self.shape,
         )
 
-    def _routed_by(self, config: SampleConfig) -> Router:
-        """The router of these settings, the same object for the same ones: whoever has it can be routed together."""
+    def _router_of(self, config: SampleConfig) -> Router:
+        """The router of these settings; the same object for the same settings, so that requests can share a batch."""
         c = config
-        key = repr(
-            (
-                c.source,
-                c.relaxation_rate,
-                c.policy,
-                c.top_k,
-                c.nucleus_p,
-                c.budget,
-                c.temperature,
-                c.clusters,
-            )
-        )
-        most = max(c.clusters.values(), default=1.0)  # the largest is 1: they become float32
-        weights = (
-            self.pi.new_tensor([c.clusters.get(name, 0.0) / most for name in self.names])
-            if c.clusters
-            else None
-        )
-        rule = policy(c.policy, c.top_k, c.nucleus_p, c.budget)
-        return kept(
-            self._routers,
-            key,
-            lambda: Router(self._source(c), rule, self.pi, weights, c.temperature),
+        rule = (c.policy, c.top_k, c.nucleus_p, c.budget)
+        weights = frozenset(c.clusters.items()) if c.clusters else None
+        return self._cached_router(c.source, c.relaxation_rate, rule, weights, c.temperature)
+
+    def _router(
+        self,
+        source: str,
+        relaxation_rate: float,
+        rule: tuple[str, int, float, float],
+        weights: frozenset[tuple[str, float]] | None,
+        temperature: float,
+    ) -> Router:
+        factors = None
+        if weights:
+            of = dict(weights)
+            most = max(of.values())  # becomes 1, because they become float32
+            factors = self.pi.new_tensor([of.get(name, 0.0) / most for name in self.names])
+        return Router(
+            self._source(source, relaxation_rate), policy(*rule), self.pi, factors, temperature
         )
 
-    def _source(self, config: SampleConfig) -> Source:
-        if len(self.names) == 1 or config.source == "prior":
+    def _source(self, source: str, relaxation_rate: float) -> Source:
+        if len(self.names) == 1 or source == "prior":
             return Stateless(prior(self.pi))
-        if config.source == "analytic":
+        if source == "analytic":
             return Stateless(self._exact())
         assert self.posterior is not None
         assert self.derivative is not None
-        match config.source:
+        match source:
             case "posterior":
                 return Stateless(self.posterior)
             case "derivative":
                 return Integrated(self.derivative, self.pi)
             case _:
-                return Integrated(self.derivative, self.pi, self.posterior, config.relaxation_rate)
+                return Integrated(self.derivative, self.pi, self.posterior, relaxation_rate)
 
     @torch.inference_mode()
     def _sample_batch(
@@ -265,10 +299,10 @@ class Model:
             control_variate=plan.control_variate,
             trace=trace,
         )
-        asked = itertools.count()
+        calls = itertools.count()
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if progress is not None and next(asked) % calls_per_step == 0:
+            if progress is not None and next(calls) % calls_per_step == 0:
                 progress(len(x))
             return routed(x, t)
 
@@ -279,20 +313,20 @@ class Model:
         if self._analytic is None:
             assert self._images is not None
             whole = self._images()
-            images, cluster = whole["images"].to(self.device), whole["cluster"].to(self.device)
-            self._analytic = lambda x, t: exact_posterior(
-                x, t, images, cluster, self.schedule, len(self.pi)
+            self._analytic = partial(
+                exact_posterior,
+                images=whole["images"].to(self.device),
+                labels=whole["cluster"].to(self.device),
+                schedule=self.schedule,
+                k=len(self.pi),
             )
         return self._analytic
 
 
-def kept(cache: dict[str, C], key: str, make: Callable[[], C]) -> C:
-    """The cache's own, made where it is not there; the oldest goes where there are many."""
-    if key not in cache:
-        if len(cache) >= _KEPT:
-            del cache[next(iter(cache))]
-        cache[key] = make()
-    return cache[key]
+def _check_whole(key: str, value: Any, least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    rule = f"be a whole number in [{least}, 2^63)"
+    require(whole and least <= value < 2**63, key, rule, value)
 
 
 def _joined(batches: list[RoutedDenoiser]) -> Trace:
@@ -303,3 +337,25 @@ def _joined(batches: list[RoutedDenoiser]) -> Trace:
         torch.stack([torch.cat([part.chosen for part in parts]) for parts in steps]),
         sum(routed.calls for routed in batches),
     )
+
+
+def _with_settings(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function with each field of `SampleConfig` in place of `**settings`."""
+    signature = inspect.signature(function)
+    fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    hints = SampleSettings.__annotations__
+    settings = [
+        inspect.Parameter(
+            setting.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=setting.default,
+            annotation=hints[setting.name],
+        )
+        for setting in SETTINGS
+    ]
+    return signature.replace(parameters=[*fixed, *settings])
+
+
+# For `help` and completion: every setting by name, with its default, its type and its rule.
+Model.sample.__signature__ = _with_settings(Model.sample)  # type: ignore[attr-defined]
+Model.sample.__doc__ = f"{inspect.getdoc(Model.sample)}\n\nSettings:\n\n{described()}"

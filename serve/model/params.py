@@ -1,78 +1,155 @@
-"""The parameters of sampling: their names, defaults and ranges; those of configs, Python and HTTP alike."""
+"""The settings of sampling: names, defaults, ranges and descriptions, the same in configs, Python and HTTP."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypedDict
 
-from ddm.errors import one_of, require, within
+from ddm.errors import require, within
 from ddm.grids import GRIDS
-from ddm.samplers import SAMPLERS, sampler
-from router.policies import POLICIES, policy
+from ddm.samplers import SAMPLERS
+from router.policies import POLICIES
 from router.sources import SOURCES
 
 CONTROL_VARIATES = ("none", "gaussian")
 
 
+def _setting(
+    default: Any,
+    doc: str,
+    low: float | None = None,
+    high: float | None = None,
+    names: tuple[str, ...] | None = None,
+) -> Any:
+    """A field with its description and what its value must be: in [low, high], or one of `names`."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "names": names})
+
+
 @dataclass
 class SampleConfig:
-    """How images are drawn; the names are those of configs, code and HTTP."""
+    """How images are sampled."""
 
-    steps: int = 25
-    sampler: str = "dpmpp_2m"
-    grid: str = "uniform_t"
-    source: str = "combined"
-    policy: str = "balanced"
-    top_k: int = 1  # for policy=top_k
-    nucleus_p: float = 0.9  # for policy=nucleus
-    budget: float = 1.5  # for policy=adaptive: calls a step, on average at most
-    temperature: float = (
-        1.0  # alpha^(1/temperature), renormalized, is what the policy sees: below 1 more decided
+    steps: int = _setting(25, "steps of the sampler", 1, 1000)
+    sampler: str = _setting("dpmpp_2m", "how the ODE or SDE is integrated", names=SAMPLERS)
+    grid: str = _setting("uniform_t", "the times of the steps", names=GRIDS)
+    source: str = _setting(
+        "combined", "where alpha, the experts' probabilities, comes from", names=SOURCES
     )
-    control_variate: str = (
-        "gaussian"  # what stands in for the experts that are not asked; none for nothing
+    policy: str = _setting("balanced", "which experts move the image, given alpha", names=POLICIES)
+    top_k: int = _setting(1, "experts per step of policy=top_k", 1, 2**31)
+    nucleus_p: float = _setting(0.9, "mass of alpha that policy=nucleus covers", 1e-6, 1)
+    budget: float = _setting(
+        1.5, "expert calls per step of policy=adaptive, on average at most", 1, 1_000_000
     )
-    order: int = 3  # for sampler=unipc
-    relaxation_rate: float = 40.0  # for source=combined, towards the posterior net, a unit of t
-    t_min: float = 0.0  # where the grid ends
-    clip: bool = True  # bound the denoised images to [-1, 1], after mixing
-    clusters: dict[str, float] = field(
-        default_factory=dict
-    )  # factors of their shares, 0 for others; none for all
+    temperature: float = _setting(
+        1.0,
+        "the policy sees alpha^(1/temperature), renormalized: below 1 more decided",
+        0.01,
+        100,
+    )
+    control_variate: str = _setting(
+        "gaussian", "what replaces the experts that are not called", names=CONTROL_VARIATES
+    )
+    order: int = _setting(3, "order of sampler=unipc", 2, 3)
+    relaxation_rate: float = _setting(
+        40.0,
+        "how fast source=combined relaxes to the posterior net, per unit of t",
+        0,
+        1_000_000,
+    )
+    t_min: float = _setting(0.0, "time at which the grid ends", 0, 0.999)
+    clip: bool = _setting(True, "clip the denoised images to [-1, 1], after mixing")
+    clusters: Any = _setting(  # noqa: RUF009
+        None, "sample from these clusters only: names, or a factor of pi for each; none for all"
+    )
+
+    def __post_init__(self) -> None:
+        """`clusters` becomes an object of weights, or None; a name that YAML read as a number becomes text."""
+        weights = self.clusters or None
+        if isinstance(weights, list | tuple) and all(
+            isinstance(name, str | int) for name in weights
+        ):
+            weights = dict.fromkeys(weights, 1.0)
+        if isinstance(weights, Mapping):
+            weights = {str(name): weight for name, weight in weights.items()}
+        self.clusters = weights
+
+    def __hash__(self) -> int:
+        values = [getattr(self, setting.name) for setting in SETTINGS]
+        return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in values))
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `sample.…` of a value that is unknown or out of range."""
         with within("sample"):
-            self._check()
+            for setting in SETTINGS:
+                _check(setting, getattr(self, setting.name))
 
-    def _check(self) -> None:
-        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
-        require(whole and 1 <= self.steps <= 1000, "steps", "be in [1, 1000]", self.steps)
-        for key, names in (
-            ("sampler", SAMPLERS),
-            ("grid", GRIDS),
-            ("source", SOURCES),
-            ("policy", POLICIES),
-        ):
-            if getattr(self, key) not in names:
-                raise one_of(key, getattr(self, key), names)
-        if self.control_variate not in CONTROL_VARIATES:
-            raise one_of("control_variate", self.control_variate, CONTROL_VARIATES)
-        policy(self.policy, self.top_k, self.nucleus_p, self.budget)
-        require(
-            0.01 <= self.temperature <= 100,
-            "temperature",
-            "be in [0.01, 100]",
-            self.temperature,
-        )
-        sampler(self.sampler, self.order)
-        require(self.relaxation_rate >= 0, "relaxation_rate", "be at least 0", self.relaxation_rate)
-        require(0 <= self.t_min <= 0.999, "t_min", "be in [0, 0.999]", self.t_min)
-        enough = (
-            all(0 <= weight < math.inf for weight in self.clusters.values())
-            and sum(self.clusters.values()) > 0
-        )
-        require(
-            not self.clusters or enough,
-            "clusters",
-            "have finite weights of at least 0, not all 0",
-            self.clusters,
-        )
+
+SETTINGS = fields(SampleConfig)
+
+
+class SampleSettings(TypedDict, total=False):
+    """The fields of `SampleConfig` as keywords."""
+
+    steps: int
+    sampler: str
+    grid: str
+    source: str
+    policy: str
+    top_k: int
+    nucleus_p: float
+    budget: float
+    temperature: float
+    control_variate: str
+    order: int
+    relaxation_rate: float
+    t_min: float
+    clip: bool
+    clusters: Mapping[str, float] | Sequence[str]
+
+
+def rule(setting: Field[Any]) -> str:
+    """What the value of a setting must be, in words that follow `must`."""
+    bounds = setting.metadata
+    if bounds["names"]:
+        return f"be one of {' '.join(bounds['names'])}"
+    if setting.name == "clusters":
+        return "be a list of clusters, or an object with a finite weight of at least 0 for each, not all 0"
+    if setting.type is bool:
+        return "be true or false"
+    kind = "a whole number" if setting.type is int else "a number"
+    return f"be {kind} in [{bounds['low']}, {bounds['high']}]"
+
+
+def _check(setting: Field[Any], value: Any) -> None:
+    require(_holds(setting, value), setting.name, rule(setting), value)
+
+
+def _holds(setting: Field[Any], value: Any) -> bool:
+    bounds = setting.metadata
+    if bounds["names"]:
+        return value in bounds["names"]
+    if setting.name == "clusters":
+        return value is None or _are_weights(value)
+    if setting.type is bool:
+        return isinstance(value, bool)
+    number = isinstance(value, int if setting.type is int else int | float)
+    return number and not isinstance(value, bool) and bounds["low"] <= value <= bounds["high"]
+
+
+def _are_weights(value: Any) -> bool:
+    weights: list[Any] = list(value.values()) if isinstance(value, dict) else [None]
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights)
+    return numbers and all(0 <= w < math.inf for w in weights) and max(weights) > 0
+
+
+def described() -> str:
+    """One line per setting: its default, description and rule."""
+    lines = []
+    for setting in SETTINGS:
+        value = getattr(SampleConfig(), setting.name)
+        lines.append(f"{setting.name}={value!r}: {setting.metadata['doc']}; must {rule(setting)}")
+    return "\n".join(lines)
+
+
+SampleConfig.__doc__ = f"{SampleConfig.__doc__}\n\n{described()}"

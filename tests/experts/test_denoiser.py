@@ -127,7 +127,7 @@ def test_one_time_for_all_of_any_dtype_gives_what_the_same_time_for_each_gives(
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("sigma_data", 0.0, "sigma_data must be above 0, got 0.0"),
+        ("sigma_data", 0.0, "sigma_data must be in (0, 1000], got 0.0"),
         ("min_snr_gamma", -1.0, "min_snr_gamma must be above 0, got -1.0"),
         ("steps", 0, "steps must be at least 1, got 0"),
         ("t_min", 0.0, "t_min must be in (0, 1), got 0.0"),

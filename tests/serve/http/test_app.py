@@ -437,7 +437,7 @@ def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
         ({"trace": True}, "trace must have format npz or b64_json, or stream, got 'png'"),
         (
             {"clusters": {"0 + 1": -1}},
-            "clusters must be a list of clusters, or an object with a finite weight of at least 0 for each, got {'0 + 1': -1}",
+            "clusters must be a list of clusters, or an object with a finite weight of at least 0 for each, not all 0, got {'0 + 1': -1}",
         ),
         ({"scale": 0}, "scale must be a whole number in [1, 1024], got 0"),
         ({"scale": 65}, "scale must be in [1, 64] for images of 8 px, got 65"),

@@ -1,14 +1,18 @@
+import inspect
 import json
 import math
 import shutil
+import weakref
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
+from ddm.bundle import write_half
 from ddm.errors import ArtifactError, ConfigError
 from ddm.gaussian import moments
 from ddm.partition import Partition
@@ -19,7 +23,10 @@ from ddm.schedules import schedule
 from router.policies import POLICIES
 from router.sources import SOURCES
 from serve import SampleConfig, load
+from serve.http.schemas import SampleRequest
 from serve.model.loading import load_expert
+from serve.model.model import Model
+from serve.model.params import SETTINGS, SampleSettings
 
 
 @pytest.mark.parametrize(
@@ -213,16 +220,21 @@ def test_a_sampler_that_the_schedule_does_not_define_is_refused_before_anything_
     assert model.settings(sampler="ddim", steps=4, grid="quadratic").steps == 4
 
 
-def without(bundle: Path, name: str, tensor: str) -> None:
-    """Write an artifact of a bundle anew without one of its tensors, with all hashes right."""
-    tensors, facts = read_artifact(bundle / name)
-    del tensors[tensor]
+def rewrite(bundle: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
+    """Write an artifact of a bundle anew, with all hashes right."""
     write_artifact(
         bundle / name, tensors, {key: value for key, value in facts.items() if key != "sha256"}
     )
     manifest = read_json(bundle / "manifest.json")
     manifest["artifacts"][name] = sha256(bundle / f"{name}.json")
     write_json(bundle / "manifest.json", manifest)
+
+
+def without(bundle: Path, name: str, tensor: str) -> None:
+    """Take one tensor from an artifact of a bundle."""
+    tensors, facts = read_artifact(bundle / name)
+    del tensors[tensor]
+    rewrite(bundle, name, tensors, facts)
 
 
 @pytest.mark.parametrize("tensor", ["gaussian.mean", "gaussian.variance"])
@@ -256,36 +268,51 @@ def test_a_clipped_image_differs_only_where_it_would_leave_the_range(small_run: 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"steps": 0}, r"sample.steps must be in \[1, 1000\], got 0"),
-        ({"steps": 2.5}, r"sample.steps must be in \[1, 1000\], got 2.5"),
+        ({"steps": 0}, r"sample.steps must be a whole number in \[1, 1000\], got 0"),
+        ({"steps": 2.5}, r"sample.steps must be a whole number in \[1, 1000\], got 2.5"),
         ({"sampler": "eular"}, "sample.sampler must be one of euler ddim heun .*, got 'eular'"),
         ({"policy": "best"}, "sample.policy must be one of full top_k .* adaptive, got 'best'"),
         (
             {"policy": "adaptive", "budget": 0.5},
-            "sample.budget must be at least 1 call a step, got 0.5",
+            r"sample.budget must be a number in \[1, 1000000\], got 0.5",
         ),
         (
             {"control_variate": "best"},
             "sample.control_variate must be one of none gaussian, got 'best'",
         ),
-        ({"order": 4}, "sample.order must be 2 or 3, got 4"),
-        ({"sampler": "unipc", "order": 1}, "sample.order must be 2 or 3, got 1"),
+        ({"order": 4}, r"sample.order must be a whole number in \[2, 3\], got 4"),
+        (
+            {"sampler": "unipc", "order": 1},
+            r"sample.order must be a whole number in \[2, 3\], got 1",
+        ),
         (
             {"grid": "own"},
             r"sample.grid must not be own for VPLinear.*, which has no steps of its own",
         ),
         ({"source": "oracle"}, "sample.source must be one of prior .*, got 'oracle'"),
         ({"grid": "even"}, "sample.grid must be one of uniform_t .*, got 'even'"),
-        ({"policy": "top_k", "top_k": 0}, "sample.top_k must be at least 1, got 0"),
-        ({"policy": "nucleus", "nucleus_p": 1.5}, r"sample.nucleus_p must be in \(0, 1\], got 1.5"),
-        ({"temperature": 0}, r"sample.temperature must be in \[0.01, 100\], got 0"),
-        ({"temperature": 0.009}, r"sample.temperature must be in \[0.01, 100\], got 0.009"),
-        ({"temperature": 101}, r"sample.temperature must be in \[0.01, 100\], got 101"),
-        ({"temperature": math.nan}, r"sample.temperature must be in \[0.01, 100\], got nan"),
+        (
+            {"policy": "top_k", "top_k": 0},
+            r"sample.top_k must be a whole number in \[1, 2147483648\], got 0",
+        ),
+        (
+            {"policy": "nucleus", "nucleus_p": 1.5},
+            r"sample.nucleus_p must be a number in \[1e-06, 1\], got 1.5",
+        ),
+        ({"temperature": 0}, r"sample.temperature must be a number in \[0.01, 100\], got 0"),
+        (
+            {"temperature": 0.009},
+            r"sample.temperature must be a number in \[0.01, 100\], got 0.009",
+        ),
+        ({"temperature": 101}, r"sample.temperature must be a number in \[0.01, 100\], got 101"),
+        (
+            {"temperature": math.nan},
+            r"sample.temperature must be a number in \[0.01, 100\], got nan",
+        ),
         ({"step": 3}, "sample has no setting 'step'; it takes steps, sampler"),
         ({"seed": -1}, "sample.seed must be"),
-        ({"first_index": -1}, "sample.first_index must be a whole number, at least 0, got -1"),
-        ({"batch": 0}, "sample.batch must be a whole number, at least 1, got 0"),
+        ({"first_index": -1}, r"sample.first_index must be a whole number in \[0, 2\^63\), got -1"),
+        ({"batch": 0}, r"sample.batch must be a whole number in \[1, 2\^63\), got 0"),
     ],
 )
 def test_bad_settings_are_refused_by_name(
@@ -298,14 +325,14 @@ def test_bad_settings_are_refused_by_name(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"budget": 0.5}, "sample.budget must be at least 1 call a step, got 0.5"),
-        ({"order": 4}, "sample.order must be 2 or 3, got 4"),
+        ({"budget": 0.5}, r"sample.budget must be a number in \[1, 1000000\], got 0.5"),
+        ({"order": 4}, r"sample.order must be a whole number in \[2, 3\], got 4"),
         (
             {"control_variate": "best"},
             "sample.control_variate must be one of none gaussian, got 'best'",
         ),
-        ({"temperature": -1.0}, r"sample.temperature must be in \[0.01, 100\], got -1.0"),
-        ({"t_min": 1.0}, r"sample.t_min must be in \[0, 0.999\], got 1.0"),
+        ({"temperature": -1.0}, r"sample.temperature must be a number in \[0.01, 100\], got -1.0"),
+        ({"t_min": 1.0}, r"sample.t_min must be a number in \[0, 0.999\], got 1.0"),
     ],
 )
 def test_settings_are_refused_without_a_model_at_hand(
@@ -314,6 +341,122 @@ def test_settings_are_refused_without_a_model_at_hand(
     SampleConfig().check()
     with pytest.raises(ConfigError, match=said):
         SampleConfig(**settings).check()  # type: ignore[arg-type]
+
+
+def test_clusters_are_names_or_weights(small_run: Path) -> None:
+    model = load(small_run)
+    first, second, _ = model.names
+    listed = model.settings(clusters=[first, second])
+    assert listed == model.settings(clusters={second: 1, first: 1.0})
+    assert hash(listed) == hash(model.settings(clusters={second: 1.0, first: 1}))
+    assert listed != model.settings(clusters=[first])
+    assert model.settings(clusters=[]) == model.settings(clusters={}) == model.settings()
+    images = model.sample(3, steps=2, clusters=[first, second])
+    assert images.equal(model.sample(3, steps=2, clusters={first: 1.0, second: 1.0}))
+
+
+@pytest.mark.parametrize(
+    "clusters", [3, "0 + 1", [["a"]], [None], {"a": "b"}, {"a": True}, {"a": []}]
+)
+def test_clusters_of_another_type_are_refused(clusters: object) -> None:
+    with pytest.raises(ConfigError, match="^sample.clusters must be a list of clusters, or"):
+        SampleConfig(clusters=clusters).check()
+
+
+def test_every_setting_is_checked_at_both_ends_of_its_range() -> None:
+    for setting in SETTINGS:
+        for key, beyond in (("low", -1), ("high", 1)):
+            if (bound := setting.metadata[key]) is None:
+                continue
+            SampleConfig(**{setting.name: setting.type(bound)}).check()
+            past = (
+                bound + beyond if setting.type is int else math.nextafter(bound, beyond * math.inf)
+            )
+            for value in (past, math.nan, None, True, "1"):
+                with pytest.raises(ConfigError, match=f"^sample.{setting.name} must ") as error:
+                    SampleConfig(**{setting.name: value}).check()
+                assert error.value.key == f"sample.{setting.name}"
+
+
+def test_python_and_http_have_one_range_for_each_setting() -> None:
+    properties = SampleRequest.model_json_schema()["properties"]
+    for setting in SETTINGS:
+        schema = properties[setting.name]
+        value = schema["anyOf"][0]
+        assert schema["description"] == setting.metadata["doc"]
+        assert value.get("minimum") == setting.metadata["low"], setting.name
+        assert value.get("maximum") == setting.metadata["high"], setting.name
+        assert tuple(schema.get("enum", [None])[:-1]) == (setting.metadata["names"] or ())
+
+
+def test_help_lists_every_setting_with_its_type_and_default() -> None:
+    shown = inspect.signature(Model.sample).parameters
+    types = get_type_hints(SampleSettings)
+    assert list(types) == [setting.name for setting in SETTINGS]
+    for setting in SETTINGS:
+        assert shown[setting.name].default == getattr(SampleConfig(), setting.name)
+        assert shown[setting.name].annotation == types[setting.name]
+        assert setting.type in (types[setting.name], Any)
+        assert setting.metadata["doc"] in (Model.sample.__doc__ or "")
+
+
+def test_the_representation_says_what_the_model_is(small_run: Path) -> None:
+    model = load(small_run)
+    said = repr(model)
+    for part in (*model.names, "3 experts", "with a router", "1 x 8 x 8", "VPLinear", "cpu"):
+        assert part in said
+    assert model.version[:12] in said
+
+
+def test_progress_counts_each_step_of_each_image_once(small_run: Path) -> None:
+    for sampler in ("ddim", "heun"):
+        seen: list[int] = []
+        load(small_run).sample(5, steps=4, batch=3, sampler=sampler, progress=seen.append)
+        assert seen == [3] * 4 + [2] * 4
+
+
+def test_a_model_that_is_dropped_frees_its_memory_at_once(small_run: Path) -> None:
+    model = load(small_run)
+    model.sample(1, steps=2, source="analytic")
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_file(
+    small_run: Path, tmp_path: Path, value: float
+) -> None:
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    tensors, facts = read_artifact(bundle / "expert-01")
+    name = "network.head.2.bias"
+    rewrite(bundle, "expert-01", {**tensors, name: torch.full_like(tensors[name], value)}, facts)
+    for read in (load, lambda folder: load_expert(folder, 1)):
+        with pytest.raises(
+            ArtifactError, match=f"expert-01.safetensors is damaged: {name} must be finite numbers"
+        ):
+            read(bundle)
+
+
+def test_images_that_are_not_finite_are_never_returned(small_run: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
+    tensors, facts = read_artifact(bundle / "expert-01")
+    huge = {name: tensor * 1e30 for name, tensor in tensors.items()}
+    rewrite(bundle, "expert-01", huge, facts)
+    with pytest.raises(
+        ArtifactError, match=r"manifest.json: images 0 to 3 of seed 0 are not finite"
+    ):
+        load(bundle).sample(4, steps=2, policy="full", source="prior", clip=False)
+
+
+def test_half_precision_weights_run_in_float32(small_run: Path, tmp_path: Path) -> None:
+    write_half(small_run / "bundle", tmp_path / "half")
+    half = load(tmp_path / "half")
+    assert {p.dtype for p in half.experts[0].parameters()} == {torch.float32}
+    whole = load(small_run)
+    assert (half.sample(2, steps=3) - whole.sample(2, steps=3)).abs().max() < 0.1
+    kernel = half.experts[0].network.encoder.stem.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_path_ends_at_t_min_with_the_noise_that_is_left_there(small_run: Path) -> None:
@@ -331,7 +474,9 @@ def test_a_path_ends_at_t_min_with_the_noise_that_is_left_there(small_run: Path)
 
 
 def test_no_images_are_refused(small_run: Path) -> None:
-    with pytest.raises(ConfigError, match="sample.n must be a whole number, at least 1, got 0"):
+    with pytest.raises(
+        ConfigError, match=r"sample.n must be a whole number in \[1, 2\^63\), got 0"
+    ):
         load(small_run).sample(0)
 
 
@@ -448,7 +593,8 @@ def test_weights_of_clusters_that_make_no_sense_are_refused(
 ) -> None:
     model = load(small_run)
     with pytest.raises(
-        ConfigError, match="sample.clusters must have finite weights of at least 0, not all 0"
+        ConfigError,
+        match="sample.clusters must be .* a finite weight of at least 0 for each, not all 0",
     ):
         model.settings(clusters=dict(zip(model.names, weights, strict=False)))
 
@@ -546,4 +692,5 @@ def test_a_recipe_is_the_same_for_the_same_settings_and_keeps_nothing_of_those_w
     assert plan.schedule.cache_info().currsize <= 4  # the times of its grid
     for top_k in range(1, 200):
         model.plan(model.settings(policy="top_k", top_k=top_k))
-    assert len(model._plans) <= 64 and len(model._routers) <= 64
+    assert model._cached_plan.cache_info().currsize == 64
+    assert model._cached_router.cache_info().currsize == 64
