@@ -46,19 +46,19 @@ def sixteen() -> dict[tuple[str, int], tuple[float, float]]:
     ("name", "least"),
     [("ddpm as proven", 1.6), ("ddim", 1.4), ("ddim as proven", 1.4), ("accelerated_sde", 3.3)],
 )
-def test_kl_falls_with_the_slope_that_is_promised(sixteen, name, least):
+def test_kl_falls_with_the_proven_slope(sixteen, name, least):
     slope = math.log(sixteen[name, 1600][0] / sixteen[name, 6400][0]) / math.log(4)
     assert least <= slope <= (4 if name == "accelerated_sde" else 2)
 
 
-def test_accelerated_ode_beats_ddim_as_proven_a_thousand_times_and_ddim_as_run_not(sixteen):
+def test_accelerated_ode_leads_ddim_as_proven_by_1000_and_ddim_by_less(sixteen):
     ours = sixteen["accelerated_ode", 800][0]
     assert sixteen["ddim as proven", 800][0] > 1000 * ours
     assert 10 * ours < sixteen["ddim", 800][0] < 100 * ours
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_law_is_that_of_simulated_paths(name):
+def test_law_matches_simulation(name):
     T, n = 20, 200_000
     schedule = TwoPhase(T, c0=2, c1=2)
     times = time_grid("own", T, schedule, t_min=1 / T)
@@ -85,7 +85,7 @@ def test_law_is_that_of_simulated_paths(name):
 
 
 @pytest.mark.parametrize("apart", [1e-7, 1e-3, 0.02, 0.05, 1.5])
-def test_kl_is_its_integral_however_close_the_laws(apart):
+def test_kl_is_its_integral_for_close_laws(apart):
     p, q = Law(0.3 * ONE, 0.5 * ONE), Law((0.3 + apart) * ONE, 0.5 * (1 + apart) * ONE)
     x = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
     log_r = (
@@ -107,7 +107,7 @@ def test_density_on_a_gaussian_is_the_exact_law(name):
     assert rows[name]["kl"] == pytest.approx(rows[name]["exact"], rel=1e-6)
 
 
-def test_density_of_ddpm_on_a_mixture_is_that_of_simulated_paths():
+def test_density_of_ddpm_on_a_mixture_matches_simulation():
     T, n = 30, 200_000
     data, times = densities._setting(0.2, T)
     y, log_r = densities.evolved("ddpm as proven", data, times)
@@ -134,7 +134,7 @@ def test_denoised_and_its_slope_are_those_of_the_oracle():
     assert torch.allclose(slope, torch.autograd.grad(exact.sum(), x)[0], rtol=1e-10)
 
 
-def test_accelerated_sde_moves_the_mean_of_a_step_by_the_curvature_of_the_score():
+def test_accelerated_sde_shifts_the_mean_by_the_curvature_of_the_score():
     data, times = densities._setting(0.5, 400)
     step, t = times[200:202], times[200]
     x = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)

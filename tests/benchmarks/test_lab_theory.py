@@ -75,7 +75,7 @@ class Points:
         return a * x0 + s * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
 
     def flow(self, x: Tensor, t: Tensor, t_end: Tensor, steps: int) -> Tensor:
-        """The exact flow, by Runge and Kutta's fourth order."""
+        """The exact flow, by the fourth-order Runge-Kutta method."""
         h = (t_end - t) / steps
         for n in range(steps):
             now = t + n * h
@@ -155,7 +155,7 @@ def lam_rate(path: Schedule, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_no_gradient_of_the_velocity_or_of_an_experts_exceeds_the_lipschitz_constant(
+def test_lipschitz_constant_bounds_every_velocity_gradient(
     case: int,
 ) -> None:
     data, R, t, x = inside(case)
@@ -172,9 +172,7 @@ def test_no_gradient_of_the_velocity_or_of_an_experts_exceeds_the_lipschitz_cons
 
 @pytest.mark.parametrize("path", EVERY)
 @pytest.mark.parametrize("t", [0.05, 0.3, 0.9])
-def test_two_points_reach_the_expansion_midway_and_the_lipschitz_constant_midway_or_far_away(
-    path: Schedule, t: float
-) -> None:
+def test_two_points_attain_expansion_and_lipschitz_constant(path: Schedule, t: float) -> None:
     R = 0.7
     data, c = pair(R, path), constants(path, R, 1, 2, number(t))
     far_away = (
@@ -186,9 +184,7 @@ def test_two_points_reach_the_expansion_midway_and_the_lipschitz_constant_midway
     assert max(abs(float(midway)), abs(float(far))) == pytest.approx(float(c.lipschitz), rel=1e-9)
 
 
-def test_near_the_data_the_midway_gradient_is_most_of_the_lipschitz_constant_so_half_of_it_is_wrong() -> (
-    None
-):
+def test_midway_gradient_near_the_data_exceeds_half_the_lipschitz_constant() -> None:
     t = number(0.05)
     gradient = gradients(
         lambda y: pair(1, VP).velocity(y, t), torch.zeros(1, 1, dtype=torch.float64)
@@ -206,7 +202,7 @@ def test_velocity_never_outgrows_its_line(case: int) -> None:
 
 
 @pytest.mark.parametrize("path", EVERY)
-def test_a_point_on_the_far_side_reaches_the_line_of_growth(path: Schedule) -> None:
+def test_opposite_point_attains_the_growth_bound(path: Schedule) -> None:
     R, t, x = 0.7, number(0.4), torch.tensor([[2.0]], dtype=torch.float64)
     single = Points(torch.tensor([[-R]], dtype=torch.float64), torch.zeros(1), torch.zeros(1), path)
     c = constants(path, R, 1, 1, t)
@@ -216,7 +212,7 @@ def test_a_point_on_the_far_side_reaches_the_line_of_growth(path: Schedule) -> N
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_no_denoiser_turns_faster_along_the_flow_than_its_rate(case: int) -> None:
+def test_denoiser_rate_bounds_every_denoiser(case: int) -> None:
     data, R, t, x = inside(case)
     a, s, _, _ = data.path(t)
     measured = along_the_flow(data, data.denoise, x, t).norm(dim=1) / lam_rate(data.path, t).abs()
@@ -224,7 +220,7 @@ def test_no_denoiser_turns_faster_along_the_flow_than_its_rate(case: int) -> Non
     assert (measured <= denoiser_rate(a / s, R, noise) * (1 + 1e-5) + 1e-7).all()
 
 
-def test_the_rates_first_term_is_reached_where_much_noise_balances_a_skewed_prior() -> None:
+def test_first_term_of_the_denoiser_rate_is_attained() -> None:
     R, t = 0.3, number(0.95)  # lam is small
     a, s, _, _ = VP(t)
     x = torch.tensor([[40.0]], dtype=torch.float64)
@@ -234,7 +230,7 @@ def test_the_rates_first_term_is_reached_where_much_noise_balances_a_skewed_prio
     assert 0.95 < float(measured / denoiser_rate(a / s, R, float(x / s))) <= 1
 
 
-def test_the_rates_second_term_is_two_thirds_reached_by_a_lopsided_pair_without_noise() -> None:
+def test_second_term_of_the_denoiser_rate_is_two_thirds_attained() -> None:
     R, t = 0.7, number(0.1)
     a, s, _, _ = VP(t)
     centre = R / math.sqrt(3)  # where p (1 - p) (1 - 2 p) is largest
@@ -247,7 +243,7 @@ def test_the_rates_second_term_is_two_thirds_reached_by_a_lopsided_pair_without_
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_velocity_along_the_flow_changes_no_faster_than_its_constant(case: int) -> None:
+def test_time_derivative_bounds_the_velocity_along_the_flow(case: int) -> None:
     data, R, t, _ = inside(case)
     d = data.points.shape[1]
     x = data.at(t, 4000, seeded(case))
@@ -258,7 +254,7 @@ def test_velocity_along_the_flow_changes_no_faster_than_its_constant(case: int) 
 @pytest.mark.parametrize(
     ("path", "R", "spread"), [(Bent(), 1e-4, 0.0), (VP, 1e-4, 1.0), (COSINE, 1e-4, 1.0)]
 )
-def test_a_lone_point_reaches_both_curvatures_of_the_time_derivative(
+def test_single_point_attains_both_curvatures_of_the_time_derivative(
     path: Any, R: float, spread: float
 ) -> None:
     t = number(0.6)
@@ -272,7 +268,7 @@ def test_a_lone_point_reaches_both_curvatures_of_the_time_derivative(
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_no_draw_of_an_expert_scatters_the_velocity_by_more_than_the_martingale_constant(
+def test_martingale_constant_bounds_the_noise_of_a_draw(
     case: int,
 ) -> None:
     data, R, t, x = inside(case)
@@ -284,7 +280,7 @@ def test_no_draw_of_an_expert_scatters_the_velocity_by_more_than_the_martingale_
 
 
 @pytest.mark.parametrize("path", EVERY)
-def test_two_equal_clusters_reach_the_martingale_constant_and_one_has_none(path: Schedule) -> None:
+def test_two_equal_clusters_attain_the_martingale_constant(path: Schedule) -> None:
     t, x = number(0.5), torch.zeros(1, 1, dtype=torch.float64)
     alpha, denoised = pair(0.7, path).clusters(x, t)
     v_k = torch.stack([velocity(x, denoised[:, k], path(t)) for k in range(2)], 1)
@@ -296,7 +292,7 @@ def test_two_equal_clusters_reach_the_martingale_constant_and_one_has_none(path:
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_wrong_weights_and_wrong_experts_move_the_velocity_by_no_more_than_their_constants(
+def test_router_and_expert_constants_bound_the_velocity_error(
     case: int,
 ) -> None:
     data, R, t, x = inside(case)
@@ -311,7 +307,7 @@ def test_wrong_weights_and_wrong_experts_move_the_velocity_by_no_more_than_their
     assert (error <= (c.router * eps_router + c.expert * eps_expert) * (1 + 1e-9)).all()
 
 
-def test_a_shift_of_weight_between_opposite_clusters_reaches_the_routers_constant() -> None:
+def test_opposite_clusters_attain_the_router_constant() -> None:
     t, x = number(0.5), torch.zeros(1, 1, dtype=torch.float64)
     shift = torch.tensor([[0.1, -0.1]], dtype=torch.float64)
     alpha, denoised = pair(0.7, VP).clusters(x, t)
@@ -324,7 +320,7 @@ def test_a_shift_of_weight_between_opposite_clusters_reaches_the_routers_constan
 
 
 @pytest.mark.parametrize("path", EVERY)
-def test_points_on_the_sphere_have_the_second_moment_of_the_constant(path: Schedule) -> None:
+def test_points_on_the_sphere_attain_the_moment(path: Schedule) -> None:
     t = number(0.4)
     measured = rms(pair(0.7, path, d=3).at(t, 200_000, seeded(0)))
     assert measured == pytest.approx(float(constants(path, 0.7, 3, 2, t).moment), rel=0.01)
@@ -335,7 +331,7 @@ def test_points_on_the_sphere_have_the_second_moment_of_the_constant(path: Sched
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_no_step_of_euler_stretches_by_more_than_its_factor(case: int) -> None:
+def test_factor_bounds_the_stretch_of_a_step(case: int) -> None:
     data, R, t, x = inside(case)
     for share in (0.01, 0.5, 1.0):
         h = share * (t - 0.01)
@@ -345,7 +341,7 @@ def test_no_step_of_euler_stretches_by_more_than_its_factor(case: int) -> None:
 
 
 @pytest.mark.parametrize("case", range(CASES // 2))
-def test_no_step_of_euler_leaves_the_exact_flow_by_more_than_its_truncation(case: int) -> None:
+def test_truncation_bounds_the_error_of_a_step(case: int) -> None:
     data, R, t, _ = inside(case)
     x = data.at(t, 1000, seeded(case))
     for share in (0.03, 0.4):
@@ -357,7 +353,7 @@ def test_no_step_of_euler_leaves_the_exact_flow_by_more_than_its_truncation(case
 
 
 @pytest.mark.parametrize("path", [*EVERY, Bent()])
-def test_the_truncation_of_a_short_step_is_half_its_square_times_the_time_derivative(
+def test_truncation_of_a_short_step_is_second_order(
     path: Schedule,
 ) -> None:
     t, h = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), 1e-4
@@ -367,7 +363,7 @@ def test_the_truncation_of_a_short_step_is_half_its_square_times_the_time_deriva
     )
 
 
-def test_the_truncation_of_a_long_step_integrates_the_denoisers_rate_twice() -> None:
+def test_truncation_of_a_long_step_is_a_double_integral() -> None:
     t, t_next = number(0.8), number(0.3)  # straight: Euler errs neither on a nor on s
     lam, lam_next = (1 - t) / t, (1 - t_next) / t_next
     mu = lam + (lam_next - lam) * (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -437,7 +433,7 @@ def test_the_routed_sampler_is_within_the_bound(
 
 
 @pytest.mark.parametrize("errors", [(0.0, 0.0), (0.0, 0.5)])
-def test_over_a_short_horizon_the_bound_is_within_a_factor_of_four_of_the_truth(
+def test_bound_is_within_a_factor_of_four_over_a_short_horizon(
     errors: tuple[float, float],
 ) -> None:
     measured = math.log10(routed_error(pair(1, VP), 0.5, 50, *errors))
@@ -468,7 +464,7 @@ def test_each_part_is_reached_where_the_flow_is_linear() -> None:
     )
 
 
-def test_at_few_steps_the_parts_are_the_recursion_of_the_proof() -> None:
+def test_parts_follow_the_recursion_of_the_proof() -> None:
     R, d, K, delta, steps, eps_router, eps_expert = 0.8, 2, 3, 0.1, 4, 0.1, 0.2
     times = torch.linspace(1, delta, steps + 1, dtype=torch.float64)
     h, first = (1 - delta) / steps, float(VP(times[0]).a) * R
@@ -512,13 +508,13 @@ def test_the_parts_tend_to_the_integrals_of_the_theorem(path: Schedule) -> None:
 
 
 @pytest.mark.parametrize("path", EVERY)
-def test_stability_is_the_exponential_of_the_integrated_expansion(path: Schedule) -> None:
+def test_stability_is_the_exponential_of_the_expansion(path: Schedule) -> None:
     t = torch.linspace(0.2, 1, 100_001, dtype=torch.float64)
     integral = torch.trapezoid(constants(path, 0.8, 2, 2, t).expansion, t)
     assert stability(path, 0.8, 0.2) == pytest.approx(float(integral) / math.log(10), rel=1e-6)
 
 
-def test_the_martingale_halves_with_four_times_the_steps_and_the_truncation_with_twice() -> None:
+def test_rates_of_martingale_and_truncation() -> None:
     coarse, fine = (bound(VP, 1, 2, 4, 0.2, steps) for steps in (4000, 16_000))
     assert coarse.martingale - fine.martingale == pytest.approx(math.log10(2), abs=0.01)
     assert coarse.truncation - fine.truncation == pytest.approx(math.log10(4), abs=0.01)
@@ -533,13 +529,13 @@ def test_the_approximation_is_linear_in_the_errors(which: int) -> None:
     assert once.truncation == twice.truncation and once.initialization == twice.initialization
 
 
-def test_one_expert_needs_no_router_and_leaves_no_martingale() -> None:
+def test_one_expert_has_no_router_part_and_no_martingale() -> None:
     alone = bound(VP, 1, 2, 1, 0.2, 100, eps_router=0.5, eps_expert=0.0)
     assert alone.martingale == alone.approximation == -math.inf
     assert bound(VP, 1, 2, 1, 0.2, 100, 0.0, 0.5).martingale == -math.inf
 
 
-def test_the_trivial_bound_is_reached_by_experts_that_err_outwards() -> None:
+def test_experts_with_outward_errors_attain_the_trivial_bound() -> None:
     R, eps, delta = 0.5, 3.0, 0.1
     data = Points(torch.tensor([[R]], dtype=torch.float64), torch.zeros(1), torch.zeros(1), VP)
     x = (
@@ -579,7 +575,7 @@ def test_settings_out_of_range_are_refused_by_name(setting: dict[str, Any], mess
         bound(**{"schedule": VP, "R": 1.0, "d": 2, "K": 2, "delta": 0.1, "steps": 10, **setting})
 
 
-def test_the_constants_and_the_stability_refuse_as_the_bound_does() -> None:
+def test_constants_and_stability_refuse_bad_settings() -> None:
     with pytest.raises(ConfigError, match=re.escape("theory.R must be above 0 and finite, got -1")):
         constants(VP, -1, 1, 1, number(0.5))
     with pytest.raises(ConfigError, match=re.escape("theory.delta must be in (0, 1), got 1.5")):

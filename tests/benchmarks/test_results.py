@@ -110,7 +110,7 @@ def _record(change: Callable[[dict], None]) -> Callable[[Path], None]:  # type: 
         ("better.md", lambda path: path.write_text("| FID | 1.0 |"), "better.md has no record"),
     ],
 )
-def test_what_does_not_fit_its_record_is_found(
+def test_mismatch_with_a_record_is_found(
     file: str, change: Callable[[Path], None], said: str, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(RESULTS, tmp_path / "results"))

@@ -1,4 +1,4 @@
-"""The table's command: what it makes, that it resumes, and that its page is a function of its
+"""The table: its record, resuming after an interruption, and that the page is a function of the
 record.
 """
 
@@ -34,25 +34,25 @@ def words(folder: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small run and its results; it was cut off once on the way."""
+    """A folder with a small run and its results, interrupted once on the way."""
     folder = tmp_path_factory.mktemp("table")
     sample = SampleStore.sample
     made: list[str] = []
 
-    def cut_off(self: SampleStore, *job: Any) -> None:
+    def interrupted(self: SampleStore, *job: Any) -> None:
         if len(made) == 5:
             raise KeyboardInterrupt
         made.append(job[0].name)
         sample(self, *job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SampleStore, "sample", cut_off)
+        patch.setattr(SampleStore, "sample", interrupted)
         assert main(words(folder)) == 130
     files = sorted((folder / "tiny" / "table" / "samples").glob("*.safetensors"))
     assert len(files) == 5
     before = {file: file.stat().st_mtime_ns for file in files}
     assert main(words(folder)) == 0
-    # Samples that are there are not made again.
+    # Finished samples are not made again.
     assert before == {file: file.stat().st_mtime_ns for file in files}
     return folder
 
@@ -62,7 +62,7 @@ def record(made: Path) -> Any:
     return json.loads((made / "results" / "tiny.json").read_text())
 
 
-def test_every_method_is_there_with_every_sampler_step_and_seed(record: Any) -> None:
+def test_record_holds_every_method_sampler_step_count_and_seed(record: Any) -> None:
     cells = {(c["method"], c["sampler"], c["steps"], c["seed"]) for c in record["cells"]}
     methods = [
         "DDIM",
@@ -87,13 +87,12 @@ def test_every_method_is_there_with_every_sampler_step_and_seed(record: Any) -> 
     assert nfe["full"] == 12
 
 
-def test_monolith_and_experts_cost_the_same_and_the_router_is_counted(record: Any) -> None:
+def test_monolith_and_experts_have_equal_compute(record: Any) -> None:
     cost = record["compute"]
     assert cost["experts"] == cost["monolith"] > cost["router"] > 0
     seen = record["images_seen"]
     assert seen["DDIM"] == seen["full"] == 3 * 12 * 12
-    # 12 noisy images a step with 240 real ones of 64 numbers: once in the 4 steps of stage 1, twice
-    # in the 6 of stage 2
+    # 12 noisy images per step, 240 real ones of 64 pixels: 4 steps of stage 1, and twice 6 of stage 2.
     assert cost["exact_targets"] == 2 * 12 * 240 * 64 * (4 + 2 * 6)
 
 
@@ -132,7 +131,7 @@ def test_a_difference_is_taken_seed_by_seed(record: Any) -> None:
     assert deviation == pytest.approx(abs(first - second) / 2**0.5)
 
 
-def test_what_is_done_is_not_done_again(made: Path) -> None:
+def test_finished_parts_are_not_repeated(made: Path) -> None:
     def times() -> dict[Path, int]:
         kinds = (".safetensors", ".ckpt")
         return {
@@ -162,7 +161,7 @@ def test_what_is_done_is_not_done_again(made: Path) -> None:
         (["--pages=1"], "unrecognized arguments: --pages=1"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_trained(
+def test_bad_config_is_refused_before_training(
     more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words(tmp_path, *more)) == 2
@@ -179,7 +178,7 @@ def test_the_benchmarks_need_neither_ray_nor_a_server() -> None:
 
 
 def test_an_ablation_trains_only_what_it_touches(made: Path, tmp_path: Path) -> None:
-    """On the run that is there: another temperature trains nothing, another loss the experts alone."""
+    """Another temperature trains nothing, another loss only the experts."""
     base = made / "tiny"
     more = [*SMALL, TABLE, f"run={base}", f"--out={tmp_path}"]
     assert ablations.main(["configs/digits.yaml", "temperature", "loss", *more]) == 0
