@@ -1,4 +1,4 @@
-"""What each expert would say if its cluster were Gaussian: a denoiser in closed form that costs no call."""
+"""The denoisers of Gaussian clusters, in closed form: the control variate of the experts, at no expert evaluation."""
 
 import math
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ _CHUNK = 1024  # images at a time
 class Gaussians:
     """K Gaussians, each with its cluster's mean and a covariance that is diagonal in the cosine basis of images.
 
-    Cosines are close to the principal components of natural images, whose statistics hardly depend on the place. `means` and
-    `variances` are `[K, ...]` in that basis; data that are no images, `[K, d]`, keep their own.
+    Cosines are close to the principal components of natural images, whose statistics hardly depend on position. `means` and
+    `variances` are `[K, C, H, W]` in that basis; data that are not images, `[K, d]`, keep their own basis.
     """
 
     means: Tensor
@@ -29,16 +29,15 @@ class Gaussians:
     def mix(self, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
         """`sum_k weight_k E[x0 | x_t = x, Gaussian k]`, `[B, ...]`: x `[B, ...]`, t `[]` or `[B]`, weights `[B, K]` of any sign.
 
-        Gaussian k's own is `m + f (x - a m)`, `f = a v / (a^2 v + s^2)`: linear in x, so the sum needs one transform each way.
+        Term k is `m + f (x - a m)`, `f = a v / (a^2 v + s^2)`: linear in x, so the sum needs one transform each way.
         """
         m, v = (part.to(x).flatten(1) for part in (self.means, self.variances))  # [K, n]
-        # One time for all stays a number on the CPU, so that no step waits for a device.
-        a, s, _, _ = self.schedule(t.to(x) if t.ndim else t).broadcast_to(
-            m[None]
-        )  # [] or [B, 1, 1]
+        # A single time stays on the CPU, so that no step waits for a device.
+        c = self.schedule(t.to(x) if t.ndim else t)
+        a, s, _, _ = c.broadcast_to(m[None])  # [] or [B, 1, 1]
         f = a * v / (a**2 * v + s**2)  # [K, n] or [B, K, n]
         weight = weight.to(x)[:, None]
-        # The networks may be in bfloat16, not what stands in for them.
+        # The networks may run in bfloat16; the control variate must not.
         with torch.autocast(x.device.type, enabled=False):
             mixed = (weight @ (m - a * f * m) + weight @ f * cosine(x).flatten(1)[:, None])[:, 0]
             return cosine(mixed.reshape(x.shape), inverse=True)
@@ -70,7 +69,7 @@ def cosine(x: Tensor, inverse: bool = False) -> Tensor:
 
 @lru_cache
 def _basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[n, n]`, row k the k-th cosine; made once for a device."""
+    """`[n, n]`, row k the k-th cosine; cached by size, dtype and device."""
     k, place = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     basis = torch.cos(math.pi * (place + 0.5) * k / n) * math.sqrt(2 / n)
     basis[0] /= math.sqrt(2)

@@ -1,4 +1,4 @@
-"""Where a sampler puts its steps: N + 1 times that fall from t_max to t_min."""
+"""The times of a sampler's steps: N + 1 numbers that fall from t_max to t_min."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ def time_grid(
                 lambda y: (y / 7).exp(), lambda y: 7 * y.log(), steps, schedule, t_min, t_max
             )
         case "own":
-            return _expert_config(steps, schedule, t_min, t_max)
+            return _own(steps, schedule, t_min, t_max)
         case _:
             raise one_of("grid", name, GRIDS)
 
@@ -114,7 +114,7 @@ def _given(times: Tensor, steps: int) -> Tensor:
     return times
 
 
-def _expert_config(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
+def _own(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
     if not isinstance(schedule, TwoPhase):
         raise ConfigError(
             f"grid must not be own for {schedule}, which has no steps of its own", "grid"

@@ -114,8 +114,8 @@ def neighbours(real: Tensor, samples: Tensor, k: int = 5) -> Neighbours:
     """Precision and recall (arXiv 1904.06991, equation 2) and coverage (arXiv 2002.09797, equation 6).
 
     Points are `[n, d]`. A point's ball reaches to the k-th nearest other point of its own set. Two
-    sets of the same size from one distribution have a coverage of `1 - 2^-k`. In chunks, so that
-    memory grows with n and not with its square. Raises `ConfigError` for a set of k points or fewer.
+    sets of the same size from one distribution have a coverage of `1 - 2^-k`. In float64,
+    and in chunks, so that memory grows with n and not with its square. Raises `ConfigError` for a set of k points or fewer.
     """
     require(
         min(len(real), len(samples)) > k,
@@ -123,7 +123,11 @@ def neighbours(real: Tensor, samples: Tensor, k: int = 5) -> Neighbours:
         f"be more than k = {k} per set",
         (len(real), len(samples)),
     )
-    real_radius, sample_radius = _radii(real, k), _radii(samples, k)
+    centre = real.double().mean(dim=0)
+    real, samples = real.double() - centre, samples.double() - centre
+    # Distances come from matrix products, by whose rounding a point may be apart from its copy.
+    slack = 1e-7 * float(real.norm(dim=1).max())
+    real_radius, sample_radius = _radii(real, k) + slack, _radii(samples, k) + slack
     in_real_ball = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     recalled, covered = [], []
     for rows, radius in zip(
@@ -148,7 +152,7 @@ def _radii(points: Tensor, k: int) -> Tensor:
 
 
 class PowerLaw(NamedTuple):
-    """`E(N) = constant N^-exponent`, and the share of the variance of log E that it explains."""
+    """`E(N) = constant N^-exponent`, and the fraction of the variance of log E that it explains."""
 
     constant: float
     exponent: float
@@ -156,7 +160,10 @@ class PowerLaw(NamedTuple):
 
 
 def power_law_fit(steps: Sequence[float], errors: Sequence[float]) -> PowerLaw:
-    """Least squares in log E over log N. Raises `ConfigError` for fewer than two points or an error that is not positive."""
+    """Least squares of log E over log N.
+
+    Raises `ConfigError` for fewer than two points or an error that is not positive.
+    """
     require(
         len(steps) == len(errors) >= 2,
         "power_law_fit: steps and errors",
@@ -170,12 +177,11 @@ def power_law_fit(steps: Sequence[float], errors: Sequence[float]) -> PowerLaw:
         list(steps),
     )
     require(min(errors) > 0, "power_law_fit: errors", "be positive", min(errors))
-    x, y = (
-        torch.tensor(steps, dtype=torch.float64).log(),
-        torch.tensor(errors, dtype=torch.float64).log(),
-    )
+    x = torch.tensor(steps, dtype=torch.float64).log()
+    y = torch.tensor(errors, dtype=torch.float64).log()
     x_c, y_c = x - x.mean(), y - y.mean()
     slope = (x_c @ y_c) / (x_c @ x_c)
-    residual, total = (y_c - slope * x_c).square().sum(), y_c.square().sum()
-    r2 = 1.0 if total < 1e-20 else float(1 - residual / total)  # a constant is its own law
+    residual = (y_c - slope * x_c).square().sum()
+    total = y_c.square().sum()
+    r2 = 1.0 if total < 1e-20 else float(1 - residual / total)  # a constant is fitted exactly
     return PowerLaw(float((y.mean() - slope * x.mean()).exp()), float(-slope), r2)

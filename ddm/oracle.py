@@ -1,4 +1,4 @@
-"""A Gaussian mixture, of which everything that a router and experts learn is known exactly: the tests' source of truth."""
+"""A Gaussian mixture, whose posterior, experts and marginals are known exactly: the reference of the tests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class GaussianMixture:
         return lambda x, t: self._denoised(x, t)[:, k]
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """n exact draws of x0, float32 `[n, d]`."""
+        """n exact samples of x0, float32 `[n, d]`."""
         index = torch.arange(n)
         edges = self.weights.double().cumsum(0)[:-1].contiguous()
         k = torch.bucketize(uniform(seed, RngStream.BATCH, index)[:, 0], edges)
@@ -61,7 +61,7 @@ class GaussianMixture:
         )
 
     def marginal(self, n: int, t: float, seed: int) -> Tensor:
-        """n exact draws of x_t, float32 `[n, d]`; the noise at t = 1 is that with which image i starts a path."""
+        """n exact samples of x_t, float32 `[n, d]`; the noise is that from which image i of the seed starts."""
         a, s, _, _ = self.schedule(torch.tensor(t))
         return a * self.sample(n, seed) + s * normal(
             seed, RngStream.START, torch.arange(n), 0, self.means.shape[1:]

@@ -1,7 +1,7 @@
 """Samplers as generators that know nothing of networks, batches or servers.
 
-A sampler asks for denoised images and gets them: `x0 = yield x, t`. Whoever runs it decides how the answer comes
-about: `drive` calls a denoiser in a loop, `drive_async` awaits one that may be anywhere. Both count the calls.
+A sampler yields (x, t) and is sent the denoised image: `x0 = yield x, t`. `drive` calls a denoiser in a loop, `drive_async`
+awaits one, which may be remote. Both count the calls.
 """
 
 import math
@@ -42,10 +42,10 @@ def ddim(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajector
 
 
 def _towards(denoised: Tensor, x: Tensor, c: Coeffs, c_next: Coeffs) -> Tensor:
-    """From t to t' with the noise that `denoised` leaves kept: the ODE's own solution where D is `denoised` all the way.
+    """The solution of the ODE from t to t' if D is `denoised` throughout the step.
 
-    With rho = a/s the ODE is `d(x/s)/d rho = D`, so this is exact for the mean of D over the step, whatever its course:
-    samplers of higher order differ only in how they estimate that mean. Where s' = 0, x' is `denoised` itself.
+    With rho = a/s the ODE is `d(x/s)/d rho = D`, so this is exact for the mean of D over the step, weighted by d rho: samplers
+    of higher order differ only in how they estimate that mean. Where s' = 0, x' is `denoised` itself.
     """
     return c_next.a * denoised + c_next.s / c.s * (x - c.a * denoised)
 
@@ -91,14 +91,14 @@ def dpmpp_2m(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Traje
 
 
 def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int = 3) -> Trajectory:
-    """UniPC of that order (arXiv 2302.04867, algorithms 1 and 2 for data prediction), one call a step.
+    """UniPC of that order (arXiv 2302.04867, algorithms 1 and 2 for data prediction), one call per step.
 
-    The predictor passes a polynomial in lambda = log a/s through the last `order` answers; once the next answer is there, the
-    corrector takes the same step again with a polynomial through that one as well. Both are exponential integrators: they
-    integrate the polynomial exactly, which is the paper's family with every moment matched. A step to t = 0 is DDIM's.
+    The predictor integrates a polynomial in lambda = log a/s through the last `order` denoised images. With the next one, the
+    corrector repeats the step with a polynomial through that as well. Both are exponential integrators: they integrate the
+    polynomial exactly, which is the paper's family with every moment matched. A step to t = 0 is DDIM's.
     """
     places: list[Tensor] = []  # of the answers, in lambda
-    answers: list[Tensor] = []
+    answers: list[Tensor] = []  # the denoised images
     before: tuple[Tensor, Coeffs] | None = None
     for t, t_next in pairwise(times):
         c, c_next = schedule(t), schedule(t_next)
@@ -116,7 +116,7 @@ def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int 
 
 
 def _lambda(c: Coeffs) -> Tensor:
-    """`log a/s`, half the log SNR; where a = 0 a number so low that no step can tell."""
+    """`log a/s`, half the log SNR; where a = 0 a number low enough to act as -infinity."""
     return c.a.clamp_min(1e-150).log() - c.s.log()
 
 
@@ -218,8 +218,8 @@ def accelerated_sde(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -
 
         Y+ = Y + sqrt((1 - alpha_n)/2) Z;  Y' = (Y+ + (1 - alpha_n) score_n(Y+) + sqrt((1 - alpha_n)/2) Z') / sqrt(alpha_n)
 
-    Its law is of order 2 where the score is linear, and of order 1 elsewhere: asking at Y+ moves the mean of the step by the
-    score's curvature. A step to t = 0 is the denoised image.
+    Its distribution is of order 2 where the score is linear, and of order 1 elsewhere: the score at Y+ shifts the mean of the
+    step by its curvature. A step to t = 0 is the denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -239,10 +239,11 @@ def _score(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to walk from noise to data: its generator, its order of accuracy in 1/N, and its denoiser calls a step.
+    """A sampler: its generator, its order of accuracy in 1/N, and its denoiser calls per step.
 
-    `order` is that of the path's error for a deterministic sampler and that of the law's for one that draws noise. `needs` says
-    where it is defined: on any schedule, where there is `signal` (a > 0), or where variance is `preserved` as well.
+    `order` is that of the trajectory's error for a deterministic sampler, and that of the distribution's for a stochastic one.
+    `needs` says where it is defined: on any schedule, where there is `signal` (a > 0), or where the variance is `preserved`,
+    a^2 + s^2 = 1, as well.
     """
 
     trajectory: Callable[[Tensor, Schedule, Times, Noise], Trajectory]
@@ -251,7 +252,7 @@ class Sampler:
     needs: Literal["nothing", "signal", "preserved"] = "nothing"
 
     def lacks(self, schedule: Schedule, times: Tensor) -> str:
-        """What the schedule lacks at these times for this sampler to be defined, in words; empty if it lacks nothing."""
+        """Why the sampler is not defined on the schedule at these times, in words; empty where it is."""
         a, s, _, _ = schedule(times)
         if self.needs != "nothing" and a.min() < 1e-6:
             return f"where a falls to {float(a.min()):.2g}: it divides by a"
@@ -277,16 +278,14 @@ SAMPLERS = tuple(_SAMPLERS)
 
 
 def sampler(name: str, order: int = 3) -> Sampler:
-    """The sampler of that name; `order` is unipc's, 2 or 3. Raises `ConfigError` for one that does not exist."""
+    """The sampler of that name; `order` is unipc's, 2 or 3. Raises `ConfigError` for an unknown name or order."""
     if name not in _SAMPLERS:
         raise one_of("sampler", name, SAMPLERS)
     require(order in (2, 3), "order", "be 2 or 3", order)
     found = _SAMPLERS[name]
-    return (
-        replace(found, trajectory=partial(unipc, order=order), order=order)
-        if name == "unipc"
-        else found
-    )
+    if name == "unipc":
+        return replace(found, trajectory=partial(unipc, order=order), order=order)
+    return found
 
 
 def plan_steps(
@@ -297,9 +296,9 @@ def plan_steps(
     t_min: float = 0.0,
     order: int = 3,
 ) -> tuple[Sampler, Tensor]:
-    """A sampler and the times that it walks, on the CPU so that no step waits for a device to learn its time.
+    """A sampler and its times, which stay on the CPU so that no step waits for a device.
 
-    Raises `ConfigError` naming the key of what is unknown or out of range, or of a sampler that the schedule does not define.
+    Raises `ConfigError` naming the key of what is unknown or out of range, or a sampler that is not defined on the schedule.
     """
     method, times = sampler(name, order), time_grid(grid, steps, schedule, t_min)
     lacking = method.lacks(schedule, times)
@@ -313,7 +312,7 @@ def plan_steps(
 
 
 def drive(trajectory: Trajectory, denoise: Denoiser) -> tuple[Tensor, int]:
-    """Run a sampler to its end with a denoiser at hand. Returns its result and the number of calls made."""
+    """Run a sampler to its end. Returns its result and the number of calls."""
     calls = 0
     try:
         x, t = next(trajectory)
@@ -352,7 +351,7 @@ def start(
 ) -> Trajectory:
     """A sampler ready to be driven from `x` `[B, ...]` at t = 1.
 
-    The noise of step n is that of the images `index` (default 0 ... B-1) of the seed. Raises what `plan` raises.
+    The noise of step n is that of the images `index` (default 0 ... B-1) of the seed. Raises what `plan_steps` raises.
     """
     index = torch.arange(len(x), device=x.device) if index is None else index
     method, times = plan_steps(sampler_name, steps, grid, schedule, t_min, order)
@@ -374,11 +373,11 @@ def sample(
     t_min: float = 0.0,
     order: int = 3,
 ) -> Tensor:
-    """Walk from `x` `[B, ...]`, noise times s(1), at t = 1 to the grid's end at `t_min`; returns x there.
+    """Sample from `x` `[B, ...]`, noise times s(1), at t = 1 to the end of the grid at `t_min`; returns x there.
 
-    `grid` is one of `GRIDS`, or steps + 1 falling times of one's own, the last of which is then the end.
+    `grid` is one of `GRIDS`, or steps + 1 falling times, the last of which is then the end.
 
-    Raises `ConfigError` for an unknown sampler or grid, steps below 1, or a sampler that the schedule does not define.
+    Raises `ConfigError` for an unknown sampler or grid, steps below 1, or a sampler that is not defined on the schedule.
     """
     return drive(
         start(x, schedule, sampler, steps, grid, seed=seed, t_min=t_min, order=order), denoiser

@@ -1,8 +1,8 @@
 """Forward processes: x_t = a(t) x0 + s(t) eps, and the one conversion between denoiser and velocity.
 
-A schedule is a frozen dataclass; calling it at t gives the two coefficients and their time derivatives in closed form.
-Everything else in the project (samplers, router targets, losses) sees only these four numbers. A new process is a new
-dataclass with `__call__` and a line in `_PROCESSES`.
+A schedule is a frozen dataclass; calling it at t returns the two coefficients and their time derivatives in closed form.
+The rest of the project (samplers, router targets, losses) uses only these four numbers. To add a process, add a dataclass
+with `__call__` and a line in `_PROCESSES`.
 """
 
 import math
@@ -185,8 +185,8 @@ class TwoPhase:
     """The discrete schedule of the convergence proofs (arXiv 2408.02320, eq. 7; arXiv 2403.03852): step n at t = n / steps.
 
     With `eta = c1 log T / T`: `beta_1 = T^-c0`, `beta_n = eta min{beta_1 (1 + eta)^n, 1}`, and the product of `1 - beta_j` over
-    j <= n is `a(n/T)^2`. Between two steps log a is linear, so da and ds jump at each of them: walk it with the grid `own`, and
-    not by slopes (`euler`, `heun`).
+    j <= n is `a(n/T)^2`. Between two steps log a is linear, so da and ds jump at each of them: use the grid `own`, and not a
+    sampler that uses slopes (`euler`, `heun`).
     """
 
     steps: int = 1000
@@ -247,7 +247,7 @@ SCHEDULES = tuple(_PROCESSES)
 def schedule(name: str, **parameters: Any) -> Schedule:
     """The forward process of that name: `schedule("vp_linear", beta_min=0.1, beta_max=20.0)(t) -> Coeffs`.
 
-    Raises `ConfigError` for a name or a parameter that does not exist, or a value out of range.
+    Raises `ConfigError` for an unknown name or parameter, or a value out of range.
     """
     if name not in _PROCESSES:
         raise one_of("name", name, SCHEDULES)
@@ -268,8 +268,8 @@ def schedule(name: str, **parameters: Any) -> Schedule:
 def velocity(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
     """The probability-flow velocity `v = (ds/s) x + (da - a ds/s) D`, for s > 0.
 
-    Affine in D with weights that do not depend on it, so a mixture of denoisers with weights that sum to one is the same
-    mixture of velocities: the decomposition on which the routed sampler stands.
+    Affine in D, with coefficients that do not depend on D: a mixture of denoisers with weights that sum to one gives the same
+    mixture of velocities. The routed sampler is based on this.
     """
     a, s, da, ds = c.broadcast_to(x)
     return ds / s * x + (da - a * ds / s) * denoised

@@ -1,4 +1,4 @@
-"""What experts and router share in learning: the batch, times and noise of step n as functions of (seed, n), and Adam."""
+"""What training an expert and a router share: Adam, and batch, times and noise of step n as functions of (seed, n)."""
 
 import copy
 from collections.abc import Iterable
@@ -14,20 +14,30 @@ from ddm.rng import RngStream, derive_seed, normal, uniform
 
 @dataclass
 class FitConfig:
-    """How a network is fitted: Adam with a linear warm-up, clipped gradients, an average of the weights."""
+    """How a network is trained: Adam with a linear warm-up, gradient clipping and an average of the weights (EMA).
+
+    steps: optimizer steps, at least 1.
+    batch: images per step, at least 1.
+    learning_rate: after the warm-up, above 0.
+    warmup_steps: steps over which the learning rate rises linearly, at least 0.
+    gradient_clip: the largest norm of the gradient, at least 0; 0 is no limit.
+    ema_decay: of the averaged weights, per step, in [0, 1); 0 keeps the raw weights.
+    precision: Lightning's: 32-true, bf16-mixed or 16-mixed.
+    compile: use torch.compile: about a minute before the first step, then faster steps on a GPU.
+    checkpoint_every: steps between checkpoints to resume from, at least 1.
+    t_min: times are sampled from [t_min, 1]; in (0, 1).
+    """
 
     steps: int = 1000
     batch: int = 128
     learning_rate: float = 2e-4
     warmup_steps: int = 0
-    gradient_clip: float = 1.0  # largest norm of the gradient; 0 for no limit
-    ema_decay: float = 0.999  # 0 keeps the raw weights
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    compile: bool = (
-        False  # by torch.compile: a minute before the first step, and faster steps on a GPU
-    )
-    checkpoint_every: int = 1000  # steps between checkpoints to resume from
-    t_min: float = 1e-3  # times are drawn from [t_min, 1]
+    compile: bool = False
+    checkpoint_every: int = 1000
+    t_min: float = 1e-3
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
@@ -41,7 +51,7 @@ class FitConfig:
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> Any:
         """The optimizer and its schedule, as `LightningModule.configure_optimizers` returns them."""
-        # A fused step takes float16's scale off the gradients by itself, too late for clipping them.
+        # A fused step unscales float16 gradients itself, which is too late for clipping.
         optimizer = torch.optim.Adam(
             parameters, lr=self.learning_rate, fused=self.precision != "16-mixed"
         )
@@ -51,7 +61,7 @@ class FitConfig:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Clip the gradients' norm; Lightning's own way refuses a fused optimizer in mixed precision."""
+        """Clip the gradients' norm. Lightning's clipping refuses a fused optimizer in mixed precision."""
         if self.gradient_clip > 0:
             nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
 
@@ -63,7 +73,7 @@ def to_float(images: Tensor) -> Tensor:
 
 @dataclass
 class Batches:
-    """Training images (uint8 `[N, C, H, W]`, on the device that trains) and what step n makes of them."""
+    """Training images, uint8 `[N, C, H, W]`, on the training device, and the batches made of them."""
 
     images: Tensor
     batch: int
@@ -71,15 +81,12 @@ class Batches:
     flip: bool = False  # mirror every image with probability 1/2
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Batches":
-        return copy.copy(
-            self
-        )  # Lightning's averaging copies its module; the images need not be there twice
+        return copy.copy(self)  # Lightning's EMA copies the module; the images stay shared
 
     def x0(self, step: int) -> tuple[Tensor, Tensor]:
-        """The images of a step, `[B, C, H, W]` in [-1, 1], and their places among all, int64 `[B]`."""
-        place = (
-            uniform(self.seed, RngStream.BATCH, self._rows, step)[:, 0] * len(self.images)
-        ).long()
+        """The images of a step, `[B, C, H, W]` in [-1, 1], and their indices among all, int64 `[B]`."""
+        u = uniform(self.seed, RngStream.BATCH, self._rows, step)[:, 0]
+        place = (u * len(self.images)).long()
         x0 = to_float(self.images[place])
         if self.flip:
             mirrored = uniform(self.seed, RngStream.FLIP, self._rows, step)[:, 0] < 0.5
@@ -87,17 +94,16 @@ class Batches:
         return x0, place
 
     def times(self, step: int) -> Tensor:
-        """Numbers in (0, 1), float32 `[B]`, one in each of B equal intervals: even times with less noise than B free draws."""
-        return (
-            (self._rows + uniform(self.seed, RngStream.TIME, self._rows, step)[:, 0]) / self.batch
-        ).float()
+        """Stratified uniform numbers in (0, 1), float32 `[B]`: one in each of B equal intervals, for less variance."""
+        u = uniform(self.seed, RngStream.TIME, self._rows, step)[:, 0]
+        return ((self._rows + u) / self.batch).float()
 
     def noise(self, step: int) -> Tensor:
         """The noise of a step, `[B, C, H, W]`."""
         return normal(self.seed, RngStream.NOISE, self._rows, step, self.images.shape[1:])
 
     def seed_dropout(self, step: int) -> None:
-        """Make torch's own generator, from which dropout draws, a function of (seed, step)."""
+        """Seed torch's generator, which dropout uses, by (seed, step)."""
         torch.manual_seed(derive_seed(self.seed, RngStream.DROPOUT, step))
 
     @property

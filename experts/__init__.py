@@ -1,1 +1,1 @@
-"""The UNet x0-denoiser, and how one expert learns."""
+"""The UNet x0-denoiser, and the training of one expert."""

@@ -19,14 +19,22 @@ Times = Literal["uniform", "uniform_log_snr", "logit_normal"]
 
 @dataclass
 class ExpertConfig(FitConfig):
-    """One expert: its network, what the network predicts, and how it is fitted."""
+    """One expert: its network, what the network predicts, and how it is trained.
+
+    unet: sizes of the network.
+    parameterization: `raw` predicts x0; `preconditioned` is EDM's (see `Denoiser`).
+    sigma_data: the root mean square of a pixel in [-1, 1], for `preconditioned`; above 0.
+    loss_weight: of the squared error over t: constant, snr or min_snr.
+    min_snr_gamma: the bound of min_snr, above 0.
+    times: the distribution of training times: uniform, uniform_log_snr or logit_normal.
+    """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     parameterization: Parameterization = "raw"
-    sigma_data: float = 0.5  # the root mean square of a pixel in [-1, 1], for `preconditioned`
+    sigma_data: float = 0.5
     loss_weight: LossWeight = "constant"
     min_snr_gamma: float = 5.0
-    times: Times = "uniform"  # of the noisy images it learns from
+    times: Times = "uniform"
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
@@ -59,8 +67,10 @@ class Denoiser(nn.Module):
         sigma_data: float,
     ) -> None:
         super().__init__()
-        self.network, self.schedule = network, schedule
-        self.parameterization, self.sigma_data = parameterization, sigma_data
+        self.network = network
+        self.schedule = schedule
+        self.parameterization = parameterization
+        self.sigma_data = sigma_data
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         t = t.to(x)
@@ -69,9 +79,7 @@ class Denoiser(nn.Module):
         a, s, _, _ = self.schedule(t).broadcast_to(x)
         variance = self.sigma_data**2
         total = a**2 * variance + s**2
-        c_in, c_skip, c_out = (
-            torch.rsqrt(total),
-            a * variance / total,
-            s * self.sigma_data * torch.rsqrt(total),
-        )
+        c_in = torch.rsqrt(total)
+        c_skip = a * variance / total
+        c_out = s * self.sigma_data * torch.rsqrt(total)
         return c_skip * x + c_out * self.network(c_in * x, t).to(x.dtype)

@@ -1,4 +1,4 @@
-"""How one expert learns: from its cluster's images and nothing else."""
+"""Training one expert, from its cluster's images and nothing else."""
 
 from typing import Any
 
@@ -25,10 +25,10 @@ def loss_weight(kind: LossWeight, c: Coeffs, gamma: float) -> Tensor:
 
 
 def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 1000) -> Tensor:
-    """The times at which `points + 1` even levels of their distribution lie, rising in [t_min, 1], float32 `[points + 1]`.
+    """`points + 1` evenly spaced quantiles of the distribution of training times, rising in [t_min, 1], float32.
 
-    `uniform`: even in t. `uniform_log_snr`: even in log a^2/s^2, so many near the data. `logit_normal`: the logit of t is a
-    standard normal number (arXiv 2403.03206, equation 19), so few at either end.
+    `uniform`: uniform in t. `uniform_log_snr`: uniform in log a^2/s^2, so many near the data. `logit_normal`: the logit of t
+    is standard normal (arXiv 2403.03206, equation 19), so few at either end.
     """
     match kind:
         case "uniform":
@@ -46,7 +46,7 @@ def denoising_loss(denoised: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
 
 
 class ExpertLearning(pl.LightningModule):
-    """Lightning's view of one expert. The loader only counts steps: the batch of step n is a function of (seed, n)."""
+    """One expert as a LightningModule. The data loader only counts steps: the batch of step n is a function of (seed, n)."""
 
     def __init__(self, denoiser: Denoiser, batches: Batches, config: ExpertConfig) -> None:
         super().__init__()
@@ -55,12 +55,11 @@ class ExpertLearning(pl.LightningModule):
             training_times(config.times, config.t_min, denoiser.schedule), persistent=False
         )
         if config.compile:
-            denoiser.network.compile(
-                dynamic=False
-            )  # once for all experts of a process: they differ in weights alone
+            # Compiled once for all experts of a process, which differ in weights alone.
+            denoiser.network.compile(dynamic=False)
 
     def at(self, level: Tensor) -> Tensor:
-        """The times below which the shares `level` `[B]` in (0, 1) of all training times lie."""
+        """The quantiles of the training times at `level` `[B]` in (0, 1)."""
         place = level * (len(self.levels) - 1)
         low = place.long().clamp_max(len(self.levels) - 2)
         return torch.lerp(self.levels[low], self.levels[low + 1], place - low)

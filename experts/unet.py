@@ -1,4 +1,4 @@
-"""The UNet that an expert is made of, at any size from an 8x8 grey digit to a 64x64 face."""
+"""The UNet of an expert, for square images from an 8x8 grey digit to a 64x64 face."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,19 @@ from ddm.blocks import Encoder, ResidualBlock, check_encoder, group_norm, zeroed
 
 @dataclass
 class UNetConfig:
-    """Sizes of a `UNet`; the defaults make the CIFAR-10 network of DDPM (arXiv 2006.11239, appendix B)."""
+    """Sizes of a `UNet`; the defaults are those of DDPM on CIFAR-10 (arXiv 2006.11239, appendix B).
+
+    channels: of the first level, a positive multiple of 4.
+    multipliers: of the channels, one per level; each level halves the image's side.
+    blocks: residual blocks per level, at least 1.
+    attention: sides, in pixels, of the feature maps that get self-attention.
+    dropout: in [0, 1).
+    """
 
     channels: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
-    blocks: int = 2  # residual blocks a level
-    attention: list[int] = field(
-        default_factory=lambda: [16]
-    )  # sides of the feature maps that get self-attention
+    blocks: int = 2
+    attention: list[int] = field(default_factory=lambda: [16])
     dropout: float = 0.1
 
     def check(self, shape: Sequence[int]) -> None:
@@ -29,7 +34,7 @@ class UNetConfig:
     def build(self, shape: Sequence[int]) -> "UNet":
         """A fresh network for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
         self.check(shape)
-        # What convolutions like, on CPUs as on tensor cores:
+        # Convolutions are fastest in channels_last, on CPUs and on tensor cores.
         return UNet(shape, self).to(memory_format=torch.channels_last)
 
 
@@ -45,7 +50,7 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """`(x [B, C, H, W], t [] or [B])` -> `[B, C, H, W]`; zero at the start, because its last layer is.
+    """`(x [B, C, H, W], t [] or [B])` -> `[B, C, H, W]`; zero at initialization, because its last layer is.
 
     Residual blocks with adaptive group norm (arXiv 2105.05233), skips from every feature map of the encoder.
     """
@@ -56,9 +61,8 @@ class UNet(nn.Module):
         self.encoder = Encoder(shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout)
         skips = list(self.encoder.widths)
         width, embedding = skips[-1], 2 * c.channels
-        attends = (
-            len(c.attention) > 0
-        )  # as in DDPM, also in the middle of a network that attends anywhere
+        # As in DDPM, the middle attends if any level does.
+        attends = len(c.attention) > 0
         self.middle = nn.ModuleList(
             [
                 ResidualBlock(width, width, embedding, c.dropout, attention=attends),
@@ -87,9 +91,9 @@ class UNet(nn.Module):
         for block in self.middle:
             h = block(h, embedding)
         for stage in self.stages:
-            h = (
-                stage(h)
-                if isinstance(stage, Upsample)
-                else stage(torch.cat([h, maps.pop()], dim=1), embedding)
-            )
+            if isinstance(stage, ResidualBlock):
+                skip = maps.pop()
+                h = stage(torch.cat([h, skip], dim=1), embedding)
+            else:
+                h = stage(h)
         return self.head(h)

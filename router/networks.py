@@ -1,4 +1,4 @@
-"""The router's networks: the posterior net alpha_k(x, t), and its time-derivative net, three networks, one a band of t."""
+"""The router's networks: the posterior net alpha_k(x, t), and the time-derivative net, with a network for each band of t."""
 
 import copy
 from collections.abc import Sequence
@@ -16,14 +16,19 @@ from ddm.training import FitConfig
 
 @dataclass
 class RouterNetConfig:
-    """Sizes of one network of the router, a UNet's encoder half."""
+    """Sizes of one network of the router, the encoder half of a UNet.
+
+    channels: of the first level, a positive multiple of 4.
+    multipliers: of the channels, one per level; each level halves the image's side.
+    blocks: residual blocks per level, at least 1.
+    attention: sides, in pixels, of the feature maps that get self-attention.
+    dropout: in [0, 1).
+    """
 
     channels: int = 64
     multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 2])
-    blocks: int = 1  # residual blocks a level
-    attention: list[int] = field(
-        default_factory=lambda: [8]
-    )  # sides of the feature maps that get self-attention
+    blocks: int = 1
+    attention: list[int] = field(default_factory=lambda: [8])
     dropout: float = 0.0
 
     def check(self, shape: Sequence[int]) -> None:
@@ -38,17 +43,24 @@ class RouterNetConfig:
 
 @dataclass
 class RouterConfig(FitConfig):
-    """The router: its networks, their two training stages and the bands of t. `steps` counts both stages."""
+    """The router: its networks, their two training stages and the bands of t. `steps` counts both stages.
+
+    net: sizes of each network.
+    batch: images per step, at least; rounded up to a multiple of 3, a third for each band.
+    switch_step: stage 1 ends here; in [1, steps).
+    label_weight: stage 1: of the cross-entropy, at least 0.
+    posterior_weight: stage 1: of the squared error to the exact posterior, at least 0.
+    rate_weight: stage 2: of the derivative nets' squared error, at least 0.
+    bands: the two times between the three bands, rising in (t_min, 1).
+    """
 
     net: RouterNetConfig = field(default_factory=RouterNetConfig)
-    batch: int = 129  # at least: rounded up to a multiple of 3, a third for each band
-    switch_step: int = 500  # stage 1 ends here
-    label_weight: float = 1.0  # stage 1: of the cross-entropy
-    posterior_weight: float = 1.0  # stage 1: of the squared error to the exact posterior
-    rate_weight: float = 1.0  # stage 2: of the derivative nets' squared error
-    bands: list[float] = field(
-        default_factory=lambda: [0.3, 0.7]
-    )  # the two times between the three bands
+    batch: int = 129
+    switch_step: int = 500
+    label_weight: float = 1.0
+    posterior_weight: float = 1.0
+    rate_weight: float = 1.0
+    bands: list[float] = field(default_factory=lambda: [0.3, 0.7])
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
@@ -78,16 +90,16 @@ class RouterConfig(FitConfig):
     def build(
         self, shape: Sequence[int], pi: Tensor, schedule: Schedule
     ) -> "tuple[PosteriorNet, DerivativeNet]":
-        """A fresh router for images `[C, H, W]` in clusters of shares `pi` `[K]`. Raises `ConfigError` naming a bad size."""
+        """A fresh router for images `[C, H, W]` and mixture weights `pi` `[K]`. Raises `ConfigError` naming a bad size."""
         with within("net"):
             scorer = self.net.build(shape, len(pi), schedule)
         return PosteriorNet(scorer, pi), DerivativeNet.from_trunk(scorer, self.bands)
 
 
 class Scorer(nn.Module):
-    """`(x [B, C, H, W], t [] or [B])` -> one number a cluster, `[B, K]`; zero at the start.
+    """`(x [B, C, H, W], t [] or [B])` -> one number per cluster, `[B, K]`; zero at initialization.
 
-    x is divided by `sqrt(a^2 + s^2)`, so that the network sees numbers of size 1 under every schedule.
+    x is divided by `sqrt(a^2 + s^2)`, so that the network's input has size 1 under every schedule.
     """
 
     def __init__(
@@ -110,7 +122,7 @@ class Scorer(nn.Module):
 
 
 class PosteriorNet(nn.Module):
-    """alpha_k(x, t), `[B, K]`, rows sum to 1 by softmax; a fresh network answers with the clusters' shares pi."""
+    """alpha_k(x, t), `[B, K]`; rows sum to 1 by softmax. A fresh network returns the mixture weights pi."""
 
     def __init__(self, scorer: Scorer, pi: Tensor) -> None:
         super().__init__()
@@ -126,7 +138,7 @@ class PosteriorNet(nn.Module):
 
 
 class DerivativeNet(nn.Module):
-    """d alpha_k/dt, `[B, K]`, rows sum to 0 because their mean is taken off: one network for each band of t.
+    """d alpha_k/dt, `[B, K]`; rows sum to 0 because their mean is subtracted. One network for each band of t.
 
     `edges` are the times between bands, rising, inside (0, 1): band b reaches from `edges[b - 1]` to `edges[b]`.
     """
@@ -147,7 +159,7 @@ class DerivativeNet(nn.Module):
         return DerivativeNet(scorers, edges)
 
     def band(self, b: int, x: Tensor, t: Tensor) -> Tensor:
-        """The answer of band b's network, whatever t is."""
+        """The output of band b's network at any t."""
         rate = self.scorers[b](x, t)
         return rate - rate.mean(dim=1, keepdim=True)
 

@@ -1,8 +1,8 @@
-"""How the router learns, in two stages.
+"""Training the router, in two stages.
 
 Stage 1: the posterior net, by cross-entropy on the cluster label plus squared error to the exact posterior. Stage 2: the
 posterior net by squared error alone, and three derivative nets, each on its own band of t, by squared error to the exact
-derivative along the path. A squared error's minimum is the target's mean given x_t, which is what sampling needs.
+derivative along the path. The squared error is least at the target's mean given x_t, which is what sampling integrates.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def rate_loss(rate: Tensor, target: Tensor) -> Tensor:
 
 
 class _RouterLearning(pl.LightningModule):
-    """What both stages share: the whole training set on the device, and the noisy images of step n."""
+    """What both stages share: the training set on the device, and the noisy images of step n."""
 
     def __init__(
         self, posterior: PosteriorNet, batches: Batches, cluster: Tensor, config: RouterConfig
@@ -103,7 +103,7 @@ class RouterLearning(_RouterLearning):
             )
 
     def training_step(self, _: Any, __: int) -> Tensor:
-        # Counted on from stage 1, so that its batches are not seen again.
+        # Step numbers go on from stage 1, so that its batches do not come again.
         step = self.config.switch_step + self.global_step
         place = 3 * self.batches.times(step)
         band = place.long().clamp_max(2)

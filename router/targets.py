@@ -1,6 +1,6 @@
 """The exact posterior of a finite training set, and its derivative along a path: what the router's networks learn.
 
-With `w_i = exp(-|x - a x_i|^2 / 2 s^2)`, alpha_k is the share of the w_i that belongs to cluster k. With x0 and eps held,
+With `w_i = exp(-|x - a x_i|^2 / 2 s^2)`, alpha_k is the sum of the w_i of cluster k over that of all. With x0 and eps held,
 x = a x0 + s eps, u_i = x0 - x_i and q = a/s, all dependence on time is in q:
 
     log w_i = -(q^2/2) |u_i|^2 - q u_i.eps + const          g_i = d log w_i / dt = -dq/dt (q |u_i|^2 + u_i.eps)
@@ -84,7 +84,7 @@ def _online(
     k: int | None,
     log_weight: Callable[[_Chunk], tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over all chunk, summed by cluster, in one pass; and the same with each weight's log-derivative g.
+    """Softmax over all images, summed by cluster, in one pass over the chunks; and with it each weight's log-derivative g.
 
     Returns alpha and `sum_{i in k} r_i (g_i - sum_j r_j g_j)`.
     """

@@ -180,6 +180,21 @@ def test_precision_recall_and_coverage_are_those_counted_a_point_at_a_time(
     assert len({*found}) == 3  # or the test could not tell them apart
 
 
+def test_neighbours_far_from_the_origin_are_found_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, samples = (1e4 + torch.randn(60, 3, generator=generator) for _ in range(2))
+    expected = by_loops(real.double().numpy(), samples.double().numpy(), 5)
+    assert [*neighbours(real, samples)] == pytest.approx([*expected], abs=1e-6)
+
+
+def test_copies_of_real_points_are_covered_where_those_are_copies_themselves() -> None:
+    points = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    copies = points.repeat(8, 1)
+    assert neighbours(copies, copies.flip(0)) == (1, 1, 1)
+    moved = neighbours(copies, copies + 1e-3)
+    assert moved == (0, 0, 0)
+
+
 @pytest.mark.parametrize("elements", [1, 100, 2**24])
 def test_chunks_change_neither_neighbours_nor_kernel_distances(
     monkeypatch: pytest.MonkeyPatch, elements: int
