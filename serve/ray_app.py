@@ -1,4 +1,4 @@
-"""Ray Serve: one deployment per expert, and the sampling service (router, engine, HTTP) as the ingress.
+"""Ray Serve: a deployment per expert, and the sampling service (router, engine, HTTP) as ingress.
 
 `serve deploy docker/serve.yaml` and `python -m serve RUN serve.placement=ray` both use `build`. An
 expert's step is a pure function of (x, t), so the engine repeats a call that was lost with its
@@ -77,7 +77,7 @@ class ExpertReplica:
         self._load(folder)
 
     async def denoise(self, folder: str, version: str, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """Denoise x float32 `[B, C, H, W]` at t `[B]` with this version of the bundle in `folder`."""
+        """Denoise x float32 `[B, C, H, W]` at t `[B]` by this version of the bundle in `folder`."""
         return await asyncio.get_running_loop().run_in_executor(
             self.turn, self._denoise, folder, version, x, t
         )
@@ -127,7 +127,7 @@ class RayExpert:
 
 
 async def _result(response: Any) -> Any:
-    """The result of a call. Raises the replica's own errors, or `UnavailableError` if the call was lost."""
+    """The result of a call. Raises the replica's errors, or `UnavailableError` for a lost call."""
     try:
         return await response
     except asyncio.CancelledError:
@@ -143,7 +143,7 @@ async def _result(response: Any) -> Any:
 class Sampling:
     """The sampling service and its HTTP application.
 
-    Raises `ConfigError` if Serve's proxy listens beyond this machine without a token or `serve.open`.
+    Raises `ConfigError` if Serve's proxy listens beyond loopback without a token or `serve.open`.
     """
 
     def __init__(self, tree: dict[str, Any], experts: dict[str, DeploymentHandle[Any]]) -> None:
@@ -203,7 +203,7 @@ class Sampling:
 
 
 def _check_proxy_host(config: Settings) -> None:
-    """Raise `ConfigError` if Serve's proxy is open to other machines and the settings do not allow it.
+    """Raise `ConfigError` if Serve's proxy listens beyond loopback and the settings forbid it.
 
     `http_options` belong to the cluster and not to the application, so only Serve knows the host.
     """
@@ -250,7 +250,7 @@ class RayMetrics(Metrics):
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """The middleware of Serve's HTTP proxy, which alone would read a body of any size; see `RAY_ENV`.
+    """The middleware of Serve's HTTP proxy, which would read bodies of any size; see `RAY_ENV`.
 
     The environment sets the limits: `DDM_BODY_BYTES` and `DDM_BODY_TIMEOUT_S`. The service behind
     the proxy checks the token, which the proxy does not know.
@@ -262,7 +262,7 @@ def proxy_middlewares() -> list[Middleware]:
 
 
 def build(args: dict[str, Any]) -> ray_serve.Application:
-    """The application for a tree of settings: `{"run": "/bundles/1", "serve": {"ray": {"gpus": 1}}}`.
+    """The application for settings such as `{"run": "/bundles/1", "serve": {"ray": {"gpus": 1}}}`.
 
     Raises `ConfigError` or `ArtifactError` naming the key or the file at fault.
     """
@@ -326,7 +326,7 @@ def _scale(replicas: int, max_replicas: int | None) -> dict[str, Any]:
 
 
 def serve_on_ray(config: Settings) -> None:
-    """Serve on a Ray cluster, or on one that is started here for the purpose, until SIGINT or SIGTERM.
+    """Serve on a Ray cluster, or on one that is started here, until SIGINT or SIGTERM.
 
     Raises `ConfigError` and `ArtifactError` for settings or files at fault, before Ray starts if
     they can be found then, and `RayStartError` if Ray or the application does not start.
@@ -365,7 +365,7 @@ class RayStartError(DdmError):
 
 @contextlib.contextmanager
 def _failing_as(kind: type[DdmError], what: str) -> Iterator[None]:
-    """Raise any error inside as one of `kind` with the last line of its text, which names the cause."""
+    """Raise any error inside as `kind`, with the last line of its text, which names the cause."""
     try:
         yield
     except Exception as error:
@@ -408,7 +408,7 @@ def _ray(config: Settings) -> Iterator[None]:
 
 
 def _claimed_cpus(config: Settings) -> int:
-    """CPUs that Ray here believes in: as many as the deployments ask for, which share the real ones."""
+    """CPUs that Ray here claims: as many as the deployments ask for, which share the real ones."""
     ray_config = config.serve.ray
     k_experts = read_bundle(bundle_folder(config.run), only=()).partition.k
     replicas = k_experts * (ray_config.max_replicas or ray_config.replicas)

@@ -1,4 +1,4 @@
-"""What several test files need: a small run, trained once a session, and the real image sets where they are."""
+"""Fixtures for several test files: a small trained run, the real image sets, the installed program."""
 
 import os
 import shutil

@@ -34,7 +34,7 @@ def test_yamllint_finds_nothing() -> None:
     ] == []
 
 
-def test_the_service_starts_with_a_bundle_and_a_token_that_it_is_given() -> None:
+def test_the_service_gets_its_bundle_and_token() -> None:
     ddm = SERVICES["ddm"]
     run, *words = ddm["command"]
     found = settings({"run": run}, words)
@@ -59,7 +59,7 @@ def test_ports_are_published_on_this_machine_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_containers_can_change_nothing_but_their_volumes(name: str) -> None:
+def test_containers_write_only_to_their_volumes(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -80,7 +80,7 @@ def test_images_have_a_version() -> None:
     ] == []
 
 
-def test_only_the_service_starts_unless_metrics_are_asked_for() -> None:
+def test_metrics_are_an_optional_profile() -> None:
     assert {name: service.get("profiles") for name, service in SERVICES.items()} == {
         "ddm": None,
         "prometheus": ["metrics"],
@@ -88,7 +88,7 @@ def test_only_the_service_starts_unless_metrics_are_asked_for() -> None:
     }
 
 
-def test_every_file_that_is_mounted_exists_and_every_volume_and_secret_is_declared() -> None:
+def test_mounted_files_exist_and_volumes_are_declared() -> None:
     for service in SERVICES.values():
         for mount in service["volumes"]:
             if isinstance(mount, str):
@@ -98,7 +98,7 @@ def test_every_file_that_is_mounted_exists_and_every_volume_and_secret_is_declar
         assert set(service.get("secrets", [])) <= set(COMPOSE["secrets"])
 
 
-def test_what_must_be_given_has_no_default() -> None:
+def test_required_variables_have_no_default() -> None:
     text = (DOCKER / "compose.yaml").read_text()
     assert set(re.findall(r"\$\{(\w+):\?", text)) == {"DDM_BUNDLES", "DDM_TOKEN_FILE"}
     assert set(re.findall(r"\$\{(\w+)(?!\w|:[?-])", text)) == set()
@@ -112,7 +112,7 @@ def test_cuda_changes_the_image_and_reserves_gpus() -> None:
     assert over["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
 
-def test_prometheus_asks_the_service_with_its_token() -> None:
+def test_prometheus_sends_the_token() -> None:
     jobs = {job["job_name"]: job for job in loaded("prometheus.yaml")["scrape_configs"]}
     (target,) = jobs["ddm"]["static_configs"][0]["targets"]
     host, _, port = target.partition(":")

@@ -32,7 +32,7 @@ def series_in(query: str) -> list[str]:
     return re.findall(r"\$\{prefix\}(\w+)", query)
 
 
-def test_every_series_is_one_that_the_service_exports() -> None:
+def test_every_series_is_exported() -> None:
     exported = set()
     for family in Prometheus().registry.collect():
         ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}[
@@ -49,7 +49,7 @@ def test_every_metric_is_shown() -> None:
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_counters_and_histograms_are_asked_for_their_rate_and_gauges_are_not(query: str) -> None:
+def test_counters_and_histograms_are_rated(query: str) -> None:
     assert series_in(query)
     assert "ddm_" not in query  # the prefix alone says whose names these are
     for name in series_in(query):
@@ -60,7 +60,7 @@ def test_counters_and_histograms_are_asked_for_their_rate_and_gauges_are_not(que
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_series_are_summed_over_replicas_by_labels_that_they_have(query: str) -> None:
+def test_series_are_summed_by_their_labels(query: str) -> None:
     assert re.search(r"\b(sum|min)\b", query)  # Ray adds a node and a replica to every series
     by = {label for group in re.findall(r"\bby \(([^)]*)\)", query) for label in group.split(", ")}
     for name in series_in(query):
@@ -69,7 +69,7 @@ def test_series_are_summed_over_replicas_by_labels_that_they_have(query: str) ->
         assert name.endswith("_bucket") == ("le" in by)
 
 
-def test_a_legend_names_labels_that_its_query_keeps() -> None:
+def test_legends_name_labels_of_their_query() -> None:
     for panel in CHARTS:
         for target in panel["targets"]:
             kept = {
@@ -82,7 +82,7 @@ def test_a_legend_names_labels_that_its_query_keeps() -> None:
                 assert shown == kept - {"le"}
 
 
-def test_one_variable_switches_between_the_services_names_and_rays() -> None:
+def test_a_variable_selects_the_prefix() -> None:
     variables = {variable["name"]: variable for variable in BOARD["templating"]["list"]}
     assert variables.keys() == {"datasource", "prefix"}
     options = {option["value"] for option in variables["prefix"]["options"]}
@@ -92,7 +92,7 @@ def test_one_variable_switches_between_the_services_names_and_rays() -> None:
     assert {panel["datasource"]["uid"] for panel in CHARTS} == {"${datasource}"}
 
 
-def test_panels_have_their_own_ids_and_say_what_they_show() -> None:
+def test_panels_have_unique_ids_and_descriptions() -> None:
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
     assert len({(panel["title"], panel["type"]) for panel in PANELS}) == len(PANELS)
     assert [
@@ -104,7 +104,7 @@ def test_panels_have_their_own_ids_and_say_what_they_show() -> None:
     assert BOARD["id"] is None  # Grafana gives one
 
 
-def test_panels_lie_side_by_side_within_the_grid() -> None:
+def test_panels_tile_the_grid() -> None:
     cells = [
         {
             (x, y)

@@ -80,7 +80,7 @@ def test_one_file_builds_for_a_cpu_and_for_cuda() -> None:
     assert Step(0, "ARG", "DEVICE=cpu") in STEPS
 
 
-def test_the_image_has_the_python_that_the_project_asks_for() -> None:
+def test_the_image_has_the_projects_python() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (python,) = [step.rest for step in STEPS if step.stage == 0 and step.rest.startswith("PYTHON=")]
     least = re.fullmatch(r">=(\d+\.\d+)", project["requires-python"])
@@ -98,7 +98,7 @@ def test_every_package_of_the_project_is_in_the_image() -> None:
     assert [path for path in copied() if not (ROOT / path).exists()] == []
 
 
-def test_the_build_sees_what_it_copies_and_nothing_else() -> None:
+def test_the_build_context_is_what_is_copied() -> None:
     lines = (ROOT / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
@@ -109,7 +109,7 @@ def test_the_build_sees_what_it_copies_and_nothing_else() -> None:
     )
 
 
-def test_only_versions_that_were_tested_together_are_installed() -> None:
+def test_installs_follow_the_constraints() -> None:
     installs = [
         part
         for step in STEPS
@@ -136,20 +136,20 @@ def test_no_cache_stays_in_a_layer() -> None:
             assert step.stage < LAST
 
 
-def test_it_runs_as_a_fixed_user_that_is_not_root() -> None:
+def test_it_runs_as_a_fixed_user_other_than_root() -> None:
     assert re.fullmatch(r"([1-9]\d{3,}):\1", one("USER"))
     after = [step.word for step in STEPS if step.stage == LAST]
     assert set(after[after.index("USER") :]) & {"RUN", "COPY", "ADD"} == set()
 
 
-def test_nothing_is_written_but_below_tmp() -> None:
+def test_writes_go_below_tmp() -> None:
     environment = dict(pair.split("=", 1) for pair in one("ENV").split())
     assert environment["HOME"] == "/tmp"
     assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
     assert environment["PATH"].split(":")[0] == "/opt/ddm/bin"
 
 
-def test_it_starts_the_service_and_refuses_to_without_a_token() -> None:
+def test_it_serves_with_a_token() -> None:
     assert json.loads(one("ENTRYPOINT")) == ["ddm", "serve"]
     run, *words = json.loads(one("CMD"))
     found = settings({"run": run}, words)
@@ -183,7 +183,7 @@ def answering() -> Iterator[tuple[ThreadingHTTPServer, list[int]]]:
         thread.join()
 
 
-def test_the_health_check_passes_while_the_service_lives(
+def test_the_health_check_follows_the_service(
     answering: tuple[ThreadingHTTPServer, list[int]],
 ) -> None:
     server, status = answering
@@ -211,7 +211,7 @@ def test_the_health_check_passes_while_the_service_lives(
     assert check() == 1
 
 
-def test_it_says_what_it_is() -> None:
+def test_labels_describe_the_image() -> None:
     labels = dict(word.split("=", 1) for word in shlex.split(one("LABEL")))
     named = {key.removeprefix("org.opencontainers.image.") for key in labels}
     assert named == {"title", "description", "licenses", "version", "revision"}

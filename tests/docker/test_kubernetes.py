@@ -75,17 +75,17 @@ def validate(part: dict[str, Any], version: str) -> None:
 
 @pytest.mark.parametrize("version", ["1.28", "1.37"])
 @pytest.mark.parametrize("kind", ["PersistentVolumeClaim", "NetworkPolicy", "PodDisruptionBudget"])
-def test_kubernetes_takes_every_part(kind: str, version: str) -> None:
+def test_kubernetes_accepts_every_part(kind: str, version: str) -> None:
     validate(PARTS[kind], version)
 
 
 @pytest.mark.parametrize("version", ["1.28", "1.37"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_kubernetes_takes_every_pod(group: str, version: str) -> None:
+def test_kubernetes_accepts_every_pod(group: str, version: str) -> None:
     validate(as_pod(group), version)
 
 
-def test_a_typo_in_a_pod_would_be_found() -> None:
+def test_a_typo_in_a_pod_is_found() -> None:
     checker = pytest.importorskip("kubernetes_validate")
     pod = as_pod("expert")
     wrong = {**pod, "spec": {**pod["spec"], "automountServiceAcountToken": False}}
@@ -110,13 +110,13 @@ def test_kuberay_knows_every_field() -> None:
     assert CLUSTER["authOptions"] == {"mode": "token"}
 
 
-def test_ray_has_the_version_that_was_tested() -> None:
+def test_ray_has_the_tested_version() -> None:
     constraints = (DOCKER.parent / "constraints.txt").read_text().splitlines()
     assert f"ray=={CLUSTER['rayVersion']}" in constraints
 
 
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray's own
-def test_ray_serve_takes_the_config_and_drops_no_key_of_it() -> None:
+def test_ray_serve_keeps_every_key() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     assert (
@@ -140,7 +140,7 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return {path: tree}
 
 
-def test_the_application_is_that_of_serve_yaml_but_for_who_may_ask() -> None:
+def test_the_application_differs_from_serve_yaml_only_in_access() -> None:
     bare, here = leaves(yaml.safe_load((DOCKER / "serve.yaml").read_text())), leaves(SERVE)
     differ = {
         key: (bare.get(key), here.get(key))
@@ -155,7 +155,7 @@ def test_the_application_is_that_of_serve_yaml_but_for_who_may_ask() -> None:
     }
 
 
-def test_serve_listens_where_our_own_rule_lets_it() -> None:
+def test_the_hosts_agree() -> None:
     found = settings(SERVE["applications"][0]["args"])
     assert (found.serve.host, found.serve.port) == (
         SERVE["http_options"]["host"],
@@ -164,7 +164,7 @@ def test_serve_listens_where_our_own_rule_lets_it() -> None:
     assert found.serve.open is False  # so it needs the token's file
 
 
-def test_each_expert_has_a_gpu_and_each_service_a_pod() -> None:
+def test_resources_fit_the_replicas() -> None:
     ray = settings(SERVE["applications"][0]["args"]).serve.ray
     limits = {name: container(name)["resources"]["limits"] for name in GROUPS}
     assert [name for name in GROUPS if "nvidia.com/gpu" in limits[name]] == ["expert"]
@@ -182,7 +182,7 @@ def test_each_expert_has_a_gpu_and_each_service_a_pod() -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_pods_meet_the_restricted_standard_and_cannot_write_to_their_root(group: str) -> None:
+def test_pods_meet_the_restricted_standard(group: str) -> None:
     pod, cfg = GROUPS[group]["template"]["spec"], container(group)["securityContext"]
     image_user = next(
         line.split()[1]
@@ -205,7 +205,7 @@ def test_pods_meet_the_restricted_standard_and_cannot_write_to_their_root(group:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_pods_have_the_bundles_read_only_and_a_place_to_write(group: str) -> None:
+def test_bundles_are_read_only(group: str) -> None:
     pod, args = GROUPS[group]["template"]["spec"], SERVE["applications"][0]["args"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: mount for mount in container(group)["volumeMounts"]}
@@ -221,7 +221,7 @@ def test_pods_have_the_bundles_read_only_and_a_place_to_write(group: str) -> Non
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_the_token_is_where_the_service_may_run_and_nowhere_else(group: str) -> None:
+def test_only_workers_have_the_token(group: str) -> None:
     folder = str(Path(SERVE["applications"][0]["args"]["serve"]["token_file"]).parent)
     mounts = {mount["mountPath"]: mount for mount in container(group)["volumeMounts"]}
     assert (folder in mounts) == (group != "head")
@@ -252,7 +252,7 @@ def test_pods_have_the_environment_of_serving(group: str) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_probes_need_no_program_of_the_image(group: str) -> None:
+def test_probes_are_http(group: str) -> None:
     alive = {
         "path": "/api/healthz",
         "port": 52365,
@@ -266,7 +266,7 @@ def test_no_secret_is_in_the_file() -> None:
     assert "Secret" not in PARTS
 
 
-def test_the_policy_and_the_budget_hold_every_pod() -> None:
+def test_policy_and_budget_select_every_pod() -> None:
     (label,) = PARTS["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"].items()
     assert PARTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == dict([label])
     assert [
@@ -276,7 +276,7 @@ def test_the_policy_and_the_budget_hold_every_pod() -> None:
     ] == []
 
 
-def test_rays_ports_are_for_rays_pods_and_the_operator_alone() -> None:
+def test_rays_ports_are_closed_to_other_pods() -> None:
     policy = PARTS["NetworkPolicy"]["spec"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     opened = {}
@@ -293,7 +293,7 @@ def test_rays_ports_are_for_rays_pods_and_the_operator_alone() -> None:
     }
 
 
-def test_pods_speak_to_each_other_and_to_dns_and_to_nobody_else() -> None:
+def test_egress_is_the_cluster_and_dns() -> None:
     inner, dns = PARTS["NetworkPolicy"]["spec"]["egress"]
     assert inner == {"to": [{"podSelector": {"matchLabels": {"app": "ddm"}}}]}
     assert {port["port"] for port in dns["ports"]} == {53}

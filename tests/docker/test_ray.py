@@ -17,21 +17,21 @@ CLUSTER = yaml.safe_load((DOCKER / "ray-cluster.yaml").read_text())
 
 
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray's own
-def test_ray_serve_takes_the_config_and_drops_no_key_of_it() -> None:
+def test_ray_serve_keeps_every_key() -> None:
     from ray.serve.schema import ServeDeploySchema  # Ray takes seconds to import
 
     taken = ServeDeploySchema.model_validate(SERVE).model_dump(mode="json", exclude_unset=True)
     assert taken == SERVE  # pydantic ignores what it does not know
 
 
-def test_args_are_the_tree_that_the_command_line_takes() -> None:
+def test_args_are_valid_settings() -> None:
     (app,) = SERVE["applications"]
     found = settings(app["args"])
     assert found.serve.placement == "ray"
     assert found.serve.ray.gpus == 1
 
 
-def test_serve_listens_where_our_own_rule_lets_it() -> None:
+def test_the_hosts_agree() -> None:
     (app,) = SERVE["applications"]
     assert SERVE["http_options"]["host"] == settings(app["args"]).serve.host == "127.0.0.1"
     assert SERVE["http_options"]["port"] == settings(app["args"]).serve.port
@@ -44,7 +44,7 @@ def test_the_proxy_waits_longer_than_the_service() -> None:
     )
 
 
-def test_what_is_imported_is_there() -> None:
+def test_import_paths_exist() -> None:
     (app,) = SERVE["applications"]
     for path in (app["import_path"], ray_env()["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]):
         module, _, name = path.partition(":")
@@ -52,12 +52,12 @@ def test_what_is_imported_is_there() -> None:
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_weights_are_switched_by_the_user_config_alone() -> None:
+def test_user_config_holds_the_run() -> None:
     (app,) = SERVE["applications"]
     assert app["deployments"] == [{"name": "sampling", "user_config": {"run": app["args"]["run"]}}]
 
 
-def test_ray_up_takes_the_cluster() -> None:
+def test_ray_up_accepts_the_cluster() -> None:
     util = pytest.importorskip("ray.autoscaler._private.util")
     prepared = util.prepare_config(CLUSTER)
     util.validate_config(prepared)
@@ -84,7 +84,7 @@ def test_ray_up_knows_every_key() -> None:
 
 
 def ray_env() -> dict[str, str]:
-    """`RAY_ENV` of serve/ray_app.py, read and not imported: that would change this process's environment."""
+    """`RAY_ENV` of serve/ray_app.py, parsed: importing it would change this process's environment."""
     tree = ast.parse((DOCKER.parent / "serve" / "ray_app.py").read_text())
     (value,) = [
         node.value
@@ -108,14 +108,14 @@ def starts() -> list[tuple[dict[str, str], list[str]]]:
     return found
 
 
-def test_every_node_starts_with_the_environment_of_serving_and_rays_own_token() -> None:
+def test_every_node_has_the_environment_and_rays_token() -> None:
     assert [environment for environment, _ in starts()] == [
         {"RAY_AUTH_MODE": "token", **ray_env()}
     ] * 2
     assert "~/.ray/auth_token" in CLUSTER["file_mounts"]
 
 
-def test_the_head_holds_no_expert_and_shows_its_dashboard_to_nobody() -> None:
+def test_the_head_has_no_expert_and_a_local_dashboard() -> None:
     (_, head), (_, worker) = starts()
     assert {"--head", "--num-cpus=0", "--num-gpus=0", "--dashboard-host=127.0.0.1"} <= set(head)
     assert "--address=$RAY_HEAD_IP:6379" in worker
@@ -133,7 +133,7 @@ def test_every_option_is_one_of_ray_start() -> None:
     assert used <= known
 
 
-def test_addresses_are_of_the_range_for_documents() -> None:
+def test_addresses_are_of_the_documentation_range() -> None:
     addresses = [CLUSTER["provider"]["head_ip"], *CLUSTER["provider"]["worker_ips"]]
     assert all(re.fullmatch(r"192\.0\.2\.\d+", address) for address in addresses)
     assert len(set(addresses)) == len(addresses)

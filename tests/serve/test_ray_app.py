@@ -1,4 +1,4 @@
-"""docker/serve.yaml on a Ray cluster of several nodes on this machine: the images of `load(run).sample`."""
+"""docker/serve.yaml on a Ray cluster of several nodes on this machine."""
 
 import asyncio
 import os
@@ -64,7 +64,7 @@ def asked(service: Deployed, clients: int, requests: int, **settings: Any) -> li
         ({"host": "0.0.0.0", "open": True}, True),
     ],
 )
-def test_the_proxys_host_needs_a_token(
+def test_a_proxy_beyond_loopback_needs_a_token(
     words: dict[str, Any], allowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve = {key: value for key, value in words.items() if key != "host"}
@@ -78,7 +78,7 @@ def test_the_proxys_host_needs_a_token(
             ray_app._check_proxy_host(config)
 
 
-def test_each_expert_has_a_node_of_its_own_and_the_sampling_service_another(
+def test_every_replica_has_its_own_node(
     service: Deployed,
 ) -> None:
     found = service.replicas()
@@ -87,7 +87,7 @@ def test_each_expert_has_a_node_of_its_own_and_the_sampling_service_another(
     assert len(nodes) == len(set(nodes)) == 4
 
 
-def test_the_images_are_those_of_load_alone_and_among_64(
+def test_images_are_those_of_load_alone_and_among_64(
     service: Deployed, bundles: tuple[Path, Path]
 ) -> None:
     wanted = expected(bundles[0], 64)
@@ -95,9 +95,7 @@ def test_the_images_are_those_of_load_alone_and_among_64(
     assert max(differences(asked(service, 64, 64), wanted)) <= 1
 
 
-def test_the_choices_of_expert_are_those_of_load(
-    service: Deployed, bundles: tuple[Path, Path]
-) -> None:
+def test_choices_of_expert_are_those_of_load(service: Deployed, bundles: tuple[Path, Path]) -> None:
     async def traced() -> Any:
         async with session(service.url) as client:
             body = {
@@ -114,13 +112,11 @@ def test_the_choices_of_expert_are_those_of_load(
     _, trace = load(bundles[0]).sample(5, seed=3, trace=True, policy="stochastic", sampler="heun")
     answer = asyncio.run(traced())
     assert answer["trace"]["chosen"] == trace.chosen.int().tolist()
-    assert answer["calls"] == trace.calls
+    assert answer["nfe"] == trace.calls
     np.testing.assert_allclose(answer["trace"]["alpha"], trace.alpha, atol=1e-4)
 
 
-def test_a_replica_that_is_killed_on_the_way_costs_time_and_nothing_else(
-    service: Deployed, bundles: tuple[Path, Path]
-) -> None:
+def test_a_killed_replica_costs_only_time(service: Deployed, bundles: tuple[Path, Path]) -> None:
     wanted = expected(bundles[0], 48, steps=40)
 
     async def work() -> list[Reply]:
@@ -137,7 +133,7 @@ def test_a_replica_that_is_killed_on_the_way_costs_time_and_nothing_else(
     assert max(differences(replies, wanted)) <= 1
 
 
-def test_a_switch_of_weights_drops_nothing_and_each_answer_names_the_version_whose_pixels_it_has(
+def test_a_switch_drops_no_request_and_names_the_version_of_each(
     service: Deployed, bundles: tuple[Path, Path]
 ) -> None:
     service.wait()
@@ -188,7 +184,7 @@ def refusals(logs: Path) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("user_config is refused")]
 
 
-def test_neither_a_large_body_nor_the_headers_of_ray_get_past_the_proxy(service: Deployed) -> None:
+def test_the_proxy_refuses_large_bodies_and_ignores_rays_headers(service: Deployed) -> None:
     async def work() -> tuple[int, int]:
         async with session(service.url) as client:
             async with client.post("/v1/samples", data=b" " * 200_000) as large:
