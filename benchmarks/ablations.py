@@ -22,7 +22,7 @@ import torch
 from benchmarks.cli import Parser, run
 from benchmarks.lab.markdown import table
 from benchmarks.table.__main__ import RESULTS
-from benchmarks.table.measurements import machine, rounded
+from benchmarks.table.measurements import machine, made_by, rounded
 from ddm.artifacts import digest, read_json, write_json
 from ddm.errors import ConfigError, one_of
 from ddm.partition import Partition
@@ -227,10 +227,10 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
     home = usual.folder.with_name(f"{usual.folder.name}-ablations")
     base, evaluation = measured(path, overrides, None)
     file = folder / f"ablations-{usual.folder.name}.json"
-    kept = read_json(file)["groups"] if file.exists() else {}
-    rows: dict[str, Any] = {name: kept[name] for name in GROUPS if name in kept}
-    if file.exists() and read_json(file)["config_hash"] != digest(settled(base)):
-        rows = {}
+    before = read_json(file) if file.exists() else None
+    rows: dict[str, Any] = {}
+    if before is not None and made_by(before, base):
+        rows = {name: before["groups"][name] for name in GROUPS if name in before["groups"]}
     for name in names or GROUPS:
         rows[name] = []
         for variant in GROUPS[name][1]:
@@ -246,6 +246,7 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
             rows[name].append({"name": variant.name, "words": words, "cells": _cells(found)})
         record = {
             "command": shlex.join(["python", "-m", "benchmarks.ablations", str(path), *overrides]),
+            "config": settled(base),
             "config_hash": digest(settled(base)),
             "features": next(iter(evaluation.features.values())).what,
             "n": evaluation.n,

@@ -58,6 +58,11 @@ def make(config: Config, command: str, folder: Path) -> Path:
     return folder / f"{name}.json"
 
 
+def made_by(record: dict[str, Any], config: Config) -> bool:
+    """Whether this config made the record; a key that it lacks, of an older program, has its default."""
+    return {**settled(Config()), **record["config"]} == settled(config)
+
+
 def machine(device: str) -> dict[str, Any]:
     """The hardware and the versions of the packages."""
     cpu = f"{os.cpu_count()} cores of {platform.machine()}"
