@@ -76,7 +76,7 @@ function cumulative(values) {
 function row(name, k, steps) {
   const { x, left, span, width } = layout;
   const top = ROWS_TOP + ROW * k;
-  const thickness = Math.max(1, Math.min(5, (0.6 * span) / steps.length));
+  const thickness = Math.max(1, Math.min(5, (0.6 * span) / state.run.steps));
   const used = steps.filter(({ chosen }) => chosen.includes(k));
   const mark = ({ t }) => `M${(x(t) - thickness / 2).toFixed(1)} ${top + 4}h${thickness}v${ROW - 8}h${-thickness}z`;
   const fitting = Math.floor((left - 24) / CHARACTER);

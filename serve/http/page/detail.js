@@ -43,6 +43,7 @@ function when({ chosen, finished, t }, { steps }) {
 
 function expertNames(chosen) {
   const { experts } = state.run;
+  if (chosen.length === 0) return "unknown experts";
   if (chosen.length === experts.length && chosen.length > 1) return "all experts";
   return chosen.map((k) => experts[k]).join(", ");
 }

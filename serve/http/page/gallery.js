@@ -10,7 +10,8 @@ export function appearance(image) {
   const record = isLast ? image.steps.at(-1) : image.steps[run.step];
   if (!record) return null;
   // With policy=fixed an image keeps its expert, whatever alpha is.
-  const expert = run.settings.policy === "fixed" ? record.chosen[0] : indexOfLargest(record.alpha);
+  const fixed = run.settings.policy === "fixed" ? record.chosen[0] : undefined;
+  const expert = fixed ?? indexOfLargest(record.alpha);
   const finished = isLast && image.final !== null;
   return { ...record, expert, finished, source: finished ? image.final : record.preview };
 }
@@ -27,7 +28,7 @@ function buildTile(index) {
   const img = element("img", { alt: "", hidden: "" });
   const placeholder = element("div", { class: "placeholder" });
   for (const part of [img, placeholder]) part.style.aspectRatio = `${width} / ${height}`;
-  const paths = experts.map((_, k) => svg("path", { "data-expert": k }));
+  const paths = experts.map((_, k) => svg("path", { "data-expert": k, d: "" }));
   paths.forEach((path, k) => (path.style.color = expertColour(k)));
   const cursor = svg("rect", { class: "cursor", y: 0, width: 1, height: rows, visibility: "hidden" });
   const view = { viewBox: `0 0 ${steps} ${rows}`, preserveAspectRatio: "none", "aria-hidden": "true" };
@@ -35,7 +36,7 @@ function buildTile(index) {
   strip.style.height = `${Math.max(8, rows * (rows > 8 ? 3 : 4))}px`;
   const name = element("span", { class: "name" });
   const tile = element("div", { class: "tile", role: "option", "data-index": index }, img, placeholder, strip, name);
-  return { tile, img, placeholder, paths, cursor, name, painted: 0 };
+  return { tile, img, placeholder, paths, cursor, name, cells: experts.map(() => ""), painted: 0 };
 }
 
 export function paintTiles() {
@@ -62,13 +63,15 @@ function paintTile(image, index) {
 
 /** One column per step and one row per expert, a cell where the expert was used. */
 function paintStrip({ steps, parts }) {
-  if (parts.painted === steps.length) return;
-  parts.painted = steps.length;
-  parts.paths.forEach((path, k) => path.setAttribute("d", cells(steps, k)));
-}
-
-function cells(steps, k) {
-  return steps.map(({ chosen }, i) => (chosen.includes(k) ? `M${i} ${k}h.85v.85h-.85z` : "")).join("");
+  const { cells, paths } = parts;
+  const changed = new Set();
+  for (; parts.painted < steps.length; parts.painted += 1) {
+    for (const k of steps[parts.painted].chosen) {
+      cells[k] += `M${parts.painted} ${k}h.85v.85h-.85z`;
+      changed.add(k);
+    }
+  }
+  for (const k of changed) paths[k].setAttribute("d", cells[k]);
 }
 
 /** Only the selected tile takes part in the Tab order. */

@@ -105,13 +105,17 @@ function toIndex(text, largest) {
   return Math.max(0, Math.min(index, largest));
 }
 
-/** Add an evaluation to its image. A step may have several; the first has the step's time, alpha and experts. */
+/**
+ * Add an evaluation to its image. A step may have several; the first has the step's time, alpha and experts.
+ * The server skips steps for a reader that is too slow: a skipped step looks like the next one, without experts.
+ */
 function addStep({ index, step, t, alpha, chosen, b64_json: preview }) {
   const { run } = state;
   const { steps } = run.images[index];
   run.evaluations += 1;
-  if (step > steps.length) {
-    steps.push({ t, alpha, chosen, preview: steps.at(-1)?.preview ?? null });
+  while (steps.length < step) {
+    const skipped = steps.length < step - 1;
+    steps.push({ t, alpha, chosen: skipped ? [] : chosen, preview: steps.at(-1)?.preview ?? null });
     run.stepsDone += 1;
   }
   if (preview) steps.at(-1).preview = pngUrl(preview); // a slow reader may have missed steps

@@ -484,6 +484,10 @@ def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> Non
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
     assert pending() > 0
+    overflows = (
+        "all => all.filter(node => node.scrollWidth > node.clientWidth).map(node => node.id)"
+    )
+    assert page.locator("button:visible").evaluate_all(overflows) == []
     page.locator("#stop").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_have_text("Stopped.")
@@ -511,6 +515,46 @@ def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api
     )
 
 
+def answer(page: Page, events: str) -> None:
+    """Let requests for samples be answered by a `start` of one image in 4 steps, a comment, and these events."""
+    start = {
+        "seed": 1,
+        "version": "0",
+        "n": 1,
+        "steps": 4,
+        "nfe_per_image": 4,
+        "experts": ["a", "b"],
+        "shape": [1, 8, 8],
+    }
+    body = f"event: start\ndata: {json.dumps(start)}\n\n: keep-alive\n\n{events}"
+    page.route(
+        "**/v1/samples", lambda route: route.fulfill(body=body, content_type="text/event-stream")
+    )
+
+
+@pytest.mark.parametrize("policy", ["stochastic", "fixed"])
+def test_steps_that_the_server_skipped_have_no_experts(
+    page: Page, address: str, policy: str
+) -> None:
+    image = io.BytesIO()
+    Image.new("L", (8, 8)).save(image, "PNG")
+    png = base64.b64encode(image.getvalue()).decode()
+    events = [
+        ("step", {"index": 0, "step": 1, "t": 1.0, "alpha": [0.3, 0.7], "chosen": [0], "b64_json": png}),
+        ("step", {"index": 0, "step": 4, "t": 0.25, "alpha": [0.9, 0.1], "chosen": [1], "b64_json": png}),
+        ("image", {"index": 0, "b64_json": png}),
+        ("done", {"nfe": 4, "degraded": []}),
+    ]  # fmt: skip
+    answer(page, "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events))
+    page.goto(f"{address}/?seed=1&policy={policy}")
+    page.wait_for_selector(DONE)
+    assert strip(page, 0) == [{0}, set(), set(), {1}]
+    assert page.inner_text("#which") == ("Image 1: b" if policy == "fixed" else "Image 1: a")
+    page.locator("#at").fill("2")
+    assert page.inner_text("#when") == "Step 3 of 4, t = 0.25.\nDenoised by unknown experts."
+    assert page.inner_text("#which") == "Image 1: a"  # the most likely one
+
+
 @pytest.mark.parametrize(
     ("tail", "message"),
     [
@@ -522,19 +566,7 @@ def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api
     ],
 )
 def test_failed_stream_shows_its_error(page: Page, address: str, tail: str, message: str) -> None:
-    start = {
-        "seed": 1,
-        "version": "0",
-        "n": 1,
-        "steps": 3,
-        "nfe_per_image": 3,
-        "experts": ["a", "b"],
-        "shape": [1, 8, 8],
-    }
-    body = f"event: start\ndata: {json.dumps(start)}\n\n: keep-alive\n\n{tail}"
-    page.route(
-        "**/v1/samples", lambda route: route.fulfill(body=body, content_type="text/event-stream")
-    )
+    answer(page, tail)
     page.goto(f"{address}/?seed=1")
     expect(page.get_by_role("alert")).to_have_text(message)
     assert page.inner_text("#status") == "Not finished." and page.locator("#stop").is_hidden()
