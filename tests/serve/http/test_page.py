@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Route, expect, sync_playwright
 
 PAGE = Path(__file__).parents[3] / "serve" / "http" / "page"
 CHROMIUM = shutil.which("chromium")
@@ -582,7 +582,8 @@ def behind_prefix(page: Page, address: str) -> tuple[str, list[str]]:
     def forward(route: Route) -> None:
         url = route.request.url
         if url.startswith(f"{prefix}/"):
-            route.fulfill(response=route.fetch(url=address + url.removeprefix(prefix)))
+            with suppress(Error):  # the page is gone: it was reloaded or closed
+                route.fulfill(response=route.fetch(url=address + url.removeprefix(prefix)))
         else:
             outside.append(url)
             route.abort()
