@@ -66,9 +66,8 @@ function newRun(start, settings) {
     steps: start.steps,
     settings: { seed, ...settings }, // the seed comes first whether it was given or not, for one link per run
     clusters: selectedClusters(),
-    images: Array.from({ length: start.n }, () => ({ steps: [], final: null })),
+    images: Array.from({ length: start.n }, () => ({ steps: [], evaluations: 0, final: null })),
     stepsDone: 0, // over all images
-    evaluations: 0, // of the mixture, over all images: some samplers need several per step
     selected: toIndex(state.link?.image ?? 0, start.n - 1),
     step: null, // the step on display, from 0; `steps` is the finished image, null the newest step
     done: false,
@@ -109,10 +108,11 @@ function toIndex(text, largest) {
  * Add an evaluation to its image. A step may have several; the first has the step's time, alpha and experts.
  * The server skips steps for a reader that is too slow: a skipped step looks like the next one, without experts.
  */
-function addStep({ index, step, t, alpha, chosen, b64_json: preview }) {
+function addStep({ index, step, call, t, alpha, chosen, b64_json: preview }) {
   const { run } = state;
-  const { steps } = run.images[index];
-  run.evaluations += 1;
+  const image = run.images[index];
+  const { steps } = image;
+  image.evaluations = call;
   while (steps.length < step) {
     const skipped = steps.length < step - 1;
     steps.push({ t, alpha, chosen: skipped ? [] : chosen, preview: steps.at(-1)?.preview ?? null });
@@ -131,13 +131,13 @@ function announceQuarters() {
   if (quarter > 0 && quarter < 4) setText("status", `Sampling ${plural(run.n, "image")}: ${25 * quarter} % …`);
 }
 
-function finishRun({ nfe, calls, degraded }, duration_s) {
+function finishRun({ nfe, degraded }, duration_s) {
   const { run, link } = state;
   run.done = true;
   $("at").max = run.steps;
   run.step = toIndex(link?.at ?? run.steps, run.steps);
   state.link = null;
-  endRun(summary((nfe ?? calls) / run.n, degraded, duration_s));
+  endRun(summary(nfe / run.n, degraded, duration_s));
   $("time").hidden = false;
   $("copy").hidden = false;
   $("progress").hidden = true;
@@ -145,8 +145,9 @@ function finishRun({ nfe, calls, degraded }, duration_s) {
 }
 
 function summary(nfePerImage, unavailable, duration_s) {
-  const { n, steps, settings, evaluations, experts } = state.run;
+  const { n, steps, settings, images, experts } = state.run;
   const what = `${plural(n, "image")} in ${duration_s.toFixed(1)} s, seed ${settings.seed}`;
+  const evaluations = images.reduce((sum, image) => sum + image.evaluations, 0); // some samplers need several per step
   const nfeOfAll = (evaluations * experts.length) / n;
   const compared = nfePerImage < nfeOfAll ? ` (all experts: ${formatNumber(nfeOfAll)})` : "";
   const cost = `${plural(steps, "step")}, ${formatNumber(nfePerImage)} NFE per image${compared}`;

@@ -540,14 +540,15 @@ def test_steps_that_the_server_skipped_have_no_experts(
     Image.new("L", (8, 8)).save(image, "PNG")
     png = base64.b64encode(image.getvalue()).decode()
     events = [
-        ("step", {"index": 0, "step": 1, "t": 1.0, "alpha": [0.3, 0.7], "chosen": [0], "b64_json": png}),
-        ("step", {"index": 0, "step": 4, "t": 0.25, "alpha": [0.9, 0.1], "chosen": [1], "b64_json": png}),
+        ("step", {"index": 0, "step": 1, "call": 1, "t": 1.0, "alpha": [0.3, 0.7], "chosen": [0], "b64_json": png}),
+        ("step", {"index": 0, "step": 4, "call": 4, "t": 0.25, "alpha": [0.9, 0.1], "chosen": [1], "b64_json": png}),
         ("image", {"index": 0, "b64_json": png}),
         ("done", {"nfe": 4, "degraded": []}),
     ]  # fmt: skip
     answer(page, "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events))
     page.goto(f"{address}/?seed=1&policy={policy}")
     page.wait_for_selector(DONE)
+    assert "4 NFE per image (all experts: 8)" in page.inner_text("#status")
     assert strip(page, 0) == [{0}, set(), set(), {1}]
     assert page.inner_text("#which") == ("Image 1: b" if policy == "fixed" else "Image 1: a")
     page.locator("#at").fill("2")
