@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -62,7 +62,7 @@ def served(run: Path, log: Path, *words: str) -> Iterator[str]:
                 try:
                     with urlopen(f"{address}/readyz", timeout=5):
                         break
-                except URLError:
+                except OSError:  # not listening yet, or too busy to respond
                     time.sleep(0.1)
             else:
                 pytest.fail(f"not ready after a minute: {log.read_text()}")
