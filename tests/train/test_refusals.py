@@ -1,15 +1,19 @@
-"""What a user can get wrong is refused by name, with exit status 2 and no traceback."""
+"""What a user can get wrong is refused by name with exit status 2; errors of the program exit with 1."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.conftest import SMALL
 from train.__main__ import main
-from train.config import Config
+from train.config import Config, load_config
 
 
 @pytest.mark.parametrize(
@@ -312,3 +316,146 @@ def test_a_file_that_holds_a_list_is_no_config(
 
 def test_what_a_config_leaves_out_makes_sense() -> None:
     Config().check()
+
+
+def test_a_word_that_starts_no_run_leaves_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*SMALL, f"run={folder}", "partition"]
+    assert main([*words, "partition.k=500"]) == 2
+    assert not folder.exists() or not any(folder.iterdir())
+    assert main([*words, "partition.k=2"]) == 0  # the corrected command is not another config's
+
+
+def test_a_key_that_an_older_run_lacks_has_its_default(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    saved = yaml.safe_load((copy / "config.yaml").read_text())
+    del saved["expert"]["min_snr_gamma"], saved["data"]["flip"], saved["bundle"]
+    (copy / "config.yaml").write_text(yaml.safe_dump(saved))
+    words = [*SMALL, f"run={copy}", "partition", "expert", "router", "bundle"]
+    assert main(words) == 0
+    assert main([*words, "data.flip=true"]) == 2
+    assert "data.flip is False there, True here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "name too long", "dangling link", "fifo"])
+def test_a_run_folder_that_the_system_refuses_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    folder = tmp_path / ("x" * 300 if kind == "name too long" else "run")
+    match kind:
+        case "file":
+            folder.write_text("mine")
+        case "below a file":
+            folder.write_text("mine")
+            folder = folder / "run"
+        case "dangling link":
+            folder.symlink_to(tmp_path / "nowhere" / "run")
+        case "fifo":
+            os.mkfifo(folder)
+    assert main([*SMALL, f"run={folder}", "partition"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert str(folder)[:100] in error
+
+
+@pytest.mark.parametrize(
+    "file", ["config.yaml", "partition/stage.json", "partition/partition.json"]
+)
+def test_a_fifo_in_the_place_of_a_file_does_not_hang(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(small_run / "partition", copy / "partition")
+    (copy / file).unlink(missing_ok=True)
+    os.mkfifo(copy / file)
+    assert main([*SMALL, f"run={copy}", "partition"]) == 2
+    assert file in capsys.readouterr().err
+
+
+def test_a_config_nested_too_deeply_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = "[" * 3000 + "]" * 3000
+    (tmp_path / "deep.yaml").write_text(f"expert: {deep}")
+    assert main([str(tmp_path / "deep.yaml")]) == 2
+    assert "deep.yaml is nested too deeply" in capsys.readouterr().err
+    assert main([f"expert.unet={deep}"]) == 2
+    assert "expert.unet is nested too deeply" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("run=1e3", "1e3"),
+        ("run=no", "no"),
+        ("run=2024-01-01", "2024-01-01"),
+        ("run=010", "010"),
+        ("run='a b'", "a b"),
+        ("evaluate.reference=null", None),
+        ("partition.attributes=[no, 1e3]", ["no", "1e3"]),
+        ("sample.clusters={7: 2}", {"7": 2.0}),
+        ("expert.steps=010", 10),
+        ("schedule.beta_max=020", 20),
+        ("data.limit=1_000", 1000),
+    ],
+)
+def test_text_is_taken_as_written_and_numbers_are_decimal(
+    tmp_path: Path, word: str, value: object
+) -> None:
+    def found(config: Config) -> object:
+        section: object = config
+        for name in word.partition("=")[0].split("."):
+            section = section[name] if isinstance(section, dict) else getattr(section, name)
+        return section
+
+    assert found(load_config(None, [word])) == value
+    keys, _, text = word.partition("=")
+    tree = text
+    for name in reversed(keys.split(".")):
+        tree = f"{{{name}: {tree}}}"
+    file = tmp_path / "some.yaml"
+    file.write_text(tree.replace("beta_max", "name: vp_linear, beta_max"))
+    assert found(load_config(file, [])) == value
+
+
+def test_a_time_of_day_is_not_a_number_of_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["expert.steps=1:30"]) == 2
+    assert "expert.steps: Value '1:30'" in capsys.readouterr().err
+
+
+def test_one_class_and_a_classifier_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set" / "only").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3)).astype(np.uint8)
+    for i, image in enumerate(noise):
+        Image.fromarray(image).save(tmp_path / "set" / "only" / f"{i}.png")
+    data = ["data.name=folder", f"data.root={tmp_path / 'set'}", "data.size=8", "data.limit=null"]
+    status = main([*SMALL, *data, f"run={tmp_path / 'run'}", "partition.by=kmeans"])
+    assert status == 2
+    assert "for images of one class, got 'classifier'" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "experts").exists()
+
+
+def test_an_error_of_the_program_exits_with_1_and_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from train.stages import expert
+
+    monkeypatch.setattr(expert, "moments", lambda *_: len(3))  # type: ignore[arg-type]
+    words = [*SMALL, "partition.k=1", "expert.steps=2", "expert.warmup_steps=0"]
+    assert main([*words, f"run={tmp_path}", "partition", "expert"]) == 1
+    assert "TypeError: object of type 'int' has no len()" in caplog.text
+
+
+def test_help_and_typos_need_no_slow_import() -> None:
+    slow = ("torchmetrics", "torchvision", "scipy", "lightning", "sklearn", "matplotlib", "ray")
+    code = (
+        "import sys; from train.__main__ import main\n"
+        "assert main(['--help']) == 0 and main(['expert.stepz=3']) == 2\n"
+        f"print([name for name in {slow!r} if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
