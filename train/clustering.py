@@ -21,12 +21,14 @@ _RESTARTS = 10  # of k-means: on the digits 3 end in a poor optimum for 4 of 10 
 class PartitionConfig:
     """How the images are cut into clusters.
 
-    - `by`: the rule. `label` and `attribute` use what comes with the images; `kmeans` uses pixels or `features`.
+    - `by`: the rule. `label` and `attribute` use what comes with the images; `kmeans` uses pixels
+      or `features`.
     - `k`: the number of clusters, at least 1. For label and attribute it is the most there can be:
       neighbouring classes are merged down to it, fewer classes have one cluster each, and null is
       one cluster per class. 1 puts all images into one cluster, whatever the rule.
     - `attributes`: for by=attribute: every combination of their values is a cluster.
-    - `features`: for by=kmeans: a TorchScript file, uint8 `[B, 3, H, W]` -> `[B, d]`; null is pixels.
+    - `features`: for by=kmeans: a TorchScript file, uint8 `[B, 3, H, W]` -> `[B, d]`; null is
+      pixels.
     """
 
     by: Literal["label", "attribute", "kmeans"] = "label"

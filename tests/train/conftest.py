@@ -27,7 +27,7 @@ class Means(torch.nn.Module):
 
 @pytest.fixture
 def script_file() -> Callable[..., Path]:
-    """`script_file(path, side=4)`: write a TorchScript file whose features are the means of squares of that side."""
+    """`script_file(path, side=4)`: a TorchScript file; features are means of squares of a side."""
 
     def written(path: Path, side: int = 4) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,12 +40,12 @@ def script_file() -> Callable[..., Path]:
 
 @pytest.fixture
 def means(tmp_path: Path, script_file: Callable[..., Path]) -> Path:
-    """A TorchScript file whose features are the means of an image's quarters: it needs no training."""
+    """A TorchScript file whose features are the means of an image's quarters."""
     return script_file(tmp_path / "means.pt")
 
 
 def means_of(images: torch.Tensor, side: int = 4) -> np.ndarray:
-    """The features of `script_file` by numpy, `[N, d]`: networks see grey images in three equal channels."""
+    """The features of `script_file` by numpy, `[N, d]`; networks see grey images as RGB."""
     n, channels, height, width = images.shape
     squares = (
         images.double().numpy().reshape(n, channels, height // side, side, width // side, side)
@@ -57,7 +57,7 @@ def means_of(images: torch.Tensor, side: int = 4) -> np.ndarray:
 
 
 def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
-    """`|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))` by the symmetric root of S1, of two (mean, covariance)."""
+    """`|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))` of two (mean, covariance)."""
     (m1, s1), (m2, s2) = a, b
     values, vectors = np.linalg.eigh(s1)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T

@@ -1,4 +1,4 @@
-"""The data sets: real images as one uint8 tensor, with the labels or attributes that come with them."""
+"""The data sets: real images as one uint8 tensor, with their labels or attributes."""
 
 from train.data.data_config import DataConfig
 from train.data.image_set import ImageSet

@@ -48,7 +48,7 @@ def load_celeba_hq(root: str, size: int, limit: int | None) -> ImageSet:
 
 
 class AttributeList:
-    """A list of attributes: an optional line with the number of rows, a header, and a row per image.
+    """A list of attributes: an optional line with their number of rows, a header, and the rows.
 
     Columns are separated by spaces, tabs, commas or semicolons. The header may name the column of
     the images. Values are 1 and -1, or 1 and 0. `names` are the attributes, `rows` their values
@@ -68,8 +68,8 @@ class AttributeList:
         self._read_rows(lines[1:])
         if count is not None and count != len(self.rows):
             raise DataError(
-                f"{path}, line 1: says {count} rows, and {len(self.rows)} follow: restore the rows, "
-                "or take the line out"
+                f"{path}, line 1: says {count} rows, and {len(self.rows)} follow: "
+                "restore the rows, or take the line out"
             )
 
     def listed(self, files: list[Path], passed_over: Tally) -> list[Path]:

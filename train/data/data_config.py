@@ -20,9 +20,10 @@ class DataConfig:
 
     - `name`: the data set.
     - `root`: the folder it is in (not used by digits).
-    - `size`: the side in pixels of the images of celeba_hq and folder, at least 4; digits are 8, cifar10 is 32.
+    - `size`: the side in pixels of the images of celeba_hq and folder, at least 4; digits are 8,
+      cifar10 is 32.
     - `limit`: use this many images, at least 1; null is all. Classes keep their proportions, and
-      each has at least one image where the limit allows it. Within a class the first images are used.
+      each has at least one image if the limit allows it. Within a class the first are used.
     - `flip`: mirror images at random in training.
     - `download`: cifar10 only: download it if it is missing.
     """
@@ -45,7 +46,7 @@ class DataConfig:
         )
 
     def build(self) -> ImageSet:
-        """Load the images. Raises `DataError` if files are missing or cannot be read, naming them."""
+        """Load the images. Raises `DataError` naming files that are missing or cannot be read."""
         match self.name:
             case "digits":
                 return load_digits(self.limit)

@@ -27,7 +27,7 @@ class Decoded(NamedTuple):
 
 
 def decode(path: Path, size: int) -> Decoded:
-    """Read a file: upright by its EXIF orientation, on white, cut to a square about the middle, `size` x `size`.
+    """Read a file as a square about its middle, upright by its EXIF orientation, on white.
 
     Of several frames or pages the first is read. 16 bits of grey are scaled to 8. Colour profiles
     are not applied. Raises `DataError` naming a file that is damaged, too large to be safe

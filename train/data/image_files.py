@@ -86,7 +86,7 @@ def find_images(folder: Path, passed_over: Tally) -> list[Path]:
 
 
 def require_regular_files(folder: Path) -> None:
-    """Raise `DataError` naming a file in a folder, if there is one, whose reading might never end."""
+    """Raise `DataError` naming a file in a folder whose reading might never end, if any."""
     if os.path.isdir(folder):
         for path in entries(folder):
             if not os.path.isdir(path):

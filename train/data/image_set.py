@@ -32,9 +32,9 @@ class ImageSet:
 
 
 def stratified(labels: Tensor, limit: int | None) -> Tensor:
-    """The places of at most `limit` items in which the classes keep their proportions, int64, rising.
+    """The places of at most `limit` items in which the classes keep their proportions.
 
-    `labels` is int64 `[N]`. Each class has at least one place if `limit` allows it; the rest is
+    `labels` is int64 `[N]`, the places are int64 in ascending order. Each class has at least one place if `limit` allows it; the rest is
     apportioned by largest remainder. Within a class the first items are taken. None is all.
     """
     if limit is None or limit >= len(labels):
@@ -48,7 +48,7 @@ def stratified(labels: Tensor, limit: int | None) -> Tensor:
 
 
 def _largest_remainder(sizes: Tensor, seats: int) -> Tensor:
-    """Apportion `seats` in proportion to `sizes`, int64 `[K]`; equal remainders favour the first."""
+    """Apportion `seats` by `sizes`, int64 `[K]`; equal remainders favour the first."""
     total = max(1, int(sizes.sum()))
     whole = sizes * seats // total
     remainder = sizes * seats % total

@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 
 
 def resized(files: Sequence[Path], size: int) -> tuple[Tensor, Tally]:
-    """The images of files, uint8 `[N, 3, size, size]`, and what should be said of how they were read.
+    """The images of files, uint8 `[N, 3, size, size]`, and notes on how they were read.
 
     They are kept in the cache folder by the files' paths, sizes and times of change and by the
     version of the decoder. Raises `DataError` naming the first file that cannot be read.

@@ -20,15 +20,16 @@ _trained: dict[Hashable, nn.Module] = {}
 
 
 def classes_of(images: Mapping[str, Tensor]) -> Tensor:
-    """The class of every image of a partition, int64 `[N]`: its label, or its cluster if there are no labels."""
+    """The class of every image, int64 `[N]`: its label, or its cluster if there are no labels."""
     return images.get("labels", images["cluster"])
 
 
 def check_classes(classes: Tensor, key: str = "evaluate.features") -> None:
-    """Raise `ConfigError` naming the key if there is only one class, which a classifier cannot learn from."""
+    """Raise `ConfigError` naming the key if there is only one class: nothing can be learned."""
     if int(classes.min()) == int(classes.max()):
         raise ConfigError(
-            f"{key} must hold inception or a TorchScript file for images of one class, got 'classifier'"
+            f"{key} must hold inception or a TorchScript file for images of one class, "
+            "got 'classifier'"
         )
 
 

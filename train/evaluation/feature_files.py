@@ -4,12 +4,12 @@ from pathlib import Path
 
 
 def script_files(path: Path) -> list[Path]:
-    """The TorchScript files that a path names: the file itself, or those in a folder, possibly none."""
+    """The TorchScript files that a path names: itself, or those in a folder, possibly none."""
     return sorted(path.glob("*.pt")) if path.is_dir() else [path]
 
 
 def reference_file(network: Path | None, reference: str | None) -> Path | None:
-    """The statistics of a network's features, REFERENCE.NETWORK.npz beside it; None if there are none."""
+    """The statistics of a network's features, REFERENCE.NETWORK.npz beside it; None without."""
     if network is None or reference is None:
         return None
     file = network.with_name(f"{reference}.{network.stem}.npz")

@@ -1,4 +1,4 @@
-"""A network whose features images are measured by, and how one is loaded from a TorchScript file."""
+"""A network that gives the features of images, and its loading from a TorchScript file."""
 
 import warnings
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ddm.errors import ConfigError
 
 
 class NetworkFeatures(NamedTuple):
-    """Images as a feature network sees them: `features` `[N, d]`, `logits` `[N, classes]` or None."""
+    """What a feature network gives: `features` `[N, d]`, `logits` `[N, classes]` or None."""
 
     features: Tensor
     logits: Tensor | None
@@ -45,7 +45,7 @@ class FeatureNetwork:
     def __call__(
         self, images: Tensor, advance: Callable[[int], object], batch: int = 250
     ) -> NetworkFeatures:
-        """The features of the images; `advance` is called with the number of images of each batch."""
+        """The features of the images; `advance` is told the number of images of each batch."""
         features: list[Tensor] = []
         logits: list[Tensor] = []
         for part in images.split(batch):
@@ -59,8 +59,9 @@ class FeatureNetwork:
 
 
 def script_network(key: str, path: str, device: str) -> FeatureNetwork:
-    """The TorchScript network in a file: uint8 `[B, 3, H, W]` -> features `[B, d]`, or (features, logits).
+    """The TorchScript network in a file.
 
+    It maps uint8 `[B, 3, H, W]` to features `[B, d]`, or to (features, logits).
     Raises `ConfigError` naming the config's `key` if it does not load.
     """
     try:

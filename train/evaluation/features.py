@@ -1,4 +1,4 @@
-"""The feature networks that `evaluate.features` names. Every figure says which one it was made with."""
+"""The feature networks that `evaluate.features` names; every figure says which one it used."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

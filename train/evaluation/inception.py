@@ -10,14 +10,17 @@ from train.evaluation.feature_network import FeatureNetwork
 
 
 def inception_network(weights: str | None, device: str) -> FeatureNetwork:
-    """The network with the user's copy of its weights. Raises `ConfigError` if it cannot be built."""
+    """The network with the user's copy of its weights. Raises `ConfigError` if it cannot load."""
     what = "Inception v3 (2015)"
     file = Path(weights or "")
     return FeatureNetwork("inception", what, _Inception(weights), True, device, file)
 
 
 class _Inception(nn.Module):
-    """uint8 images `[B, 3, H, W]` -> (features `[B, 2048]`, logits): torchmetrics builds it with torch-fidelity."""
+    """uint8 images `[B, 3, H, W]` -> (features `[B, 2048]`, logits).
+
+    torchmetrics builds it with torch-fidelity.
+    """
 
     def __init__(self, weights: str | None) -> None:
         super().__init__()
@@ -34,7 +37,8 @@ class _Inception(nn.Module):
         except (RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"evaluate.inception_weights must be those of Inception v3 (2015), got {weights!r} ({reason})"
+                "evaluate.inception_weights must be those of Inception v3 (2015), "
+                f"got {weights!r} ({reason})"
             ) from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Measuring a run: every method's samples, made by the very code that serves, against the real images."""
+"""Measuring a run: every method's samples, made by the code that serves, and real images."""
 
 import logging
 import time
@@ -34,7 +34,10 @@ _FEATURE_SEED = 0
 
 
 def evaluate(config: Config, monolith: Config | None) -> Evaluation:
-    """Measure what `config.evaluate` says, write `evaluate/record.json` and `report.html`, and print the table."""
+    """Measure what `config.evaluate` says and print the tables.
+
+    Writes `evaluate/record.json` and `report.html`.
+    """
     began = time.monotonic()
     measurement = Measurement(config, monolith, config.evaluate, "evaluate")
     report = config.folder / "report.html"
@@ -56,7 +59,7 @@ def evaluate(config: Config, monolith: Config | None) -> Evaluation:
 
 
 class Measurement:
-    """All that a section of the config asks to measure of a run, in the folder `SECTION/` of the run.
+    """What a section of the config asks to measure of a run, in the run's folder `SECTION/`.
 
     Raises `ConfigError` if a sampler, a file of features or a method cannot be had.
     """
@@ -242,7 +245,7 @@ class Measurement:
     def _score(
         self, spec: SampleSpec, network: FeatureNetwork, measure: Scores, facts: Features
     ) -> Score:
-        """The score of one set of samples, from its file if that is of the same samples and features."""
+        """The score of a set of samples, from its file if samples and features are the same."""
         path = self.folder / "scores" / f"{spec.name}-{network.name}.json"
         key = digest([Scores.VERSION, asdict(facts), self.store.facts(spec), self.cut.hash])
         if path.exists():

@@ -25,7 +25,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: its name, the run it samples, its bundle's version, its settings of `sample`."""
+    """A row of the table: its name, its run, its bundle's version, its settings of `sample`."""
 
     name: str
     run: str

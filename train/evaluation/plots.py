@@ -49,9 +49,9 @@ def save(path: Path, figure: Figure, dpi: int = 150) -> None:
 def frechet(
     evaluation: Evaluation, features: str | None = None, sampler: str | None = None
 ) -> Figure:
-    """Frechet distance over the number of steps, one line per method, with the deviation over the seeds.
+    """Frechet distance over the number of steps, one line per method.
 
-    With the first features and the first sampler if none are named.
+    With the deviation over the seeds, and with the first features and the first sampler if none are named.
     """
     named = features or next(iter(evaluation.features))
     with plt.rc_context(STYLE):
@@ -144,7 +144,7 @@ def certainty(samples: Mapping[str, SampleSet]) -> Figure:
 
 
 def alpha_over_time(samples: SampleSet, names: Sequence[str], images: int = 4) -> Figure:
-    """For a few images: alpha as a stack over time, and under it the expert that updated the image at each step."""
+    """Alpha of a few images as a stack over time, above the expert that updated each image."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
         shown = min(images, samples.alpha.shape[1])
         figure, rows = plt.subplots(
@@ -214,7 +214,7 @@ def _points(
 
 
 def _literal(name: str) -> str:
-    """A cluster's name as matplotlib shows it: no formula between dollars, no underscore that hides it."""
+    """A cluster's name without what matplotlib takes for a formula or a hidden label."""
     escaped = name.replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
 

@@ -65,13 +65,16 @@ _MEASURES = [
     _Measure("NFE per image", "", lambda cell: cell.nfe, ".0f", None),
 ]
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 66rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; } p { margin: .3rem 0 .8rem; }
-table { border-collapse: collapse; margin: .4rem 0 1.2rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 66rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
+p { margin: .3rem 0 .8rem; }
+table { border-collapse: collapse; margin: .4rem 0 1.2rem; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
 .name { text-align: left; } .meaning { text-align: left; color: #555; font-size: .88rem; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; } caption small, .facts { font-weight: 400; color: #555; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+caption small, .facts { font-weight: 400; color: #555; }
 .best { font-weight: 700; } img { max-width: 100%; } .scroll { overflow-x: auto; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
@@ -135,8 +138,8 @@ def _classes_line(evaluation: Evaluation, method: str, steps: int) -> str | None
     ratios = [found / expected for found, expected in pairs if expected > 0]
     return (
         f"{method:10} at {steps} steps: mean confidence of the classifier is "
-        f"{score.confidence / real.real_confidence:.3f} times that on unseen real images; classes occur "
-        f"{min(ratios):.2f} to {max(ratios):.2f} times as often"
+        f"{score.confidence / real.real_confidence:.3f} times that on unseen real images; "
+        f"classes occur {min(ratios):.2f} to {max(ratios):.2f} times as often"
     )
 
 
@@ -161,7 +164,7 @@ def shown(value: Spread | None, form: str) -> str:
 def write_report(
     path: Path, evaluation: Evaluation, samples: Mapping[tuple[str, int], SampleSet]
 ) -> None:
-    """Write `report.html`, whose images are also in `evaluate/plots/`; `samples` by method and steps."""
+    """Write `report.html`, its images also to `evaluate/plots/`; `samples` by method and steps."""
     folder = path.parent
     plotted = folder / "evaluate" / "plots"
     cut = Partition.read(folder / "partition")
@@ -223,7 +226,8 @@ def _page(evaluation: Evaluation, cut: Partition, plotted: Path, middle: int) ->
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'>"
-        f"<title>{name}: ddm report</title><style>{_CSS}</style><body>{''.join(parts)}</body></html>\n"
+        f"<title>{name}: ddm report</title><style>{_CSS}</style><body>"
+        f"{''.join(parts)}</body></html>\n"
     )
 
 
@@ -253,8 +257,9 @@ def _quality_parts(evaluation: Evaluation, plotted: Path) -> list[str]:
     seeds = f" for each of {evaluation.seeds} seeds" if evaluation.seeds > 1 else ""
     return [
         "<h2>Image quality</h2>",
-        f"<p>{evaluation.n} images per cell{seeds}; all methods start from the same noise; sampler {sampler}. "
-        f"Features: {html.escape(features.what)}; figures made with other features are not comparable. "
+        f"<p>{evaluation.n} images per cell{seeds}; all methods start from the same noise; "
+        f"sampler {sampler}. Features: {html.escape(features.what)}; "
+        "figures made with other features are not comparable. "
         f"Fréchet distances are to {html.escape(features.reference)}.</p>",
         *(_table(evaluation, measure) for measure in _MEASURES),
         _image(plotted, "frechet", "Fréchet distance over the number of steps"),
@@ -274,8 +279,9 @@ def _trajectory_parts(evaluation: Evaluation, plotted: Path) -> list[str]:
     )
     return [
         "<h2>Distance from the full mixture's trajectories</h2>",
-        f"<p>E(N) is the mean squared difference per pixel value between the final images of a method in N "
-        f"steps and those of the full mixture in {cfg['reference_steps']} steps from the same noise, over "
+        "<p>E(N) is the mean squared difference per pixel value between the final images of a "
+        "method in N steps and those of the full mixture in "
+        f"{cfg['reference_steps']} steps from the same noise, over "
         f"{cfg['trajectories']} trajectories. "
         "Lines are power laws E(N) = C N<sup>−p</sup>, fitted to log E over log N.</p>",
         _image(plotted, "trajectory", "Trajectory error over steps with fitted power laws"),
@@ -287,12 +293,13 @@ def _trajectory_parts(evaluation: Evaluation, plotted: Path) -> list[str]:
 def _expert_parts(evaluation: Evaluation, plotted: Path, middle: int) -> list[str]:
     return [
         "<h2>Which experts are evaluated</h2>",
-        f"<p>At {middle} steps: the fraction of all NFE that each expert has, beside its mixture weight pi.</p>",
+        f"<p>At {middle} steps: the fraction of all NFE that each expert has, beside its mixture "
+        "weight pi.</p>",
         _image(plotted, "load", "Fraction of all NFE by expert"),
         "<p>The largest alpha, averaged over the images.</p>",
         _image(plotted, "certainty", "Mean of the largest alpha over time"),
-        f"<p>Four images of {_shown_method(evaluation)}: alpha over time, and the expert that updated the "
-        "image at each step.</p>",
+        f"<p>Four images of {_shown_method(evaluation)}: alpha over time, and the expert that "
+        "updated the image at each step.</p>",
         _image(plotted, "alpha", "Alpha over time for four images"),
     ]
 
@@ -312,9 +319,9 @@ def _image_parts(evaluation: Evaluation, cut: Partition, plotted: Path, middle: 
 
 
 def _table(evaluation: Evaluation, measure: _Measure) -> str:
-    """One measure with a row per method and a column per number of steps; empty if it was not measured.
+    """One measure with a row per method and a column per number of steps.
 
-    The best of a column is in bold.
+    The best of a column is in bold. Empty if it was not measured.
     """
     steps = evaluation.steps
     columns = {

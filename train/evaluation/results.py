@@ -85,7 +85,7 @@ class Evaluation:
         value: Callable[[Cell], float | None],
         sampler: str | None = None,
     ) -> Spread | None:
-        """A measure of a cell of the table, by default with the first sampler; None if it was not measured."""
+        """A measure of a cell, by default with the first sampler; None if it was not measured."""
         wanted = (method, steps, sampler or next(iter(self.samplers)))
         cells = [cell for cell in self.cells if (cell.method, cell.steps, cell.sampler) == wanted]
         measured = [value(cell) for cell in cells]

@@ -1,4 +1,4 @@
-"""The samples that evaluation measures: made once, kept in files, each with a record of how it was made."""
+"""The samples that evaluation measures: made once, kept in files, each with its record."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ class SampleStore:
                 raise DdmError(f"sampling {spec.name} failed: {result}") from result
 
     def read(self, spec: SampleSpec) -> SampleSet:
-        """The samples. Raises `ArtifactError` naming a file that is missing or holds something else."""
+        """The samples. Raises `ArtifactError` naming a file that is missing or of another kind."""
         record, tensors = self.file(spec, ".json"), self.file(spec, ".safetensors")
         try:
             return SampleSet(**read_tensors(tensors), nfe=read_json(record)["nfe"])
@@ -115,7 +115,7 @@ class SampleStore:
             ) from error
 
     def sample(self, spec: SampleSpec, total_nfe: int, on_progress: OnProgress) -> None:
-        """Make one set of samples and write its files; progress is reported in shares of `total_nfe`."""
+        """Make one set of samples and write its files; progress is reported up to `total_nfe`."""
         model = _model(spec.method.run, self.device)
         nfe_per_step = total_nfe / (spec.n * spec.steps)
         half = self.precision == "bf16-mixed"

@@ -1,4 +1,4 @@
-"""How good a set of samples is, as a feature network sees it: distances to the real images, and what they cover."""
+"""Scores of a set of samples: distances from the real images, and what they cover."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Single image files, written by Pillow in every form and compared with the array they were made from."""
+"""Image files, written by Pillow in every form and compared with the array behind them."""
 
 import os
 import warnings

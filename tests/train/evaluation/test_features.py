@@ -1,4 +1,4 @@
-"""The feature networks that `evaluate.features` names, and the real images that samples are compared with."""
+"""The feature networks that `evaluate.features` names, and what samples are compared with."""
 
 import json
 import shutil

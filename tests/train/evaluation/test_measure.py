@@ -1,4 +1,4 @@
-"""What an evaluation records, against the same figures computed another way, and what it does not compute twice."""
+"""What an evaluation records, against independent figures, and what it computes only once."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The samples that evaluation measures: made as the run's own code makes them, once, with a record of how."""
+"""The samples that evaluation measures: made as the run makes them, once, with a record."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The scores of samples, against independent computations and the script that scores from outside."""
+"""The scores of samples, against independent computations and the script outside."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def features(n: int, seed: int) -> Tensor:
 
 
 def polynomial_kid(real: np.ndarray, samples: np.ndarray) -> float:
-    """The unbiased squared MMD with the kernel (x.y / d + 1)^3 of all points at once (arXiv 1801.01401, equation 4)."""
+    """The unbiased squared MMD with the kernel (x.y / d + 1)^3 (arXiv 1801.01401, section 4)."""
     n, m, d = len(real), len(samples), real.shape[1]
     xx, yy, xy = (
         (a @ b.T / d + 1) ** 3 for a, b in ((real, real), (samples, samples), (real, samples))
