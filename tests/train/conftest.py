@@ -1,5 +1,6 @@
 """Fixtures and computations that several tests of `train` use."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "ddm"
+
+
+@pytest.fixture
+def data_log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """`data_log()`: what the loading of images has logged in this test."""
+    caplog.set_level(logging.INFO)
+    return lambda: [
+        record.getMessage() for record in caplog.records if record.name.startswith("train.data")
+    ]
 
 
 class Means(torch.nn.Module):

@@ -34,8 +34,9 @@ class ImageSet:
 def stratified(labels: Tensor, limit: int | None) -> Tensor:
     """The places of at most `limit` items in which the classes keep their proportions.
 
-    `labels` is int64 `[N]`, the places are int64 in ascending order. Each class has at least one place if `limit` allows it; the rest is
-    apportioned by largest remainder. Within a class the first items are taken. None is all.
+    `labels` is int64 `[N]`, the places are int64 in ascending order.
+    Each class has at least one place if `limit` allows it; the rest is apportioned by largest
+    remainder. Within a class the first items are taken. None is all.
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))

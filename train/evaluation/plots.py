@@ -51,7 +51,7 @@ def frechet(
 ) -> Figure:
     """Frechet distance over the number of steps, one line per method.
 
-    With the deviation over the seeds, and with the first features and the first sampler if none are named.
+    With the deviation over the seeds; by default with the first features and sampler.
     """
     named = features or next(iter(evaluation.features))
     with plt.rc_context(STYLE):

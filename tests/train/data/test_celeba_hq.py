@@ -1,6 +1,6 @@
 """Lists of attributes as they are found: read rightly, or refused by file and line."""
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,13 +106,12 @@ def test_a_list_without_text_is_refused_by_name(root: Path) -> None:
 
 
 def test_images_without_a_row_and_rows_without_an_image_are_counted(
-    root: Path, caplog: pytest.LogCaptureFixture
+    root: Path, data_log: Callable[[], list[str]]
 ) -> None:
-    caplog.set_level(logging.INFO)
     rows = [*ROWS[:3], "8.jpg 1 1", "9.jpg 1 1"]
     images = load(root, text(["Male Smiling", *rows]))
     assert attributes(images) == {"Male": MALE[:3], "Smiling": SMILING[:3]}
-    (line,) = caplog.messages
+    (line,) = data_log()
     assert f"1 without a row in {LIST} ({root}/images/3.jpg)" in line
     assert "2 rows without an image (8)" in line
 

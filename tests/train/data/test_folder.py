@@ -1,8 +1,8 @@
 """Folders of classes: what is read, what is passed over and said, and what is refused."""
 
-import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from PIL import Image
 from ddm.errors import DataError
 from train.data import DataConfig, ImageSet
 from train.data.image_files import image_suffixes
+
+DataLog = Callable[[], list[str]]
 
 
 def save(path: Path, value: int = 0, size: tuple[int, int] = (8, 8)) -> Path:
@@ -27,12 +29,6 @@ def load(root: Path, **more: int) -> ImageSet:
 
 def reds(images: ImageSet) -> list[int]:
     return images.images[:, 0, 0, 0].tolist()
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 def test_classes_come_by_name_and_images_by_number(tmp_path: Path) -> None:
@@ -65,9 +61,7 @@ def test_nested_folders_belong_to_their_class(tmp_path: Path) -> None:
     assert (reds(images), images.labels.tolist()) == ([1, 2, 3], [0, 0, 1])
 
 
-def test_what_is_passed_over_is_counted_in_one_line(
-    tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_passed_over_is_counted_in_one_line(tmp_path: Path, data_log: DataLog) -> None:
     save(tmp_path / "a" / "1.png")
     save(tmp_path / "a" / "._1.png")
     save(tmp_path / "a" / ".thumbnails" / "1.png")
@@ -78,7 +72,7 @@ def test_what_is_passed_over_is_counted_in_one_line(
         (tmp_path / "a" / name).write_text("no image")
     images = load(tmp_path)
     assert (len(images.images), images.label_names) == (1, ["a"])
-    (line,) = said.messages
+    (line,) = data_log()
     assert line.startswith(f"data       1 images of {tmp_path}; passed over: ")
     assert "2 hidden (" in line  # .git and ._1.png
     assert "2 hidden folders (" in line
@@ -87,12 +81,12 @@ def test_what_is_passed_over_is_counted_in_one_line(
 
 
 def test_how_images_were_read_is_said_also_when_they_come_from_the_cache(
-    tmp_path: Path, said: pytest.LogCaptureFixture
+    tmp_path: Path, data_log: DataLog
 ) -> None:
     for i in range(3):
         Image.new("RGBA", (8, 8)).save(save(tmp_path / "a" / f"{i}.png"))
     assert load(tmp_path).hash == load(tmp_path).hash
-    first, second = said.messages
+    first, second = data_log()
     assert first == second
     assert first.endswith(f"passed over: none; 3 transparent, shown on white ({tmp_path}/a/0.png)")
 
@@ -141,13 +135,13 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
 
 
 def test_images_are_read_without_a_cache_that_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_log: DataLog
 ) -> None:
     save(tmp_path / "set" / "a" / "1.png", 100)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert reds(load(tmp_path / "set")) == [100]
-    assert "images are resized again next time" in said.messages[0]
+    assert "images are resized again next time" in data_log()[0]
 
 
 @pytest.mark.parametrize("name", ["²", "٣", "9" * 200, "a b", "1.2.3", "%s", "$x$", "_"])
@@ -188,14 +182,12 @@ def test_an_image_that_cannot_be_opened_is_refused_at_once(tmp_path: Path) -> No
             load(tmp_path)
 
 
-def test_a_pipe_that_is_not_an_image_is_passed_over(
-    tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
+def test_a_pipe_that_is_not_an_image_is_passed_over(tmp_path: Path, data_log: DataLog) -> None:
     save(tmp_path / "a" / "0.png")
     os.mkfifo(tmp_path / "a" / "control")
     os.mkfifo(tmp_path / "control")
     assert len(load(tmp_path).images) == 1
-    assert "1 outside of a class" in said.messages[0]
+    assert "1 outside of a class" in data_log()[0]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
@@ -222,13 +214,13 @@ def test_a_folder_that_fails_to_list_is_refused_by_name(
         load(tmp_path)
 
 
-def test_linked_folders_are_followed_once(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_linked_folders_are_followed_once(tmp_path: Path, data_log: DataLog) -> None:
     save(tmp_path / "elsewhere" / "0.png", 5)
     (tmp_path / "set" / "a").mkdir(parents=True)
     (tmp_path / "set" / "a" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
     assert reds(load(tmp_path / "set")) == [5]
-    assert "1 links to a folder that they are in" in said.messages[0]
+    assert "1 links to a folder that they are in" in data_log()[0]
 
 
 def test_a_bomb_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
