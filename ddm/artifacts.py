@@ -1,7 +1,8 @@
 """Artifacts: tensors in safetensors, facts in JSON, SHA-256 over both.
 
-`STEM.json` holds the facts and the hash of `STEM.safetensors`, so the hash of the JSON covers the weights as well.
-Files are written whole or not at all, also by concurrent processes. Nothing is ever unpickled.
+`STEM.json` holds the facts and the hash of `STEM.safetensors`, so the hash of the JSON covers the
+weights as well. Files are written whole or not at all, also by concurrent processes. Nothing is
+ever unpickled.
 """
 
 import errno
@@ -35,7 +36,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Layout(NamedTuple):
-    """What a safetensors header says of one tensor: its dtype (`F32`, `BF16`, `U8` ...) and shape."""
+    """A tensor as a safetensors header describes it: dtype (`F32`, `U8` ...) and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,8 +46,9 @@ class Layout(NamedTuple):
 def replaced(path: Path) -> Iterator[Path]:
     """A scratch path beside `path`; the file that the block writes there replaces `path`.
 
-    The scratch name is unique to the process and the call. When the block ends, the file is flushed to disk, renamed,
-    and the folder is flushed; when it raises, the scratch file is removed and `path` stays as it was.
+    The scratch name is unique to the process and the call. When the block ends, the file is flushed
+    to disk, renamed, and the folder is flushed; when it raises, the scratch file is removed and
+    `path` stays as it was.
 
     Raises `ArtifactError` naming `path` if the operating system refuses.
     """
@@ -109,7 +111,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path, what: str) -> Iterator[None]:
-    """Turn an `OSError` into an `ArtifactError` that names the file; `what` is "read" or "written"."""
+    """An `OSError` becomes an `ArtifactError` naming the file; `what`: "read" or "written"."""
     try:
         yield
     except OSError as error:
@@ -124,7 +126,9 @@ def _refuse(path: Path, what: str, error: OSError) -> NoReturn:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    """A regular file, open for reading. A fifo or a device is never opened, because that may wait for ever.
+    """A regular file, open for reading.
+
+    A fifo or a device is never opened, because that may wait for ever.
 
     Raises `ArtifactError` naming the file that is missing, not a regular one, or cannot be read.
     """
@@ -171,7 +175,10 @@ def digest(facts: Any) -> str:
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write plain data, whole or not at all. Raises `ArtifactError`; `ValueError` for NaN and infinities."""
+    """Write plain data, whole or not at all.
+
+    Raises `ArtifactError`; `ValueError` for NaN and infinities.
+    """
     text = json.dumps(facts, indent=1, allow_nan=False)
     with replaced(path) as scratch:
         scratch.write_text(text + "\n")
@@ -182,8 +189,8 @@ def read_json(
 ) -> dict[str, Any]:
     """Read a JSON object; `expected_sha256=None` means no check.
 
-    Raises `ArtifactError` naming the file that cannot be read, is not JSON, holds anything but an object, or holds a
-    number that is not finite or above 64 bits.
+    Raises `ArtifactError` naming the file that cannot be read, is not JSON, holds anything but an
+    object, or holds a number that is not finite or above 64 bits.
     """
     with _opened(path) as file:
         content = file.read(max_bytes + 1)
@@ -217,7 +224,10 @@ def _within_64_bits(digits: str) -> int:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, whole or not at all. Raises `ArtifactError` naming a file that cannot be written."""
+    """Write tensors, whole or not at all.
+
+    Raises `ArtifactError` naming a file that cannot be written.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replaced(path) as scratch:
         try:
@@ -229,7 +239,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
     """Read tensors; `expected_sha256=None` means no check.
 
-    Raises `ArtifactError` naming the file that cannot be read, is damaged, or is not the one expected.
+    Raises `ArtifactError` naming the file that cannot be read, is damaged, or is not the one
+    expected.
     """
     _check_header(path)
     if expected_sha256 is not None:
@@ -275,7 +286,9 @@ def file_of(stem: Path, suffix: str) -> Path:
 
 
 def write_artifact(stem: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write `STEM.safetensors`, then `STEM.json` with the facts and the hash: an artifact with JSON is complete.
+    """Write `STEM.safetensors`, then `STEM.json` with the facts and the hash.
+
+    An artifact that has its JSON is complete.
 
     Raises `ArtifactError` naming a file that cannot be written.
     """
@@ -285,7 +298,9 @@ def write_artifact(stem: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
 
 
 def read_facts(stem: Path, expected_sha256: str | None = None) -> dict[str, Any]:
-    """The facts of an artifact, the hash of its weights (`sha256`) among them; `expected_sha256` is that of its JSON.
+    """The facts of an artifact, with the hash of its weights as `sha256`.
+
+    `expected_sha256` is the hash of the JSON itself; None means no check.
 
     Raises `ArtifactError` naming the file.
     """

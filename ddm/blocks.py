@@ -11,22 +11,28 @@ from ddm.errors import require
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation as in DDPM: 32 groups, or fewer where the network is narrow or its width no multiple of 32."""
+    """Group normalization as in DDPM: 32 groups; groups of 4 channels up to width 128; fewer if 32
+    does not divide the width.
+    """
     return nn.GroupNorm(channels // 4 if channels <= 128 else math.gcd(32, channels), channels)
 
 
 def zeroed(module: nn.Conv2d) -> nn.Conv2d:
-    """The same convolution with all parameters zero: its residual branch starts out as the identity."""
+    """The same convolution with all parameters zero: its residual branch starts out as the
+    identity.
+    """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class TimeEmbedding(nn.Module):
-    """t `[B]` in [0, 1] -> `[B, 2c]`: sines and cosines of 1000 t (arXiv 2006.11239), then two linear layers.
+    """t `[B]` in [0, 1] -> `[B, 2c]`: sines and cosines of 1000 t (arXiv 2006.11239), then two
+    linear layers.
 
-    The embedding is half as wide as DDPM's, because adaptive group norm asks two numbers a channel of it where DDPM
-    asks one; with a hidden layer of 6c the CIFAR-10 network keeps DDPM's 35.7M parameters.
+    The embedding is half as wide as DDPM's, because adaptive group norm needs two numbers per
+    channel and DDPM one. With a hidden layer of 6c the CIFAR-10 network keeps DDPM's 35.7M
+    parameters.
     """
 
     def __init__(self, channels: int) -> None:
@@ -44,7 +50,7 @@ class TimeEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Residual self-attention between all positions of a feature map `[B, C, H, W]`, one head."""
+    """Residual self-attention over all positions of a feature map `[B, C, H, W]`, one head."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -59,9 +65,9 @@ class SelfAttention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, the second under adaptive group norm: the time embedding gives its scale and shift.
+    """Two convolutions; the time embedding scales and shifts the group norm before the second.
 
-    Followed by self-attention where `attention` is set. `[B, in, H, W]`, `[B, 2c]` -> `[B, out, H, W]`.
+    Self-attention follows if `attention` is set. `[B, in, H, W]`, `[B, 2c]` -> `[B, out, H, W]`.
     """
 
     def __init__(
@@ -87,11 +93,13 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Module):
     """The descending half of a UNet with its time embedding.
 
-    One level for each entry of `multipliers`, `blocks` residual blocks of `channels * multiplier` a level, a strided
-    convolution between levels, self-attention where the feature map's side is in `attention`.
+    One level per entry of `multipliers`, with `blocks` residual blocks of width `channels *
+    multiplier`; a strided convolution between levels; self-attention at feature maps whose side is
+    in `attention`.
 
-    `forward(x [B, C, H, W], t [] or [B])` returns the feature maps (the input convolution's, each block's, each
-    strided convolution's; their channel counts are `widths`) and the time embedding `[B, 2 channels]`.
+    `forward(x [B, C, H, W], t [] or [B])` returns the feature maps (the input convolution's, each
+    block's, each strided convolution's; their channel counts are `widths`) and the time embedding
+    `[B, 2 channels]`.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""A bundle: a folder with everything that sampling needs, and a manifest that names each artifact by its SHA-256."""
+"""A bundle: a folder with everything that sampling needs, and a manifest that names each artifact
+by its SHA-256.
+"""
 
 import errno
 import shutil
@@ -57,7 +59,8 @@ class Artifact:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors, read at first use.
 
-        Raises `ArtifactError` if their file is not the one that the facts name, or a number in it is not finite.
+        Raises `ArtifactError` if their file is not the one that the facts name, or a number in it
+        is not finite.
         """
         tensors = read_tensors(self.weights, self.facts["sha256"])
         for name, tensor in tensors.items():
@@ -92,12 +95,14 @@ class Bundle:
 def write_bundle(
     folder: Path, partition: Partition, experts: list[Path], router: Path | None
 ) -> None:
-    """Copy artifacts (stems, the experts in the order of their clusters) into `folder` and write its manifest.
+    """Copy artifacts (stems, the experts in the order of their clusters) into `folder` and write
+    its manifest.
 
-    The old bundle stays until the new one is whole and checked; concurrent writers do not disturb each other. After a
-    kill at any moment, `read_bundle` finds the old bundle or the new one.
+    The old bundle stays until the new one is whole and checked; concurrent writers do not disturb
+    each other. After a kill at any moment, `read_bundle` finds the old bundle or the new one.
 
-    Raises `ArtifactError` if the artifacts do not belong together or the system refuses, and keeps the old bundle.
+    Raises `ArtifactError` if the artifacts do not belong together or the system refuses, and keeps
+    the old bundle.
     """
     stems = {_name(k): stem for k, stem in enumerate(experts)}
     if router:
@@ -125,10 +130,11 @@ def write_bundle(
 
 
 def write_half(bundle: Path, folder: Path) -> None:
-    """Write a bundle to `folder` with the weights of another in half precision: half the size, for download.
+    """Write a bundle to `folder` with the weights of another in half precision: half the size, for
+    download.
 
-    Only the networks' matrices and kernels are halved; norms, biases, mixture weights and the clusters' Gaussians are
-    copied. Raises `ArtifactError`.
+    Only the networks' matrices and kernels are halved; norms, biases, mixture weights and the
+    clusters' Gaussians are copied. Raises `ArtifactError`.
     """
     whole = read_bundle(bundle)
     with _scratch_folder(folder) as scratch:
@@ -187,7 +193,10 @@ def _moved_aside(folder: Path) -> list[Path]:
 
 
 def restore_bundle(folder: Path) -> None:
-    """Move the old bundle back if its writer was killed after moving it aside. Raises `ArtifactError` if that fails."""
+    """Move the old bundle back if its writer was killed after moving it aside.
+
+    Raises `ArtifactError` if that fails.
+    """
     if folder.exists():
         return
     with naming(folder, "written"):
@@ -203,9 +212,11 @@ def restore_bundle(folder: Path) -> None:
 
 
 def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
-    """Read a bundle, or `only` the artifacts named, and check that hashes, schedules, shapes and partitions agree.
+    """Read a bundle, or `only` the artifacts named, and check that hashes, schedules, shapes and
+    partitions agree.
 
-    The weights themselves are read, and their hashes checked, when `Artifact.tensors` is first used.
+    The weights themselves are read, and their hashes checked, when `Artifact.tensors` is first
+    used.
 
     Raises `ArtifactError` naming the file that is wrong, and why.
     """
@@ -220,7 +231,8 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
     schedule = manifest.get("schedule")
     if not (isinstance(schedule, dict) and all(map(_is_plain, schedule.values()))):
         raise ArtifactError(
-            f"{path} is damaged: schedule must be an object with a name and numbers, got {shown(schedule)}"
+            f"{path} is damaged: schedule must be an object with a name and numbers, "
+            f"got {shown(schedule)}"
         )
     listed = _listed(path, manifest.get("artifacts"), partition.k)
     found = {
@@ -237,7 +249,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _listed(path: Path, listed: Any, k: int) -> dict[str, str]:
-    """The artifacts that a manifest lists: all experts, a router at most, and nothing else, each with a hash."""
+    """The artifacts that a manifest lists: all experts, a router at most, and nothing else, each
+    with a hash.
+    """
     if not isinstance(listed, dict):
         raise ArtifactError(f"{path} is damaged: artifacts must be an object, got {shown(listed)}")
     wanted = [_name(i) for i in range(k)]
@@ -263,7 +277,9 @@ def _expected_facts(name: str, partition: Partition, schedule: Any) -> dict[str,
 
 
 def _read_artifact(stem: Path, expected: str | None, belongs: dict[str, Any]) -> Artifact:
-    """An artifact whose facts must have the values of `belongs`; `expected` is the hash of its JSON, None for no check."""
+    """An artifact whose facts must have the values of `belongs`; `expected` is the hash of its
+    JSON, None for no check.
+    """
     facts = read_facts(stem, expected)
     for key, value in belongs.items():
         if facts.get(key) != value:

@@ -3,7 +3,7 @@
 DdmError
  ├── ConfigError     a key, an argument or a combination of them that makes no sense
  ├── DataError       images or labels that are missing, unreadable or too few
- └── ArtifactError   a file of a run or bundle that is missing, damaged, or belongs to something else
+ └── ArtifactError   a file of a run or bundle that is missing, damaged or of something else
 """
 
 import reprlib
@@ -17,11 +17,13 @@ _BRIEF.maxstring = _BRIEF.maxother = 300
 
 
 class DdmError(Exception):
-    """The root of all errors that a user can cause and fix; the command line exits with status 2."""
+    """The root of the errors that a user can cause and fix: the command line exits with 2."""
 
 
 class ConfigError(DdmError, ValueError):
-    """A key, an argument or a combination of them that makes no sense; `key` is its full name if it is one key."""
+    """A key, an argument or a combination of them that makes no sense; `key` is its full name if it
+    is one key.
+    """
 
     def __init__(self, message: str, key: str | None = None) -> None:
         super().__init__(message)
@@ -54,7 +56,9 @@ def one_of(key: str, name: Any, names: tuple[str, ...]) -> ConfigError:
 
 @contextmanager
 def within(section: str) -> Iterator[None]:
-    """Name the section of the keys of a `ConfigError` raised inside: `steps` becomes `sample.steps`."""
+    """Name the section of the keys of a `ConfigError` raised inside: `steps` becomes
+    `sample.steps`.
+    """
     try:
         yield
     except ConfigError as error:

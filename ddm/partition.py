@@ -1,4 +1,6 @@
-"""A data set split into K clusters, one file per cluster, so that an expert can read its cluster and nothing else."""
+"""A data set split into K clusters, one file per cluster, so that an expert can read its cluster
+and nothing else.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,8 +33,9 @@ class Partition:
     sizes: images per cluster, each at least 1
     hashes: SHA-256 of each cluster's file, in hex
 
-    On disk a folder: `partition.json` and `cluster-00.safetensors` ... with `images` (uint8 `[n, C, H, W]`), `index`
-    (int64 `[n]`, positions in the data set) and, if the data set has them, `labels` (int64 `[n]`).
+    On disk a folder: `partition.json` and `cluster-00.safetensors` ... with the tensors `images`
+    (uint8 `[n, C, H, W]`), `index` (int64 `[n]`, positions in the data set) and, if the data set
+    has them, `labels` (int64 `[n]`).
     """
 
     shape: list[int]
@@ -59,9 +62,11 @@ class Partition:
     def write(
         folder: Path, images: Tensor, cluster: Tensor, names: Sequence[str], labels: Tensor | None
     ) -> "Partition":
-        """Split `images` (uint8 `[N, C, H, W]`) by `cluster` (int64 `[N]`, values below `len(names)`) into a folder.
+        """Split `images` (uint8 `[N, C, H, W]`) by `cluster` (int64 `[N]`, values below
+        `len(names)`) into a folder.
 
-        Raises `DataError` naming a cluster without images, `ArtifactError` naming a file that cannot be written.
+        Raises `DataError` naming a cluster without images, `ArtifactError` naming a file that
+        cannot be written.
         """
         sizes = torch.bincount(cluster, minlength=len(names)).tolist()
         assert len(sizes) == len(names)
@@ -70,7 +75,8 @@ class Partition:
         for k, size in enumerate(sizes):
             if size == 0:
                 raise DataError(
-                    f"cluster {k} ({names[k]}) of {len(names)} has no images: every cluster needs at least one"
+                    f"cluster {k} ({names[k]}) of {len(names)} has no images: "
+                    "every cluster needs at least one"
                 )
         hashes = []
         for k in range(len(names)):
@@ -87,13 +93,19 @@ class Partition:
 
     @staticmethod
     def read(folder: Path) -> "Partition":
-        """The partition in a folder. Raises `ArtifactError` if its file is missing or does not match its own hash."""
+        """The partition in a folder.
+
+        Raises `ArtifactError` if its file is missing or does not match its own hash.
+        """
         path = folder / "partition.json"
         return Partition.from_facts(read_json(path), path)
 
     @staticmethod
     def from_facts(facts: Any, path: Path) -> "Partition":
-        """The partition described by plain data from the file `path`. Raises `ArtifactError` naming the file."""
+        """The partition described by plain data from the file `path`.
+
+        Raises `ArtifactError` naming the file.
+        """
         if fault := _fault(facts):
             raise ArtifactError(f"{path} does not describe a partition: {fault}")
         partition = Partition(**{key: facts[key] for key in _RULES})
@@ -110,11 +122,16 @@ class Partition:
         return folder / f"cluster-{k:02d}.safetensors"
 
     def cluster(self, folder: Path, k: int) -> dict[str, Tensor]:
-        """The tensors of cluster k and of no other. Raises `ArtifactError` if its file is not the one of this partition."""
+        """The tensors of cluster k and of no other.
+
+        Raises `ArtifactError` if its file is not the one of this partition.
+        """
         return read_tensors(self.file(folder, k), self.hashes[k])
 
     def all(self, folder: Path) -> dict[str, Tensor]:
-        """The tensors of all clusters, concatenated, and `cluster` (int64 `[N]`): for the router and for evaluation."""
+        """The tensors of all clusters, concatenated, and `cluster` (int64 `[N]`): for the router
+        and for evaluation.
+        """
         clusters = [self.cluster(folder, k) for k in range(self.k)]
         whole = {name: torch.cat([c[name] for c in clusters]) for name in clusters[0]}
         whole["cluster"] = torch.repeat_interleave(torch.arange(self.k), torch.tensor(self.sizes))

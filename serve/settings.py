@@ -1,4 +1,6 @@
-"""How a bundle is served: one tree of keys for `python -m serve`, and for `args` of a Ray Serve config."""
+"""The settings of serving: one tree of keys for the command line and for `args` of a Ray Serve
+config.
+"""
 
 import ipaddress
 import math
@@ -8,70 +10,112 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ddm.errors import require
+from ddm.errors import require, within
 from serve.model.config_merge import filled
 from serve.model.params import SampleConfig
 
 
 @dataclass
 class LimitsConfig:
-    """What one request, and all of them together, may ask for."""
+    """Limits of one request and of all together; each is above 0.
 
-    n: int = 64  # images a request
+    n: images per request
+    steps: steps per image
+    body_bytes: size of a request's body
+    body_timeout_s: for a request's body to arrive
+    header_timeout_s: for a request's headers to arrive; not behind Ray's proxy
+    send_timeout_s: for a client that does not read its answer; then it is cut off
+    keep_alive_s: how long a connection without a request is kept; not behind Ray's proxy
+    connections: open at once; beyond it idle ones are closed; not behind Ray's proxy
+    pending: image steps that are accepted and not done; beyond it 429
+    deadline_s: from a request to its last image; beyond it 504
+    """
+
+    n: int = 64
     steps: int = 250
     body_bytes: int = 65_536
-    body_timeout_s: float = 10.0  # for a request's body to arrive
-    header_timeout_s: float = 10.0  # for a request's headers to arrive; not behind Ray's proxy
-    send_timeout_s: float = 30.0  # for a client that does not read its answer; then it is cut off
-    keep_alive_s: float = 75.0  # a connection without a request is kept; not behind Ray's proxy
-    connections: int = 1000  # open at once; then idle ones are closed; not behind Ray's proxy
-    pending: int = 100_000  # image steps, accepted and still to come; beyond it 429
-    deadline_s: float = 300.0  # from a request to its last image; beyond it 504
+    body_timeout_s: float = 10.0
+    header_timeout_s: float = 10.0
+    send_timeout_s: float = 30.0
+    keep_alive_s: float = 75.0
+    connections: int = 1000
+    pending: int = 100_000
+    deadline_s: float = 300.0
 
 
 @dataclass
 class RayConfig:
-    """Placement `ray`: each expert its own deployment."""
+    """Placement `ray`: one deployment per expert.
 
-    address: str | None = None  # of a cluster; null starts one on this machine
-    gpus: float = 0.0  # each expert replica's
+    address: of a Ray cluster; null starts one on this machine
+    gpus, cpus, resources: of each expert replica, at least 0
+    replicas: of each expert, at least 1; the minimum if max_replicas is given
+    max_replicas: the maximum of autoscaling, at least replicas; null for no autoscaling
+    services: replicas of the sampling service, at least 1
+    service_cpus: of each of them, at least 0
+    """
+
+    address: str | None = None
+    gpus: float = 0.0
     cpus: float = 1.0
     resources: dict[str, float] = field(default_factory=dict)
-    replicas: int = 1  # of each expert, or the fewest where max_replicas is more
-    max_replicas: int | None = None  # autoscaling's upper bound; null for none
-    services: int = 1  # replicas of the sampling service
+    replicas: int = 1
+    max_replicas: int | None = None
+    services: int = 1
     service_cpus: float = 1.0
 
 
 @dataclass
 class ServeConfig:
-    """Where, how and for whom."""
+    """Where and how a bundle is served.
+
+    host, port: to listen on; port 0 takes a free one
+    name: the model's name in the API, 1 to 256 printable characters without /; null for the run
+        folder's name
+    token_file: a file with the bearer token that requests must carry; null for none
+    open: allow a host other than this machine's own without a token
+    placement: experts in this process (local) or as Ray deployments (ray)
+    device: a torch device, or auto: cuda if there is one, else cpu
+    compile: compile the networks with torch.compile
+    max_batch: images per call of an expert, above 0
+    max_active: images under way at once, above 0
+    call_timeout_s: for one call of a remote expert, above 0
+    retry_s: how long an expert may be unreachable before it counts as away, above 0
+    degraded: without an expert, fail requests or renormalize alpha over the others
+    drain_s: for requests under way, after the first SIGTERM or ctrl-C; at least 0
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    name: str | None = None  # the model's, in the API; null for the run folder's name
-    token_file: str | None = None  # a file with the bearer token that requests must carry
-    open: bool = False  # allow a host beyond this machine without a token
+    name: str | None = None
+    token_file: str | None = None
+    open: bool = False
     placement: Literal["local", "ray"] = "local"
-    device: str = "auto"  # auto is cuda where there is one
+    device: str = "auto"
     compile: bool = False
-    max_batch: int = 64  # images a call of an expert
-    max_active: int = 256  # images on their way at once
+    max_batch: int = 64
+    max_active: int = 256
     call_timeout_s: float = 30.0
-    retry_s: float = 60.0  # how long an expert may be unreachable before it counts as away
+    retry_s: float = 60.0
     degraded: Literal["fail", "renormalize"] = "fail"
-    drain_s: float = 15.0  # for requests under way, after the first SIGTERM or ctrl-C
+    drain_s: float = 15.0
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def may_listen_on(self, host: str) -> bool:
-        """Whether this host is allowed: without a token and without `open`, only this machine's own."""
+        """Whether this host is allowed: without a token and without `open`, only this machine's
+        own.
+        """
         return self.token_file is not None or self.open or _is_loopback(host)
 
 
 @dataclass
 class Settings:
-    """A whole service. `run` is a run's folder or a bundle's; `sample` holds what requests leave out."""
+    """A whole service.
+
+    run: the folder of a run or of a bundle
+    sample: the settings of sampling that requests leave out
+    """
 
     run: str = ""
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -79,40 +123,10 @@ class Settings:
 
     def check(self) -> None:
         """Raise `ConfigError` naming the first key whose value makes no sense."""
-        serve, limits, ray = self.serve, self.serve.limits, self.serve.ray
-        require(bool(self.run), "run", "be a run's folder or a bundle's", self.run)
+        require(bool(self.run), "run", "be the folder of a run or of a bundle", self.run)
         self.sample.check()
-        require(0 <= serve.port < 65536, "serve.port", "be in [0, 65535]", serve.port)
-        for section, key, config in (
-            *(
-                ("serve", key, serve)
-                for key in ("max_batch", "max_active", "call_timeout_s", "retry_s")
-            ),
-            *(("serve.limits", key, limits) for key in vars(limits)),
-            *(("serve.ray", key, ray) for key in ("replicas", "services")),
-        ):
-            require(
-                getattr(config, key) > 0, f"{section}.{key}", "be above 0", getattr(config, key)
-            )
-        require(0 <= serve.drain_s < math.inf, "serve.drain_s", "be at least 0", serve.drain_s)
-        name = serve.name
-        named = name is None or (0 < len(name) <= 256 and name.isprintable() and "/" not in name)
-        require(named, "serve.name", "have 1 to 256 printable characters, and no /", name)
-        for key in ("gpus", "cpus", "service_cpus"):
-            require(getattr(ray, key) >= 0, f"serve.ray.{key}", "be at least 0", getattr(ray, key))
-        most = ray.max_replicas
-        require(
-            most is None or most >= ray.replicas,
-            "serve.ray.max_replicas",
-            "be at least serve.ray.replicas",
-            most,
-        )
-        require(
-            serve.may_listen_on(serve.host),
-            "serve.host",
-            "be this machine's own (127.0.0.1) unless serve.token_file is given or serve.open=true",
-            serve.host,
-        )
+        with within("serve"):
+            _check_serve(self.serve)
 
     def name(self) -> str:
         """The model's name in the API: `serve.name`, or the run folder's as it was given."""
@@ -139,13 +153,50 @@ class Settings:
 
 
 def settings(tree: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
-    """Settings from a tree of keys and `key=value` words over it; unknown keys and bad values are refused by name.
+    """Settings from a tree of keys and `key=value` words over it; unknown keys and bad values are
+    refused by name.
 
     Raises `ConfigError`.
     """
     found = filled(Settings, tree, *words)
     found.check()
     return found
+
+
+def _check_serve(serve: ServeConfig) -> None:
+    """Raise `ConfigError` naming a key without the section `serve`."""
+    require(0 <= serve.port < 65536, "port", "be in [0, 65535]", serve.port)
+    _check_positive(serve, "max_batch", "max_active", "call_timeout_s", "retry_s")
+    require(0 <= serve.drain_s < math.inf, "drain_s", "be at least 0", serve.drain_s)
+    name = serve.name
+    named = name is None or (0 < len(name) <= 256 and name.isprintable() and "/" not in name)
+    require(named, "name", "have 1 to 256 printable characters, and no /", name)
+    with within("limits"):
+        _check_positive(serve.limits, *vars(serve.limits))
+    with within("ray"):
+        _check_ray(serve.ray)
+    require(
+        serve.may_listen_on(serve.host),
+        "host",
+        "be this machine's own (127.0.0.1) unless serve.token_file is given or serve.open=true",
+        serve.host,
+    )
+
+
+def _check_ray(ray: RayConfig) -> None:
+    _check_positive(ray, "replicas", "services")
+    for key in ("gpus", "cpus", "service_cpus"):
+        value = getattr(ray, key)
+        require(value >= 0, key, "be at least 0", value)
+    most = ray.max_replicas
+    enough = most is None or most >= ray.replicas
+    require(enough, "max_replicas", "be at least serve.ray.replicas", most)
+
+
+def _check_positive(config: LimitsConfig | RayConfig | ServeConfig, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        require(value > 0, key, "be above 0", value)
 
 
 def _is_loopback(host: str) -> bool:

@@ -50,7 +50,10 @@ RequestSettings = create_model(
 
 
 class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
-    """Images `first_index ... first_index + n - 1` of a seed. Image i is the same whatever its company."""
+    """Images `first_index ... first_index + n - 1` of a seed.
+
+    Image i is the same whatever its company.
+    """
 
     n: Annotated[int, Field(ge=1, description="how many images")] = 1
     seed: Annotated[
@@ -63,7 +66,8 @@ class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
     format: Annotated[
         Literal["png", "webp", "npz", "b64_json"],
         Field(
-            description="png, webp: the image, or a sheet of all; npz: images uint8 [n, H, W, C]; b64_json: PNGs in JSON"
+            description="png, webp: the image, or a sheet of all; "
+            "npz: images uint8 [n, H, W, C]; b64_json: PNGs in JSON"
         ),
     ] = "png"
     scale: Annotated[
@@ -78,7 +82,8 @@ class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
     trace: Annotated[
         bool,
         Field(
-            description="also which expert moved which image when, alpha and the calls; npz, b64_json or stream"
+            description="also which expert moved which image when, alpha and the calls; "
+            "for npz, b64_json or stream"
         ),
     ] = False
     stream: Annotated[
@@ -95,7 +100,10 @@ class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
 
 
 class ImagesRequest(RequestSettings):  # type: ignore[misc, valid-type]
-    """OpenAI's `images.generate`. `prompt` names a cluster, or is empty. `seed` and all settings may come as `extra_body`."""
+    """OpenAI's `images.generate`.
+
+    `prompt` names a cluster, or is empty. `seed` and all settings may come as `extra_body`.
+    """
 
     prompt: Annotated[
         str, Field(description="a cluster's name, or empty for all", max_length=32_000)
@@ -157,7 +165,7 @@ RULES = {
 
 
 def fault(error: Mapping[str, Any]) -> tuple[str, str | None]:
-    """One of pydantic's errors as `KEY must RULE, got VALUE`, and the key, where it is one field's."""
+    """An error of pydantic's as `KEY must RULE, got VALUE`, and the key if it is one field's."""
     kind, place, value = error["type"], error["loc"], shown(error.get("input"))
     if len(place) < 2:
         return f"the body must be a JSON object, got {'none' if kind == 'missing' else value}", None

@@ -1,7 +1,8 @@
 """Networks from the artifacts of a bundle.
 
-A bundle may come from anywhere, so nothing is allocated for what its JSON asks until the weights are known to match:
-networks are built on the meta device and compared with the header of the weights' file first.
+A bundle may come from anywhere, so nothing is allocated for what its JSON asks until the weights
+are known to match: networks are built on the meta device and compared with the header of the
+weights' file first.
 """
 
 import json
@@ -35,7 +36,8 @@ def build_schedule(bundle: Bundle) -> Schedule:
     if not coefficients.isfinite().all():
         raise ArtifactError(
             f"{bundle.manifest} does not describe a schedule: "
-            f"a, s and their derivatives must be finite for t in [0.001, 1], got {shown(bundle.schedule)}"
+            "a, s and their derivatives must be finite for t in [0.001, 1], "
+            f"got {shown(bundle.schedule)}"
         )
     return found
 
@@ -51,7 +53,10 @@ def build_expert(artifact: Artifact, schedule: Schedule, device: torch.device) -
 def build_router(
     artifact: Artifact, shape: list[int], pi: Tensor, schedule: Schedule, device: torch.device
 ) -> tuple[PosteriorNet, DerivativeNet]:
-    """The posterior net and the derivative nets of an artifact. Raises `ArtifactError` naming its file."""
+    """The posterior net and the derivative nets of an artifact.
+
+    Raises `ArtifactError` naming its file.
+    """
     with _described_by(artifact), torch.device("meta"):
         posterior, derivative = _config(RouterConfig, artifact).build(shape, pi.cpu(), schedule)
     both = nn.ModuleDict({"posterior": posterior, "derivative": derivative})
@@ -100,7 +105,9 @@ def _config(schema: type[C], artifact: Artifact) -> C:
 def _load_weights(
     network: nn.Module, artifact: Artifact, device: torch.device, others: Collection[str] = ()
 ) -> None:
-    """Give a network on the meta device its weights, ready to run; `others` are tensors that are not the network's."""
+    """Give a network on the meta device its weights, ready to run; `others` are tensors that are
+    not the network's.
+    """
     expected = network.state_dict()
     for name, tensor in expected.items():
         _check_layout(artifact, name, tensor.shape)
@@ -124,5 +131,6 @@ def _check_layout(artifact: Artifact, name: str, shape: Collection[int]) -> None
     if found.shape != tuple(shape) or found.dtype not in _FLOATS:
         raise ArtifactError(
             f"{artifact.weights} does not fit {artifact.json}: {name} must be one of "
-            f"{' '.join(_FLOATS)} of shape {list(shape)}, got {found.dtype} of {shown(list(found.shape))}"
+            f"{' '.join(_FLOATS)} of shape {list(shape)}, "
+            f"got {found.dtype} of {shown(list(found.shape))}"
         )

@@ -1,4 +1,6 @@
-"""From trees of keys and `key=value` arguments to a config dataclass; what does not fit is refused by name."""
+"""From trees of keys and `key=value` arguments to a config dataclass; what does not fit is refused
+by name.
+"""
 
 import re
 from collections.abc import Mapping
@@ -19,10 +21,11 @@ _TAG = "tag:yaml.org,2002:"
 
 
 def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
-    """A config of that class: layers (trees of keys, or `key=value` arguments) merged over its defaults, in order.
+    """A config of that class: layers (trees of keys, or `key=value` arguments) merged over its
+    defaults, in order.
 
-    The value of a word is YAML, read by `read_yaml`. Raises `ConfigError` naming the key that is unknown, missing, or has
-    a value of another type.
+    The value of a word is YAML, read by `read_yaml`. Raises `ConfigError` naming the key that is
+    unknown, missing, or has a value of another type.
     """
     merged = OmegaConf.structured(schema)
     key = ""
@@ -58,8 +61,9 @@ def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
 def read_yaml(text: str, schema: Any) -> Any:
     """Plain data from YAML for a value of the type `schema`.
 
-    Where the type is text, a plain scalar is the text as written (`1e3`, `no`, `2024-01-01`). A number with leading zeros
-    is decimal, and `1:30` is text, never a number to the base 60. Raises `yaml.YAMLError` and `RecursionError`.
+    Where the type is text, a plain scalar is the text as written (`1e3`, `no`, `2024-01-01`). A
+    number with leading zeros is decimal, and `1:30` is text, never a number to the base 60. Raises
+    `yaml.YAMLError` and `RecursionError`.
     """
     loader = get_yaml_loader()(text)
     try:
@@ -96,7 +100,9 @@ def _settle_scalar(node: yaml.ScalarNode, schema: Any) -> None:
 
 
 def _members(schema: Any) -> tuple[Any, ...]:
-    """The types that a value may have: `str | None` gives `(str, NoneType)`, a `Literal` of words `(str,)`."""
+    """The types that a value may have: `str | None` gives `(str, NoneType)`, a `Literal` of words
+    `(str,)`.
+    """
     if get_origin(schema) is Literal:
         return tuple({type(value) for value in get_args(schema)})
     if get_origin(schema) in (list, dict):
@@ -105,7 +111,9 @@ def _members(schema: Any) -> tuple[Any, ...]:
 
 
 def _inner_type(schema: Any, key: str | None) -> Any:
-    """The type of a dataclass's field, a dictionary's value or a list's item; `Any` where that is unknown."""
+    """The type of a dataclass's field, a dictionary's value or a list's item; `Any` where that is
+    unknown.
+    """
     for member in _members(schema):
         if is_dataclass(member) and isinstance(member, type) and key is not None:
             return get_type_hints(member).get(key, Any)
@@ -122,7 +130,9 @@ def _type_at(schema: Any, key: str) -> Any:
 
 
 def _check_elements(config: Any) -> None:
-    """Refuse a list in place of a number in a list, which OmegaConf lets through; `config` is a dataclass."""
+    """Refuse a list in place of a number in a list, which OmegaConf lets through; `config` is a
+    dataclass.
+    """
     hints = get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)

@@ -1,6 +1,7 @@
-"""Images as people and files have them: uint8, sheets, PNG."""
+"""Images as uint8, contact sheets, and files."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,31 +10,43 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddm.artifacts import replaced
+
+_GAP = 2  # pixels between the images of a contact sheet
+
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] (clipped to it) as uint8, any shape."""
+    """Images in [-1, 1], clipped to it, as uint8 of the same shape."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def contact_sheet(rows: Sequence[Tensor], least_side: int = 32) -> Tensor:
-    """uint8 `[C, H, W]`: images in rows (uint8 `[n, C, h, w]` each), small ones enlarged to `least_side` pixels or more.
+    """Rows of square images (uint8 `[n, C, side, side]` each) as one uint8 image `[C, H, W]` on
+    white.
 
-    Enlarged smoothly, because people read an 8x8 digit better without the edges of its pixels.
+    Images smaller than `least_side` are enlarged by a whole factor, smoothly: an 8x8 digit is
+    easier to read without the edges of its pixels.
     """
-    scale = max(1, -(-least_side // rows[0].shape[-1]))
-    channels, side, gap = rows[0].shape[1], rows[0].shape[-1] * scale, 2
-    columns = max(len(row) for row in rows)
-    sheet = torch.full(
-        (channels, len(rows) * (side + gap) - gap, columns * (side + gap) - gap),
-        255,
-        dtype=torch.uint8,
-    )
+    scale = math.ceil(least_side / rows[0].shape[-1])
+    channels = rows[0].shape[1]
+    side = rows[0].shape[-1] * scale
+    pitch = side + _GAP
+    height = len(rows) * pitch - _GAP
+    width = max(len(row) for row in rows) * pitch - _GAP
+    sheet = torch.full((channels, height, width), 255, dtype=torch.uint8)
     for i, row in enumerate(rows):
-        large = F.interpolate(row.float(), scale_factor=scale, mode="bicubic") if scale > 1 else row
-        for j, image in enumerate(large.round().clamp(0, 255).to(torch.uint8)):
-            top, left = i * (side + gap), j * (side + gap)
+        for j, image in enumerate(_enlarged(row, scale)):
+            top = i * pitch
+            left = j * pitch
             sheet[:, top : top + side, left : left + side] = image
     return sheet
+
+
+def _enlarged(images: Tensor, scale: int) -> Tensor:
+    if scale == 1:
+        return images
+    large = F.interpolate(images.float(), scale_factor=scale, mode="bicubic")
+    return large.round().clamp(0, 255).to(torch.uint8)
 
 
 def encoded(image: Tensor, form: str = "png", quality: int | None = None) -> bytes:
@@ -51,6 +64,6 @@ def encoded(image: Tensor, form: str = "png", quality: int | None = None) -> byt
 
 
 def write_png(path: Path, image: Tensor) -> None:
-    """Write a uint8 image `[C, H, W]`, grey or RGB."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(image))
+    """Write a uint8 image `[C, H, W]`, grey or RGB, whole or not at all. Raises `ArtifactError`."""
+    with replaced(path) as scratch:
+        scratch.write_bytes(encoded(image))

@@ -15,12 +15,13 @@ from serve.model.model import Model
 
 
 def load(folder: str | Path, device: str | torch.device = "auto", experts: bool = True) -> Model:
-    """Load the folder of a run or of a bundle, checking every hash; `experts=False` leaves their networks out.
+    """Load the folder of a run or of a bundle, checking every hash; `experts=False` leaves their
+    networks out.
 
     device: a torch device, or `auto`: cuda if there is one, else cpu.
 
-    Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why; `ConfigError` naming a device
-    that this machine does not have.
+    Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why;
+    `ConfigError` naming a device that this machine does not have.
     """
     inner = bundle_folder(folder)
     clusters = Path(folder) / "partition"
@@ -34,7 +35,10 @@ def load(folder: str | Path, device: str | torch.device = "auto", experts: bool 
 
 
 def bundle_folder(folder: str | Path) -> Path:
-    """The bundle of a run, or the folder itself. Raises `ArtifactError` if there is no such folder."""
+    """The bundle of a run, or the folder itself.
+
+    Raises `ArtifactError` if there is no such folder.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactError(

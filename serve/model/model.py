@@ -55,7 +55,7 @@ class SamplingPlan:
     shape: Sequence[int]
 
     def start(self, seed: int | Tensor, index: Tensor) -> Tensor:
-        """x at t = 1 of the images `index` `[B]` of a seed, or of one each `[B]`: `[B, C, H, W]`."""
+        """x at t = 1, `[B, C, H, W]`, of images `index` `[B]`; one seed or one per image `[B]`."""
         return normal(seed, RngStream.START, index, 0, self.shape) * self.schedule(self.times[0]).s
 
     def trajectory(self, x: Tensor, seed: int, index: Tensor) -> Trajectory:
@@ -74,7 +74,8 @@ class Model:
     shape: of an image, `[C, H, W]`
     names, pi: of the clusters, `[K]`
     version: the SHA-256 of the manifest
-    schedule, experts, gaussians, posterior, derivative: the parts; the last two are None for a bundle without a router
+    schedule, experts, gaussians, posterior, derivative: the parts; the last two are None for a
+        bundle without a router
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Model:
         self._images = images
         self._analytic: Alpha | None = None
         self._manifest = bundle.manifest
-        # The caches hold the model weakly, so that a model that is replaced frees its memory at once.
+        # The caches hold the model weakly: a model that is replaced frees its memory at once.
         weak = weakref.proxy(self)
         self._cached_plan = lru_cache(_CACHED)(partial(Model._plan, weak))
         self._cached_router = lru_cache(_CACHED)(partial(Model._router, weak))
@@ -158,10 +159,11 @@ class Model:
         progress: Callable[[int], object] | None = None,
         **settings: Unpack[SampleSettings],
     ) -> Tensor | tuple[Tensor, Trace]:
-        """Sample images `first_index ... first_index + n - 1` of a seed: `[n, C, H, W]`, float32, on the CPU.
+        """Sample images `first_index ... first_index + n - 1` of a seed: `[n, C, H, W]`, float32,
+        on the CPU.
 
-        Image i is a function of (seed, i) and the settings, whatever else is sampled. Values are in [-1, 1] unless
-        `clip=False`.
+        Image i is a function of (seed, i) and the settings, whatever else is sampled. Values are in
+        [-1, 1] unless `clip=False`.
 
         n: at least 1
         seed: in [0, 2^63)
@@ -170,7 +172,8 @@ class Model:
         trace: also return a `Trace`
         progress: called at each step with the number of images that take it
 
-        Raises `ConfigError` naming the setting, the rule and the value; `ArtifactError` if the images are not finite.
+        Raises `ConfigError` naming the setting, the rule and the value; `ArtifactError` if the
+        images are not finite.
         """
         config = self.settings(**settings)
         with within("sample"):
@@ -185,7 +188,8 @@ class Model:
             images, routed = self._sample_batch(index, seed, config, trace, progress)
             if not images.isfinite().all():
                 raise ArtifactError(
-                    f"{self._manifest}: images {low} to {low + len(index) - 1} of seed {seed} are not finite: "
+                    f"{self._manifest}: images {low} to {low + len(index) - 1} "
+                    f"of seed {seed} are not finite: "
                     "the weights are damaged, or do not work with these settings"
                 )
             finished.append(images.float().cpu())
@@ -194,7 +198,10 @@ class Model:
         return (whole_batch, _joined(traces)) if trace else whole_batch
 
     def settings(self, **settings: Any) -> SampleConfig:
-        """The checked settings of a call to `sample`. Raises `ConfigError` naming what is unknown or out of range."""
+        """The checked settings of a call to `sample`.
+
+        Raises `ConfigError` naming what is unknown or out of range.
+        """
         known = [setting.name for setting in SETTINGS]
         for key in settings:
             if key not in known:
@@ -207,11 +214,13 @@ class Model:
         needs_router = config.source in ("posterior", "derivative", "combined")
         if needs_router and len(self.names) > 1 and self.posterior is None:
             raise ConfigError(
-                f"sample.source must be prior or analytic for a bundle without a router, got {config.source!r}"
+                "sample.source must be prior or analytic for a bundle without a router, "
+                f"got {config.source!r}"
             )
         if config.source == "analytic" and self._images is None:
             raise ConfigError(
-                "sample.source=analytic needs the training images: load the run's folder, a bundle carries none"
+                "sample.source=analytic needs the training images: "
+                "load the run's folder, a bundle carries none"
             )
         with within("sample"):
             self.plan(config)
@@ -240,7 +249,9 @@ class Model:
         )
 
     def _router_of(self, config: SampleConfig) -> Router:
-        """The router of these settings; the same object for the same settings, so that requests can share a batch."""
+        """The router of these settings; the same object for the same settings, so that requests can
+        share a batch.
+        """
         c = config
         rule = (c.policy, c.top_k, c.nucleus_p, c.budget)
         weights = frozenset(c.clusters.items()) if c.clusters else None

@@ -1,4 +1,6 @@
-"""The settings of sampling: names, defaults, ranges and descriptions, the same in configs, Python and HTTP."""
+"""The settings of sampling: names, defaults, ranges and descriptions, the same in configs, Python
+and HTTP.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ def _setting(
     high: float | None = None,
     names: tuple[str, ...] | None = None,
 ) -> Any:
-    """A field with its description and what its value must be: in [low, high], or one of `names`."""
+    """A field with its description; its value must be in [low, high], or one of `names`."""
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "names": names})
 
 
@@ -64,7 +66,9 @@ class SampleConfig:
     )
 
     def __post_init__(self) -> None:
-        """`clusters` becomes an object of weights, or None; a name that YAML read as a number becomes text."""
+        """`clusters` becomes an object of weights, or None; a name that YAML read as a number
+        becomes text.
+        """
         weights = self.clusters or None
         if isinstance(weights, list | tuple) and all(
             isinstance(name, str | int) for name in weights
@@ -79,7 +83,7 @@ class SampleConfig:
         return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in values))
 
     def check(self) -> None:
-        """Raise `ConfigError` naming the key `sample.…` of a value that is unknown or out of range."""
+        """Raise `ConfigError` naming the key `sample.…` of an unknown or out-of-range value."""
         with within("sample"):
             for setting in SETTINGS:
                 _check(setting, getattr(self, setting.name))
@@ -114,7 +118,10 @@ def rule(setting: Field[Any]) -> str:
     if bounds["names"]:
         return f"be one of {' '.join(bounds['names'])}"
     if setting.name == "clusters":
-        return "be a list of clusters, or an object with a finite weight of at least 0 for each, not all 0"
+        return (
+            "be a list of clusters, "
+            "or an object with a finite weight of at least 0 for each, not all 0"
+        )
     if setting.type is bool:
         return "be true or false"
     kind = "a whole number" if setting.type is int else "a number"

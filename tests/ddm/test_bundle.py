@@ -79,7 +79,7 @@ def refused(folder: Path, message: str) -> None:
         read_whole(folder)
 
 
-def test_a_bundle_holds_what_was_put_in_wherever_it_is_carried(run: Run, tmp_path: Path) -> None:
+def test_a_bundle_holds_what_was_put_in_after_a_move(run: Run, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(run.bundle, elsewhere)
     for name in ("partition", "experts", "router", "bundle"):
@@ -306,7 +306,7 @@ def test_a_failed_write_leaves_the_old_bundle(run: Run) -> None:
     assert len(read_bundle(run.bundle).experts) == 2
 
 
-def test_a_new_bundle_replaces_the_old_and_carries_nothing_of_a_failed_one(run: Run) -> None:
+def test_a_new_bundle_replaces_the_old_and_takes_nothing_from_a_failed_one(run: Run) -> None:
     leftover = scratch_beside(run.bundle)
     leftover.mkdir()
     (leftover / "expert-07.json").write_text("{}")
@@ -413,7 +413,7 @@ def test_an_expert_that_does_not_say_its_schedule_is_refused_by_name(run: Run) -
         run.write()
 
 
-def test_only_what_is_asked_for_is_read_and_the_others_may_be_anywhere(run: Run) -> None:
+def test_only_the_artifacts_asked_for_are_read(run: Run) -> None:
     whole = read_bundle(run.bundle)
     for name in ("expert-00", "router"):
         for suffix in (".json", ".safetensors"):
@@ -430,7 +430,7 @@ def test_only_what_is_asked_for_is_read_and_the_others_may_be_anywhere(run: Run)
     refused(run.bundle, f"{run.bundle / 'expert-00.json'} is missing")
 
 
-def test_what_alone_is_asked_for_is_checked_as_ever_and_so_is_the_manifest(run: Run) -> None:
+def test_a_single_artifact_and_the_manifest_are_checked(run: Run) -> None:
     path = run.bundle / "expert-01.safetensors"
     write_tensors(path, {"weight": read_tensors(path)["weight"] + 1})
     with pytest.raises(ArtifactError, match=re.escape(f"{path} is damaged or foreign")):
@@ -456,7 +456,7 @@ def test_an_expert_of_another_number_is_refused_alone_too(run: Run) -> None:
         read_bundle(run.bundle, only=["expert-01"])
 
 
-def test_a_half_bundle_holds_half_the_bytes_and_leaves_what_is_no_matrix(tmp_path: Path) -> None:
+def test_a_half_bundle_halves_only_matrices_and_kernels(tmp_path: Path) -> None:
     run = Run(tmp_path)
     tensors = {
         "kernel": torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),

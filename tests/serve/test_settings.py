@@ -37,7 +37,7 @@ def test_the_defaults_are_safe_and_make_sense_themselves() -> None:
 @pytest.mark.parametrize(
     ("word", "key", "said"),
     [
-        ("run=''", "run", "run must be a run's folder or a bundle's, got ''"),
+        ("run=''", "run", "run must be the folder of a run or of a bundle, got ''"),
         ("serve.port=65536", "serve.port", "must be in [0, 65535], got 65536"),
         ("serve.port=-1", "serve.port", "must be in [0, 65535], got -1"),
         ("serve.port=web", "serve.port", "'web'"),

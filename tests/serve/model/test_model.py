@@ -18,7 +18,7 @@ from ddm.gaussian import moments
 from ddm.partition import Partition
 from ddm.rng import RngStream, normal
 from ddm.samplers import SAMPLERS, drive, sample
-from ddm.samplers import start as walk_of
+from ddm.samplers import start as trajectory_of
 from ddm.schedules import schedule
 from router.policies import POLICIES
 from router.sources import SOURCES
@@ -82,7 +82,7 @@ def test_every_source_goes_with_every_policy(small_run: Path, source: str, polic
     assert trace.calls == int(trace.chosen.sum())
 
 
-def test_a_trace_counts_one_call_a_step_or_one_an_expert(small_run: Path) -> None:
+def test_a_trace_counts_calls_per_expert(small_run: Path) -> None:
     model = load(small_run)
     assert model.sample(5, steps=4, policy="balanced", trace=True)[1].calls == 5 * 4
     assert model.sample(5, steps=4, policy="full", trace=True)[1].calls == 5 * 4 * 3
@@ -116,7 +116,7 @@ def test_every_sampler_goes_with_every_policy_and_its_calls_are_counted(
                 assert trace.calls == n * calls, policy
 
 
-def test_a_choice_is_held_within_a_step_of_two_calls_and_drawn_anew_in_the_next(
+def test_a_choice_is_held_within_a_step_of_two_calls(
     small_run: Path,
 ) -> None:
     _, trace = load(small_run).sample(
@@ -127,7 +127,7 @@ def test_a_choice_is_held_within_a_step_of_two_calls_and_drawn_anew_in_the_next(
     assert not any(one.equal(other) for one, other in pairwise(trace.chosen[0:9:2]))
 
 
-def test_adaptive_takes_as_many_calls_as_its_budget_where_nothing_is_decided(
+def test_adaptive_spends_its_budget_where_alpha_is_even(
     small_run: Path,
 ) -> None:
     model = load(small_run)
@@ -136,7 +136,7 @@ def test_adaptive_takes_as_many_calls_as_its_budget_where_nothing_is_decided(
         assert model.sample(3, trace=True, **settings)[1].calls == 3 * calls
 
 
-def test_the_order_of_unipc_is_heard_where_there_are_answers_enough_for_it(small_run: Path) -> None:
+def test_the_order_of_unipc_changes_the_images_from_the_third_step(small_run: Path) -> None:
     model = load(small_run)
     for steps, differs in ((2, False), (6, True)):
         settings = {"steps": steps, "sampler": "unipc", "source": "prior", "policy": "full"}
@@ -155,7 +155,7 @@ def test_the_gaussians_are_those_of_the_clusters_in_their_order(small_run: Path)
     assert (model.gaussians.means[0] - model.gaussians.means[1]).abs().max() > 0.1
 
 
-def test_one_step_with_control_is_one_without_and_the_gaussians_answer_to_what_is_left_of_alpha(
+def test_the_control_variate_adds_the_gaussians_of_the_rest_of_alpha(
     small_run: Path,
 ) -> None:
     model = load(small_run)
@@ -170,7 +170,7 @@ def test_one_step_with_control_is_one_without_and_the_gaussians_answer_to_what_i
     assert (controlled - plain).abs().max() > 0.1
 
 
-def test_the_control_is_on_unless_told_otherwise_and_never_for_fixed_or_for_all(
+def test_the_control_variate_is_the_default_and_does_nothing_for_fixed_or_full(
     small_run: Path,
 ) -> None:
     model = load(small_run)
@@ -206,7 +206,7 @@ def test_the_control_is_on_unless_told_otherwise_and_never_for_fixed_or_for_all(
         ),
     ],
 )
-def test_a_sampler_that_the_schedule_does_not_define_is_refused_before_anything_is_drawn(
+def test_a_sampler_that_the_schedule_does_not_define_is_refused(
     small_run: Path, name: str, sampler: str, said: str
 ) -> None:
     model = load(small_run)
@@ -335,9 +335,7 @@ def test_bad_settings_are_refused_by_name(
         ({"t_min": 1.0}, r"sample.t_min must be a number in \[0, 0.999\], got 1.0"),
     ],
 )
-def test_settings_are_refused_without_a_model_at_hand(
-    settings: dict[str, object], said: str
-) -> None:
+def test_settings_are_refused_without_a_model(settings: dict[str, object], said: str) -> None:
     SampleConfig().check()
     with pytest.raises(ConfigError, match=said):
         SampleConfig(**settings).check()  # type: ignore[arg-type]
@@ -459,7 +457,7 @@ def test_half_precision_weights_run_in_float32(small_run: Path, tmp_path: Path) 
     assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_path_ends_at_t_min_with_the_noise_that_is_left_there(small_run: Path) -> None:
+def test_a_trajectory_ends_at_t_min(small_run: Path) -> None:
     model = load(small_run)
     settings = {
         "steps": 9,
@@ -518,7 +516,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 # Clusters, and the parts that serving takes
 
 
-def test_an_only_cluster_is_its_expert_alone_and_asks_no_other(small_run: Path) -> None:
+def test_a_single_cluster_is_its_expert_alone(small_run: Path) -> None:
     model = load(small_run)
     for k, name in enumerate(model.names):
         for policy in ("full", "balanced", "top_k"):
@@ -533,7 +531,7 @@ def test_an_only_cluster_is_its_expert_alone_and_asks_no_other(small_run: Path) 
             torch.testing.assert_close(images, alone.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_weights_of_clusters_multiply_alpha_and_equal_ones_change_nothing(small_run: Path) -> None:
+def test_cluster_weights_multiply_alpha(small_run: Path) -> None:
     model = load(small_run)
     first, second, third = model.names
     settings = {"steps": 1, "policy": "full", "source": "posterior", "trace": True}
@@ -549,7 +547,7 @@ def test_weights_of_clusters_multiply_alpha_and_equal_ones_change_nothing(small_
     )
 
 
-def test_the_temperature_raises_alpha_to_its_inverse_and_1_is_bit_identical_to_none(
+def test_temperature_raises_alpha_to_its_inverse(
     small_run: Path,
 ) -> None:
     model = load(small_run)
@@ -576,7 +574,7 @@ def test_the_temperature_raises_alpha_to_its_inverse_and_1_is_bit_identical_to_n
         ({"": 1.0}, "sample.clusters must be one of .*, got ''"),
     ],
 )
-def test_a_cluster_that_there_is_not_is_refused_with_the_list(
+def test_an_unknown_cluster_is_refused_with_the_list(
     small_run: Path, clusters: dict[str, float], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said) as error:
@@ -588,9 +586,7 @@ def test_a_cluster_that_there_is_not_is_refused_with_the_list(
 @pytest.mark.parametrize(
     "weights", [[0.0], [-1.0], [math.nan], [math.inf], [1.0, -1.0], [0.0, 0.0]]
 )
-def test_weights_of_clusters_that_make_no_sense_are_refused(
-    small_run: Path, weights: list[float]
-) -> None:
+def test_bad_cluster_weights_are_refused(small_run: Path, weights: list[float]) -> None:
     model = load(small_run)
     with pytest.raises(
         ConfigError,
@@ -599,9 +595,7 @@ def test_weights_of_clusters_that_make_no_sense_are_refused(
         model.settings(clusters=dict(zip(model.names, weights, strict=False)))
 
 
-def test_an_expert_read_alone_answers_as_the_one_of_the_whole_and_no_other_file_is_needed(
-    small_run: Path, tmp_path: Path
-) -> None:
+def test_an_expert_loads_without_the_files_of_the_others(small_run: Path, tmp_path: Path) -> None:
     model = load(small_run)
     x, t = torch.randn(2, *model.shape), torch.tensor([0.9, 0.2])
     for k in range(3):
@@ -616,9 +610,7 @@ def test_an_expert_read_alone_answers_as_the_one_of_the_whole_and_no_other_file_
     assert load_expert(small_run, 1)[1] == model.version
 
 
-def test_an_expert_that_there_is_not_or_that_is_damaged_is_refused_by_name(
-    small_run: Path, tmp_path: Path
-) -> None:
+def test_a_missing_or_damaged_expert_is_refused_by_name(small_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="bundle has no expert 3, it has 3"):
         load_expert(small_run, 3)
     bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
@@ -661,7 +653,7 @@ def test_a_bundle_with_a_damaged_expert_is_refused_without_experts_too(
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "unipc", "euler_maruyama", "accelerated_sde"])
-def test_a_recipe_walks_an_image_as_the_samplers_do(small_run: Path, name: str) -> None:
+def test_a_plan_samples_as_the_samplers_do(small_run: Path, name: str) -> None:
     model = load(small_run)
     plan = model.plan(model.settings(sampler=name, steps=5, grid="quadratic", t_min=0.02))
     index = torch.tensor([4, 9])
@@ -672,13 +664,15 @@ def test_a_recipe_walks_an_image_as_the_samplers_do(small_run: Path, name: str) 
     start = normal(3, RngStream.START, index, 0, model.shape) * model.schedule(torch.ones(())).s
     torch.testing.assert_close(plan.start(3, index), start)
     found, calls = drive(plan.trajectory(plan.start(3, index), 3, index), denoise)
-    by_hand = walk_of(start, model.schedule, name, 5, "quadratic", seed=3, index=index, t_min=0.02)
+    by_hand = trajectory_of(
+        start, model.schedule, name, 5, "quadratic", seed=3, index=index, t_min=0.02
+    )
     expected, _ = drive(by_hand, denoise)
     torch.testing.assert_close(found, expected)
     assert calls == (10 if name == "heun" else 5)
 
 
-def test_a_recipe_is_the_same_for_the_same_settings_and_keeps_nothing_of_those_who_follow_it(
+def test_a_plan_is_cached_by_its_settings_and_holds_no_state(
     small_run: Path,
 ) -> None:
     model = load(small_run)
