@@ -67,7 +67,9 @@ def test_it_trains_and_serves(
     ddm: Callable[..., subprocess.CompletedProcess[str]], installed_ddm: Path, hostile: Path
 ) -> None:
     stages = ["partition", "expert", "router", "bundle"]
-    trained = ddm("train", *stages, *SMALL, "run=mine", "partition.k=2", "expert.workers=2")
+    trained = ddm(
+        "train", "digits", *stages, *SMALL, "run=mine", "partition.k=2", "expert.workers=2"
+    )
     assert trained.returncode == 0, trained.stderr
     assert (hostile / "mine" / "bundle" / "manifest.json").is_file()
 

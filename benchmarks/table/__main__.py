@@ -15,19 +15,23 @@ from pathlib import Path
 
 from benchmarks.cli import Parser, run
 from ddm.errors import ConfigError
-from train.config import load_config
+from train.config import config_file, load_config, shipped_configs
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"
+RESULTS = DOCUMENTED if DOCUMENTED.is_dir() else Path("results")  # there are no docs in a wheel
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = Parser("table", __doc__)
     parser.add_argument(
-        "words", nargs="*", metavar="word", help="CONFIG, a YAML file, and key=value overrides"
+        "words",
+        nargs="*",
+        metavar="word",
+        help="CONFIG, a YAML file or a shipped name, and key=value overrides",
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="the folder to write to; default docs/results"
+        "--out", type=Path, default=RESULTS, help="the folder to write to; default: %(default)s"
     )
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="only write the page of this record (JSON) again"
@@ -37,15 +41,18 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _make(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    paths = [Path(word) for word in arguments.words if "=" not in word]
+    paths = [config_file(word) for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
     if arguments.page is not None and not arguments.words:
         from benchmarks.table.results_page import write_page
 
         write_page(arguments.page)
         return
-    if arguments.page is not None or len(paths) != 1:
-        raise ConfigError("give one config and key=value words, or --page=FILE alone")
+    if arguments.page is not None or len(paths) != 1 or paths[0] is None:
+        names = " ".join(shipped_configs())
+        raise ConfigError(
+            f"give one config (*.yaml, or one of {names}) and key=value words, or --page=FILE alone"
+        )
     config = load_config(paths[0], overrides)
     # Imported here so that a typo in the config is reported at once.
     from benchmarks.table.measurements import make
