@@ -1,4 +1,6 @@
-"""The denoisers of Gaussian clusters, in closed form: the control variate of the experts, at no expert evaluation."""
+"""The denoisers of Gaussian clusters, in closed form: the control variate of the experts, at no
+expert evaluation.
+"""
 
 import math
 from dataclasses import dataclass
@@ -16,10 +18,12 @@ _CHUNK = 1024  # images at a time
 
 @dataclass(frozen=True)
 class Gaussians:
-    """K Gaussians, each with its cluster's mean and a covariance that is diagonal in the cosine basis of images.
+    """K Gaussians, each with its cluster's mean and a covariance that is diagonal in the cosine
+    basis of images.
 
-    Cosines are close to the principal components of natural images, whose statistics hardly depend on position. `means` and
-    `variances` are `[K, C, H, W]` in that basis; data that are not images, `[K, d]`, keep their own basis.
+    Cosines are close to the principal components of natural images, whose statistics hardly depend
+    on position. `means` and `variances` are `[K, C, H, W]` in that basis; data that are not images,
+    `[K, d]`, keep their own basis.
     """
 
     means: Tensor
@@ -27,9 +31,11 @@ class Gaussians:
     schedule: Schedule
 
     def mix(self, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        """`sum_k weight_k E[x0 | x_t = x, Gaussian k]`, `[B, ...]`: x `[B, ...]`, t `[]` or `[B]`, weights `[B, K]` of any sign.
+        """`sum_k weight_k E[x0 | x_t = x, Gaussian k]`, `[B, ...]`: x `[B, ...]`, t `[]` or `[B]`,
+        weights `[B, K]` of any sign.
 
-        Term k is `m + f (x - a m)`, `f = a v / (a^2 v + s^2)`: linear in x, so the sum needs one transform each way.
+        Term k is `m + f (x - a m)`, `f = a v / (a^2 v + s^2)`: linear in x, so the sum needs one
+        transform each way.
         """
         m, v = (part.to(x).flatten(1) for part in (self.means, self.variances))  # [K, n]
         # A single time stays on the CPU, so that no step waits for a device.
@@ -44,7 +50,8 @@ class Gaussians:
 
 
 def moments(images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a cluster in the cosine basis, float32, of an image's shape; `flip` adds the mirror images.
+    """Mean and variance of a cluster in the cosine basis, float32, of an image's shape; `flip` adds
+    the mirror images.
 
     images `[N, C, H, W]`, uint8 or float in [-1, 1].
     """
@@ -60,7 +67,9 @@ def moments(images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def cosine(x: Tensor, inverse: bool = False) -> Tensor:
-    """The orthonormal cosine transform (DCT-II) of the last two axes of `[..., C, H, W]`; `[B, d]` stays as it is."""
+    """The orthonormal cosine transform (DCT-II) of the last two axes of `[..., C, H, W]`; `[B, d]`
+    stays as it is.
+    """
     if x.ndim < 4:
         return x
     rows, columns = (_basis(n, x.dtype, x.device) for n in x.shape[-2:])

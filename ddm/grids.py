@@ -19,16 +19,19 @@ def time_grid(
     t_min: float = 0.0,
     t_max: float = 1.0,
 ) -> Tensor:
-    """The times `[steps + 1]`, float64 on the CPU, from `t_max` down to `t_min`; or the times given in place of a name.
+    """The times `[steps + 1]`, float64 on the CPU, from `t_max` down to `t_min`; or the times given
+    in place of a name.
 
-    `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2. `quadratic`: even in sqrt(t), dense near the data (DDIM's
-    choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `edm`: even in (s/a)^(1/7), denser still (arXiv 2206.00364, eq. 5).
-    `own`: the steps n/T of a two-phase schedule, as many as it has. `uniform_log_snr` and `edm` are even
-    from t_max, or where a is 0 there from t_max - 1e-3, which is then moved to t_max; to t_min, or where s is 0 there to
-    t = 1e-3 (on the schedule `edm` to sigma = 0.002, the paper's), from where the last step goes to 0.
+    `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2. `quadratic`: even in sqrt(t),
+    dense near the data (DDIM's choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `edm`: even in
+    (s/a)^(1/7), denser still (arXiv 2206.00364, eq. 5). `own`: the steps n/T of a two-phase
+    schedule, as many as it has. `uniform_log_snr` and `edm` are even from t_max, or where a is 0
+    there from t_max - 1e-3, which is then moved to t_max; to t_min, or where s is 0 there to t =
+    1e-3 (on the schedule `edm` to sigma = 0.002, the paper's), from where the last step goes to 0.
 
-    Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1, given times that do not fall,
-    or `own` for a schedule that has no steps or another number of them.
+    Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1,
+    given times that do not fall, or `own` for a schedule that has no steps or another number of
+    them.
     """
     require(isinstance(steps, int) and steps >= 1, "steps", "be at least 1", steps)
     if not isinstance(name, str):
@@ -54,7 +57,9 @@ def time_grid(
 
 
 def check_grid(name: str, schedule: Schedule) -> None:
-    """Raise `ConfigError` for a grid that is no use on the schedule: of even steps in sigma only the last is near the data."""
+    """Raise `ConfigError` for a grid that is no use on the schedule: of even steps in sigma only
+    the last is near the data.
+    """
     useless = name == "uniform_t" and isinstance(schedule, EDM)
     require(
         not useless,
@@ -72,7 +77,9 @@ def _even(
     t_min: float,
     t_max: float,
 ) -> Tensor:
-    """Even in `scale(log s/a)`, found by bisection between the ends where s/a is finite and positive."""
+    """Even in `scale(log s/a)`, found by bisection between the ends where s/a is finite and
+    positive.
+    """
 
     def log_sigma(t: Tensor) -> Tensor:
         a, s, _, _ = schedule(t)
@@ -104,13 +111,14 @@ def _cleanest(schedule: Schedule) -> float:
 
 
 def _given(times: Tensor, steps: int) -> Tensor:
-    rule = f"be a name of {' '.join(GRIDS)}, or steps + 1 = {steps + 1} times that fall, from at most 1 to at least 0"
+    names = " ".join(GRIDS)
+    numbers = f"steps + 1 = {steps + 1} times that fall, from at most 1 to at least 0"
     falls = (
         times.ndim == 1
         and len(times) == steps + 1
         and bool((times.diff() < 0).all() and times[0] <= 1 and times[-1] >= 0)
     )
-    require(falls, "grid", rule, times.tolist())
+    require(falls, "grid", f"be a name of {names}, or {numbers}", times.tolist())
     return times
 
 

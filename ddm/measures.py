@@ -12,14 +12,18 @@ _CHUNK_ELEMENTS = 2**24  # of a matrix of distances or kernels: 128 MiB in float
 
 
 def trajectory_error(x: Tensor, reference: Tensor) -> float:
-    """Mean square distance between two ends of paths from the same noise, a number of the data: `mean |x - x_ref|^2 / d`."""
+    """Mean square distance between two ends of paths from the same noise, a number of the data:
+    `mean |x - x_ref|^2 / d`.
+    """
     return float((x.double() - reference.double()).square().mean())
 
 
 def sliced_w2(x: Tensor, y: Tensor, projections: int = 256, seed: int = 0) -> float:
-    """Sliced Wasserstein-2 distance between two equally large sets of points `[n, ...]`, over random directions.
+    """Sliced Wasserstein-2 distance between two equally large sets of points `[n, ...]`, over
+    random directions.
 
-    `sqrt(E_u W2^2(u.x, u.y))`; in one dimension W2 pairs the sorted values. Raises `ConfigError` for unequal sizes.
+    `sqrt(E_u W2^2(u.x, u.y))`; in one dimension W2 pairs the sorted values. Raises `ConfigError`
+    for unequal sizes.
     """
     require(
         x.shape == y.shape,
@@ -36,12 +40,13 @@ def sliced_w2(x: Tensor, y: Tensor, projections: int = 256, seed: int = 0) -> fl
 
 
 class FrechetDistance:
-    """How far sets of points are from one Gaussian, given as `mean` `[d]` and `covariance` `[d, d]`.
+    """How far sets of points are from one Gaussian, given as `mean` `[d]` and `covariance` `[d,
+    d]`.
 
-    `|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))` for the mean m' and the covariance S' of the points (arXiv 1706.08500, equation
-    6). With `S = L L^T` and the centred points X `[n, d]` the root's trace is the sum of the singular values of
-    `X L / sqrt(n - 1)`, by the eigenvalues of its smaller Gram matrix, which is twice as fast as by its SVD. All of it in
-    float64.
+    `|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))` for the mean m' and the covariance S' of the points
+    (arXiv 1706.08500, equation 6). With `S = L L^T` and the centred points X `[n, d]` the root's
+    trace is the sum of the singular values of `X L / sqrt(n - 1)`, by the eigenvalues of its
+    smaller Gram matrix, which is twice as fast as by its SVD. All of it in float64.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
@@ -111,11 +116,13 @@ class Neighbours(NamedTuple):
 
 
 def neighbours(real: Tensor, samples: Tensor, k: int = 5) -> Neighbours:
-    """Precision and recall (arXiv 1904.06991, equation 2) and coverage (arXiv 2002.09797, equation 6).
+    """Precision and recall (arXiv 1904.06991, equation 2) and coverage (arXiv 2002.09797, equation
+    6).
 
     Points are `[n, d]`. A point's ball reaches to the k-th nearest other point of its own set. Two
-    sets of the same size from one distribution have a coverage of `1 - 2^-k`. In float64,
-    and in chunks, so that memory grows with n and not with its square. Raises `ConfigError` for a set of k points or fewer.
+    sets of the same size from one distribution have a coverage of `1 - 2^-k`. In float64, and in
+    chunks, so that memory grows with n and not with its square. Raises `ConfigError` for a set of k
+    points or fewer.
     """
     require(
         min(len(real), len(samples)) > k,

@@ -1,4 +1,6 @@
-"""A Gaussian mixture, whose posterior, experts and marginals are known exactly: the reference of the tests."""
+"""A Gaussian mixture, whose posterior, experts and marginals are known exactly: the reference of
+the tests.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +14,12 @@ from ddm.schedules import Coeffs, Schedule, velocity
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """K Gaussians with diagonal covariance: `weights` `[K]`, `means` `[K, d]`, `stds` `[K, d]`, under a forward process.
+    """K Gaussians with diagonal covariance: `weights` `[K]`, `means` `[K, d]`, `stds` `[K, d]`,
+    under a forward process.
 
-    x is `[B, d]`, t `[]` or `[B]`. At time t component k is `N(a m_k, a^2 std_k^2 + s^2)`, and cluster k of a partition is
-    component k, so `posterior` is the router's alpha and `expert(k)` the ideal expert.
+    x is `[B, d]`, t `[]` or `[B]`. At time t component k is `N(a m_k, a^2 std_k^2 + s^2)`, and
+    cluster k of a partition is component k, so `posterior` is the router's alpha and `expert(k)`
+    the ideal expert.
     """
 
     weights: Tensor
@@ -30,7 +34,9 @@ class GaussianMixture:
         return (log_p + self.weights.to(x).log()).softmax(dim=1)
 
     def posterior_rate(self, x: Tensor, t: Tensor) -> Tensor:
-        """`d alpha/dt = d_t alpha + grad alpha . v` along the probability-flow ODE, `[B, K]`, for t > 0."""
+        """`d alpha/dt = d_t alpha + grad alpha . v` along the probability-flow ODE, `[B, K]`, for t
+        > 0.
+        """
         c, residual, variance = self._moments(x, t)
         v = velocity(x, self.denoise(x, t), self.schedule(t.to(x)))[:, None]
         d_variance = 2 * c.a * c.da * self.stds.to(x) ** 2 + 2 * c.s * c.ds
@@ -61,7 +67,9 @@ class GaussianMixture:
         )
 
     def marginal(self, n: int, t: float, seed: int) -> Tensor:
-        """n exact samples of x_t, float32 `[n, d]`; the noise is that from which image i of the seed starts."""
+        """n exact samples of x_t, float32 `[n, d]`; the noise is that from which image i of the
+        seed starts.
+        """
         a, s, _, _ = self.schedule(torch.tensor(t))
         return a * self.sample(n, seed) + s * normal(
             seed, RngStream.START, torch.arange(n), 0, self.means.shape[1:]

@@ -1,8 +1,10 @@
-"""Counter-based random numbers (Philox4x32-10; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+"""Counter-based random numbers (Philox4x32-10; Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011).
 
-Every random number of this project is a function of (seed, stream, index of the image, step, position). There is no state to
-save: image 3 gets the same noise alone, in a batch, on a server or after a crash. Whole batches are computed at once with
-integer tensor operations, which are exact on every device.
+Every random number of this project is a function of (seed, stream, index of the image, step,
+position). There is no state to save: image 3 gets the same noise alone, in a batch, on a server or
+after a crash. Whole batches are computed at once with integer tensor operations, which are exact on
+every device.
 """
 
 import math
@@ -33,11 +35,14 @@ class RngStream(IntEnum):
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:
-    """Philox4x32-10: four counter words (int64 tensors of 32-bit values) and a key, which broadcast, to four random words."""
+    """Philox4x32-10: four counter words (int64 tensors of 32-bit values) and a key, which
+    broadcast, to four random words.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The product of two 32-bit words fits 64 bits; as int64 it wraps, and the mask restores its upper word.
+        # The product of two 32-bit words fits 64 bits; as int64 it wraps, and the mask restores its
+        # upper word.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (p1 >> 32 & _MASK) ^ c1 ^ k0,
@@ -52,7 +57,9 @@ def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) ->
 def _words(
     seed: int | Tensor, stream: RngStream, index: Tensor, step: int | Tensor, count: int
 ) -> Tensor:
-    """Random 32-bit words, int64 `[B, count]`: the first `count` of (seed, stream, index, step) for each index `[B]`."""
+    """Random 32-bit words, int64 `[B, count]`: the first `count` of (seed, stream, index, step) for
+    each index `[B]`.
+    """
     block = torch.arange(-(-count // 4), device=index.device)[None]
     key = seed[:, None] if isinstance(seed, Tensor) else seed
     if not isinstance(step, Tensor):
@@ -81,7 +88,9 @@ def normal(
     step: int | Tensor = 0,
     shape: Sequence[int] = (),
 ) -> Tensor:
-    """Standard normal float32 numbers, `[B, *shape]`, by the Box-Muller transform; arguments as in `uniform`."""
+    """Standard normal float32 numbers, `[B, *shape]`, by the Box-Muller transform; arguments as in
+    `uniform`.
+    """
     count = math.prod(shape)
     u = uniform(seed, stream, index, step, count + count % 2)
     radius = (-2 * u[:, 0::2].log()).sqrt()
@@ -91,6 +100,8 @@ def normal(
 
 
 def derive_seed(seed: int, stream: RngStream, step: int) -> int:
-    """A 63-bit seed for another generator, such as torch's for dropout: a function of (seed, stream, step)."""
+    """A 63-bit seed for another generator, such as torch's for dropout: a function of (seed,
+    stream, step).
+    """
     high, low = _words(seed, stream, torch.zeros(1, dtype=torch.int64), step, 2)[0].tolist()
     return (high << 32 | low) >> 1

@@ -1,7 +1,7 @@
 """Samplers as generators that know nothing of networks, batches or servers.
 
-A sampler yields (x, t) and is sent the denoised image: `x0 = yield x, t`. `drive` calls a denoiser in a loop, `drive_async`
-awaits one, which may be remote. Both count the calls.
+A sampler yields (x, t) and is sent the denoised image: `x0 = yield x, t`. `drive` calls a denoiser
+in a loop, `drive_async` awaits one, which may be remote. Both count the calls.
 """
 
 import math
@@ -28,14 +28,18 @@ Trajectory = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
 
 
 def euler(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """Euler's method on the probability-flow ODE, `x' = x + (t' - t) v(x, t)`: the sampler of the paper's routed ODE."""
+    """Euler's method on the probability-flow ODE, `x' = x + (t' - t) v(x, t)`: the sampler of the
+    paper's routed ODE.
+    """
     for t, t_next in pairwise(times):
         x = x + (t_next - t) * velocity(x, (yield x, t), schedule(t))
     return x
 
 
 def ddim(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """`x' = a' D + (s'/s) (x - a D)` (arXiv 2010.02502, eq. 12 with sigma = 0): exact where D is constant over the step."""
+    """`x' = a' D + (s'/s) (x - a D)` (arXiv 2010.02502, eq. 12 with sigma = 0): exact where D is
+    constant over the step.
+    """
     for t, t_next in pairwise(times):
         x = _towards((yield x, t), x, schedule(t), schedule(t_next))
     return x
@@ -44,14 +48,16 @@ def ddim(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajector
 def _towards(denoised: Tensor, x: Tensor, c: Coeffs, c_next: Coeffs) -> Tensor:
     """The solution of the ODE from t to t' if D is `denoised` throughout the step.
 
-    With rho = a/s the ODE is `d(x/s)/d rho = D`, so this is exact for the mean of D over the step, weighted by d rho: samplers
-    of higher order differ only in how they estimate that mean. Where s' = 0, x' is `denoised` itself.
+    With rho = a/s the ODE is `d(x/s)/d rho = D`, so this is exact for the mean of D over the step,
+    weighted by d rho: samplers of higher order differ only in how they estimate that mean. Where s'
+    = 0, x' is `denoised` itself.
     """
     return c_next.a * denoised + c_next.s / c.s * (x - c.a * denoised)
 
 
 def heun(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """Heun's method on the ODE, the mean of the velocities at both ends (arXiv 2206.00364, algorithm 1).
+    """Heun's method on the ODE, the mean of the velocities at both ends (arXiv 2206.00364,
+    algorithm 1).
 
     A step to t = 0, where there is no velocity, is the denoised image, at one call.
     """
@@ -71,7 +77,8 @@ def _heun_step(x: Tensor, schedule: Schedule, t: Tensor, t_next: Tensor) -> Traj
 
 
 def dpmpp_2m(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolated to the middle of the step in lambda = log a/s.
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolated to the middle of the step in
+    lambda = log a/s.
 
     The first step, and one to t = 0 where lambda is infinite, are DDIM's.
     """
@@ -91,11 +98,13 @@ def dpmpp_2m(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Traje
 
 
 def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int = 3) -> Trajectory:
-    """UniPC of that order (arXiv 2302.04867, algorithms 1 and 2 for data prediction), one call per step.
+    """UniPC of that order (arXiv 2302.04867, algorithms 1 and 2 for data prediction), one call per
+    step.
 
-    The predictor integrates a polynomial in lambda = log a/s through the last `order` denoised images. With the next one, the
-    corrector repeats the step with a polynomial through that as well. Both are exponential integrators: they integrate the
-    polynomial exactly, which is the paper's family with every moment matched. A step to t = 0 is DDIM's.
+    The predictor integrates a polynomial in lambda = log a/s through the last `order` denoised
+    images. With the next one, the corrector repeats the step with a polynomial through that as
+    well. Both are exponential integrators: they integrate the polynomial exactly, which is the
+    paper's family with every moment matched. A step to t = 0 is DDIM's.
     """
     places: list[Tensor] = []  # of the answers, in lambda
     answers: list[Tensor] = []  # the denoised images
@@ -123,7 +132,9 @@ def _lambda(c: Coeffs) -> Tensor:
 def _mean(
     answers: Sequence[Tensor], places: Sequence[Tensor], here: Tensor, there: Tensor
 ) -> Tensor:
-    """The mean over a step, weighted by `d rho = d e^lambda`, of the polynomial through the answers at their places."""
+    """The mean over a step, weighted by `d rho = d e^lambda`, of the polynomial through the answers
+    at their places.
+    """
     h = there - here
     moments = _exponential_moments(h, len(answers))
     powers = torch.arange(len(answers), dtype=here.dtype)[:, None]
@@ -135,10 +146,12 @@ def _mean(
 
 
 def _exponential_moments(h: Tensor, count: int) -> Tensor:
-    """The moments `E z^n`, n < count, of z in [0, 1] with a density that grows as `e^(h z)`, h > 0; `[count]`.
+    """The moments `E z^n`, n < count, of z in [0, 1] with a density that grows as `e^(h z)`, h > 0;
+    `[count]`.
 
-    They are `n! phi_(n+1)(-h) / phi_1(-h)` with the phi functions of exponential integrators (arXiv 2302.04867, section 3.1).
-    `phi_(n+1)(-h) = (1/n! - phi_n(-h)) / h` loses digits as h falls, and the series `sum_k (-h)^k / (n + 1 + k)!` as it rises.
+    They are `n! phi_(n+1)(-h) / phi_1(-h)` with the phi functions of exponential integrators (arXiv
+    2302.04867, section 3.1). `phi_(n+1)(-h) = (1/n! - phi_n(-h)) / h` loses digits as h falls, and
+    the series `sum_k (-h)^k / (n + 1 + k)!` as it rises.
     """
     if h > 2:
         phi = [-torch.expm1(-h) / h]
@@ -151,7 +164,8 @@ def _exponential_moments(h: Tensor, count: int) -> Tensor:
 
 
 def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """Euler and Maruyama's method on the reverse SDE `dx = (f x - g^2 score) dt + g dW` (arXiv 2011.13456, eq. 6).
+    """Euler and Maruyama's method on the reverse SDE `dx = (f x - g^2 score) dt + g dW` (arXiv
+    2011.13456, eq. 6).
 
     `f = da/a`, `g^2 = 2 s (ds - f s)`. A step to t = 0 is the denoised image.
     """
@@ -171,11 +185,13 @@ def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) ->
 
 
 def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """DDPM, `Y' = (Y + beta score) / sqrt(1 - beta) + sqrt(beta) Z` (arXiv 2006.11239, algorithm 2).
+    """DDPM, `Y' = (Y + beta score) / sqrt(1 - beta) + sqrt(beta) Z` (arXiv 2006.11239, algorithm
+    2).
 
-    beta is the step's own, and `sigma_t^2 = beta` is the paper's first choice (section 3.2), which is exact for data from
-    N(0, 1). For any process `sqrt(1 - beta)` is the ratio r = a/a', and `beta = s^2 - r^2 s'^2` the variance that the step
-    adds to the noise. A step to t = 0 is the denoised image.
+    beta is the step's own, and `sigma_t^2 = beta` is the paper's first choice (section 3.2), which
+    is exact for data from N(0, 1). For any process `sqrt(1 - beta)` is the ratio r = a/a', and
+    `beta = s^2 - r^2 s'^2` the variance that the step adds to the noise. A step to t = 0 is the
+    denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -189,13 +205,15 @@ def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajector
 
 
 def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """The accelerated ODE sampler of arXiv 2403.03852, eq. 12: DDIM, and a correction by the change of the score.
+    """The accelerated ODE sampler of arXiv 2403.03852, eq. 12: DDIM, and a correction by the change
+    of the score.
 
     With n growing toward the noise and `alpha_n` the step's ratio of a^2 (no posterior):
 
         Y- = sqrt(alpha_(n+1)) (Y - (1 - alpha_(n+1))/2 score_n(Y))
         Y' = (Y + (1 - alpha_n)/2 score_n(Y)
-              + (1 - alpha_n)^2 / (4 (1 - alpha_(n+1))) (score_n(Y) - sqrt(alpha_(n+1)) score_(n+1)(Y-))) / sqrt(alpha_n)
+              + (1 - alpha_n)^2 / (4 (1 - alpha_(n+1)))
+                (score_n(Y) - sqrt(alpha_(n+1)) score_(n+1)(Y-))) / sqrt(alpha_n)
 
     The first step has no n + 1 and is Heun's; one to t = 0 is the denoised image.
     """
@@ -214,12 +232,14 @@ def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -
 
 
 def accelerated_sde(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
-    """The accelerated SDE sampler of arXiv 2403.03852, eq. 15, with `alpha_n` the step's ratio of a^2 (no posterior).
+    """The accelerated SDE sampler of arXiv 2403.03852, eq. 15, with `alpha_n` the step's ratio of
+    a^2 (no posterior).
 
-        Y+ = Y + sqrt((1 - alpha_n)/2) Z;  Y' = (Y+ + (1 - alpha_n) score_n(Y+) + sqrt((1 - alpha_n)/2) Z') / sqrt(alpha_n)
+        Y+ = Y + sqrt((1 - alpha_n)/2) Z
+        Y' = (Y+ + (1 - alpha_n) score_n(Y+) + sqrt((1 - alpha_n)/2) Z') / sqrt(alpha_n)
 
-    Its distribution is of order 2 where the score is linear, and of order 1 elsewhere: the score at Y+ shifts the mean of the
-    step by its curvature. A step to t = 0 is the denoised image.
+    Its distribution is of order 2 where the score is linear, and of order 1 elsewhere: the score at
+    Y+ shifts the mean of the step by its curvature. A step to t = 0 is the denoised image.
     """
     for n, (t, t_next) in enumerate(pairwise(times)):
         c, c_next = schedule(t), schedule(t_next)
@@ -241,9 +261,9 @@ def _score(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
 class Sampler:
     """A sampler: its generator, its order of accuracy in 1/N, and its denoiser calls per step.
 
-    `order` is that of the trajectory's error for a deterministic sampler, and that of the distribution's for a stochastic one.
-    `needs` says where it is defined: on any schedule, where there is `signal` (a > 0), or where the variance is `preserved`,
-    a^2 + s^2 = 1, as well.
+    `order` is that of the trajectory's error for a deterministic sampler, and that of the
+    distribution's for a stochastic one. `needs` says where it is defined: on any schedule, where
+    there is `signal` (a > 0), or where the variance is `preserved`, a^2 + s^2 = 1, as well.
     """
 
     trajectory: Callable[[Tensor, Schedule, Times, Noise], Trajectory]
@@ -252,14 +272,17 @@ class Sampler:
     needs: Literal["nothing", "signal", "preserved"] = "nothing"
 
     def lacks(self, schedule: Schedule, times: Tensor) -> str:
-        """Why the sampler is not defined on the schedule at these times, in words; empty where it is."""
+        """Why the sampler is not defined on the schedule at these times, in words; empty where it
+        is.
+        """
         a, s, _, _ = schedule(times)
         if self.needs != "nothing" and a.min() < 1e-6:
             return f"where a falls to {float(a.min()):.2g}: it divides by a"
         uneven = (a**2 + s**2 - 1).abs()
         if self.needs == "preserved" and uneven.max() > 1e-6:
             worst = int(uneven.argmax())
-            return f"where a^2 + s^2 is {float((a**2 + s**2)[worst]):.4g} at t = {float(times[worst]):.4g}: it needs 1"
+            total, t = float((a**2 + s**2)[worst]), float(times[worst])
+            return f"where a^2 + s^2 is {total:.4g} at t = {t:.4g}: it needs 1"
         return ""
 
 
@@ -278,7 +301,10 @@ SAMPLERS = tuple(_SAMPLERS)
 
 
 def sampler(name: str, order: int = 3) -> Sampler:
-    """The sampler of that name; `order` is unipc's, 2 or 3. Raises `ConfigError` for an unknown name or order."""
+    """The sampler of that name; `order` is unipc's, 2 or 3.
+
+    Raises `ConfigError` for an unknown name or order.
+    """
     if name not in _SAMPLERS:
         raise one_of("sampler", name, SAMPLERS)
     require(order in (2, 3), "order", "be 2 or 3", order)
@@ -298,7 +324,8 @@ def plan_steps(
 ) -> tuple[Sampler, Tensor]:
     """A sampler and its times, which stay on the CPU so that no step waits for a device.
 
-    Raises `ConfigError` naming the key of what is unknown or out of range, or a sampler that is not defined on the schedule.
+    Raises `ConfigError` naming the key of what is unknown or out of range, or a sampler that is not
+    defined on the schedule.
     """
     method, times = sampler(name, order), time_grid(grid, steps, schedule, t_min)
     lacking = method.lacks(schedule, times)
@@ -351,7 +378,8 @@ def start(
 ) -> Trajectory:
     """A sampler ready to be driven from `x` `[B, ...]` at t = 1.
 
-    The noise of step n is that of the images `index` (default 0 ... B-1) of the seed. Raises what `plan_steps` raises.
+    The noise of step n is that of the images `index` (default 0 ... B-1) of the seed. Raises what
+    `plan_steps` raises.
     """
     index = torch.arange(len(x), device=x.device) if index is None else index
     method, times = plan_steps(sampler_name, steps, grid, schedule, t_min, order)
@@ -373,11 +401,13 @@ def sample(
     t_min: float = 0.0,
     order: int = 3,
 ) -> Tensor:
-    """Sample from `x` `[B, ...]`, noise times s(1), at t = 1 to the end of the grid at `t_min`; returns x there.
+    """Sample from `x` `[B, ...]`, noise times s(1), at t = 1 to the end of the grid at `t_min`;
+    returns x there.
 
     `grid` is one of `GRIDS`, or steps + 1 falling times, the last of which is then the end.
 
-    Raises `ConfigError` for an unknown sampler or grid, steps below 1, or a sampler that is not defined on the schedule.
+    Raises `ConfigError` for an unknown sampler or grid, steps below 1, or a sampler that is not
+    defined on the schedule.
     """
     return drive(
         start(x, schedule, sampler, steps, grid, seed=seed, t_min=t_min, order=order), denoiser

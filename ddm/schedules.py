@@ -1,8 +1,9 @@
-"""Forward processes: x_t = a(t) x0 + s(t) eps, and the one conversion between denoiser and velocity.
+"""Forward processes: x_t = a(t) x0 + s(t) eps, and the one conversion between denoiser and
+velocity.
 
-A schedule is a frozen dataclass; calling it at t returns the two coefficients and their time derivatives in closed form.
-The rest of the project (samplers, router targets, losses) uses only these four numbers. To add a process, add a dataclass
-with `__call__` and a line in `_PROCESSES`.
+A schedule is a frozen dataclass; calling it at t returns the two coefficients and their time
+derivatives in closed form. The rest of the project (samplers, router targets, losses) uses only
+these four numbers. To add a process, add a dataclass with `__call__` and a line in `_PROCESSES`.
 """
 
 import math
@@ -17,7 +18,10 @@ from ddm.errors import ConfigError, one_of, require
 
 
 class Coeffs(NamedTuple):
-    """The Gaussian path at t: `x_t = a x0 + s eps`, and the time derivatives of a and s. Each `[]` or `[B]`, as t is."""
+    """The Gaussian path at t: `x_t = a x0 + s eps`, and the time derivatives of a and s.
+
+    Each `[]` or `[B]`, as t is.
+    """
 
     a: Tensor
     s: Tensor
@@ -30,7 +34,10 @@ class Coeffs(NamedTuple):
 
 
 class Schedule(Protocol):
-    """`t` `[]` or `[B]` in [0, 1] -> `Coeffs` of t's dtype. At t = 0 s is 0 and ds may be infinite: never divide there."""
+    """`t` `[]` or `[B]` in [0, 1] -> `Coeffs` of t's dtype.
+
+    At t = 0 s is 0 and ds may be infinite: never divide there.
+    """
 
     def __call__(self, t: Tensor) -> Coeffs: ...
 
@@ -44,7 +51,9 @@ class _Positive:
 
 
 def _preserving(log_a: Tensor, rate: Tensor) -> Coeffs:
-    """Variance preserving coefficients from log a and beta = -2 d(log a)/dt; `expm1` keeps s exact near the data."""
+    """Variance preserving coefficients from log a and beta = -2 d(log a)/dt; `expm1` keeps s exact
+    near the data.
+    """
     a, s = log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()
     return Coeffs(a, s, -rate / 2 * a, rate / 2 * a**2 / s)
 
@@ -72,7 +81,9 @@ class VPConstant(_Positive):
 
 @dataclass(frozen=True)
 class VPLinear:
-    """`dx = -beta/2 x dt + sqrt(beta) dW` with beta from `beta_min` to `beta_max`, linear in t (arXiv 2011.13456, eq. 32)."""
+    """`dx = -beta/2 x dt + sqrt(beta) dW` with beta from `beta_min` to `beta_max`, linear in t
+    (arXiv 2011.13456, eq. 32).
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -120,14 +131,17 @@ class VPExponential(_Positive):
 
 @dataclass(frozen=True)
 class VPCosine(_Positive):
-    """`a(t) = cos u(t) / cos u(0)`, `u(t) = pi/2 (t + shift) / (1 + shift)` (arXiv 2102.09672, eq. 17); a(1) is 0."""
+    """`a(t) = cos u(t) / cos u(0)`, `u(t) = pi/2 (t + shift) / (1 + shift)` (arXiv 2102.09672, eq.
+    17); a(1) is 0.
+    """
 
     shift: float = 0.008
 
     def __call__(self, t: Tensor) -> Coeffs:
         rate = math.pi / 2 / (1 + self.shift)
         u0, u = rate * self.shift, rate * (self.shift + t)
-        # s^2 = 1 - cos^2(u) / cos^2(u0) = sin(u + u0) sin(u - u0) / cos^2(u0), without the cancellation near t = 0
+        # s^2 = 1 - cos^2(u) / cos^2(u0) = sin(u + u0) sin(u - u0) / cos^2(u0), without the
+        # cancellation near t = 0
         a, s = u.cos() / math.cos(u0), ((u + u0).sin() * (rate * t).sin()).sqrt() / math.cos(u0)
         da = -rate * u.sin() / math.cos(u0)
         return Coeffs(a, s, da, -a * da / s)
@@ -135,7 +149,9 @@ class VPCosine(_Positive):
 
 @dataclass(frozen=True)
 class VEExponential(_Positive):
-    """`dx = g dW` with `g = b e^(c t)` (arXiv 2011.13456, eq. 30, is of this form); s runs to about 49 at t = 1."""
+    """`dx = g dW` with `g = b e^(c t)` (arXiv 2011.13456, eq. 30, is of this form); s runs to about
+    49 at t = 1.
+    """
 
     b: float = 0.041
     c: float = 8.5
@@ -148,7 +164,9 @@ class VEExponential(_Positive):
 
 @dataclass(frozen=True)
 class VEPolynomial(_Positive):
-    """`dx = g dW` with `g = (b + c t)^rho` (arXiv 2311.11003, table 1); s runs to about 50 at t = 1."""
+    """`dx = g dW` with `g = (b + c t)^rho` (arXiv 2311.11003, table 1); s runs to about 50 at t =
+    1.
+    """
 
     b: float = 0.3
     c: float = 10.3
@@ -162,7 +180,9 @@ class VEPolynomial(_Positive):
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """`a = 1 - t`, `s = t`: straight lines from data to noise (arXiv 2209.03003, eq. 1; flow matching, arXiv 2210.02747)."""
+    """`a = 1 - t`, `s = t`: straight lines from data to noise (arXiv 2209.03003, eq. 1; flow
+    matching, arXiv 2210.02747).
+    """
 
     def __call__(self, t: Tensor) -> Coeffs:
         one = torch.ones_like(t)
@@ -171,7 +191,9 @@ class RectifiedFlow:
 
 @dataclass(frozen=True)
 class EDM(_Positive):
-    """`a = 1`, `s = sigma = sigma_max t` (arXiv 2206.00364, table 1, with its time divided by sigma_max)."""
+    """`a = 1`, `s = sigma = sigma_max t` (arXiv 2206.00364, table 1, with its time divided by
+    sigma_max).
+    """
 
     sigma_max: float = 80.0
 
@@ -182,11 +204,13 @@ class EDM(_Positive):
 
 @dataclass(frozen=True)
 class TwoPhase:
-    """The discrete schedule of the convergence proofs (arXiv 2408.02320, eq. 7; arXiv 2403.03852): step n at t = n / steps.
+    """The discrete schedule of the convergence proofs (arXiv 2408.02320, eq. 7; arXiv 2403.03852):
+    step n at t = n / steps.
 
-    With `eta = c1 log T / T`: `beta_1 = T^-c0`, `beta_n = eta min{beta_1 (1 + eta)^n, 1}`, and the product of `1 - beta_j` over
-    j <= n is `a(n/T)^2`. Between two steps log a is linear, so da and ds jump at each of them: use the grid `own`, and not a
-    sampler that uses slopes (`euler`, `heun`).
+    With `eta = c1 log T / T`: `beta_1 = T^-c0`, `beta_n = eta min{beta_1 (1 + eta)^n, 1}`, and the
+    product of `1 - beta_j` over j <= n is `a(n/T)^2`. Between two steps log a is linear, so da and
+    ds jump at each of them: use the grid `own`, and not a sampler that uses slopes (`euler`,
+    `heun`).
     """
 
     steps: int = 1000
@@ -245,7 +269,8 @@ SCHEDULES = tuple(_PROCESSES)
 
 
 def schedule(name: str, **parameters: Any) -> Schedule:
-    """The forward process of that name: `schedule("vp_linear", beta_min=0.1, beta_max=20.0)(t) -> Coeffs`.
+    """The forward process of that name: `schedule("vp_linear", beta_min=0.1, beta_max=20.0)(t) ->
+    Coeffs`.
 
     Raises `ConfigError` for an unknown name or parameter, or a value out of range.
     """
@@ -268,8 +293,8 @@ def schedule(name: str, **parameters: Any) -> Schedule:
 def velocity(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
     """The probability-flow velocity `v = (ds/s) x + (da - a ds/s) D`, for s > 0.
 
-    Affine in D, with coefficients that do not depend on D: a mixture of denoisers with weights that sum to one gives the same
-    mixture of velocities. The routed sampler is based on this.
+    Affine in D, with coefficients that do not depend on D: a mixture of denoisers with weights that
+    sum to one gives the same mixture of velocities. The routed sampler is based on this.
     """
     a, s, da, ds = c.broadcast_to(x)
     return ds / s * x + (da - a * ds / s) * denoised

@@ -1,4 +1,6 @@
-"""What training an expert and a router share: Adam, and batch, times and noise of step n as functions of (seed, n)."""
+"""What training an expert and a router share: Adam, and batch, times and noise of step n as
+functions of (seed, n).
+"""
 
 import copy
 from collections.abc import Iterable
@@ -14,7 +16,8 @@ from ddm.rng import RngStream, derive_seed, normal, uniform
 
 @dataclass
 class FitConfig:
-    """How a network is trained: Adam with a linear warm-up, gradient clipping and an average of the weights (EMA).
+    """How a network is trained: Adam with a linear warm-up, gradient clipping and an average of the
+    weights (EMA).
 
     steps: optimizer steps, at least 1.
     batch: images per step, at least 1.
@@ -50,7 +53,7 @@ class FitConfig:
         require(0 < self.t_min < 1, "t_min", "be in (0, 1)", self.t_min)
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> Any:
-        """The optimizer and its schedule, as `LightningModule.configure_optimizers` returns them."""
+        """The optimizer and schedule, as `LightningModule.configure_optimizers` returns them."""
         # A fused step unscales float16 gradients itself, which is too late for clipping.
         optimizer = torch.optim.Adam(
             parameters, lr=self.learning_rate, fused=self.precision != "16-mixed"
@@ -61,7 +64,10 @@ class FitConfig:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Clip the gradients' norm. Lightning's clipping refuses a fused optimizer in mixed precision."""
+        """Clip the gradients' norm.
+
+        Lightning's clipping refuses a fused optimizer in mixed precision.
+        """
         if self.gradient_clip > 0:
             nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
 
@@ -73,7 +79,7 @@ def to_float(images: Tensor) -> Tensor:
 
 @dataclass
 class Batches:
-    """Training images, uint8 `[N, C, H, W]`, on the training device, and the batches made of them."""
+    """Training images, uint8 `[N, C, H, W]`, on the training device, and their batches."""
 
     images: Tensor
     batch: int
@@ -84,7 +90,9 @@ class Batches:
         return copy.copy(self)  # Lightning's EMA copies the module; the images stay shared
 
     def x0(self, step: int) -> tuple[Tensor, Tensor]:
-        """The images of a step, `[B, C, H, W]` in [-1, 1], and their indices among all, int64 `[B]`."""
+        """The images of a step, `[B, C, H, W]` in [-1, 1], and their indices among all, int64
+        `[B]`.
+        """
         u = uniform(self.seed, RngStream.BATCH, self._rows, step)[:, 0]
         place = (u * len(self.images)).long()
         x0 = to_float(self.images[place])
@@ -94,7 +102,9 @@ class Batches:
         return x0, place
 
     def times(self, step: int) -> Tensor:
-        """Stratified uniform numbers in (0, 1), float32 `[B]`: one in each of B equal intervals, for less variance."""
+        """Stratified uniform numbers in (0, 1), float32 `[B]`: one in each of B equal intervals,
+        for less variance.
+        """
         u = uniform(self.seed, RngStream.TIME, self._rows, step)[:, 0]
         return ((self._rows + u) / self.batch).float()
 

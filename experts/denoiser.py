@@ -43,7 +43,10 @@ class ExpertConfig(FitConfig):
         require(self.min_snr_gamma > 0, "min_snr_gamma", "be above 0", self.min_snr_gamma)
 
     def build(self, shape: Sequence[int], schedule: Schedule) -> "Denoiser":
-        """A fresh expert for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+        """A fresh expert for images `[C, H, W]`.
+
+        Raises `ConfigError` naming the key of a size that cannot be.
+        """
         with within("unet"):
             network = self.unet.build(shape)
         return Denoiser(network, schedule, self.parameterization, self.sigma_data)
@@ -52,11 +55,13 @@ class ExpertConfig(FitConfig):
 class Denoiser(nn.Module):
     """x0-prediction by a network, `x [B, C, H, W], t [] or [B] -> [B, C, H, W]`.
 
-    `raw`: the network's output is x0, as in the paper. `preconditioned`: `D = c_skip x + c_out F(c_in x, t)` with EDM's
-    coefficients (arXiv 2206.00364, table 1) for x = a x0 + s eps, so that F sees and gives numbers of size 1 at every t and
-    its errors cannot reach x0 where the noise is small:
+    `raw`: the network's output is x0, as in the paper. `preconditioned`: `D = c_skip x + c_out
+    F(c_in x, t)` with EDM's coefficients (arXiv 2206.00364, table 1) for x = a x0 + s eps, so that
+    F sees and gives numbers of size 1 at every t and its errors cannot reach x0 where the noise is
+    small:
 
-        c_in = 1 / sqrt(a^2 v + s^2)    c_skip = a v / (a^2 v + s^2)    c_out = s sqrt(v) / sqrt(a^2 v + s^2),   v = sigma_data^2
+        v = sigma_data^2    c_in = 1 / sqrt(a^2 v + s^2)    c_skip = a v / (a^2 v + s^2)
+                            c_out = s sqrt(v) / sqrt(a^2 v + s^2)
     """
 
     def __init__(

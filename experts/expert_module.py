@@ -13,7 +13,9 @@ from experts.denoiser import Denoiser, ExpertConfig, LossWeight, Times
 
 
 def loss_weight(kind: LossWeight, c: Coeffs, gamma: float) -> Tensor:
-    """The weight of `|D - x0|^2` at each time: 1, `a^2/s^2`, or `min(a^2/s^2, gamma)` (arXiv 2303.09556, section 3.4)."""
+    """The weight of `|D - x0|^2` at each time: 1, `a^2/s^2`, or `min(a^2/s^2, gamma)` (arXiv
+    2303.09556, section 3.4).
+    """
     snr = (c.a / c.s).square()
     match kind:
         case "constant":
@@ -25,10 +27,12 @@ def loss_weight(kind: LossWeight, c: Coeffs, gamma: float) -> Tensor:
 
 
 def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 1000) -> Tensor:
-    """`points + 1` evenly spaced quantiles of the distribution of training times, rising in [t_min, 1], float32.
+    """`points + 1` evenly spaced quantiles of the distribution of training times, rising in [t_min,
+    1], float32.
 
-    `uniform`: uniform in t. `uniform_log_snr`: uniform in log a^2/s^2, so many near the data. `logit_normal`: the logit of t
-    is standard normal (arXiv 2403.03206, equation 19), so few at either end.
+    `uniform`: uniform in t. `uniform_log_snr`: uniform in log a^2/s^2, so many near the data.
+    `logit_normal`: the logit of t is standard normal (arXiv 2403.03206, equation 19), so few at
+    either end.
     """
     match kind:
         case "uniform":
@@ -41,12 +45,15 @@ def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 
 
 
 def denoising_loss(denoised: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
-    """`mean_b weight_b mean |D_b - x0_b|^2`: a scalar, for `[B, C, H, W]` images and weights `[B]`."""
+    """`mean_b weight_b mean |D_b - x0_b|^2`: a scalar, from `[B, C, H, W]` and `[B]`."""
     return (weight * (denoised - x0).square().flatten(1).mean(dim=1)).mean()
 
 
 class ExpertLearning(pl.LightningModule):
-    """One expert as a LightningModule. The data loader only counts steps: the batch of step n is a function of (seed, n)."""
+    """One expert as a LightningModule.
+
+    The data loader only counts steps: the batch of step n is a function of (seed, n).
+    """
 
     def __init__(self, denoiser: Denoiser, batches: Batches, config: ExpertConfig) -> None:
         super().__init__()

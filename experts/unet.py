@@ -32,7 +32,10 @@ class UNetConfig:
         check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape)
 
     def build(self, shape: Sequence[int]) -> "UNet":
-        """A fresh network for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+        """A fresh network for images `[C, H, W]`.
+
+        Raises `ConfigError` naming the key of a size that cannot be.
+        """
         self.check(shape)
         # Convolutions are fastest in channels_last, on CPUs and on tensor cores.
         return UNet(shape, self).to(memory_format=torch.channels_last)
@@ -50,9 +53,11 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """`(x [B, C, H, W], t [] or [B])` -> `[B, C, H, W]`; zero at initialization, because its last layer is.
+    """`(x [B, C, H, W], t [] or [B])` -> `[B, C, H, W]`; zero at initialization, because its last
+    layer is.
 
-    Residual blocks with adaptive group norm (arXiv 2105.05233), skips from every feature map of the encoder.
+    Residual blocks with adaptive group norm (arXiv 2105.05233), skips from every feature map of the
+    encoder.
     """
 
     def __init__(self, shape: Sequence[int], config: UNetConfig) -> None:

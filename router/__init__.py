@@ -1,1 +1,3 @@
-"""Which experts denoise an image: networks, their exact targets, sources of alpha, policies, the routed denoiser."""
+"""Which experts denoise an image: networks, their exact targets, sources of alpha, policies, the
+routed denoiser.
+"""

@@ -1,4 +1,6 @@
-"""The router's networks: the posterior net alpha_k(x, t), and the time-derivative net, with a network for each band of t."""
+"""The router's networks: the posterior net alpha_k(x, t), and the time-derivative net, with a
+network for each band of t.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -36,14 +38,19 @@ class RouterNetConfig:
         check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape)
 
     def build(self, shape: Sequence[int], clusters: int, schedule: Schedule) -> "Scorer":
-        """A fresh network for images `[C, H, W]`. Raises `ConfigError` naming the key of a size that cannot be."""
+        """A fresh network for images `[C, H, W]`.
+
+        Raises `ConfigError` naming the key of a size that cannot be.
+        """
         self.check(shape)
         return Scorer(shape, clusters, schedule, self)
 
 
 @dataclass
 class RouterConfig(FitConfig):
-    """The router: its networks, their two training stages and the bands of t. `steps` counts both stages.
+    """The router: its networks, their two training stages and the bands of t.
+
+    `steps` counts both stages.
 
     net: sizes of each network.
     batch: images per step, at least; rounded up to a multiple of 3, a third for each band.
@@ -90,7 +97,10 @@ class RouterConfig(FitConfig):
     def build(
         self, shape: Sequence[int], pi: Tensor, schedule: Schedule
     ) -> "tuple[PosteriorNet, DerivativeNet]":
-        """A fresh router for images `[C, H, W]` and mixture weights `pi` `[K]`. Raises `ConfigError` naming a bad size."""
+        """A fresh router for images `[C, H, W]` and mixture weights `pi` `[K]`.
+
+        Raises `ConfigError` naming a bad size.
+        """
         with within("net"):
             scorer = self.net.build(shape, len(pi), schedule)
         return PosteriorNet(scorer, pi), DerivativeNet.from_trunk(scorer, self.bands)
@@ -122,7 +132,10 @@ class Scorer(nn.Module):
 
 
 class PosteriorNet(nn.Module):
-    """alpha_k(x, t), `[B, K]`; rows sum to 1 by softmax. A fresh network returns the mixture weights pi."""
+    """alpha_k(x, t), `[B, K]`; rows sum to 1 by softmax.
+
+    A fresh network returns the mixture weights pi.
+    """
 
     def __init__(self, scorer: Scorer, pi: Tensor) -> None:
         super().__init__()
@@ -138,9 +151,12 @@ class PosteriorNet(nn.Module):
 
 
 class DerivativeNet(nn.Module):
-    """d alpha_k/dt, `[B, K]`; rows sum to 0 because their mean is subtracted. One network for each band of t.
+    """d alpha_k/dt, `[B, K]`; rows sum to 0 because their mean is subtracted.
 
-    `edges` are the times between bands, rising, inside (0, 1): band b reaches from `edges[b - 1]` to `edges[b]`.
+    One network for each band of t.
+
+    `edges` are the times between bands, rising, inside (0, 1): band b reaches from `edges[b - 1]`
+    to `edges[b]`.
     """
 
     def __init__(self, scorers: Sequence[Scorer], edges: Sequence[float]) -> None:

@@ -1,7 +1,7 @@
 """Which experts denoise the image, given alpha: at each step a policy chooses a set of experts.
 
-The chosen experts are weighted by alpha, renormalized over the set. A policy is stateless: the state of a trajectory is a
-row of a tensor that is passed in and returned.
+The chosen experts are weighted by alpha, renormalized over the set. A policy is stateless: the
+state of a trajectory is a row of a tensor that is passed in and returned.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,18 @@ class Policy(Protocol):
         ...
 
     def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts of this step, bool `[B, K]` with at least one per row, and the state after it.
+        """The experts of this step, bool `[B, K]` with at least one per row, and the state after
+        it.
 
-        alpha: `[B, K]`. state: as `start` or the last `choose` returned it. u: uniform numbers in (0, 1), `[B]`.
+        alpha: `[B, K]`. state: as `start` or the last `choose` returned it. u: uniform numbers in
+        (0, 1), `[B]`.
         """
         ...
 
 
 def sample_categorical(p: Tensor, u: Tensor) -> Tensor:
-    """One expert per row, sampled from `p` `[B, K]` (up to a factor) by inversion of `u` `[B]` in (0, 1): bool `[B, K]`.
+    """One expert per row, sampled from `p` `[B, K]` (up to a factor) by inversion of `u` `[B]` in
+    (0, 1): bool `[B, K]`.
 
     Never one whose p is 0.
     """
@@ -44,7 +47,9 @@ def sample_categorical(p: Tensor, u: Tensor) -> Tensor:
 
 
 def weights(alpha: Tensor, chosen: Tensor) -> Tensor:
-    """alpha `[B, K]` renormalized over the chosen, bool `[B, K]`; equal weights where alpha is 0 for all of them."""
+    """alpha `[B, K]` renormalized over the chosen, bool `[B, K]`; equal weights where alpha is 0
+    for all of them.
+    """
     weight = torch.where(chosen, alpha, 0)
     total = weight.sum(dim=1, keepdim=True)
     return torch.where(total > 0, weight / total, chosen / chosen.sum(dim=1, keepdim=True)).to(
@@ -95,7 +100,9 @@ class Nucleus(_Stateless):
 
 
 class Fixed:
-    """One expert per trajectory, sampled from pi at t = 1: ancestral sampling of the mixture, the paper's Naive."""
+    """One expert per trajectory, sampled from pi at t = 1: ancestral sampling of the mixture, the
+    paper's Naive.
+    """
 
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
         return sample_categorical(pi, u).to(pi)
@@ -105,7 +112,10 @@ class Fixed:
 
 
 class Stochastic(_Stateless):
-    """One expert sampled from alpha, independently at every step: the paper's algorithm. Its mean is the full step."""
+    """One expert sampled from alpha, independently at every step: the paper's algorithm.
+
+    Its mean is the full step.
+    """
 
     def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         return sample_categorical(alpha, u), state
@@ -114,10 +124,11 @@ class Stochastic(_Stateless):
 class Balanced:
     """One expert per step with error feedback.
 
-    The state is a credit for each expert, which starts at `onehot(k0) - pi`, k0 sampled from pi. At each step
-    `credit += alpha; k = argmax credit; credit[k] -= 1`. After any number of steps, the number of an expert's steps differs
-    from the sum of its alpha by a bounded amount, so the noise of independent samples cancels. The random start keeps the
-    first steps, where alpha is pi, unbiased.
+    The state is a credit for each expert, which starts at `onehot(k0) - pi`, k0 sampled from pi. At
+    each step `credit += alpha; k = argmax credit; credit[k] -= 1`. After any number of steps, the
+    number of an expert's steps differs from the sum of its alpha by a bounded amount, so the noise
+    of independent samples cancels. The random start keeps the first steps, where alpha is pi,
+    unbiased.
     """
 
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
@@ -131,10 +142,12 @@ class Balanced:
 
 @dataclass(frozen=True)
 class Adaptive(Balanced):
-    """`balanced`, with a second expert where alpha is undecided, for at most `budget` evaluations per step on average.
+    """`balanced`, with a second expert where alpha is undecided, for at most `budget` evaluations
+    per step on average.
 
-    Each step saves `budget - 1` evaluations. A whole one is spent when the largest alpha is below `decided`: the two experts
-    of largest credit are mixed, and each pays its weight. The state is `[B, K + 1]`, the saved evaluations last.
+    Each step saves `budget - 1` evaluations. A whole one is spent when the largest alpha is below
+    `decided`: the two experts of largest credit are mixed, and each pays its weight. The state is
+    `[B, K + 1]`, the saved evaluations last.
     """
 
     budget: float = 1.5
@@ -157,7 +170,10 @@ class Adaptive(Balanced):
 
 
 def policy(name: str, top_k: int = 1, nucleus_p: float = 0.9, budget: float = 1.5) -> Policy:
-    """The policy of that name. Raises `ConfigError` for an unknown name or a parameter out of range."""
+    """The policy of that name.
+
+    Raises `ConfigError` for an unknown name or a parameter out of range.
+    """
     require(isinstance(top_k, int) and top_k >= 1, "top_k", "be at least 1", top_k)
     require(0 < nucleus_p <= 1, "nucleus_p", "be in (0, 1]", nucleus_p)
     require(budget >= 1, "budget", "be at least 1 call a step", budget)

@@ -1,8 +1,9 @@
 """Training the router, in two stages.
 
-Stage 1: the posterior net, by cross-entropy on the cluster label plus squared error to the exact posterior. Stage 2: the
-posterior net by squared error alone, and three derivative nets, each on its own band of t, by squared error to the exact
-derivative along the path. The squared error is least at the target's mean given x_t, which is what sampling integrates.
+Stage 1: the posterior net, by cross-entropy on the cluster label plus squared error to the exact
+posterior. Stage 2: the posterior net by squared error alone, and three derivative nets, each on its
+own band of t, by squared error to the exact derivative along the path. The squared error is least
+at the target's mean given x_t, which is what sampling integrates.
 """
 
 from typing import Any
@@ -20,7 +21,9 @@ from router.targets import exact_posterior, exact_posterior_rate
 def posterior_loss(
     logits: Tensor, alpha: Tensor, label: Tensor, label_weight: float, posterior_weight: float
 ) -> Tensor:
-    """`label_weight CE(logits, label) + posterior_weight mean_b |softmax(logits) - alpha|^2`, for `[B, K]` and `[B]`."""
+    """`label_weight CE(logits, label) + posterior_weight mean_b |softmax(logits) - alpha|^2`, for
+    `[B, K]` and `[B]`.
+    """
     error = (logits.softmax(dim=1) - alpha).square().sum(dim=1).mean()
     return label_weight * F.cross_entropy(logits, label) + posterior_weight * error
 
@@ -61,7 +64,7 @@ class _RouterLearning(pl.LightningModule):
 
 
 class PosteriorLearning(_RouterLearning):
-    """Stage 1: the posterior net, from labels and the exact posterior, at times even in [t_min, 1]."""
+    """Stage 1: the posterior net, from labels and the exact posterior, t uniform in [t_min, 1]."""
 
     def training_step(self, _: Any, __: int) -> Tensor:
         t = self.config.t_min + (1 - self.config.t_min) * self.batches.times(self.global_step)
@@ -113,7 +116,8 @@ class RouterLearning(_RouterLearning):
         alpha, dalpha = exact_posterior_rate(
             x0, eps, t, self.batches.images, self.cluster, schedule, k
         )
-        # The times are stratified, row j in the j-th of B equal parts: the first third of the rows is band 0.
+        # The times are stratified, row j in the j-th of B equal parts: the first third of the rows
+        # is band 0.
         thirds = zip(x.chunk(3), t.chunk(3), strict=True)
         rate = torch.cat([self.derivative.band(b, x_b, t_b) for b, (x_b, t_b) in enumerate(thirds)])
         loss = posterior_loss(self.posterior.logits(x, t), alpha, label, 0.0, 1.0)

@@ -1,4 +1,6 @@
-"""One routed step as a pure function of a batch, and the routed mixture of K experts, itself a denoiser."""
+"""One routed step as a pure function of a batch, and the routed mixture of K experts, itself a
+denoiser.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +21,8 @@ ControlVariate = Callable[[Tensor, Tensor, Tensor], Tensor]
 class RoutingState(NamedTuple):
     """The state of B trajectories, one row each.
 
-    source: of the source of alpha, `[B, M]`. policy: of the policy, `[B, ...]`. chosen: the experts of the last call, bool
-    `[B, K]`.
+    source: of the source of alpha, `[B, M]`. policy: of the policy, `[B, ...]`. chosen: the experts
+    of the last call, bool `[B, K]`.
     """
 
     source: Tensor
@@ -32,11 +34,13 @@ class RoutingState(NamedTuple):
 class Router:
     """Which experts denoise an image: a source of alpha and a policy.
 
-    Stateless: one batch may mix trajectories at different times, because their state is passed in and returned.
+    Stateless: one batch may mix trajectories at different times, because their state is passed in
+    and returned.
 
-    pi: the mixture weights of the clusters, `[K]`, or None for alpha at the first call (`RoutedDenoiser` alone).
-    weights: `[K]`, factors of pi and alpha, which by Bayes' rule makes them those of the mixture with the weights
-    `pi * weights`; 0 leaves a cluster out. None for all 1.
+    pi: the mixture weights of the clusters, `[K]`, or None for alpha at the first call
+    (`RoutedDenoiser` alone).
+    weights: `[K]`, factors of pi and alpha, which by Bayes' rule makes them those of the mixture
+    with the weights `pi * weights`; 0 leaves a cluster out. None for all 1.
     temperature: the policy sees `alpha^(1/temperature)`, renormalized.
     """
 
@@ -55,7 +59,9 @@ class Router:
         return Router(source, policies.policy(policy) if isinstance(policy, str) else policy, pi)
 
     def start(self, x: Tensor, u: Tensor) -> RoutingState:
-        """The state of trajectories that start at x `[B, ...]`; u: uniform numbers in (0, 1), `[B]`."""
+        """The state of trajectories that start at x `[B, ...]`; u: uniform numbers in (0, 1),
+        `[B]`.
+        """
         assert self.pi is not None
         pi = _reweighted(self.pi.to(x), self.weights).expand(len(x), -1)
         return RoutingState(
@@ -71,13 +77,15 @@ class Router:
         keep: bool | Tensor = False,
         available: Tensor | None = None,
     ) -> tuple[Tensor, RoutingState]:
-        """Choose experts at x `[B, ...]`, t `[]` or `[B]`. Returns alpha `[B, K]` and the new state, with the choice in it.
+        """Choose experts at x `[B, ...]`, t `[]` or `[B]`.
 
-        u: uniform numbers in (0, 1), `[B]`. keep: the trajectories that keep their choice, because their step has begun; one
-        bool or `[B]`. available: bool `[K]`, None for all.
+        Returns alpha `[B, K]` and the new state, with the choice in it.
 
-        alpha is renormalized over the available experts. Unavailable and zero-weight experts are never selected; if none of
-        the chosen remain, the most likely eligible expert is used.
+        u: uniform numbers in (0, 1), `[B]`. keep: the trajectories that keep their choice, because
+        their step has begun; one bool or `[B]`. available: bool `[K]`, None for all.
+
+        alpha is renormalized over the available experts. Unavailable and zero-weight experts are
+        never selected; if none of the chosen remain, the most likely eligible expert is used.
         """
         alpha, source_state = self.source.step(x, t, state.source)
         if self.temperature != 1:
@@ -101,7 +109,9 @@ class Router:
 
 
 def _reweighted(p: Tensor, weights: Tensor | None) -> Tensor:
-    """p `[..., K]` times the weights `[K]`, normalized; the weights alone, normalized, where the product is 0 for all k."""
+    """p `[..., K]` times the weights `[K]`, normalized; the weights alone, normalized, where the
+    product is 0 for all k.
+    """
     if weights is None:
         return p
     mass = p * weights
@@ -110,7 +120,9 @@ def _reweighted(p: Tensor, weights: Tensor | None) -> Tensor:
 
 
 class Step(NamedTuple):
-    """One denoiser call: its time, alpha `[B, K]`, and the experts evaluated for each image, bool `[B, K]`."""
+    """One denoiser call: its time, alpha `[B, K]`, and the experts evaluated for each image, bool
+    `[B, K]`.
+    """
 
     t: float
     alpha: Tensor
@@ -118,18 +130,21 @@ class Step(NamedTuple):
 
 
 class RoutedDenoiser:
-    """`(x [B, ...], t []) -> E[x0 | x_t]`, `[B, ...]`, by the experts that a policy chooses at each step.
+    """`(x [B, ...], t []) -> E[x0 | x_t]`, `[B, ...]`, by the experts that a policy chooses at each
+    step.
 
-    One object serves one batch of trajectories from start to end, because it holds their state. Image i of the batch uses
-    the random numbers of `index[i]` (default i), so its experts do not depend on the rest of the batch.
+    One object serves one batch of trajectories from start to end, because it holds their state.
+    Image i of the batch uses the random numbers of `index[i]` (default i), so its experts do not
+    depend on the rest of the batch.
 
     experts: K denoisers.
-    alpha: any `(x, t) -> [B, K]`, or a `Source`, from which `policy` (a name or a `Policy`) chooses; or a whole `Router`,
-    which has a policy of its own.
+    alpha: any `(x, t) -> [B, K]`, or a `Source`, from which `policy` (a name or a `Policy`)
+    chooses; or a whole `Router`, which has a policy of its own.
     calls_per_step: the sampler's; the experts stay the same within a step.
     clip: bound the result to [-1, 1], after mixing.
-    control_variate: cheap approximations G_k of the experts, as `(x, t, weight [B, K]) -> sum_k weight_k G_k(x, t)`, such as
-    `Gaussians.mix`. The result is `sum_chosen w_k D_k + sum_k alpha_k G_k - sum_chosen w_k G_k`, w being alpha renormalized
+    control_variate: cheap approximations G_k of the experts, as `(x, t, weight [B, K]) -> sum_k
+    weight_k G_k(x, t)`, such as `Gaussians.mix`. The result is `sum_chosen w_k D_k + sum_k alpha_k
+    G_k - sum_chosen w_k G_k`, w being alpha renormalized
     over the chosen: the same mean over the random numbers of a policy, with less variance.
     trace: append a `Step` to `steps` at every call.
 

@@ -1,7 +1,9 @@
-"""Where alpha comes from while sampling: `(x [B, C, H, W], t [] or [B]) -> alpha [B, K]`, rows on the simplex.
+"""Where alpha comes from while sampling: `(x [B, C, H, W], t [] or [B]) -> alpha [B, K]`, rows on
+the simplex.
 
-A plain function of (x, t), such as the posterior net, has no state. What has one is a `Source`: the state, one row per
-trajectory, is passed in and returned, so that one batch may mix trajectories at different times.
+A plain function of (x, t), such as the posterior net, has no state. What has one is a `Source`: the
+state, one row per trajectory, is passed in and returned, so that one batch may mix trajectories at
+different times.
 """
 
 from collections.abc import Callable
@@ -47,16 +49,19 @@ def prior(pi: Tensor) -> Alpha:
 
 
 class Integrated:
-    """alpha by integrating its derivative along the trajectory from pi at t = 1: trapezoidal rule, projected to the simplex.
+    """alpha by integrating its derivative along the trajectory from pi at t = 1: trapezoidal rule,
+    projected to the simplex.
 
-    rate: d alpha/dt, `(x, t) -> [B, K]`, as the derivative net gives it. pi: the mixture weights, `[K]`.
+    rate: d alpha/dt, `(x, t) -> [B, K]`, as the derivative net gives it. pi: the mixture weights,
+    `[K]`.
 
-    Without `posterior`, the source `derivative`: exact along the full ODE, which an image denoised by one expert at a time
-    leaves. With it, the source `combined`: between two calls dt apart, alpha also relaxes towards the posterior net by the
-    fraction `1 - exp(-relaxation_rate |dt|)`, which corrects that, equally fast at any number of steps. The rate is per unit
-    of t.
+    Without `posterior`, the source `derivative`: exact along the full ODE, which an image denoised
+    by one expert at a time leaves. With it, the source `combined`: between two calls dt apart,
+    alpha also relaxes towards the posterior net by the fraction `1 - exp(-relaxation_rate |dt|)`,
+    which corrects that, equally fast at any number of steps. The rate is per unit of t.
 
-    The state is alpha, rate and t of the last call, `[B, 2 K + 1]` in float64; t is NaN before the first.
+    The state is alpha, rate and t of the last call, `[B, 2 K + 1]` in float64; t is NaN before the
+    first.
     """
 
     def __init__(
@@ -89,7 +94,9 @@ class Integrated:
 
 
 def project_to_simplex(p: Tensor) -> Tensor:
-    """The nearest point of the probability simplex to each row of `[B, K]` (Duchi et al., ICML 2008, figure 1)."""
+    """The nearest point of the probability simplex to each row of `[B, K]` (Duchi et al., ICML
+    2008, figure 1).
+    """
     descending = p.sort(dim=1, descending=True).values
     rank = torch.arange(1, p.shape[1] + 1, device=p.device)
     excess = (descending.cumsum(dim=1) - 1) / rank

@@ -1,13 +1,17 @@
-"""The exact posterior of a finite training set, and its derivative along a path: what the router's networks learn.
+"""The exact posterior of a finite training set, and its derivative along a path: what the router's
+networks learn.
 
-With `w_i = exp(-|x - a x_i|^2 / 2 s^2)`, alpha_k is the sum of the w_i of cluster k over that of all. With x0 and eps held,
-x = a x0 + s eps, u_i = x0 - x_i and q = a/s, all dependence on time is in q:
+With `w_i = exp(-|x - a x_i|^2 / 2 s^2)`, alpha_k is the sum of the w_i of cluster k over that of
+all. With x0 and eps held, x = a x0 + s eps, u_i = x0 - x_i and q = a/s, all dependence on time is
+in q:
 
-    log w_i = -(q^2/2) |u_i|^2 - q u_i.eps + const          g_i = d log w_i / dt = -dq/dt (q |u_i|^2 + u_i.eps)
+    log w_i = -(q^2/2) |u_i|^2 - q u_i.eps + const
+    g_i = d log w_i / dt = -dq/dt (q |u_i|^2 + u_i.eps)
 
-which is DESIGN's `g_i` after its terms in |eps|^2, equal for all i, have cancelled by hand rather than in floating point.
-The sums run over chunks of the images with an online softmax, in float64: where |dalpha| is 30, float32 products of 3072
-coordinates leave an error of 4e-4 (TF32 far more), and float64 is neither subject to TF32 settings nor to autocast.
+which is DESIGN's `g_i` after its terms in |eps|^2, equal for all i, have cancelled by hand rather
+than in floating point. The sums run over chunks of the images with an online softmax, in float64:
+where |dalpha| is 30, float32 products of 3072 coordinates leave an error of 4e-4 (TF32 far more),
+and float64 is neither subject to TF32 settings nor to autocast.
 """
 
 from collections.abc import Callable
@@ -23,7 +27,9 @@ _CHUNK = 4096  # images at a time
 
 
 class _Chunk(NamedTuple):
-    """Products of B queries with M images, float64: `|x_i|^2` `[M]`, and a `[B, M]` of dot products for each query."""
+    """Products of B queries with M images, float64: `|x_i|^2` `[M]`, and a `[B, M]` of dot products
+    for each query.
+    """
 
     square: Tensor
     dots: list[Tensor]
@@ -34,8 +40,8 @@ def exact_posterior(
 ) -> Tensor:
     """The exact `alpha_k(x, t)` over a training set, float32 `[B, K]`.
 
-    x `[B, ...]`; t `[]` or `[B]` in (0, 1]; images `[N, ...]` uint8 or float in [-1, 1]; labels int64 `[N]` in 0 ... K-1;
-    `k` the number of clusters, default `labels.max() + 1`.
+    x `[B, ...]`; t `[]` or `[B]` in (0, 1]; images `[N, ...]` uint8 or float in [-1, 1]; labels
+    int64 `[N]` in 0 ... K-1; `k` the number of clusters, default `labels.max() + 1`.
     """
     a, s, _, _ = (c[:, None] for c in schedule(_times(x, t)))
 
@@ -56,8 +62,9 @@ def exact_posterior_rate(
 ) -> tuple[Tensor, Tensor]:
     """`(alpha, dalpha)` at `x_t = a x0 + s eps`, float32 `[B, K]` each; rows sum to 1 and to 0.
 
-    dalpha is the derivative along `dx = da x0 + ds eps`. Its mean given x_t is `d_t alpha + grad alpha . v`, the total derivative
-    along the probability-flow ODE, because `E[da x0 + ds eps | x_t] = v`.  Arguments as in `exact_posterior`.
+    dalpha is the derivative along `dx = da x0 + ds eps`. Its mean given x_t is `d_t alpha + grad
+    alpha . v`, the total derivative along the probability-flow ODE, because `E[da x0 + ds eps |
+    x_t] = v`.  Arguments as in `exact_posterior`.
     """
     a, s, da, ds = (c[:, None] for c in schedule(_times(x0, t)))
     q, dq = a / s, (da * s - a * ds) / s**2
@@ -84,7 +91,8 @@ def _online(
     k: int | None,
     log_weight: Callable[[_Chunk], tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over all images, summed by cluster, in one pass over the chunks; and with it each weight's log-derivative g.
+    """Softmax over all images, summed by cluster, in one pass over the chunks; and with it each
+    weight's log-derivative g.
 
     Returns alpha and `sum_{i in k} r_i (g_i - sum_j r_j g_j)`.
     """

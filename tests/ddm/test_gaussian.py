@@ -1,4 +1,4 @@
-"""Gaussians as stand-ins for experts: the transform, the moments and the denoiser against scipy, numpy and full covariances."""
+"""Gaussian denoisers: transform, moments and mean against scipy, numpy and full covariances."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,9 @@ def gaussians(k: int = 3, shape: tuple[int, ...] = (2, 3, 4), name: str = "vp_li
 
 
 def exact(x: Tensor, t: Tensor, mean: Tensor, variance: Tensor, forward: Schedule) -> Tensor:
-    """`m + a C (a^2 C + s^2)^-1 (x - a m)` on flat pixels, with the whole covariance `C = basis^T diag(v) basis`."""
+    """`m + a C (a^2 C + s^2)^-1 (x - a m)` on flat pixels, with the whole covariance `C = basis^T
+    diag(v) basis`.
+    """
     shape, n = mean.shape, mean.numel()
     basis = np.stack(
         [dctn(unit.reshape(shape), axes=(1, 2), norm="ortho").ravel() for unit in np.eye(n)], axis=1
@@ -44,7 +46,7 @@ def exact(x: Tensor, t: Tensor, mean: Tensor, variance: Tensor, forward: Schedul
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_cosine_transform_is_scipy_s_of_both_axes_and_its_inverse_undoes_it(
+def test_cosine_is_scipys_dct_and_inverts(
     size: tuple[int, int],
 ) -> None:
     x = normals(2, 3, *size)
@@ -81,7 +83,7 @@ def test_moments_are_the_mean_and_variance_of_transformed_images(
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_moments_of_more_than_one_chunk_of_the_size_that_is_used_count_every_image() -> None:
+def test_moments_count_every_image_of_every_chunk() -> None:
     images = torch.cat([torch.full((1024, 1, 2, 2), 20), torch.full((300, 1, 2, 2), 220)]).to(
         torch.uint8
     )
@@ -101,7 +103,7 @@ def test_equal_images_have_no_variance_and_never_a_negative_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["vp_linear", "rectified_flow", "edm"])
-def test_one_gaussian_of_the_mix_is_the_exact_denoiser_of_its_full_covariance(name: str) -> None:
+def test_one_gaussian_is_its_exact_denoiser(name: str) -> None:
     cfg = gaussians(name=name)
     for t in (torch.tensor(value, dtype=torch.float64) for value in (1e-3, 0.2, 0.6, 1.0)):
         x = normals(5, 2, 3, 4, seed=3) * (1 + float(cfg.schedule(t).s))
@@ -112,7 +114,7 @@ def test_one_gaussian_of_the_mix_is_the_exact_denoiser_of_its_full_covariance(na
             torch.testing.assert_close(cfg.mix(x, t, weight), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_the_mix_is_the_sum_of_its_parts_for_weights_of_any_sign_row_by_row() -> None:
+def test_mix_is_linear_in_weights_of_any_sign() -> None:
     cfg, x, weight = gaussians(), normals(4, 2, 3, 4, seed=3), normals(4, 3, seed=4)
     t = torch.tensor(0.4, dtype=torch.float64)
     parts = [exact(x, t, cfg.means[k], cfg.variances[k], cfg.schedule) for k in range(3)]
@@ -155,7 +157,7 @@ def test_where_no_signal_is_left_the_answer_is_the_mean() -> None:
 @pytest.mark.parametrize(
     "name", ["vp_linear", "vp_cosine", "rectified_flow", "ve_exponential", "edm"]
 )
-def test_in_float32_next_to_the_data_a_coordinate_that_varies_keeps_its_value_and_one_that_does_not_its_mean(
+def test_mix_is_accurate_in_float32_near_the_data(
     name: str,
 ) -> None:
     shape = (1, 4, 4)

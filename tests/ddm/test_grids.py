@@ -57,7 +57,8 @@ def test_edm_is_even_in_the_seventh_root_of_noise_over_signal(name: str) -> None
 
 
 def test_the_edm_grid_of_the_edm_schedule_is_the_published_one() -> None:
-    # arXiv 2206.00364, eq. 5, rho = 7: sigma_i for i < N from sigma_max to 0.002, and a last step to 0
+    # arXiv 2206.00364, eq. 5, rho = 7: sigma_i for i < N from sigma_max to 0.002, and a last step
+    # to 0
     for n, sigma_max in ((18, 80.0), (10, 50.0)):
         first, last = sigma_max ** (1 / 7), 0.002 ** (1 / 7)
         sigmas = [(first + i / (n - 1) * (last - first)) ** 7 for i in range(n)]
@@ -71,9 +72,7 @@ def test_the_edm_grid_of_the_edm_schedule_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("grid", ["uniform_log_snr", "edm"])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_grid_even_in_noise_over_signal_is_so_as_far_as_both_are_positive(
-    name: str, grid: str
-) -> None:
+def test_grids_even_in_s_over_a_end_where_it_is_finite(name: str, grid: str) -> None:
     process, steps = schedule(name), 12
     scale = (lambda y: y) if grid == "uniform_log_snr" else (lambda y: (-y / 14).exp())
     times = time_grid(grid, steps, process)

@@ -52,7 +52,7 @@ def test_sliced_w2_in_one_dimension_is_the_cheapest_pairing() -> None:
     assert sliced_w2(x, y) == pytest.approx(math.sqrt(cost[rows, columns].mean()), rel=1e-6)
 
 
-def test_sliced_w2_between_centred_gaussians_is_the_difference_of_their_deviations() -> None:
+def test_sliced_w2_of_scaled_points_is_by_hand() -> None:
     x = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
     # y = 3 x: W2(u.x, 3 u.x)^2 = 4 mean (u.x)^2, and the mean over u is 4 mean |x|^2 / d
     expected = math.sqrt(4 * float(x.square().mean()))
@@ -95,7 +95,7 @@ def closed_form(
 
 
 @pytest.mark.parametrize("n", [200, 12, 2], ids=["n above d", "n below d", "two points"])
-def test_the_frechet_distance_is_the_closed_form_and_that_of_torchmetrics(n: int) -> None:
+def test_frechet_distance_agrees_with_torchmetrics(n: int) -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
 
     real, drawn = cloud(300, 20, seed=0), cloud(n, 20, seed=1, shift=0.5)
@@ -121,14 +121,14 @@ def test_the_frechet_distance_is_the_closed_form_and_that_of_torchmetrics(n: int
     )  # it takes roots of what rounding left of zeros
 
 
-def test_the_frechet_distance_between_two_gaussians_on_one_axis_is_by_hand() -> None:
+def test_frechet_distance_in_one_dimension_is_by_hand() -> None:
     # N(1, 4) and points of mean 3 and variance 9: (1 - 3)^2 + (2 - 3)^2
     distance = FrechetDistance(torch.tensor([1.0]), torch.tensor([[4.0]]))
     assert distance(torch.tensor([[0.0], [3.0], [6.0]])) == pytest.approx(5.0, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", [500, 30])
-def test_the_frechet_distance_of_a_set_to_itself_is_zero_and_to_its_own_mean_and_covariance(
+def test_frechet_distance_of_a_set_to_itself_is_zero(
     n: int,
 ) -> None:
     points = cloud(n, 50, seed=3, shift=7)
@@ -167,9 +167,7 @@ def by_loops(real: np.ndarray, drawn: np.ndarray, k: int) -> Neighbours:
 
 
 @pytest.mark.parametrize(("k", "counts"), [(1, (40, 40)), (3, (50, 30)), (5, (25, 60))])
-def test_precision_recall_and_coverage_are_those_counted_a_point_at_a_time(
-    k: int, counts: tuple[int, int]
-) -> None:
+def test_precision_recall_and_coverage_agree_with_loops(k: int, counts: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     real, drawn = (torch.randn(n, 3, generator=generator) for n in counts)
     drawn = 0.9 * drawn + 0.7
@@ -187,7 +185,7 @@ def test_neighbours_far_from_the_origin_are_found_exactly() -> None:
     assert [*neighbours(real, samples)] == pytest.approx([*expected], abs=1e-6)
 
 
-def test_copies_of_real_points_are_covered_where_those_are_copies_themselves() -> None:
+def test_copies_of_repeated_points_are_covered() -> None:
     points = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
     copies = points.repeat(8, 1)
     assert neighbours(copies, copies.flip(0)) == (1, 1, 1)

@@ -1,4 +1,4 @@
-"""Counted randomness: published vectors, independence of company and order, and the laws of its numbers."""
+"""Counter-based random numbers: published vectors, independence, and their distributions."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,8 @@ def test_philox_gives_the_published_answers(
 
 
 def test_the_first_numbers_are_box_mullers_of_the_published_words() -> None:
-    # START is 0, so image 0 of seed 0 reads counter 0 under key 0; this also keeps old seeds giving old images
+    # START is 0, so image 0 of seed 0 reads counter 0 under key 0; this also keeps old seeds giving
+    # old images
     u = [(word + 0.5) / 2**32 for word in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)]
     assert uniform(0, RngStream.START, torch.tensor([0]), count=4)[0].tolist() == u
     pairs = [(math.sqrt(-2 * math.log(u[n])), 2 * math.pi * u[n + 1]) for n in (0, 2)]

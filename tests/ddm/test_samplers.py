@@ -125,10 +125,12 @@ def test_unipc_has_at_least_its_order_and_its_corrector_adds_one(
 
 
 def law_error(name: str, process: Schedule, steps: int, grid: str) -> tuple[float, float]:
-    """The error of the mean and of the variance that a sampler leaves of `N(0.7, 0.5^2)`, exactly, without a single draw.
+    """The error of the mean and of the variance that a sampler leaves of `N(0.7, 0.5^2)`, exactly,
+    without a single draw.
 
-    There D is affine in x, so a sampler is linear in its start and in each noise: an image whose coordinate 0 is the mean, 1
-    the start and n + 2 noise n carries every coefficient, and the sum of their squares is the variance.
+    There D is affine in x, so a sampler is linear in its start and in each noise: an image whose
+    coordinate 0 is the mean, 1 the start and n + 2 noise n carries every coefficient, and the sum
+    of their squares is the variance.
     """
     method, times = plan_steps(name, steps, grid, process, T_END)
     unit = torch.eye(2 * steps + 2, dtype=torch.float64)
@@ -162,7 +164,7 @@ def law_error(name: str, process: Schedule, steps: int, grid: str) -> tuple[floa
         if name in STOCHASTIC and process in ("vp_linear", "vp_constant", "edm")
     ],
 )
-def test_the_law_of_a_stochastic_sampler_has_its_order_where_the_score_is_linear(
+def test_stochastic_samplers_have_their_order_on_a_gaussian(
     name: str, process: str, grid: str
 ) -> None:
     steps = [512, 1024] if (process, grid) == ("edm", "uniform_t") else [128, 256]
@@ -296,7 +298,9 @@ def test_dpmpp_2m_is_algorithm_2_of_its_paper(rate: float) -> None:
 def line_integral(
     places: list[float], values: list[np.ndarray], here: float, there: float
 ) -> np.ndarray:
-    """`int p(lambda) e^lambda d lambda` from here to there, p the polynomial through the values, by Lagrange and scipy."""
+    """`int p(lambda) e^lambda d lambda` from here to there, p the polynomial through the values, by
+    Lagrange and scipy.
+    """
     total = np.zeros_like(values[0])
     for i, value in enumerate(values):
         others = places[:i] + places[i + 1 :]
@@ -327,9 +331,7 @@ def test_unipc_predicts_and_corrects_with_polynomials_in_log_snr(order: int) -> 
 
 @pytest.mark.parametrize("process", ["vp_linear", "rectified_flow", "edm"])
 @pytest.mark.parametrize(("order", "degree"), [(2, 1), (3, 1), (3, 2)])
-def test_unipc_is_exact_after_its_first_steps_where_the_denoiser_is_a_polynomial_of_log_snr(
-    order: int, degree: int, process: str
-) -> None:
+def test_unipc_is_exact_for_polynomials_in_log_snr(order: int, degree: int, process: str) -> None:
     def place(t: float) -> float:
         a, s, _, _ = schedule(process)(torch.tensor(t, dtype=torch.float64))
         return float((a / s).log())
@@ -396,7 +398,7 @@ def test_an_euler_maruyama_step_is_the_reverse_sdes() -> None:
     assert_same(walked("euler_maruyama", schedule("vp_linear"), [0.8, 0.5, 0.3]), x)
 
 
-def test_an_euler_maruyama_step_of_an_exploding_process_only_takes_noise_away() -> None:
+def test_an_euler_maruyama_step_of_an_exploding_process() -> None:
     sigma, h = 40.0, 0.1  # sigma = 80 t, g^2 = 2 sigma 80
     expected = (
         X
@@ -415,7 +417,9 @@ def test_a_ddpm_step_has_the_steps_own_beta() -> None:
 
 
 def ddpm_variances(data: float, times: list[float]) -> list[float]:
-    """The variance of x after each step, from its exact one at the first time, for data N(0, `data`) on vp_linear."""
+    """The variance of x after each step, from its exact one at the first time, for data N(0,
+    `data`) on vp_linear.
+    """
     x, seen = torch.zeros(1, len(times), dtype=torch.float64), []
     x[0, 0] = math.sqrt(signal(times[0]) ** 2 * data + 1 - signal(times[0]) ** 2)
 
@@ -438,7 +442,7 @@ def test_ddpm_keeps_standard_normal_data_standard_normal(steps: int) -> None:
     assert ddpm_variances(1.0, times) == pytest.approx([1.0] * steps, rel=1e-12)
 
 
-def test_ddpm_has_the_variance_of_its_recursion_at_few_steps_and_the_datas_at_many() -> None:
+def test_ddpm_follows_its_variance_recursion() -> None:
     few, expected = [1.0, 0.7, 0.4, 0.1, 0.02], []
     v = signal(1) ** 2 * 0.25 + 1 - signal(1) ** 2
     for t, t_next in pairwise(few):
@@ -465,13 +469,13 @@ def test_ddpm_on_the_own_grid_of_two_phase_takes_the_schedules_betas() -> None:
     assert_same(walked("ddpm", process, times), answer(x, 1 / 4))
 
 
-def test_a_ddpm_step_of_an_exploding_process_takes_the_difference_of_variances() -> None:
+def test_a_ddpm_step_of_an_exploding_process() -> None:
     b = 40.0**2 - 32.0**2
     expected = X + b * (answer(X, 0.5) - X) / 40.0**2 + math.sqrt(b) * written_noise(0)
     assert_same(walked("ddpm", schedule("edm"), [0.5, 0.4]), expected)
 
 
-def test_the_accelerated_ode_sampler_is_equation_12_after_a_step_of_heuns() -> None:
+def test_accelerated_ode_is_equation_12_after_a_heun_step() -> None:
     times = [0.8, 0.5, 0.35, 0.3]
     y = walked("heun", schedule("vp_linear"), times[:2])
     for before, t, after in zip(times, times[1:], times[2:], strict=False):
@@ -540,9 +544,7 @@ def test_euler_walks_a_straight_line_exactly() -> None:
 
 
 @pytest.mark.parametrize(("name", "process"), DEFINED)
-def test_no_sampler_divides_by_s_at_zero_and_the_last_step_is_the_denoised_image(
-    name: str, process: str
-) -> None:
+def test_the_step_to_zero_is_the_denoised_image(name: str, process: str) -> None:
     for path, times in walks(process, 0.0):
         for dtype in (torch.float32, torch.float64):
             oracle, answers = GaussianMixture(**{**vars(mixture()), "schedule": path}), []
@@ -608,7 +610,7 @@ def test_samplers_turn_noise_into_the_mixture(name: str, process: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*STOCHASTIC, "accelerated_ode"])
-def test_the_papers_samplers_turn_noise_into_the_mixture_on_the_papers_own_steps(name: str) -> None:
+def test_the_papers_samplers_sample_the_mixture_on_two_phase(name: str) -> None:
     oracle = GaussianMixture(**{**vars(mixture()), "schedule": schedule("two_phase", steps=120)})
     drawn = sample(
         oracle.denoise, start_noise(1000, oracle.schedule), oracle.schedule, name, 120, "own"
@@ -701,7 +703,7 @@ def test_the_noise_of_a_step_is_that_of_seed_image_and_step(
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_noise_is_drawn_once_in_order_and_only_by_samplers_that_need_it(name: str) -> None:
+def test_every_noise_is_used_once_in_order(name: str) -> None:
     drawn: list[int] = []
 
     def noise(n: int) -> Tensor:
@@ -715,7 +717,7 @@ def test_every_noise_is_drawn_once_in_order_and_only_by_samplers_that_need_it(na
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_an_image_is_the_same_alone_and_among_others_and_another_with_another_seed(
+def test_an_image_is_independent_of_its_batch(
     name: str,
 ) -> None:
     oracle, x = mixture(), start_noise(5)
@@ -738,7 +740,7 @@ def test_an_image_is_the_same_alone_and_among_others_and_another_with_another_se
     assert torch.pdist(same_start).min() > 1e-3
 
 
-def test_the_two_noises_of_a_step_and_those_of_its_neighbours_are_independent() -> None:
+def test_noises_of_successive_steps_are_independent() -> None:
     noise = [normal(0, RngStream.STEP, torch.arange(20_000), n, (1,))[:, 0] for n in range(4)]
     correlations = torch.corrcoef(torch.stack(noise)) - torch.eye(4)
     assert correlations.abs().max() < 5 / math.sqrt(20_000)
@@ -786,7 +788,7 @@ def test_the_two_noises_of_a_step_and_those_of_its_neighbours_are_independent() 
         ),
     ],
 )
-def test_a_sampler_is_refused_where_it_is_not_defined_with_those_that_are(
+def test_an_undefined_sampler_is_refused_with_those_that_are_defined(
     name: str, process: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape('sampler must be one of ' + message)}$"):

@@ -23,7 +23,8 @@ INSIDE_STEPS = torch.tensor(
 VARIANCE_PRESERVING = [name for name in SCHEDULES if name.startswith("vp_")] + ["two_phase"]
 SMOOTH = [name for name in SCHEDULES if name != "two_phase"]
 
-# f and g^2 of `dx = -f x dt + g dW` as functions of u and of the module, math or torch, that they are computed with
+# f and g^2 of `dx = -f x dt + g dW` as functions of u and of the module, math or torch, that they
+# are computed with
 _RATE = math.pi / 2 / 1.008  # of the cosine schedule's angle
 SDES: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]] = {
     "vp_constant": (lambda u, m: 5 + 0 * u, lambda u, m: 10 + 0 * u),

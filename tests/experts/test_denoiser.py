@@ -1,4 +1,4 @@
-"""An expert as a denoiser: EDM's coefficients against their own table, and what they promise near the data."""
+"""An expert as a denoiser: EDM's coefficients, and their effect near the data."""
 
 import re
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def images(n: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_preconditioning_is_table_1_of_edm_at_sigma_s_over_a_for_the_image_x_over_a(
+def test_preconditioning_is_table_1_of_edm(
     name: str,
 ) -> None:
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def test_preconditioning_is_table_1_of_edm_at_sigma_s_over_a_for_the_image_x_ove
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_at_t_0_the_preconditioned_denoiser_returns_its_image_whatever_the_network_says(
+def test_preconditioned_denoiser_returns_its_input_at_0(
     name: str,
 ) -> None:
     x, t = images(3), torch.zeros((), dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_at_t_0_the_preconditioned_denoiser_returns_its_image_whatever_the_netwo
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_an_error_of_the_network_reaches_x0_with_at_most_the_size_of_the_noise(name: str) -> None:
+def test_network_errors_are_scaled_by_the_noise(name: str) -> None:
     t = torch.tensor([1e-10, 1e-6, 1e-3, 1e-2, 0.1], dtype=torch.float64)
     x = images(len(t))
     right, wrong = denoiser(lambda y, _: y, name)(x, t), denoiser(lambda y, _: y + 1, name)(x, t)
@@ -102,7 +102,7 @@ def test_raw_is_the_network_itself() -> None:
 
 
 @pytest.mark.parametrize("parameterization", ["raw", "preconditioned"])
-def test_one_time_for_all_of_any_dtype_gives_what_the_same_time_for_each_gives(
+def test_one_time_equals_a_time_per_image(
     parameterization: Parameterization,
 ) -> None:
     unet = UNetConfig(channels=8, multipliers=[1, 2], blocks=1, attention=[], dropout=0.3)

@@ -1,4 +1,4 @@
-"""How one expert learns: weights and loss by hand, and steps that are functions of (seed, n) and of nothing else."""
+"""Training an expert: weights and loss by hand, steps as functions of (seed, n)."""
 
 from typing import Any
 
@@ -93,7 +93,7 @@ def test_loss_weights_are_1_snr_and_snr_bounded_by_gamma() -> None:
         torch.testing.assert_close(loss_weight(kind, c, gamma=5.0), torch.tensor(by_hand))
 
 
-def test_denoising_loss_is_the_weighted_mean_over_images_of_the_mean_square_over_pixels() -> None:
+def test_denoising_loss_is_the_weighted_mean_square() -> None:
     x0 = torch.tensor([[[[1.0, 2.0]]], [[[0.0, -1.0]]]])
     denoised = torch.tensor([[[[1.5, 1.0]]], [[[3.0, -1.0]]]])
     # mean squares (0.25 + 1) / 2 and (9 + 0) / 2, times 2 and 0.5, halved
@@ -101,9 +101,7 @@ def test_denoising_loss_is_the_weighted_mean_over_images_of_the_mean_square_over
     assert float(loss) == pytest.approx((2 * 0.625 + 0.5 * 4.5) / 2)
 
 
-def test_images_times_and_noise_of_a_step_are_a_function_of_seed_and_step_and_not_of_history() -> (
-    None
-):
+def test_a_training_step_is_a_function_of_seed_and_step() -> None:
     veteran, novice = spied(), spied()
     for step in (0, 1, 2, 9):
         asked(veteran, step)
@@ -115,14 +113,15 @@ def test_images_times_and_noise_of_a_step_are_a_function_of_seed_and_step_and_no
         assert (other[0] - x).abs().mean() > 0.1 and (other[1] - t).abs().mean() > 1e-3
 
 
-def test_the_noisy_image_is_a_x0_plus_s_eps_at_its_time_with_eps_standard_normal() -> None:
+def test_the_noisy_image_is_a_x0_plus_s_eps() -> None:
     learning, eps, times = spied(value=255), [], []
     for step in range(40):
         x, t, _ = asked(learning, step)
         beta = 0.1 * t.double() + 19.9 * t.double() ** 2 / 2  # the integral of beta, vp_linear
         a = torch.exp(-beta / 2)[:, None, None, None]
         eps.append((x - a * 1.0) / (1 - a**2).sqrt())
-        # counted like all randomness, hence the same on every device: no generator of torch's has a part in it
+        # counted like all randomness, hence the same on every device: no generator of torch's has a
+        # part in it
         counted = normal(3, RngStream.NOISE, torch.arange(8), step, (1, 4, 4)).double()
         torch.testing.assert_close(eps[-1], counted, rtol=0, atol=1e-4)
         times.append(t.double())
@@ -150,7 +149,9 @@ def test_a_step_s_loss_weights_each_image_by_its_own_time(kind: LossWeight) -> N
 
 
 def quantile(kind: Times, level: np.ndarray, t_min: float) -> np.ndarray:
-    """The times below which these shares of all training times lie, for vp_linear with beta from 0.1 to 20."""
+    """The times below which these shares of all training times lie, for vp_linear with beta from
+    0.1 to 20.
+    """
     match kind:
         case "uniform":
             return t_min + (1 - t_min) * level

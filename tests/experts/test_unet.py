@@ -11,7 +11,9 @@ from experts.unet import UNet, UNetConfig
 
 
 def perturbed(network: UNet, seed: int = 0) -> UNet:
-    """The network, with every parameter moved at random: a fresh one answers zero, of which nothing can be seen."""
+    """The network, with every parameter moved at random: a fresh one answers zero, of which nothing
+    can be seen.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -25,7 +27,7 @@ def tiny() -> UNet:
     )
 
 
-def test_the_default_config_is_the_cifar10_network_of_ddpm_with_35_7m_parameters() -> None:
+def test_the_default_unet_is_ddpms_with_35_7m_parameters() -> None:
     with torch.device("meta"):
         network = UNetConfig().build([3, 32, 32])
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -35,7 +37,8 @@ def test_the_default_config_is_the_cifar10_network_of_ddpm_with_35_7m_parameters
         if isinstance(module, SelfAttention):
             module.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
     network(torch.zeros(1, 3, 32, 32, device="meta"), torch.zeros(1, device="meta"))
-    # DDPM, appendix B: self-attention at 16 x 16 between the convolutional blocks, and in the middle
+    # DDPM, appendix B: self-attention at 16 x 16 between the convolutional blocks, and in the
+    # middle
     assert sides == [16, 16, 4, 16, 16, 16]
 
 
@@ -50,7 +53,7 @@ def test_one_time_for_all_gives_what_the_same_time_for_each_gives() -> None:
     torch.testing.assert_close(network(x, torch.tensor(0.3)), network(x, torch.full((3,), 0.3)))
 
 
-def test_an_image_depends_on_its_own_noisy_image_and_time_and_on_no_other() -> None:
+def test_images_of_a_batch_are_independent() -> None:
     network, x, t = perturbed(tiny()), torch.randn(3, 2, 8, 8), torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
         out = network(x, t)
@@ -60,7 +63,9 @@ def test_an_image_depends_on_its_own_noisy_image_and_time_and_on_no_other() -> N
 
 
 def test_a_pixel_of_the_answer_sees_the_finest_map_of_its_own_place() -> None:
-    """The skips join maps of equal place and size: without attention, a 1 x 1-level network is local."""
+    """The skips join maps of equal place and size: without attention, a 1 x 1-level network is
+    local.
+    """
     network = perturbed(
         UNetConfig(channels=8, multipliers=[1], blocks=1, attention=[], dropout=0.0).build(
             [1, 16, 16]

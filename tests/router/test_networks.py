@@ -37,14 +37,14 @@ def band_marked(edges: list[float]) -> DerivativeNet:
     return derivative
 
 
-def test_a_fresh_router_answers_with_the_shares_of_the_clusters_and_no_change() -> None:
+def test_a_fresh_router_returns_pi_and_no_change() -> None:
     posterior, derivative = built()
     x, t = torch.randn(4, 1, 4, 4), torch.tensor([1e-3, 0.3, 0.6, 1.0])
     torch.testing.assert_close(posterior(x, t), PI.expand(4, -1))
     torch.testing.assert_close(derivative(x, t), torch.zeros(4, 3), rtol=0, atol=0)
 
 
-def test_rows_of_alpha_sum_to_1_and_of_the_derivative_to_0_whatever_the_weights() -> None:
+def test_alpha_sums_to_1_and_its_derivative_to_0() -> None:
     posterior, derivative = built()
     perturb(posterior)
     perturb(derivative)
@@ -60,7 +60,7 @@ def test_rows_of_alpha_sum_to_1_and_of_the_derivative_to_0_whatever_the_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_each_time_is_answered_by_its_band_alone_and_in_a_batch_and_an_edge_belongs_to_the_later_band(
+def test_each_time_uses_its_band(
     dtype: torch.dtype,
 ) -> None:
     derivative = band_marked([0.25, 0.75])
@@ -76,7 +76,7 @@ def test_each_time_is_answered_by_its_band_alone_and_in_a_batch_and_an_edge_belo
     torch.testing.assert_close(alone, expected)
 
 
-def test_images_of_all_bands_in_any_order_get_the_answers_that_they_get_alone() -> None:
+def test_a_batch_of_all_bands_equals_each_alone() -> None:
     derivative = built()[1]
     perturb(derivative)
     x, t = torch.randn(6, 1, 4, 4), torch.tensor([0.9, 0.1, 0.5, 0.05, 0.75, 0.35])
@@ -88,7 +88,7 @@ def test_images_of_all_bands_in_any_order_get_the_answers_that_they_get_alone() 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_at_the_default_edges_one_time_for_all_gives_what_the_same_time_for_each_gives(
+def test_one_time_equals_a_time_per_image_at_the_edges(
     dtype: torch.dtype,
 ) -> None:
     derivative, x = band_marked(RouterConfig().bands), torch.randn(2, 1, 4, 4)
@@ -116,9 +116,7 @@ def test_one_time_for_all_gives_what_the_same_time_for_each_gives(which: int) ->
         assert (net(x, torch.full((3,), 0.5)) - each).abs().max() > 1e-3
 
 
-def test_bands_start_from_the_posterior_net_s_trunk_and_learn_apart_from_it_and_from_each_other() -> (
-    None
-):
+def test_bands_start_alike_and_share_no_weights() -> None:
     posterior, derivative = built()
     scorers = [posterior.scorer, *derivative.scorers]
     start = [

@@ -1,4 +1,4 @@
-"""Who moves the image: every policy's choice by hand, its frequencies, what `balanced` owes and `adaptive` spends."""
+"""Every policy's choice by hand, its frequencies, and the state of `balanced` and `adaptive`."""
 
 import math
 import re
@@ -59,7 +59,7 @@ def test_nucleus_chooses_the_fewest_that_carry_the_mass() -> None:
     assert all(len(row) == 1 for row in choice(policy("nucleus", nucleus_p=1e-6), alpha))
 
 
-def test_nucleus_is_the_smallest_set_that_carries_the_mass_among_all_sets() -> None:
+def test_nucleus_is_the_smallest_set_of_enough_mass() -> None:
     generator = torch.Generator().manual_seed(0)
     alpha = torch.distributions.Dirichlet(torch.full((4,), 0.7)).sample((100,)).double()
     alpha = alpha[:, torch.randperm(4, generator=generator)]
@@ -88,7 +88,7 @@ def test_fixed_draws_from_pi_and_keeps_its_expert_whatever_alpha() -> None:
     assert again.equal(first)
 
 
-def test_stochastic_chooses_one_as_often_as_alpha_says_in_the_order_of_its_draw() -> None:
+def test_stochastic_samples_by_inversion() -> None:
     rule, n = policy("stochastic"), 10_000
     state = rule.start(PI.expand(n, -1), even_draws(n))
     for row in ALPHA:
@@ -99,7 +99,7 @@ def test_stochastic_chooses_one_as_often_as_alpha_says_in_the_order_of_its_draw(
     assert choice(rule, ALPHA, draw=0.65) == [[1], [2], [2]]
 
 
-def test_stochastic_never_draws_probability_zero_even_at_the_ends_of_its_draws() -> None:
+def test_stochastic_never_samples_probability_zero() -> None:
     rule = policy("stochastic")
     alpha = torch.tensor(
         [[0.0, 0.7, 0.3, 0.0], [0.0, 0.0, 0.9999999, 0.0], [0.5, 0.0, 0.0, 0.49999]]
@@ -122,8 +122,9 @@ def play_balanced(alphas: Tensor, draws: Tensor) -> Tensor:
 
 def test_balanced_by_hand() -> None:
     alpha = torch.tensor([0.5, 0.3125, 0.1875], dtype=torch.float64)
-    # draw 0.6 starts it with expert 1, which leaves all credits 0; then, before each choice:
-    # (.5, .3125, .1875) (0, .625, .375) (.5, -.0625, .5625) (1, .25, -.25) (.5, .5625, -.0625) (1, -.125, .125)
+    # draw 0.6 starts it with expert 1, which leaves all credits 0; then, before each choice: (.5,
+    # .3125, .1875) (0, .625, .375) (.5, -.0625, .5625) (1, .25, -.25) (.5, .5625, -.0625) (1,
+    # -.125, .125)
     turns = play_balanced(alpha.expand(7, 1, -1), torch.tensor([0.6], dtype=torch.float64))
     assert turns[:, 0].int().argmax(dim=1).tolist() == [1, 0, 1, 2, 0, 1, 0]
 
@@ -135,15 +136,16 @@ def test_the_first_choice_of_balanced_is_distributed_as_pi() -> None:
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
-def test_balanced_owes_an_expert_less_than_1_over_2_to_1_over_k_and_has_overpaid_it_less_than_one(
+def test_credit_of_balanced_is_bounded(
     k: int,
 ) -> None:
     """The bound, for any sequence of alpha whatever, constant ones included.
 
-    After the first step, which goes to k0, all credits are 0. Let m_j be the largest mean credit of any j experts; they sum to 0,
-    so m_K = 0. If the j richest of a step do not include the one who moved, they were no richer before it than it was, and the
-    j + 1 of them shared 1 more: m_j <= m_{j+1} + 1 / (j + 1). So no credit passes 1/2 + 1/3 + ... + 1/K. And the mover,
-    the richest of K who share 1, had at least 1/K, of which one turn was taken.
+    After the first step, which goes to k0, all credits are 0. Let m_j be the largest mean credit of
+    any j experts; they sum to 0, so m_K = 0. If the j richest of a step do not include the one who
+    moved, they were no richer before it than it was, and the j + 1 of them shared 1 more: m_j <=
+    m_{j+1} + 1 / (j + 1). So no credit passes 1/2 + 1/3 + ... + 1/K. And the mover, the richest of
+    K who share 1, had at least 1/K, of which one turn was taken.
     """
     n, b = 300, 400
     generator = torch.Generator().manual_seed(k)
@@ -159,7 +161,8 @@ def test_balanced_owes_an_expert_less_than_1_over_2_to_1_over_k_and_has_overpaid
         owed = alphas[1:].cumsum(dim=0) - turns[1:].cumsum(dim=0)
         assert owed.max() <= sum(1 / j for j in range(2, k + 1)) + 1e-9
         assert owed.min() >= 1 / k - 1 - 1e-9
-        # the random start is one turn of its own: against all of alpha the bound widens by less than one
+        # the random start is one turn of its own: against all of alpha the bound widens by less
+        # than one
         assert (alphas.cumsum(dim=0) - turns.cumsum(dim=0)).abs().max() < sum(
             1 / j for j in range(1, k + 1)
         )
@@ -167,7 +170,9 @@ def test_balanced_owes_an_expert_less_than_1_over_2_to_1_over_k_and_has_overpaid
 
 
 def play_adaptive(rule: Policy, alphas: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """The choices `[N, B, K]` and the credits after them `[N, B, K]` over N steps of alpha `[N, B, K]`, with pi the first."""
+    """The choices `[N, B, K]` and the credits after them `[N, B, K]` over N steps of alpha `[N, B,
+    K]`, with pi the first.
+    """
     state, turns, credits = rule.start(alphas[0], draws), [], []
     for alpha in alphas:
         chosen, state = rule.choose(alpha, state, torch.full_like(draws, 0.5))
@@ -198,7 +203,7 @@ def test_the_weights_are_alpha_renormalized_over_the_chosen() -> None:
         torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6, atol=1e-7)
 
 
-def test_the_chosen_that_alpha_gives_nothing_share_equally_and_every_row_sums_to_1() -> None:
+def test_weights_are_equal_where_alpha_is_zero() -> None:
     alpha = torch.tensor(
         [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0], [1e-30, 0.0, 3e-30, 1.0]]
     )
@@ -212,9 +217,10 @@ def test_the_chosen_that_alpha_gives_nothing_share_equally_and_every_row_sums_to
 
 def test_adaptive_by_hand() -> None:
     alpha = torch.tensor([0.5, 0.3125, 0.1875], dtype=torch.float64)
-    # draw 0.6 starts it with expert 1, which leaves all credits 0 and half a call saved. Before each choice after that:
-    # (.5, .3125, .1875) and 1 saved: 0 and 1 pay 8/13 and 5/13; (5/13, 25/104, 3/8) and .5: 0 pays 1;
-    # (-3/26, 115/208, 9/16) and 1: 1 and 2 pay 5/8 and 3/8; and again the credits of two steps before
+    # draw 0.6 starts it with expert 1, which leaves all credits 0 and half a call saved. Before
+    # each choice after that: (.5, .3125, .1875) and 1 saved: 0 and 1 pay 8/13 and 5/13; (5/13,
+    # 25/104, 3/8) and .5: 0 pays 1; (-3/26, 115/208, 9/16) and 1: 1 and 2 pay 5/8 and 3/8; and
+    # again the credits of two steps before
     turns, credits = play_adaptive(
         policy("adaptive", budget=1.5),
         alpha.expand(6, 1, -1),
@@ -232,9 +238,7 @@ def test_adaptive_by_hand() -> None:
     torch.testing.assert_close(credits[[0, 1, 3, 5], 0], torch.stack([0 * two, two, two, two]))
 
 
-def test_adaptive_asks_a_second_only_where_no_alpha_reaches_decided_and_saves_the_calls_until_then() -> (
-    None
-):
+def test_adaptive_spends_only_where_alpha_is_undecided() -> None:
     certain, even = torch.tensor([0.9375, 0.0625]), torch.tensor([0.5, 0.5])
     alphas = torch.stack([*[certain] * 4, *[even] * 6])[:, None].double()
     draws = torch.tensor([0.5], dtype=torch.float64)
@@ -254,9 +258,7 @@ def test_adaptive_asks_a_second_only_where_no_alpha_reaches_decided_and_saves_th
 
 @pytest.mark.parametrize("budget", [1.0, 1.1, 1.25, 1.3, 1.5, 1.9, 2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adaptive_makes_at_least_one_call_a_step_and_never_more_than_its_budget_up_to_any_step(
-    budget: float, dtype: torch.dtype
-) -> None:
+def test_adaptive_stays_within_its_budget(budget: float, dtype: torch.dtype) -> None:
     n, b, k, rounding = 120, 30, 5, 1e-4
     may = torch.tensor([math.floor(budget * step + rounding) for step in range(1, n + 1)])[:, None]
     for alphas, spends_all in ((wild(n, b, k), False), (wild(n, b, k, 0.5), True)):

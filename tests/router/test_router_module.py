@@ -1,4 +1,4 @@
-"""How the router learns: the losses by hand, the bands' own thirds, and a short training that beats the prior."""
+"""Training the router: losses by hand, bands, and a short training that beats the prior."""
 
 from typing import Any
 
@@ -63,7 +63,9 @@ def train(learning: Any, steps: int) -> None:
 
 
 def by_autograd(x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and d alpha/dt over the toy's images with x0 and eps held: a softmax in float64, differentiated by torch."""
+    """alpha and d alpha/dt over the toy's images with x0 and eps held: a softmax in float64,
+    differentiated by torch.
+    """
     images, cluster = toy()
     points = images.double().flatten(1) / 127.5 - 1
 
@@ -102,9 +104,7 @@ def test_rate_loss_by_hand() -> None:
     assert float(rate_loss(rate, target)) == pytest.approx((0.5 + 18.0) / 2)
 
 
-def test_a_step_of_the_first_stage_is_cross_entropy_plus_squared_error_to_the_exact_posterior() -> (
-    None
-):
+def test_loss_of_stage_1_is_by_hand() -> None:
     first, _ = stages(label_weight=0.5, posterior_weight=3.0)
     first.global_step = 5
     loss = first.training_step(None, 0).detach()
@@ -118,9 +118,7 @@ def test_a_step_of_the_first_stage_is_cross_entropy_plus_squared_error_to_the_ex
     assert square > 0.01
 
 
-def test_a_step_of_the_second_stage_is_the_squared_errors_to_the_exact_posterior_and_rate_each_band_its_third() -> (
-    None
-):
+def test_loss_of_stage_2_is_by_hand() -> None:
     _, second = stages(rate_weight=0.25)
     second.global_step = 5
     loss = second.training_step(None, 0).detach()
@@ -139,9 +137,7 @@ def test_a_step_of_the_second_stage_is_the_squared_errors_to_the_exact_posterior
     assert rate.square().sum(dim=1).mean() > 0.1
 
 
-def test_each_band_s_network_is_asked_about_its_own_third_of_the_times_at_the_images_there() -> (
-    None
-):
+def test_each_band_gets_a_third_of_the_times() -> None:
     _, second = stages(batch=30)
     asked: list[tuple[int, Tensor, Tensor]] = []
     answer = second.derivative.band
@@ -193,7 +189,9 @@ def test_a_band_s_times_teach_its_own_network_and_no_other(
 
 
 def test_the_second_stage_does_not_learn_from_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The squared error alone: the loss's gradient is that of `mean |softmax - alpha|^2` in the logits."""
+    """The squared error alone: the loss's gradient is that of `mean |softmax - alpha|^2` in the
+    logits.
+    """
     _, second = stages(rate_weight=0.0)
     bias = second.posterior.scorer.head.bias
     second.training_step(None, 0).backward()
@@ -225,7 +223,9 @@ def test_a_step_is_a_function_of_seed_and_step_and_not_of_history() -> None:
 
 
 def test_short_trainings_beat_the_prior_and_the_standstill() -> None:
-    """On fresh noise: the posterior net against pi after stage 1, and the derivative nets against zero after stage 2."""
+    """On fresh noise: the posterior net against pi after stage 1, and the derivative nets against
+    zero after stage 2.
+    """
     first, second = stages(batch=48, learning_rate=1e-2)
     train(first, 40)
     images, cluster = toy()

@@ -1,4 +1,4 @@
-"""The routed mixture as a denoiser: equal to the oracle, to itself in other company, and thrifty with its experts."""
+"""The routed denoiser against the oracle, its independence of the batch, and its evaluations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,16 +49,16 @@ def fixed_alpha(*alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 @dataclass
 class Drawing:
-    """A policy with the draws of its rows given: all of them, instead of some."""
+    """A policy with the uniforms of its rows given: all of them, instead of some."""
 
     rule: Policy
-    draws: Tensor
+    uniforms: Tensor
 
     def start(self, pi: Tensor, draw: Tensor) -> Tensor:
-        return self.rule.start(pi, self.draws)
+        return self.rule.start(pi, self.uniforms)
 
     def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rule.choose(alpha, state, self.draws)
+        return self.rule.choose(alpha, state, self.uniforms)
 
 
 def test_with_all_experts_the_mixture_is_the_oracle_s_denoiser() -> None:
@@ -81,10 +81,10 @@ def test_with_all_experts_the_mixture_is_the_oracle_s_denoiser() -> None:
 def test_the_mean_of_the_stochastic_step_over_all_draws_is_the_full_step() -> None:
     oracle, n = mixture(torch.float64), 40_000
     x = oracle.marginal(1, 0.6, seed=2).double().expand(n, -1)
-    draws = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     t = torch.tensor(0.6, dtype=torch.float64)
     assert oracle.posterior(x[:1], t).max() < 0.9  # more than one expert is likely
-    steps = routed(oracle, Drawing(policy("stochastic"), draws))(x, t)
+    steps = routed(oracle, Drawing(policy("stochastic"), uniforms))(x, t)
     torch.testing.assert_close(steps.mean(0), oracle.denoise(x[:1], t)[0], rtol=0, atol=1e-3)
     assert steps.var(0).max() > 0.1  # each of them is another
 
@@ -102,7 +102,7 @@ def test_the_chosen_are_weighted_by_alpha_renormalized_over_the_chosen() -> None
         torch.testing.assert_close(out, torch.full((2, 3), expected))
 
 
-def test_a_chosen_expert_that_alpha_no_longer_likes_still_moves_its_image() -> None:
+def test_a_chosen_expert_is_used_where_its_alpha_is_zero() -> None:
     alphas = iter([[0.25, 0.75], [1.0, 0.0], [0.0, 1.0]])
     source = Stateless(lambda x, t: torch.tensor(next(alphas)).expand(len(x), -1))
     rule = Drawing(policy("fixed"), torch.tensor([0.1, 0.9], dtype=torch.float64))
@@ -127,7 +127,7 @@ def test_fixed_draws_from_pi_where_given_and_else_from_the_first_alpha() -> None
 @pytest.mark.parametrize(
     "rule", ["stochastic", "balanced", "adaptive", "top_k", "nucleus", "fixed", "full"]
 )
-def test_a_chosen_expert_is_called_once_a_step_with_exactly_its_images_and_no_other_is_called(
+def test_only_chosen_experts_are_called_with_their_images(
     rule: str,
 ) -> None:
     oracle, n = mixture(), 7
@@ -161,7 +161,7 @@ def test_a_chosen_expert_is_called_once_a_step_with_exactly_its_images_and_no_ot
 
 
 @pytest.mark.parametrize("rule", ["stochastic", "balanced", "fixed"])
-def test_calls_are_images_times_steps_with_one_expert_and_k_times_as_many_with_all(
+def test_calls_count_expert_evaluations(
     rule: str,
 ) -> None:
     oracle = mixture()
@@ -220,7 +220,7 @@ def test_experts_stay_the_same_within_a_step_of_two_calls() -> None:
     assert firsts(2) == [1.0, 1.0, 2.0, 2.0]
 
 
-def test_a_sampler_of_two_calls_a_step_draws_the_experts_that_one_of_one_call_draws() -> None:
+def test_two_calls_per_step_choose_the_experts_of_one() -> None:
     def chosen(rule: str, calls_per_step: int) -> Tensor:
         model = RoutedDenoiser(
             [constant(0.0)] * 3,
@@ -269,9 +269,7 @@ def test_alpha_may_be_more_exact_than_the_images() -> None:
     torch.testing.assert_close(out, torch.full((2, 3), 1.75))
 
 
-def test_balanced_follows_the_full_path_four_times_closer_than_stochastic_and_harms_no_distribution() -> (
-    None
-):
+def test_balanced_follows_the_full_trajectory_closer_than_stochastic() -> None:
     """Exact experts on a mixture of 4 in 8 dimensions, 50 steps of DDIM, one expert a step."""
     oracle, n = mixture(), 1000
     x = noise(n)
@@ -288,7 +286,9 @@ def test_balanced_follows_the_full_path_four_times_closer_than_stochastic_and_ha
 
 
 def test_the_error_of_stochastic_falls_as_one_over_the_number_of_steps() -> None:
-    """Against the full mixture on the same grid, so that what is measured is the draws alone: `O(1/N)` in mean square."""
+    """Against the full mixture on the same grid, so that what is measured is the uniforms alone:
+    `O(1/N)` in mean square.
+    """
     oracle = mixture()
     x = noise(1000)
     errors = []
@@ -303,8 +303,8 @@ def test_the_error_of_stochastic_falls_as_one_over_the_number_of_steps() -> None
     assert 2 < errors[0] / errors[1] < 8
 
 
-def stand_ins(oracle: GaussianMixture) -> ControlVariate:
-    """The experts themselves as their own stand-ins."""
+def experts_themselves(oracle: GaussianMixture) -> ControlVariate:
+    """A control variate equal to the experts."""
     return lambda x, t, weight: sum(
         (weight[:, k, None] * oracle.expert(k)(x, t) for k in range(4)), torch.zeros_like(x)
     )
@@ -323,7 +323,7 @@ def test_with_all_experts_the_control_changes_nothing() -> None:
     oracle = mixture(torch.float64)
     x, t = 2 * noise(6).double(), torch.tensor(0.6, dtype=torch.float64)
     expected = routed(oracle, "full")(x, t)
-    for control_variate in (any_control, stand_ins(oracle)):
+    for control_variate in (any_control, experts_themselves(oracle)):
         torch.testing.assert_close(
             routed(oracle, "full", control_variate=control_variate)(x, t),
             expected,
@@ -337,7 +337,7 @@ def test_with_all_experts_the_control_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "top_k", "fixed"])
-def test_with_the_experts_as_their_own_stand_ins_one_expert_a_step_gives_the_full_mixture(
+def test_an_exact_control_variate_gives_the_full_mixture(
     rule: str,
 ) -> None:
     oracle = mixture(torch.float64)
@@ -346,26 +346,26 @@ def test_with_the_experts_as_their_own_stand_ins_one_expert_a_step_gives_the_ful
         model = RoutedDenoiser(
             [oracle.expert(k) for k in range(4)],
             Router(Stateless(oracle.posterior), policy(rule), PI.double()),
-            control_variate=stand_ins(oracle),
+            control_variate=experts_themselves(oracle),
         )
         torch.testing.assert_close(model(x, time), oracle.denoise(x, time))
         assert model.calls == 6
 
 
-def test_no_control_changes_the_mean_of_the_stochastic_step_over_all_draws() -> None:
+def test_a_control_variate_keeps_the_mean_of_a_step() -> None:
     oracle, n = mixture(torch.float64), 40_000
     x = oracle.marginal(1, 0.6, seed=2).double().expand(n, -1)
-    draws = Drawing(policy("stochastic"), (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    uniforms = Drawing(policy("stochastic"), (torch.arange(n, dtype=torch.float64) + 0.5) / n)
     t = torch.tensor(0.6, dtype=torch.float64)
     plain, controlled = (
-        routed(oracle, draws, control_variate=control_variate)(x, t)
+        routed(oracle, uniforms, control_variate=control_variate)(x, t)
         for control_variate in (None, any_control)
     )
     torch.testing.assert_close(controlled.mean(0), oracle.denoise(x[:1], t)[0], rtol=0, atol=1e-3)
     assert (controlled.var(0) - plain.var(0)).abs().max() > 1  # it was at work
 
 
-def test_the_control_is_given_what_alpha_promised_and_the_chosen_did_not_carry() -> None:
+def test_the_control_variate_gets_alpha_minus_weights() -> None:
     alpha, given = (0.5, 0.3, 0.2), []
 
     def spy(x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
@@ -434,12 +434,12 @@ def test_a_control_adds_no_calls_and_chooses_nobody(rule: str) -> None:
         assert one.chosen.equal(other.chosen)
 
 
-def test_gaussians_stand_in_for_experts_whose_clusters_are_none_and_halve_the_error_of_balanced() -> (
-    None
-):
-    """Four clusters of three Gaussians each in 8 dimensions; the stand-ins know each cluster's mean and variances alone.
+def test_gaussians_halve_the_error_of_balanced() -> None:
+    """Four clusters of three Gaussians each in 8 dimensions; the Gaussians know each cluster's mean
+    and variances alone.
 
-    Measured at 25 steps of DDIM, against the full mixture's own path: 0.68 without, 0.32 with, 0.31 with all experts.
+    Measured at 25 steps of DDIM, against the full mixture's own path: 0.68 without, 0.32 with, 0.31
+    with all experts.
     """
     generator = torch.Generator().manual_seed(0)
     centre = 2 * torch.randn(4, 1, 8, generator=generator)
@@ -484,33 +484,33 @@ def router_of(rule: str, weights: list[float] | None = None) -> tuple[Router, Ga
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rows_anywhere_on_their_way_are_routed_together_as_each_alone_and_what_is_handed_in_stays(
+def test_routing_is_stateless_and_independent_of_the_batch(
     rule: str,
 ) -> None:
     router, _ = router_of(rule)
-    x, draws = 2 * noise(5).double(), torch.rand(5, 6, dtype=torch.float64)
+    x, uniforms = 2 * noise(5).double(), torch.rand(5, 6, dtype=torch.float64)
     times = torch.linspace(1, 0.2, 6, dtype=torch.float64)
     lengths = [1, 2, 3, 4, 5]  # calls that a row has behind it
 
     def alone(row: int, calls: int) -> tuple[Tensor, RoutingState]:
         one = x[row : row + 1]
-        memory = router.start(one, draws[row : row + 1, 0])
+        state = router.start(one, uniforms[row : row + 1, 0])
         alpha = torch.empty(0)
         for call in range(calls):
-            alpha, memory = router.route(one, times[call], memory, draws[row : row + 1, call])
-        return alpha, memory
+            alpha, state = router.route(one, times[call], state, uniforms[row : row + 1, call])
+        return alpha, state
 
     before = RoutingState(
         *map(torch.cat, zip(*(alone(row, n)[1] for row, n in enumerate(lengths)), strict=True))
     )
     kept = [part.clone() for part in before]
-    draw = torch.stack([draws[row, n] for row, n in enumerate(lengths)])
+    draw = torch.stack([uniforms[row, n] for row, n in enumerate(lengths)])
     alpha, after = router.route(x, times[lengths], before, draw)
     for row, n in enumerate(lengths):
-        expected, memory = alone(row, n + 1)
+        expected, state = alone(row, n + 1)
         torch.testing.assert_close(alpha[row : row + 1], expected)
-        assert after.chosen[row].equal(memory.chosen[0])
-        for part, cfg in zip(after[:2], memory[:2], strict=True):
+        assert after.chosen[row].equal(state.chosen[0])
+        for part, cfg in zip(after[:2], state[:2], strict=True):
             torch.testing.assert_close(part[row : row + 1], cfg)
     for part, copy in zip(before, kept, strict=True):
         torch.testing.assert_close(part, copy, rtol=0, atol=0, equal_nan=True)
@@ -542,10 +542,10 @@ def test_the_start_is_drawn_from_the_weighted_shares() -> None:
         torch.tensor([1.0, 0.0, 1.0, 4.0]),
     )
     n = 1000
-    draws = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    memory = router.start(torch.zeros(n, 1), draws)
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    state = router.start(torch.zeros(n, 1), uniforms)
     torch.testing.assert_close(
-        memory.policy.mean(dim=0), torch.tensor([0.4, 0.0, 0.2, 0.4]), rtol=0, atol=2e-3
+        state.policy.mean(dim=0), torch.tensor([0.4, 0.0, 0.2, 0.4]), rtol=0, atol=2e-3
     )
 
 
@@ -557,9 +557,9 @@ def test_where_the_weights_leave_nothing_of_alpha_they_stand_alone() -> None:
         torch.tensor([0.0, 3.0, 1.0]),
     )
     x, half = torch.zeros(2, 1), torch.full((2,), 0.5)
-    alpha, memory = router.route(x, torch.tensor(0.5), router.start(x, half), half)
+    alpha, state = router.route(x, torch.tensor(0.5), router.start(x, half), half)
     torch.testing.assert_close(alpha, torch.tensor([[0.0, 0.75, 0.25]] * 2))
-    assert memory.chosen.tolist() == [[False, True, True]] * 2
+    assert state.chosen.tolist() == [[False, True, True]] * 2
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -570,17 +570,17 @@ def test_unavailable_and_zero_weight_experts_are_never_selected(
     plain = Router(router.source, router.policy, router.pi)
     available = torch.tensor([False, True, True, True])
     n = 40
-    x, draws = 2 * noise(n).double(), torch.rand(n, 9, dtype=torch.float64)
-    memory = router.start(x, draws[:, 8])
+    x, uniforms = 2 * noise(n).double(), torch.rand(n, 9, dtype=torch.float64)
+    state = router.start(x, uniforms[:, 8])
     for call, t in enumerate(torch.linspace(1, 0.1, 8, dtype=torch.float64)):
-        unweighted, _ = plain.route(x, t, memory, draws[:, call])
-        alpha, memory = router.route(x, t, memory, draws[:, call], available=available)
+        unweighted, _ = plain.route(x, t, state, uniforms[:, call])
+        alpha, state = router.route(x, t, state, uniforms[:, call], available=available)
         left = unweighted * torch.tensor([0.0, 1.0, 0.0, 1.0])
         torch.testing.assert_close(alpha, left / left.sum(dim=1, keepdim=True))
-        assert not memory.chosen[:, [0, 2]].any()
-        assert memory.chosen.any(dim=1).all()
+        assert not state.chosen[:, [0, 2]].any()
+        assert state.chosen.any(dim=1).all()
         if rule == "full":
-            assert memory.chosen[:, [1, 3]].all()
+            assert state.chosen[:, [1, 3]].all()
 
 
 def test_the_most_likely_eligible_expert_replaces_an_unavailable_one() -> None:
@@ -588,14 +588,14 @@ def test_the_most_likely_eligible_expert_replaces_an_unavailable_one() -> None:
         Stateless(fixed_alpha(0.5, 0.2, 0.3)), policy("fixed"), torch.tensor([0.5, 0.2, 0.3])
     )
     x, draw = torch.zeros(3, 1), torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
-    memory = router.start(x, draw)
+    state = router.start(x, draw)
     for available, expected in (
         ([True, True, True], [0, 1, 2]),
         ([False, True, True], [2, 1, 2]),
         ([True, False, False], [0, 0, 0]),
     ):
         _, after = router.route(
-            x, torch.tensor(0.5), memory, draw, available=torch.tensor(available)
+            x, torch.tensor(0.5), state, draw, available=torch.tensor(available)
         )
         assert after.chosen.int().argmax(dim=1).tolist() == expected
         assert (after.chosen.sum(dim=1) == 1).all()
@@ -604,19 +604,19 @@ def test_the_most_likely_eligible_expert_replaces_an_unavailable_one() -> None:
 def test_only_trajectories_to_keep_keep_choice_and_policy_state() -> None:
     router, _ = router_of("balanced")
     x, draw = 2 * noise(4).double(), torch.rand(4, dtype=torch.float64)
-    _, memory = router.route(x, torch.tensor(1.0).double(), router.start(x, draw), draw)
+    _, state = router.route(x, torch.tensor(1.0).double(), router.start(x, draw), draw)
     t, keep = torch.tensor(0.6).double(), torch.tensor([True, False, True, False])
-    _, free = router.route(x, t, memory, draw)
-    alpha, mixed = router.route(x, t, memory, draw, keep=keep)
+    _, free = router.route(x, t, state, draw)
+    alpha, mixed = router.route(x, t, state, draw, keep=keep)
     for row in range(4):
-        expected = memory if keep[row] else free
+        expected = state if keep[row] else free
         assert mixed.chosen[row].equal(expected.chosen[row])
         assert mixed.policy[row].equal(expected.policy[row])
         assert mixed.source[row].equal(free.source[row])  # alpha goes on
-    assert (free.policy - memory.policy).abs().amax(dim=1).min() > 0.01
-    _, all_kept = router.route(x, t, memory, draw, keep=True)
-    assert all_kept.chosen.equal(memory.chosen)
-    assert router.route(x, t, memory, draw, keep=True)[0].equal(alpha)
+    assert (free.policy - state.policy).abs().amax(dim=1).min() > 0.01
+    _, all_kept = router.route(x, t, state, draw, keep=True)
+    assert all_kept.chosen.equal(state.chosen)
+    assert router.route(x, t, state, draw, keep=True)[0].equal(alpha)
 
 
 # Temperature
@@ -658,7 +658,7 @@ def test_a_temperature_of_1_is_bit_identical_to_none() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 0.9, 2.0, 100.0])
-def test_alpha_is_raised_to_1_over_the_temperature_and_renormalized_and_what_is_0_stays_0(
+def test_temperature_is_a_power_of_alpha(
     temperature: float,
 ) -> None:
     power = undecided().double().numpy() ** (1 / temperature)
@@ -672,9 +672,7 @@ def test_alpha_is_raised_to_1_over_the_temperature_and_renormalized_and_what_is_
     assert (found.argmax(dim=1) == undecided().argmax(dim=1)).all()
 
 
-def test_a_low_temperature_makes_the_likeliest_expert_certain_and_a_high_one_makes_all_that_can_be_alike() -> (
-    None
-):
+def test_extreme_temperatures_are_argmax_and_uniform() -> None:
     two = undecided().topk(2, dim=1).values
     clear = two[:, 0] > 1.2 * two[:, 1]  # 1.2^-100 is 1e-8
     assert clear.sum() > 150
@@ -702,7 +700,7 @@ def test_weights_and_availability_come_after_the_temperature() -> None:
 
 
 @pytest.mark.parametrize("rule", ["full", "balanced"])
-def test_the_temperature_is_for_the_policy_and_alpha_s_own_path_goes_on_without_it(
+def test_temperature_leaves_the_source_unchanged(
     rule: str,
 ) -> None:
     plain, _ = router_of(rule)

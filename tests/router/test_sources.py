@@ -1,4 +1,4 @@
-"""Where alpha comes from: the simplex against another solver, and integrated sources against the oracle and closed forms."""
+"""Sources of alpha: the simplex against another solver, integration against closed forms."""
 
 import math
 from itertools import pairwise
@@ -24,7 +24,8 @@ def oracle() -> GaussianMixture:
 def full_path(
     mixture: GaussianMixture, x: Tensor, steps: int, t_min: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """Times and places on the probability-flow ODE, by Runge and Kutta's method with the score of the mixture.
+    """Times and places on the probability-flow ODE, by Runge and Kutta's method with the score of
+    the mixture.
 
     `dx/dt = -beta/2 (x + score)` and `score = (a D - x) / s^2`, not by the repository's velocity.
     """
@@ -72,7 +73,7 @@ def test_projection_to_the_simplex_equals_bisection_on_its_threshold() -> None:
     ).all()  # faces of every dimension
 
 
-def test_projection_leaves_the_simplex_alone_and_is_by_hand_in_two_dimensions() -> None:
+def test_projection_is_by_hand_in_two_dimensions() -> None:
     inside = torch.distributions.Dirichlet(torch.ones(4)).sample((20,))
     torch.testing.assert_close(project_to_simplex(inside), inside)
     corner = torch.tensor([[1.0, 0.0, 0.0]])
@@ -83,9 +84,7 @@ def test_projection_leaves_the_simplex_alone_and_is_by_hand_in_two_dimensions() 
     )
 
 
-def test_integrating_the_oracle_s_rate_along_the_full_ode_follows_its_posterior_with_second_order() -> (
-    None
-):
+def test_integrating_the_exact_rate_is_second_order() -> None:
     mixture = oracle()
     errors = []
     starts = torch.tensor([[0.4, -0.2], [-1.0, 0.8], [0.1, 1.3]], dtype=torch.float64)
@@ -119,27 +118,26 @@ def test_a_rate_linear_in_t_is_integrated_exactly_and_downwards_from_pi() -> Non
         torch.testing.assert_close(alpha, (PI + slope * (t**2 - 1) / 2).expand(2, -1))
 
 
-def test_a_rate_that_points_out_of_the_simplex_slides_along_its_nearest_face_and_leaves_it_when_it_turns() -> (
-    None
-):
+def test_alpha_slides_along_a_face_of_the_simplex() -> None:
     slope = torch.tensor([8.0, -5.0, -3.0])
     rates = iter(
         [slope, slope, 0 * slope, -slope / 16]
     )  # t falls: a positive rate lowers the first
     source = Followed(lambda x, t: next(rates).expand(len(x), -1), torch.tensor([0.5, 0.3, 0.2]))
     found = torch.cat([source(torch.zeros(1, 2), torch.tensor(t)) for t in (1.0, 0.9, 0.9, 0.5)])
-    # (.5, .3, .2) - .1 (8, -5, -3) = (-.3, .8, .5), of which (0, .65, .35) is the nearest point; then half of .4 (.5, ...)
+    # (.5, .3, .2) - .1 (8, -5, -3) = (-.3, .8, .5), of which (0, .65, .35) is the nearest point;
+    # then half of .4 (.5, ...)
     expected = [[0.5, 0.3, 0.2], [0.0, 0.65, 0.35], [0.0, 0.65, 0.35], [0.1, 0.5875, 0.3125]]
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
 class Followed(Integrated):
-    """One batch of trajectories from start to end: the memory goes from call to call."""
+    """One batch of trajectories from start to end: the state goes from call to call."""
 
-    memory: Tensor | None = None
+    state: Tensor | None = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, self.memory = self.step(x, t, self.start(x) if self.memory is None else self.memory)
+        alpha, self.state = self.step(x, t, self.start(x) if self.state is None else self.state)
         return alpha
 
 
@@ -156,7 +154,7 @@ def test_with_pull_0_combined_is_derivative() -> None:
     assert (derivative(x, t) - mixture.posterior(x, t)).abs().max() > 0.01
 
 
-def test_with_a_pull_beyond_all_bounds_combined_is_the_posterior_from_the_second_call_on() -> None:
+def test_combined_with_a_huge_rate_is_the_posterior() -> None:
     mixture, x, times = varying_sources()
     combined = Followed(mixture.posterior_rate, PI, mixture.posterior, relaxation_rate=1e9)
     for step, t in enumerate(torch.tensor(times, dtype=torch.float64)):
@@ -164,9 +162,7 @@ def test_with_a_pull_beyond_all_bounds_combined_is_the_posterior_from_the_second
         torch.testing.assert_close(combined(x, t), expected)
 
 
-def test_with_an_infinite_pull_combined_is_on_the_simplex_at_the_first_call_and_the_posterior_later() -> (
-    None
-):
+def test_an_infinite_relaxation_rate_is_finite_at_the_first_call() -> None:
     mixture, x, times = varying_sources()
     combined = Followed(mixture.posterior_rate, PI, mixture.posterior, relaxation_rate=math.inf)
     first, *later = torch.tensor(times, dtype=torch.float64)
@@ -178,7 +174,9 @@ def test_with_an_infinite_pull_combined_is_on_the_simplex_at_the_first_call_and_
 
 
 def test_the_pull_is_equal_in_equal_time_whatever_the_number_of_steps() -> None:
-    """Against a closed form: without a rate, the distance to a constant posterior decays as exp(-pull (1 - t))."""
+    """Against a closed form: without a rate, the distance to a constant posterior decays as
+    exp(-relaxation_rate (1 - t)).
+    """
     target, relaxation_rate, end = torch.tensor([0.1, 0.1, 0.8], dtype=torch.float64), 3.0, 0.4
     x = torch.zeros(2, 2, dtype=torch.float64)
     expected = target + (PI - target) * math.exp(-relaxation_rate * (1 - end))
@@ -194,27 +192,31 @@ def test_the_pull_is_equal_in_equal_time_whatever_the_number_of_steps() -> None:
         torch.testing.assert_close(alpha, expected.expand(2, -1))
 
 
-def test_trajectories_anywhere_on_their_way_are_stepped_together_as_each_alone() -> None:
-    """Rows of one memory, each with a time of its own and one at its start, against one trajectory after another."""
+def test_sources_are_independent_of_the_batch() -> None:
+    """Rows of one state, each with a time of its own and one at its start, against one trajectory
+    after another.
+    """
     mixture = oracle()
     source = Integrated(mixture.posterior_rate, PI, mixture.posterior, relaxation_rate=7.0)
     x = torch.randn(3, 2, dtype=torch.float64)
     ways = [[1.0, 0.7, 0.4], [1.0, 0.9], [1.0]]
-    alone, memories = [], []
-    for row, way in enumerate(ways):
-        memory = source.start(x[row : row + 1])
-        for t in way[:-1]:
-            _, memory = source.step(x[row : row + 1], torch.tensor(t, dtype=torch.float64), memory)
-        memories.append(memory)
+    alone, states = [], []
+    for row, times_so_far in enumerate(ways):
+        state = source.start(x[row : row + 1])
+        for t in times_so_far[:-1]:
+            _, state = source.step(x[row : row + 1], torch.tensor(t, dtype=torch.float64), state)
+        states.append(state)
         alone.append(
-            source.step(x[row : row + 1], torch.tensor(way[-1], dtype=torch.float64), memory)
+            source.step(
+                x[row : row + 1], torch.tensor(times_so_far[-1], dtype=torch.float64), state
+            )
         )
-    times = torch.tensor([way[-1] for way in ways], dtype=torch.float64)
-    before = torch.cat(memories)
+    times = torch.tensor([times_so_far[-1] for times_so_far in ways], dtype=torch.float64)
+    before = torch.cat(states)
     kept = before.clone()
-    alpha, memory = source.step(x, times, before)
+    alpha, state = source.step(x, times, before)
     torch.testing.assert_close(alpha, torch.cat([one for one, _ in alone]))
-    torch.testing.assert_close(memory, torch.cat([one for _, one in alone]))
+    torch.testing.assert_close(state, torch.cat([one for _, one in alone]))
     torch.testing.assert_close(
         before, kept, equal_nan=True, rtol=0, atol=0
     )  # what was handed in stays as it was
@@ -222,14 +224,14 @@ def test_trajectories_anywhere_on_their_way_are_stepped_together_as_each_alone()
     assert (alpha[0] - alpha[1]).abs().max() > 0.01
 
 
-def test_a_plain_function_remembers_nothing_and_is_asked_with_each_image_s_time() -> None:
+def test_a_plain_function_has_no_state() -> None:
     source = Stateless(oracle().posterior)
     x, t = (
         torch.randn(4, 2, dtype=torch.float64),
         torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=torch.float64),
     )
-    alpha, memory = source.step(x, t, source.start(x))
-    assert memory.numel() == 0 and len(memory) == 4
+    alpha, state = source.step(x, t, source.start(x))
+    assert state.numel() == 0 and len(state) == 4
     torch.testing.assert_close(
         alpha, torch.cat([oracle().posterior(x[i : i + 1], t[i]) for i in range(4)])
     )

@@ -1,4 +1,4 @@
-"""The exact posterior and its rate against float64 sums over all images, written from DESIGN's formulas."""
+"""The exact posterior and its rate against float64 sums over all images."""
 
 import os
 import pickle
@@ -21,7 +21,9 @@ LINEAR = schedule("vp_linear")
 def brute_force(
     x0: Tensor, eps: Tensor, c: Coeffs, points: Tensor, labels: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """`alpha`, `dalpha` at one x_t, an image at a time, in float64: the g_i of DESIGN, section 2, as they stand there."""
+    """`alpha`, `dalpha` at one x_t, an image at a time, in float64: the g_i of DESIGN, section 2,
+    as they stand there.
+    """
     a, s, da, ds = c
     x, dx = a * x0 + s * eps, da * x0 + ds * eps
     residual = x - a * points
@@ -37,7 +39,9 @@ def brute_force(
 
 
 def check_against_brute_force(images: Tensor, labels: Tensor, name: str = "vp_linear") -> Tensor:
-    """Compare both targets at `TIMES`, along paths from images of the set; returns dalpha, brute force's."""
+    """Compare both targets at `TIMES`, along paths from images of the set; returns dalpha, brute
+    force's.
+    """
     k, b = int(labels.max()) + 1, len(TIMES)
     generator = torch.Generator().manual_seed(1)
     x0 = (
@@ -74,7 +78,9 @@ def check_against_brute_force(images: Tensor, labels: Tensor, name: str = "vp_li
 
 
 def noise_images(n: int = 60, side: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """uint8 images of independent pixels, with every second one all but the one before it; 3 clusters."""
+    """uint8 images of independent pixels, with every second one all but the one before it; 3
+    clusters.
+    """
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (n, 1, side, side), generator=generator)
     nudge = torch.randint(-2, 3, (n // 2, 1, side, side), generator=generator)
@@ -135,7 +141,7 @@ def test_both_targets_equal_brute_force_on_real_images() -> None:
     assert check_against_brute_force(images, labels).abs().max() > 0.5
 
 
-def test_the_rate_is_the_finite_difference_of_the_posterior_along_the_path() -> None:
+def test_the_rate_is_the_finite_difference_of_the_posterior() -> None:
     points, labels = point_clusters()
     generator = torch.Generator().manual_seed(0)
     t = torch.tensor([0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8], dtype=torch.float64)
@@ -156,10 +162,10 @@ def test_the_rate_is_the_finite_difference_of_the_posterior_along_the_path() -> 
     torch.testing.assert_close(alpha.double(), along(t))
 
 
-def test_the_mean_of_the_rate_given_x_t_is_the_total_derivative_along_the_probability_flow() -> (
-    None
-):
-    """`E[dalpha | x_t] = d_t alpha + grad alpha . v`: what a network fitted to the rate learns has to be integrated."""
+def test_the_mean_rate_is_the_total_derivative() -> None:
+    """`E[dalpha | x_t] = d_t alpha + grad alpha . v`: what a network fitted to the rate learns has
+    to be integrated.
+    """
     data = torch.tensor([-0.9, -0.5, -0.2, 0.1, 0.4, 0.8], dtype=torch.float64)
     labels = torch.tensor([0, 1, 0, 2, 2, 1])
 
@@ -215,9 +221,7 @@ def test_the_size_of_the_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch)
     assert whole[2].abs().max() > 0.5
 
 
-def test_rows_of_alpha_sum_to_1_and_of_the_rate_to_0_and_a_cluster_without_images_gets_nothing() -> (
-    None
-):
+def test_an_empty_cluster_gets_no_alpha() -> None:
     images, labels = noise_images()
     x0, eps, t = paths(images)
     alpha, rate = exact_posterior_rate(x0, eps, t, images, labels, LINEAR, k=5)
@@ -228,8 +232,10 @@ def test_rows_of_alpha_sum_to_1_and_of_the_rate_to_0_and_a_cluster_without_image
         torch.testing.assert_close(empty[:, 3:], torch.zeros(len(t), 2), rtol=0, atol=0)
 
 
-def test_a_bigger_cluster_is_more_likely_where_the_noise_hides_everything() -> None:
-    """Against a closed form: under pure noise (a = 0) the posterior is the clusters' shares, and does not move with x."""
+def test_under_pure_noise_alpha_is_pi() -> None:
+    """Against a closed form: under pure noise (a = 0) the posterior is the clusters' shares, and
+    does not move with x.
+    """
     images, _ = noise_images()
     labels = (torch.arange(60) >= 15).long() + (torch.arange(60) >= 45).long()  # 15, 30, 15 images
     x = 5 * torch.randn(4, 1, 4, 4)
@@ -237,7 +243,7 @@ def test_a_bigger_cluster_is_more_likely_where_the_noise_hides_everything() -> N
     torch.testing.assert_close(alpha, torch.tensor([0.25, 0.5, 0.25]).expand(4, -1))
 
 
-def test_an_image_far_from_all_data_belongs_to_the_nearest_and_not_to_nobody() -> None:
+def test_far_from_all_data_the_nearest_image_wins() -> None:
     """Every w_i is below the smallest float64 there; their shares are not."""
     points = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.5, 1.0]])
     x, t = torch.tensor([[-30.0, -30.0], [40.0, -40.0]]), torch.tensor([0.05, 0.2])
@@ -298,7 +304,7 @@ def test_autocast_to_bf16_around_the_call_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_posterior_and_rate_are_finite_in_float32_at_every_time_of_every_schedule(
+def test_targets_are_finite_in_float32_everywhere(
     name: str,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
