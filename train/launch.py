@@ -28,6 +28,7 @@ Work = Callable[[J, OnProgress], R]
 
 _POLL_S = 0.5  # how often a waiting parent looks for a signal
 _GRACE_S = 60.0  # for workers to save a checkpoint after a signal
+_LEAVE_S = 10.0  # for a worker without a job to end
 
 
 class WorkerDiedError(DdmError):
@@ -170,6 +171,7 @@ class _Pool:
                 self._give(worker, self.waiting.pop(0))
             else:
                 worker.pipe.close()  # on which the process leaves
+                worker.process.join(_LEAVE_S)
                 self.workers.remove(worker)
 
     def _give(self, worker: _Worker, job: int) -> None:
