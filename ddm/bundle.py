@@ -3,6 +3,7 @@ by its SHA-256.
 """
 
 import errno
+import itertools
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -167,9 +168,9 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
 
 def _replace_folder(folder: Path, scratch: Path) -> None:
     """Rename `scratch` to `folder`; the old folder is moved aside first and removed afterwards."""
-    aside = scratch.with_suffix(".old")
     flush(scratch)
-    while True:
+    for attempt in itertools.count():  # a name per attempt: other writers may come between
+        aside = scratch.with_suffix(f".{attempt}.old")
         try:
             scratch.rename(folder)
             break

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from benchmarks.load.client import Reply, closed, params, session
+from benchmarks.load.client import Reply, closed, request_image, session
 from benchmarks.load.cluster import Deployed, deployed
 from benchmarks.load.drill import differences, other_weights
 from ddm.errors import ConfigError
@@ -146,9 +146,9 @@ def test_a_switch_drops_no_request_and_names_the_version_of_each(
         await asyncio.to_thread(service.deploy, str(bundles[1]))
         during = (await loading).replies
         async with session(service.url) as client:
-            while (last := await params(client, 0, {})).version != load(bundles[1]).version:
+            while (last := await request_image(client, 0, {})).version != load(bundles[1]).version:
                 assert last.status == 200
-            return during, [await params(client, index, {}) for index in range(8)]
+            return during, [await request_image(client, index, {}) for index in range(8)]
 
     during, after = asyncio.run(work())
     assert [reply.said for reply in [*during, *after] if reply.status != 200] == []

@@ -42,7 +42,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("serve.port=70000", "serve.port must be in [0, 65535], got 70000"),
         ("serve.limits.n=0", "serve.limits.n must be above 0, got 0"),
         ("serve.degraded=perhaps", "serve.degraded"),
-        ("sample.steps=0", "sample.steps must be in [1, 1000], got 0"),
+        ("sample.steps=0", "sample.steps must be a whole number in [1, 1000], got 0"),
         ("sample.sampler=dimm", "sample.sampler must be one of"),
         ("sample.clusters={nine: 1.0}", "sample.clusters must be one of"),
         (

@@ -71,7 +71,7 @@ from train.config import Config, load_config
             ["sample.policy=any"],
             "sample.policy must be one of full top_k nucleus fixed stochastic balanced adaptive, got 'any'",
         ),
-        (["sample.budget=0.5"], "sample.budget must be at least 1 call a step, got 0.5"),
+        (["sample.budget=0.5"], "sample.budget must be a number in [1, 1000000], got 0.5"),
         (
             ["sample.budget=much"],
             "sample.budget: Value 'much' of type 'str' could not be converted to Float",
@@ -80,7 +80,7 @@ from train.config import Config, load_config
             ["sample.control_variate=best"],
             "sample.control_variate must be one of none gaussian, got 'best'",
         ),
-        (["sample.order=4"], "sample.order must be 2 or 3, got 4"),
+        (["sample.order=4"], "sample.order must be a whole number in [2, 3], got 4"),
         (
             ["sample.grid=even"],
             "sample.grid must be one of uniform_t uniform_log_snr quadratic edm own, got 'even'",
@@ -109,7 +109,7 @@ from train.config import Config, load_config
             ["schedule={name: two_phase, steps: 3, c1: 1.0}", "sample.grid=own", "evaluate"],
             "sample.grid must not be own where several numbers of steps are compared, got 'own'",
         ),
-        (["sample.steps=0"], "sample.steps must be in [1, 1000], got 0"),
+        (["sample.steps=0"], "sample.steps must be a whole number in [1, 1000], got 0"),
         (
             ["router.bands=[0.7,0.3]"],
             "router.bands must be two rising times in (t_min, 1), got [0.7, 0.3]",
@@ -169,7 +169,7 @@ from train.config import Config, load_config
         ),
         (
             ["evaluate.samplers={b: {sampler: unipc, order: 4}}"],
-            "evaluate.samplers.b: sample.order must be 2 or 3, got 4",
+            "evaluate.samplers.b: sample.order must be a whole number in [2, 3], got 4",
         ),
         (
             ["evaluate.samplers={b: {stepz: 3}}"],
@@ -189,7 +189,7 @@ from train.config import Config, load_config
         ),
         (["evaluate.samplers={a/b: {}}"], "evaluate.samplers must have plain names, got 'a/b'"),
         (["expert.times=often"], "expert.times: Invalid value 'often', expected one of"),
-        (["sample.temperature=0"], "sample.temperature must be in [0.01, 100], got 0"),
+        (["sample.temperature=0"], "sample.temperature must be a number in [0.01, 100], got 0.0"),
         (
             ["evaluate.reference_steps=3"],
             "evaluate.reference_steps must be in (4, 1000], above every evaluate.steps, got 3",

@@ -13,7 +13,7 @@ import pytest
 from ddm.artifacts import sha256
 from tests.conftest import SMALL
 
-LONGER = [*SMALL, "expert.steps=60", "router.steps=60", "router.switch_step=6"]
+LONGER = [*SMALL, "expert.steps=60", "router.steps=400", "router.switch_step=6"]
 
 
 def _command(folder: Path, *words: str) -> list[str]:

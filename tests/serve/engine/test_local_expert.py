@@ -87,8 +87,8 @@ def test_experts_on_one_device_and_routing_are_never_at_work_together(small_run:
     settings = {"steps": 4, "policy": "full", "source": "posterior"}
     expected = model.sample(6, seed=1, **settings)
     model.posterior = one_at_a_time(model.posterior)  # type: ignore[assignment]
-    model._routers.clear()
-    model._plans.clear()
+    model._cached_router.cache_clear()
+    model._cached_plan.cache_clear()
 
     async def work() -> None:
         turn = asyncio.Semaphore(1)

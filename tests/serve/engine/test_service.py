@@ -185,7 +185,11 @@ def test_a_seed_that_was_not_given_is_another_each_time_and_gives_the_same_image
         (SamplingParams(0), "sample.n", "be in [1, 4], got 0"),
         (SamplingParams(5), "sample.n", "be in [1, 4], got 5"),
         (SamplingParams(settings={"steps": 21}), "sample.steps", "be in [1, 20], got 21"),
-        (SamplingParams(settings={"steps": 0}), "sample.steps", "be in [1, 1000], got 0"),
+        (
+            SamplingParams(settings={"steps": 0}),
+            "sample.steps",
+            "be a whole number in [1, 1000], got 0",
+        ),
         (SamplingParams(seed=-1), "sample.seed", "be in [0, 2^63 - n), got -1"),
         (SamplingParams(seed=2**63), "sample.seed", f"be in [0, 2^63 - n), got {2**63}"),
         (SamplingParams(first_index=-1), "sample.first_index", "be in [0, 2^63 - n), got -1"),
