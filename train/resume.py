@@ -35,7 +35,12 @@ class ResumeFiles(CheckpointIO):
         with replaced(path) as scratch:
             with scratch.open("wb") as file:
                 hashing = _Hashing(file)
-                torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it only writes
+                try:
+                    torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it only writes
+                except RuntimeError as error:  # torch hides what the system refused
+                    if isinstance(error.__context__, OSError):
+                        raise error.__context__ from None
+                    raise
                 file.write(hashing.sha256.digest())
             if path.exists():
                 path.replace(path.with_name(PREVIOUS))
