@@ -129,7 +129,7 @@ def installed_ddm(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    """A folder whose files have the names of our packages, and stop whoever imports them."""
+    """A folder whose files have the names of our packages, and that raise when imported."""
     folder = tmp_path / "hostile"
     (folder / "configs").mkdir(parents=True)
     trap = 'raise SystemExit("hijacked")'
