@@ -24,7 +24,6 @@ from serve.settings import settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's own, which are many
-    pytest.mark.xdist_group("heavy"),
 ]
 
 

@@ -9,14 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from benchmarks.load.child import free_port
 from benchmarks.load.client import Tally, closed
 from serve import load
 from serve.model.images import to_uint8
-
-pytestmark = pytest.mark.xdist_group("heavy")
 
 
 def session_processes(pid: int) -> str:

@@ -6,14 +6,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ddm.artifacts import sha256
 from tests.conftest import SMALL
+from train.stopping import SIGNALS
 
 LONGER = [*SMALL, "expert.steps=60", "router.steps=400", "router.switch_step=6"]
+
+
+@pytest.fixture(autouse=True)
+def default_signals() -> Iterator[None]:
+    """Under `nohup`, as CI may be, children inherit that SIGHUP is ignored, and so would training."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    for signum, handler in before.items():
+        signal.signal(signum, signal.SIG_DFL if handler is signal.SIG_IGN else handler)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def _command(folder: Path, *words: str) -> list[str]:

@@ -33,8 +33,6 @@ from serve.http.schemas import RULES, ImagesRequest, SampleRequest
 from tests.serve.conftest import JSON, Reply, Server, Start, pixels, same
 from tests.serve.http.test_app import images
 
-pytestmark = pytest.mark.xdist_group("hostile")  # the last test sums up what the others did
-
 COUNT = int(os.environ.get("DDM_HOSTILE", "2000"))
 CHECKS = [
     not_a_server_error,

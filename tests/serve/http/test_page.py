@@ -27,7 +27,6 @@ PAGE = Path(__file__).parents[3] / "serve" / "http" / "page"
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH"),
-    pytest.mark.xdist_group("heavy"),
 ]
 
 DONE = "#copy:not([hidden])"  # the link appears when the images are finished
