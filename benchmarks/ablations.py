@@ -23,6 +23,7 @@ from benchmarks.cli import Parser, run
 from benchmarks.lab.markdown import table
 from benchmarks.table.__main__ import RESULTS
 from benchmarks.table.measurements import machine, made_by, rounded
+from benchmarks.table.results_page import earlier
 from ddm.artifacts import digest, read_json, write_json
 from ddm.errors import ConfigError, one_of
 from ddm.partition import Partition
@@ -301,6 +302,7 @@ def _section(name: str, record: dict[str, Any]) -> str:
     values = [f"{mean(base[column]):.2f} ± {_deviation(base[column]):.2f}" for column in columns]
     parts = [
         f"## {name}\n\n    {record['command']}",
+        *([earlier(record).strip()] if record.get("earlier") else []),
         f"{record['n']} images per cell and seed, {record['seeds']} seeds, "
         f"`sampler={record['sampler']}`; features: {record['features']}. "
         f"All experts together saw {record['images_seen']:,} images.",

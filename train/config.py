@@ -21,6 +21,8 @@ from serve.model.config_merge import filled, read_yaml
 from train.clustering import PartitionConfig
 from train.data import DataConfig
 from train.evaluation.feature_files import script_files
+from train.evaluation.pixels import DIRECTIONS
+from train.evaluation.rows import METHODS, PAPER
 
 _SHIPPED = Path(configs.__path__[0])
 
@@ -81,8 +83,6 @@ class SampleStageConfig(SampleConfig):
         require(self.first_index >= 0, "sample.first_index", "be at least 0", self.first_index)
 
 
-PAPER = ("DDIM", "Naive", "MoG-a", "MoG-da")
-METHODS = (*PAPER, "balanced", "balanced-cv", "adaptive", "top-1", "top-2", "nucleus", "full")
 Precision = Literal["32-true", "bf16-mixed"]
 
 
@@ -93,9 +93,13 @@ class EvaluateConfig:
     n: images per method, sampler, number of steps and seed; at least 20
     seeds: sampling seeds 0, 1, ...; in [1, 100]; several give error bars
     steps: two or more numbers of steps in [1, 1000]
+    steps_of: `{METHOD: [steps]}`, two or more of `steps`, for a row that costs more per step; the others have all
     methods: rows of the table, of `METHODS`
     samplers: `{NAME: {settings over sample}}`; empty for the sampler of `sample`
-    features: `classifier` (a small one, trained on the spot), `inception`, TorchScript files, or folders of them
+    features: `classifier` (a small one, trained on the spot), `pixels` (whitened: for small images), `inception`,
+        TorchScript files, or folders of them. Name at least two of different kinds: a classifier rewards images that
+        are clearly of a class, pixels do not
+    pixel_directions: leading principal directions of the real images for pixels; in [1, 1024]
     reference: distances are to `REFERENCE.NETWORK.npz` beside `NETWORK.pt`; null for the run's images
     inception_weights: the file pt_inception-2015-12-05-6726825d.pth, for inception
     trajectories: trajectories for the trajectory error, of seed 0; in [1, n]
@@ -107,12 +111,14 @@ class EvaluateConfig:
 
     n: int = 1000
     seeds: int = 1
-    steps: list[int] = field(default_factory=lambda: [10, 25, 50, 100])
+    steps: list[int] = field(default_factory=lambda: [5, 10, 25, 50, 100])
+    steps_of: dict[str, list[int]] = field(default_factory=dict)
     methods: list[str] = field(
         default_factory=lambda: [*PAPER, "balanced", "balanced-cv", "top-1", "full"]
     )
     samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    features: list[str] = field(default_factory=lambda: ["classifier"])
+    features: list[str] = field(default_factory=lambda: ["classifier", "pixels"])
+    pixel_directions: int = DIRECTIONS
     reference: str | None = None
     inception_weights: str | None = None
     trajectories: int = 64
@@ -136,6 +142,21 @@ class EvaluateConfig:
         for name in self.methods:
             if name not in METHODS:
                 raise one_of(f"{section}.methods", name, METHODS)
+        for name, some in self.steps_of.items():
+            if name not in METHODS:
+                raise one_of(f"{section}.steps_of", name, METHODS)
+            require(
+                len(set(some)) == len(some) >= 2 and set(some) <= set(steps),
+                f"{section}.steps_of.{name}",
+                f"be two or more of {section}.steps = {steps}",
+                some,
+            )
+        require(
+            1 <= self.pixel_directions <= 1024,
+            f"{section}.pixel_directions",
+            "be in [1, 1024]",
+            self.pixel_directions,
+        )
         for name in self.samplers:
             require(
                 name.replace("-", "").replace("_", "").isalnum(),
@@ -176,18 +197,19 @@ class EvaluateConfig:
                     f"be a file for inception among {section}.features",
                     weights,
                 )
-            elif name != "classifier" and not Path(name).is_dir():
+            elif name not in ("classifier", "pixels") and not Path(name).is_dir():
                 require(
                     Path(name).is_file(),
                     f"{section}.features",
-                    "be of classifier, inception, TorchScript files and folders of them",
+                    "be of classifier, pixels, inception, TorchScript files and folders of them",
                     name,
                 )
-            found += name in ("classifier", "inception") or len(script_files(Path(name)))
+            built_in = name in ("classifier", "pixels", "inception")
+            found += built_in or len(script_files(Path(name)))
         require(
             found > 0,
             f"{section}.features",
-            "hold at least one network: such as [classifier]",
+            "hold at least one network: such as [classifier, pixels]",
             list(self.features),
         )
 

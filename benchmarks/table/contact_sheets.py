@@ -15,10 +15,10 @@ from train.config import Config
 from train.evaluation.measure import Measurement
 from train.evaluation.plots import save
 from train.evaluation.results import Evaluation
+from train.evaluation.rows import ROWS
 
 _COLUMNS = 12
 _PIXELS = 48  # the least height of an image on a contact sheet
-_SINGLE = ("MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1")  # routed, one expert per step
 
 
 def write(
@@ -34,7 +34,8 @@ def write(
     }
     files = []
     for steps in sorted({evaluation.steps[0], middle}):
-        rows = {method: samples[method, steps][:_COLUMNS] for method in evaluation.versions}
+        methods = evaluation.methods_at(steps)
+        rows = {method: samples[method, steps][:_COLUMNS] for method in methods}
         files.append(f"{name}-methods-{steps}.png")
         save(folder / files[-1], _labelled(rows), dpi=100)
     shown = samples[shown_method(evaluation), middle][: 8 * _COLUMNS]
@@ -71,7 +72,7 @@ def best_single(evaluation: Evaluation, steps: int, features: str, sampler: str)
         assert found is not None
         return found.mean
 
-    measured = [method for method in evaluation.versions if method in _SINGLE]
+    measured = [method for method in evaluation.methods_at(steps) if ROWS[method].routed_one]
     return min(measured, key=distance, default=None)
 
 
@@ -80,7 +81,7 @@ def shown_method(evaluation: Evaluation) -> str:
     features = next(iter(evaluation.features))
     sampler = next(iter(evaluation.samplers))
     best = best_single(evaluation, shown_steps(evaluation), features, sampler)
-    return best or next(iter(evaluation.versions))
+    return best or evaluation.methods_at(shown_steps(evaluation))[0]
 
 
 def _labelled(rows: Mapping[str, Tensor]) -> Figure:

@@ -59,7 +59,11 @@ def make(config: Config, command: str, folder: Path) -> Path:
 
 
 def made_by(record: dict[str, Any], config: Config) -> bool:
-    """Whether this config made the record; a key that it lacks, of an older program, has its default."""
+    """Whether this config made the record; a key that it lacks, of an older program, has its default.
+
+    A record that has been overtaken says so itself, and why, under the key `earlier`: its page
+    begins with that.
+    """
     return {**settled(Config()), **record["config"]} == settled(config)
 
 

@@ -1,8 +1,7 @@
 """A table's page, `NAME.md`, and its curves: a function of the record alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.lab.markdown import table
@@ -10,9 +9,9 @@ from benchmarks.table import paper
 from benchmarks.table.contact_sheets import best_single, shown_steps
 from ddm.artifacts import read_json, sha256, write_json
 from train.evaluation import plots
-from train.evaluation.methods import MEANING
-from train.evaluation.report import shown
-from train.evaluation.results import Cell, Evaluation, Score
+from train.evaluation.report import floor_line, shown
+from train.evaluation.results import Cell, Evaluation, Score, Spread, clear_best
+from train.evaluation.rows import ROWS
 
 _MEASURES: list[tuple[str, str, Callable[[Score], float], str]] = [
     (
@@ -65,10 +64,11 @@ def page(record: dict[str, Any], name: str) -> str:
     """The page as Markdown."""
     evaluation = Evaluation.of(record)
     parts = [_head(record, evaluation, name)]
-    for features in evaluation.features:
-        for sampler in evaluation.samplers:
-            parts.append(_distances(evaluation, features, sampler))
-        parts.append(f"![Fréchet distance over steps, {features}]({name}-{features}.png)")
+    parts += [_distances(evaluation, sampler) for sampler in evaluation.samplers]
+    parts += [
+        f"![Fréchet distance over steps, {features}]({name}-{features}.png)"
+        for features in evaluation.features
+    ]
     parts += [
         _comparisons(evaluation),
         _paper(name),
@@ -85,40 +85,69 @@ def frechet(features: str) -> Callable[[Cell], float]:
     return lambda cell: cell.scores[features].frechet
 
 
-def main_table(evaluation: Evaluation, features: str, sampler: str) -> str:
-    """Fréchet distances with the NFE per image: a row per method, a column per step count."""
+def earlier(record: dict[str, Any]) -> str:
+    """What a record that has been overtaken says of itself, as a paragraph; empty otherwise."""
+    why = record.get("earlier")
+    return f"**Measured by an earlier version of the program**: {why}\n\n" if why else ""
+
+
+def main_table(evaluation: Evaluation, sampler: str) -> str:
+    """Fréchet distances: a row per method, a column per step count, two feature spaces side by side.
+
+    In bold: what is best by more than the spread. Below: the distance of as many real images, and
+    what the methods are.
+    """
+    names = list(evaluation.features)
+    tables = [_pair(evaluation, names[i : i + 2], sampler) for i in range(0, len(names), 2)]
+    floors = [f"{floor_line(evaluation, features)}." for features in names]
+    rows = [f"**{method}**: {ROWS[method].meaning}." for method in evaluation.versions]
+    return "\n\n".join([*tables, "\n".join(_items(floors)), "\n".join(_items(rows))])
+
+
+def _pair(evaluation: Evaluation, names: Sequence[str], sampler: str) -> str:
+    """The table of some feature spaces."""
+    steps = evaluation.steps
+    columns = {
+        (features, n): {
+            method: evaluation.over_seeds(method, n, frechet(features), sampler)
+            for method in evaluation.versions
+        }
+        for features in names
+        for n in steps
+    }
+    best = {place: clear_best(column) for place, column in columns.items()}
     rows = []
     for method in evaluation.versions:
-        row = [f"**{method}**: {MEANING[method]}"]
-        for n in evaluation.steps:
-            distance = evaluation.over_seeds(method, n, frechet(features), sampler)
-            row.append(f"{shown(distance, '.2f')} ({_nfe(evaluation, method, n, sampler)})")
+        row = [method, f"{evaluation.nfe_per_step(method, sampler):.3g}"]
+        for place, column in columns.items():
+            text = shown(column[method], ".2f")
+            row.append(f"**{text}**" if best[place] == method else text)
         rows.append(row)
-    return table(["", *_step_columns(evaluation)], rows)
+    head = [f"{features}: {steps[0]} steps" for features in names]
+    titles = []
+    for title in head:
+        titles += [title, *map(str, steps[1:])]
+    return table(["", "NFE per step", *titles], rows)
+
+
+def _items(lines: Sequence[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
 
 
 def difference(
     evaluation: Evaluation, a: str, b: str, n: int, features: str, sampler: str
-) -> tuple[float, float | None]:
-    """The Fréchet distance of method a minus that of b, per seed: mean, and standard deviation of
-    several seeds.
-    """
+) -> Spread | None:
+    """The Fréchet distance of method a minus that of b, per seed; None if it was not measured."""
     by_seed: dict[int, dict[str, float]] = {}
     for cell in evaluation.cells:
         if (cell.steps, cell.sampler) == (n, sampler) and cell.method in (a, b):
             by_seed.setdefault(cell.seed, {})[cell.method] = frechet(features)(cell)
-    found = [values[a] - values[b] for values in by_seed.values()]
-    return mean(found), stdev(found) if len(found) > 1 else None
+    both = [values for values in by_seed.values() if len(values) > 1]
+    return Spread.of([values[a] - values[b] for values in both]) if both else None
 
 
 def _step_columns(evaluation: Evaluation) -> list[str]:
     return [f"{n} steps" for n in evaluation.steps]
-
-
-def _nfe(evaluation: Evaluation, method: str, n: int, sampler: str) -> str:
-    """The mean NFE per image over the seeds."""
-    found = evaluation.over_seeds(method, n, lambda cell: cell.nfe, sampler)
-    return shown(found and found._replace(deviation=None), ".0f")
 
 
 def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
@@ -135,7 +164,7 @@ def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
 
     {record["command"]}
 
-{len(record["clusters"])} experts of {size["expert"]} on {data["images"]:,} images of {shape}.
+{earlier(record)}{len(record["clusters"])} experts of {size["expert"]} on {data["images"]:,} images of {shape}.
 Each cell is over {evaluation.seeds} seeds of {evaluation.n} images, ± the standard deviation over
 the seeds; all methods start from the same noise.
 
@@ -149,16 +178,17 @@ products in its exact targets.
 images. Each distance uses the named features and can be compared only with others on this page."""
 
 
-def _distances(evaluation: Evaluation, features: str, sampler: str) -> str:
-    of = evaluation.features[features]
+def _distances(evaluation: Evaluation, sampler: str) -> str:
     settings = evaluation.samplers[sampler]
-    return f"""## Fréchet distance by {features}, sampler {sampler}
+    references = {features: of.reference for features, of in evaluation.features.items()}
+    to = "; ".join(f"{features}: {reference}" for features, reference in references.items())
+    return f"""## Fréchet distance, sampler {sampler}
 
-Features: {of.what}; reference: {of.reference}.
 `sampler={settings["sampler"]} grid={settings["grid"]}`.
-Lower is better; the NFE per image is in parentheses.
+Lower is better; ± is the standard deviation over the seeds. In bold: what is best by more than the
+spread, so that no other interval of a column meets its own. Distances are to {to}.
 
-{main_table(evaluation, features, sampler)}"""
+{main_table(evaluation, sampler)}"""
 
 
 def _comparisons(evaluation: Evaluation) -> str:
@@ -192,7 +222,9 @@ def _comparison(evaluation: Evaluation, features: str, sampler: str) -> str:
     return table([f"{features}, {sampler}", *_step_columns(evaluation)], rows)
 
 
-def _signed(difference: tuple[float, float | None]) -> str:
+def _signed(difference: Spread | None) -> str:
+    if difference is None:
+        return "–"
     value, deviation = difference
     return f"{value:+.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
 
@@ -298,7 +330,7 @@ def _provenance(record: dict[str, Any], evaluation: Evaluation, name: str) -> st
     versions = sorted(set(evaluation.versions.values()))
     bundles = ", ".join(f"`{version[:12]}`" for version in versions)
     features = "; ".join(
-        f"{feature}: {f'`{of.file[:12]}`' if of.file else 'trained on the fly'}"
+        f"{feature}: {f'`{of.file[:12]}`' if of.file else 'no file'}"
         for feature, of in evaluation.features.items()
     )
     packages = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "device")

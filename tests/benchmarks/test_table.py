@@ -126,7 +126,9 @@ def test_a_difference_is_taken_seed_by_seed(record: Any) -> None:
         if (c.steps, c.sampler) == (4, "2M") and c.method in ("full", "Naive")
     }
     first, second = (of["Naive", seed] - of["full", seed] for seed in (0, 1))
-    mean, deviation = difference(evaluation, "Naive", "full", 4, "classifier", "2M")
+    found = difference(evaluation, "Naive", "full", 4, "classifier", "2M")
+    assert found is not None
+    mean, deviation = found
     assert mean == pytest.approx((first + second) / 2)
     assert deviation == pytest.approx(abs(first - second) / 2**0.5)
 
@@ -156,7 +158,7 @@ def test_finished_parts_are_not_repeated(made: Path) -> None:
         (["table.samplers={x: {stepz: 3}}"], "table.samplers.x: "),
         (
             ["table.features=[nowhere.pt]"],
-            "table.features must be of classifier, inception, TorchScript files",
+            "table.features must be of classifier, pixels, inception, TorchScript files",
         ),
         (["--pages=1"], "unrecognized arguments: --pages=1"),
     ],

@@ -28,7 +28,7 @@ def check_classes(classes: Tensor, key: str = "evaluate.features") -> None:
     """Raise `ConfigError` naming the key if there is only one class: nothing can be learned."""
     if int(classes.min()) == int(classes.max()):
         raise ConfigError(
-            f"{key} must hold inception or a TorchScript file for images of one class, "
+            f"{key} must hold pixels, inception or a TorchScript file for images of one class, "
             "got 'classifier'"
         )
 

@@ -18,7 +18,7 @@ def reference_file(network: Path | None, reference: str | None) -> Path | None:
 
 def feature_files(name: str, inception_weights: str | None, reference: str | None) -> list[Path]:
     """All files that one entry of `evaluate.features` stands for, statistics included."""
-    if name == "classifier":
+    if name in ("classifier", "pixels"):
         return []
     if name == "inception":
         return [Path(inception_weights or "")]

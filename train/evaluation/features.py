@@ -1,4 +1,4 @@
-"""The feature networks that `evaluate.features` names; every figure says which one it used."""
+"""The feature spaces that `evaluate.features` names; every figure says which one it used."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ from train.evaluation.classifier import classifier_network
 from train.evaluation.feature_files import script_files
 from train.evaluation.feature_network import FeatureNetwork, script_network
 from train.evaluation.inception import inception_network
+from train.evaluation.pixels import DIRECTIONS, pixels_network
 
 
 def feature_networks(
@@ -17,9 +18,11 @@ def feature_networks(
     images: Mapping[str, Tensor],
     seed: int,
     device: str,
+    pixel_directions: int = DIRECTIONS,
 ) -> list[FeatureNetwork]:
-    """The networks of these names; `images` are the partition's, on which a classifier is trained.
+    """The networks of these names; `images` are the partition's.
 
+    A classifier is trained on half of them, and the directions of `pixels` are theirs.
     Raises `ConfigError` if one cannot be had.
     """
     networks = []
@@ -28,6 +31,8 @@ def feature_networks(
             networks.append(classifier_network(images, seed, device))
         elif name == "inception":
             networks.append(inception_network(inception_weights, device))
+        elif name == "pixels":
+            networks.append(pixels_network(images["images"], device, pixel_directions))
         else:
             files = script_files(Path(name))
             networks += [script_network("evaluate.features", str(file), device) for file in files]

@@ -100,7 +100,7 @@ class Measurement:
             )
             for method in self.methods
             for sampler, settings in self.samplers.items()
-            for steps in cfg.steps
+            for steps in cfg.steps_of.get(method.name, cfg.steps)
             for seed in range(cfg.seeds)
         ]
 
@@ -123,7 +123,12 @@ class Measurement:
             check_classes(classes_of(whole), f"{self.folder.name}.features")
         self.sample()
         networks = feature_networks(
-            cfg.features, cfg.inception_weights, whole, _FEATURE_SEED, config.device
+            cfg.features,
+            cfg.inception_weights,
+            whole,
+            _FEATURE_SEED,
+            config.device,
+            cfg.pixel_directions,
         )
         scores: dict[str, dict[str, Score]] = {}
         features: dict[str, Features] = {}
@@ -216,8 +221,8 @@ class Measurement:
         count = len(whole["images"])
         order = torch.randperm(count, generator=torch.Generator().manual_seed(_FEATURE_SEED))
         file = reference_file(network.file, self.cfg.reference)
-        if file is not None:  # real images are then needed only for neighbours and KID
-            order = order[: self.cfg.n]
+        if file is not None:  # real images are then needed only for the floor, neighbours and KID
+            order = order[: self.cfg.n * self.cfg.seeds]
         facts = Features(
             what=network.what,
             file=sha256(network.file) if network.file else None,
@@ -236,11 +241,32 @@ class Measurement:
                 facts.real_class_frequencies = class_frequencies_of(
                     classes_of(whole), unseen.shape[1]
                 )
-            measure = Scores(real.features, read_reference(file) if file else None)
+            reference = read_reference(file) if file else None
+            compared = real.features if file is None else real.features[: self.cfg.n]
+            measure = Scores(compared, reference)
             for spec in self.specs:
                 scores[spec.name] = self._score(spec, network, measure, facts)
                 advance(self.cfg.n)
+        facts.floor = self._floor(measure, real.features, resampled=file is None)
         return scores, facts
+
+    def _floor(self, measure: Scores, real: Tensor, resampled: bool) -> list[float]:
+        """The Frechet distance of as many real images as samples, for each seed.
+
+        They are drawn with replacement from the images that the distance is to, which the same
+        number of samples from their distribution is like. Where it is to a file's statistics, they
+        are real images of the run, different ones for each seed as far as there are enough.
+        """
+        n = self.cfg.n
+        floor = []
+        for seed in range(self.cfg.seeds):
+            if resampled:
+                generator = torch.Generator().manual_seed(seed)
+                places = torch.randint(len(real), (n,), generator=generator)
+            else:
+                places = torch.arange(seed * n, (seed + 1) * n) % len(real)
+            floor.append(measure.frechet(real[places]))
+        return floor
 
     def _score(
         self, spec: SampleSpec, network: FeatureNetwork, measure: Scores, facts: Features

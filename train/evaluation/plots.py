@@ -13,22 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.evaluation.results import Cell, Evaluation, Spread
+from train.evaluation.rows import ROWS
 from train.evaluation.samples import SampleSet
 
-# Okabe and Ito's colours, distinct also to the colour-blind; a method has the same one everywhere.
-COLOURS = {
-    "DDIM": "#000000",
-    "Naive": "#999999",
-    "MoG-a": "#56B4E9",
-    "MoG-da": "#0072B2",
-    "balanced": "#D55E00",
-    "balanced-cv": "#E69F00",
-    "adaptive": "#882255",
-    "top-1": "#CC79A7",
-    "top-2": "#DDAADD",
-    "nucleus": "#AA9900",
-    "full": "#009E73",
-}
+COLOURS = {name: row.colour for name, row in ROWS.items()}
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,

@@ -15,54 +15,68 @@ from ddm.artifacts import replaced
 from ddm.partition import Partition
 from serve.model.images import contact_sheet, write_png
 from train.evaluation import plots
-from train.evaluation.methods import MEANING
-from train.evaluation.results import Cell, Evaluation, Score, Spread
+from train.evaluation.results import Cell, Evaluation, Score, Spread, clear_best
+from train.evaluation.rows import ROWS
 from train.evaluation.samples import SampleSet
 
 
 class _Measure(NamedTuple):
     title: str
     note: str
-    value: Callable[[Cell], float | None]
+    value: Callable[[Cell, str], float | None]  # of a cell, with the features of this name
     form: str
-    best: Callable[..., float] | None  # which value of a column is in bold, if any
+    sign: float | None  # 1 if the smallest is best, -1 if the largest, None if none is
+    by_features: bool = True  # whether each feature network has its own figures
 
 
 _FRECHET = _Measure(
-    "Fréchet distance", "lower is better", lambda cell: first_score(cell).frechet, ".2f", min
+    "Fréchet distance",
+    "lower is better",
+    lambda cell, features: cell.scores[features].frechet,
+    ".2f",
+    1,
 )
 _ERROR = _Measure(
-    "Trajectory error E(N)", "lower is better", lambda cell: cell.trajectory_error, ".4f", min
+    "Trajectory error E(N)",
+    "lower is better",
+    lambda cell, _: cell.trajectory_error,
+    ".4f",
+    1,
+    by_features=False,
 )
 _CONFIDENCE = _Measure(
     "Mean confidence of the classifier",
     "",
-    lambda cell: first_score(cell).confidence,
+    lambda cell, features: cell.scores[features].confidence,
     ".3f",
     None,
 )
 _MEASURES = [
     _FRECHET,
     _Measure(
-        "KID × 1000", "lower is better", lambda cell: 1000 * first_score(cell).kid, ".2f", min
+        "KID × 1000",
+        "lower is better",
+        lambda cell, features: 1000 * cell.scores[features].kid,
+        ".2f",
+        1,
     ),
     _Measure(
         "Coverage",
         "of the real images by the samples; higher is better",
-        lambda cell: first_score(cell).coverage,
+        lambda cell, features: cell.scores[features].coverage,
         ".3f",
-        max,
+        -1,
     ),
     _Measure(
         "Inception score",
         "higher is better",
-        lambda cell: first_score(cell).inception_score,
+        lambda cell, features: cell.scores[features].inception_score,
         ".2f",
-        max,
+        -1,
     ),
     _CONFIDENCE,
     _ERROR,
-    _Measure("NFE per image", "", lambda cell: cell.nfe, ".0f", None),
+    _Measure("NFE per image", "", lambda cell, _: cell.nfe, ".0f", None, by_features=False),
 ]
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 66rem;
@@ -72,27 +86,38 @@ p { margin: .3rem 0 .8rem; }
 table { border-collapse: collapse; margin: .4rem 0 1.2rem; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-.name { text-align: left; } .meaning { text-align: left; color: #555; font-size: .88rem; }
+.name { text-align: left; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 caption small, .facts { font-weight: 400; color: #555; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 2rem; } .tables > div { max-width: 100%; }
 .best { font-weight: 700; } img { max-width: 100%; } .scroll { overflow-x: auto; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 
 
 def print_tables(evaluation: Evaluation) -> None:
-    """Print the Frechet distances and the trajectory errors."""
+    """Print the Frechet distances, for each feature network, and the trajectory errors."""
     console = Console(width=100)
-    steps = evaluation.steps
-    console.print(_terminal_table(evaluation, _FRECHET, f"NFE at {steps[-1]}", _nfe_at_most_steps))
-    console.print(_terminal_table(evaluation, _ERROR, "falls as", _exponent))
+    for features in evaluation.features:
+        console.print(_terminal_table(evaluation, _FRECHET, "NFE per step", _nfe, features))
+        console.print(floor_line(evaluation, features), style="dim", soft_wrap=True)
+    console.print(_terminal_table(evaluation, _ERROR, "falls as", _exponent, ""))
     for method in evaluation.versions:
-        line = _classes_line(evaluation, method, _middle(steps))
+        line = _classes_line(evaluation, method, _middle(evaluation.steps))
         if line is not None:
             console.print(line, soft_wrap=True)
-    seeds = f" and seed, {evaluation.seeds} seeds" if evaluation.seeds > 1 else ""
-    features = next(iter(evaluation.features.values()))
-    console.print(f"{evaluation.n} images per cell{seeds}; features: {features.what}", style="dim")
+    several = evaluation.seeds > 1
+    seeds = f" and seed, {evaluation.seeds} seeds, ± the standard deviation" if several else ""
+    console.print(f"{evaluation.n} images per cell{seeds}", style="dim")
+
+
+def floor_line(evaluation: Evaluation, features: str) -> str:
+    """What the features are, and the distance of as many real images."""
+    line = f"{features}: {evaluation.features[features].what}"
+    floor = evaluation.floor(features)
+    if floor is None:
+        return line
+    return f"{line}; {evaluation.n} real images have {shown(floor, '.2f')}"
 
 
 def _terminal_table(
@@ -100,24 +125,46 @@ def _terminal_table(
     measure: _Measure,
     last_column: str,
     last: Callable[[Evaluation, str], str],
+    features: str,
 ) -> Table:
     """One measure with a row per method that it was measured for, and one more column."""
     steps = evaluation.steps
-    title = f"{measure.title}, {measure.note}"
+    by = f" by {features}" if measure.by_features else ""
+    title = f"{measure.title}{by}, {measure.note}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("method")
     for column in [*(f"{n} steps" for n in steps), last_column]:
         table.add_column(column, justify="right")
+    columns = [_column(evaluation, measure, n, features) for n in steps]
     for method in evaluation.versions:
-        found = [evaluation.over_seeds(method, n, measure.value) for n in steps]
-        if found[-1] is not None:
-            cells = [shown(value, measure.form) for value in found]
+        if any(column[method] is not None for column in columns):
+            cells = [_terminal_cell(column, method, measure) for column in columns]
             table.add_row(method, *cells, last(evaluation, method))
     return table
 
 
-def _nfe_at_most_steps(evaluation: Evaluation, method: str) -> str:
-    return shown(evaluation.over_seeds(method, evaluation.steps[-1], lambda cell: cell.nfe), ".0f")
+def _column(
+    evaluation: Evaluation, measure: _Measure, steps: int, features: str
+) -> dict[str, Spread | None]:
+    """A measure of every method at a number of steps."""
+
+    def value(cell: Cell) -> float | None:
+        return measure.value(cell, features)
+
+    return {name: evaluation.over_seeds(name, steps, value) for name in evaluation.versions}
+
+
+def _terminal_cell(column: Mapping[str, Spread | None], name: str, measure: _Measure) -> str:
+    text = shown(column[name], measure.form)
+    return f"[bold]{text}[/bold]" if _is_best(column, name, measure) else text
+
+
+def _is_best(column: Mapping[str, Spread | None], name: str, measure: _Measure) -> bool:
+    return measure.sign is not None and clear_best(column, measure.sign) == name
+
+
+def _nfe(evaluation: Evaluation, method: str) -> str:
+    return f"{evaluation.nfe_per_step(method):.3g}"
 
 
 def _exponent(evaluation: Evaluation, method: str) -> str:
@@ -127,20 +174,21 @@ def _exponent(evaluation: Evaluation, method: str) -> str:
 
 def _classes_line(evaluation: Evaluation, method: str, steps: int) -> str | None:
     """How a classifier sees a method's samples; None without a classifier."""
-    real = next(iter(evaluation.features.values()))
-    cells = [cell for cell in evaluation.cells if (cell.method, cell.steps) == (method, steps)]
-    score = first_score(cells[0])
-    if not real.real_confidence or not real.real_class_frequencies:
-        return None
-    if not score.confidence or not score.class_frequencies:
-        return None
-    pairs = zip(score.class_frequencies, real.real_class_frequencies, strict=True)
-    ratios = [found / expected for found, expected in pairs if expected > 0]
-    return (
-        f"{method:10} at {steps} steps: mean confidence of the classifier is "
-        f"{score.confidence / real.real_confidence:.3f} times that on unseen real images; "
-        f"classes occur {min(ratios):.2f} to {max(ratios):.2f} times as often"
-    )
+    wanted = (method, steps)
+    cell = next((c for c in evaluation.cells if (c.method, c.steps) == wanted), None)
+    for name, real in evaluation.features.items():
+        if cell is not None and real.real_confidence and real.real_class_frequencies:
+            score = cell.scores[name]
+            assert score.confidence is not None
+            assert score.class_frequencies is not None
+            pairs = zip(score.class_frequencies, real.real_class_frequencies, strict=True)
+            ratios = [found / expected for found, expected in pairs if expected > 0]
+            return (
+                f"{method:10} at {steps} steps: mean confidence of the classifier is "
+                f"{score.confidence / real.real_confidence:.3f} times that on unseen real images; "
+                f"classes occur {min(ratios):.2f} to {max(ratios):.2f} times as often"
+            )
+    return None
 
 
 def _middle(steps: Sequence[int]) -> int:
@@ -169,7 +217,7 @@ def write_report(
     plotted = folder / "evaluate" / "plots"
     cut = Partition.read(folder / "partition")
     middle = _middle(evaluation.steps)
-    rows = {name: samples[name, middle] for name in evaluation.versions}
+    rows = {name: samples[name, middle] for name in evaluation.methods_at(middle)}
     _write_plots(plotted, folder, evaluation, cut, rows)
     sheets = {
         "images": rows[_shown_method(evaluation)].images[:48].split(12),
@@ -183,9 +231,16 @@ def write_report(
 
 
 def _shown_method(evaluation: Evaluation) -> str:
-    """The method whose samples are shown."""
-    names = list(evaluation.versions)
-    return "balanced-cv" if "balanced-cv" in names else names[0]
+    """The method whose samples are shown: the run's own way of sampling, if it has a row."""
+    sample = evaluation.config["sample"]
+    names = evaluation.methods_at(_middle(evaluation.steps))
+    for name in names:
+        row = ROWS[name]
+        policy = (row.policy, row.control_variate)
+        same = policy == (sample["policy"], sample["control_variate"])
+        if same and row.source in (None, sample["source"]):
+            return name
+    return names[0]
 
 
 def _write_plots(
@@ -196,10 +251,9 @@ def _write_plots(
     rows: Mapping[str, SampleSet],
 ) -> None:
     routed = {name: one for name, one in rows.items() if name not in ("DDIM", "full")}
-    with_alpha = ("MoG-a", "MoG-da", "balanced", "balanced-cv")
-    followed = {name: one for name, one in rows.items() if name in with_alpha}
+    followed = {name: one for name, one in rows.items() if ROWS[name].routed_one}
     figures = {
-        "frechet": plots.frechet(evaluation),
+        **{f"frechet-{name}": plots.frechet(evaluation, name) for name in evaluation.features},
         "trajectory": plots.trajectory(evaluation),
         "load": plots.load(routed or rows, cut.names, cut.pi.tolist()),
         "certainty": plots.certainty(followed or rows),
@@ -253,16 +307,26 @@ def _head_parts(
 
 def _quality_parts(evaluation: Evaluation, plotted: Path) -> list[str]:
     sampler = next(iter(evaluation.samplers))
-    features = next(iter(evaluation.features.values()))
-    seeds = f" for each of {evaluation.seeds} seeds" if evaluation.seeds > 1 else ""
+    several = evaluation.seeds > 1
+    seeds = f" for each of {evaluation.seeds} seeds, ± the standard deviation" if several else ""
+    spaces = "".join(
+        f"<li>{html.escape(name)}: {html.escape(of.what)}; distances are to "
+        f"{html.escape(of.reference)}</li>"
+        for name, of in evaluation.features.items()
+    )
+    rows = "".join(f"<li>{name}: {ROWS[name].meaning}</li>" for name in evaluation.versions)
+    nfe = ", ".join(f"{name} {_nfe(evaluation, name)}" for name in evaluation.versions)
     return [
         "<h2>Image quality</h2>",
         f"<p>{evaluation.n} images per cell{seeds}; all methods start from the same noise; "
-        f"sampler {sampler}. Features: {html.escape(features.what)}; "
-        "figures made with other features are not comparable. "
-        f"Fréchet distances are to {html.escape(features.reference)}.</p>",
-        *(_table(evaluation, measure) for measure in _MEASURES),
-        _image(plotted, "frechet", "Fréchet distance over the number of steps"),
+        f"sampler {sampler}. In bold: what is best by more than the spread over the seeds. "
+        f"Figures made with different features are not comparable. NFE per step: {nfe}.</p>",
+        f"<ul class=facts>{spaces}</ul><ul class=facts>{rows}</ul>",
+        *(_tables(evaluation, measure) for measure in _MEASURES),
+        *(
+            _image(plotted, f"frechet-{name}", f"Fréchet distance by {name} over steps")
+            for name in evaluation.features
+        ),
     ]
 
 
@@ -309,7 +373,7 @@ def _image_parts(evaluation: Evaluation, cut: Partition, plotted: Path, middle: 
     clusters = "; ".join(f"{cluster} ({size:,} images)" for cluster, size in pairs)
     return [
         "<h2>The same noise, every method</h2>",
-        f"<p>Rows from the top, at {middle} steps: {', '.join(evaluation.versions)}. "
+        f"<p>Rows from the top, at {middle} steps: {', '.join(evaluation.methods_at(middle))}. "
         "The images of a column start from the same noise.</p>",
         _image(plotted, "methods", "One row per method"),
         "<h2>The clusters</h2>",
@@ -318,43 +382,50 @@ def _image_parts(evaluation: Evaluation, cut: Partition, plotted: Path, middle: 
     ]
 
 
-def _table(evaluation: Evaluation, measure: _Measure) -> str:
+def _tables(evaluation: Evaluation, measure: _Measure) -> str:
+    """One measure, for each feature network that it was measured with, side by side."""
+    names = list(evaluation.features)
+    tables = [
+        _table(evaluation, measure, name) for name in names[: None if measure.by_features else 1]
+    ]
+    return f"<div class=tables>{''.join(tables)}</div>"
+
+
+def _table(evaluation: Evaluation, measure: _Measure, features: str) -> str:
     """One measure with a row per method and a column per number of steps.
 
-    The best of a column is in bold. Empty if it was not measured.
+    What is best beyond the spread over the seeds is in bold. Empty if it was not measured.
     """
     steps = evaluation.steps
-    columns = {
-        n: {name: evaluation.over_seeds(name, n, measure.value) for name in evaluation.versions}
-        for n in steps
-    }
+    columns = [_column(evaluation, measure, n, features) for n in steps]
     rows = []
     for name in evaluation.versions:
-        if any(columns[n][name] is None for n in steps):
+        if all(column[name] is None for column in columns):
             continue
-        cells = [
-            f"<td{_bold(columns[n], name, measure)}>{shown(columns[n][name], measure.form)}</td>"
-            for n in steps
-        ]
-        meaning = f"<td class=name>{name}</td><td class=meaning>{MEANING.get(name, '')}</td>"
-        rows.append(f"<tr>{meaning}{''.join(cells)}</tr>")
+        cells = []
+        for column in columns:
+            best = " class=best" if _is_best(column, name, measure) else ""
+            cells.append(f"<td{best}>{shown(column[name], measure.form)}</td>")
+        meaning = html.escape(ROWS[name].meaning, quote=True)
+        rows.append(f"<tr><td class=name title='{meaning}'>{name}</td>{''.join(cells)}</tr>")
     if not rows:
         return ""
-    note = measure.note
-    real = next(iter(evaluation.features.values())).real_confidence
-    if measure is _CONFIDENCE and real is not None:
-        note = f"on real images that it was not trained on: {real:.3f}"
-    caption = f"<caption>{measure.title} <small>{note}</small></caption>"
+    by = f" by {html.escape(features)}" if measure.by_features else ""
+    note = _note(evaluation, measure, features)
+    caption = f"<caption>{measure.title}{by} <small>{note}</small></caption>"
     columns_head = "".join(f"<th>{n} steps" for n in steps)
-    head = f"<tr><th class=name>method<th>{columns_head}</tr>"
+    head = f"<tr><th class=name>method{columns_head}</tr>"
     return f"<div class=scroll><table>{caption}{head}{''.join(rows)}</table></div>"
 
 
-def _bold(column: Mapping[str, Spread | None], name: str, measure: _Measure) -> str:
-    if measure.best is None:
-        return ""
-    values = {method: value.mean for method, value in column.items() if value is not None}
-    return " class=best" if values[name] == measure.best(values.values()) else ""
+def _note(evaluation: Evaluation, measure: _Measure, features: str) -> str:
+    real = evaluation.features[features].real_confidence
+    floor = evaluation.floor(features)
+    if measure is _CONFIDENCE and real is not None:
+        return f"on real images that it was not trained on: {real:.3f}"
+    if measure is _FRECHET and floor is not None:
+        return f"{measure.note}; {evaluation.n} real images have {shown(floor, '.2f')}"
+    return measure.note
 
 
 def _image(plotted: Path, name: str, alt: str) -> str:

@@ -1,7 +1,7 @@
 """The results of an evaluation, as plain data."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -49,6 +49,8 @@ class Features:
     reference_file: str | None  # the SHA-256 of the reference's file
     real_confidence: float | None  # the classifier's, on images it was not trained on
     real_class_frequencies: list[float] | None  # of the classes
+    # For each seed, the Frechet distance of as many real images as a cell has:
+    floor: list[float] = field(default_factory=list)
 
 
 class Spread(NamedTuple):
@@ -56,6 +58,28 @@ class Spread(NamedTuple):
 
     mean: float
     deviation: float | None
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        """Of one value or more."""
+        return Spread(mean(values), stdev(values) if len(values) > 1 else None)
+
+
+def clear_best(column: Mapping[str, Spread | None], sign: float = 1.0) -> str | None:
+    """The name whose mean is smallest by more than the spread; with `sign` -1 the largest.
+
+    That is, its interval mean ± deviation meets no other one. None if one does, or if there is only
+    one seed, whose spread is not known.
+    """
+    measured = {name: value for name, value in column.items() if value is not None}
+    if not measured or any(value.deviation is None for value in measured.values()):
+        return None
+    best = min(measured, key=lambda name: sign * measured[name].mean)
+    for name, value in measured.items():
+        gap = sign * (value.mean - measured[best].mean)
+        if name != best and gap <= (value.deviation or 0) + (measured[best].deviation or 0):
+            return None
+    return best
 
 
 @dataclass
@@ -92,7 +116,23 @@ class Evaluation:
         values = [found for found in measured if found is not None]
         if not values:
             return None
-        return Spread(mean(values), stdev(values) if len(values) > 1 else None)
+        return Spread.of(values)
+
+    def methods_at(self, steps: int) -> list[str]:
+        """The methods that were measured at this number of steps."""
+        measured = {cell.method for cell in self.cells if cell.steps == steps}
+        return [method for method in self.versions if method in measured]
+
+    def nfe_per_step(self, method: str, sampler: str | None = None) -> float:
+        """Expert evaluations per image and step, by default with the first sampler."""
+        wanted = (method, sampler or next(iter(self.samplers)))
+        cells = [cell for cell in self.cells if (cell.method, cell.sampler) == wanted]
+        return mean(cell.nfe / cell.steps for cell in cells)
+
+    def floor(self, features: str) -> Spread | None:
+        """The Frechet distance of as many real images, over the seeds; None in older records."""
+        found = self.features[features].floor
+        return Spread.of(found) if found else None
 
     @staticmethod
     def read(path: Path) -> "Evaluation":

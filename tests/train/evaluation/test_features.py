@@ -78,6 +78,7 @@ def test_the_classifier_does_not_depend_on_the_clusters(
         "evaluate.methods=[Naive, DDIM]",
         "evaluate.steps=[1, 2]",
         "evaluate.reference_steps=3",
+        "evaluate.features=[classifier]",
     )
     three = measured(small(copy, *words))
     whole = measured(small(copy / "monolith", "partition.k=1", *words))
@@ -269,7 +270,7 @@ def test_a_classifier_of_one_class_is_refused_before_sampling(
     monkeypatch.setattr(measurement, "_images", lambda: one_class)
     before = sorted((copy / "evaluate" / "samples").iterdir())
     with pytest.raises(
-        ConfigError, match="evaluate.features must hold inception or a TorchScript file"
+        ConfigError, match="evaluate.features must hold pixels, inception or a TorchScript file"
     ):
         measurement.make()
     assert sorted((copy / "evaluate" / "samples").iterdir()) == before

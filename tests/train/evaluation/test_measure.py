@@ -124,7 +124,7 @@ def test_all_methods_are_in_the_table_with_their_nfe(record: Evaluation) -> None
 def test_the_report_needs_no_other_file(small_run: Path) -> None:
     page = (small_run / "report.html").read_text()
     assert not re.findall(r"(?:src|href)='(?!data:)", page)
-    assert page.count("data:image/png;base64,") == 9
+    assert page.count("data:image/png;base64,") == 10
     for name in (*NAMES, "a small classifier trained on half"):
         assert name in page
 

@@ -11,8 +11,8 @@ import pytest
 from ddm.artifacts import sha256
 from train.config import METHODS, Config
 from train.evaluation.measure import Measurement
-from train.evaluation.methods import MEANING, methods
-from train.evaluation.plots import COLOURS
+from train.evaluation.methods import methods
+from train.evaluation.rows import ROWS as KNOWN
 from train.evaluation.samples import SampleSet
 from train.stages.monolith import monolith_config, train_monolith
 from train.stages.run import run
@@ -53,7 +53,14 @@ def test_rows_that_are_not_the_paper_s_take_alpha_from_the_config(
         cfg = small_run / "monolith" if name == "DDIM" else small_run
         assert rows[name].run == str(cfg)
         assert rows[name].version == sha256(cfg / "bundle" / "manifest.json")
-        assert name in MEANING and name in COLOURS
+
+
+def test_every_row_has_its_own_colour_and_meaning() -> None:
+    rows = KNOWN.values()
+    assert len({row.colour for row in rows}) == len({row.meaning for row in rows}) == len(rows)
+    routed = {name for name, row in KNOWN.items() if row.routed_one}
+    assert {"MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1"} <= routed
+    assert not routed & {"DDIM", "Naive", "adaptive", "top-2", "nucleus", "full"}
 
 
 def test_rows_keep_their_order_and_ddim_needs_a_monolith(
