@@ -7,7 +7,7 @@ import itertools
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def write_bundle(
         manifest = {
             "format": FORMAT,
             "schedule": schedule,
-            "partition": {**asdict(partition), "hash": partition.hash},
+            "partition": {**partition.facts, "hash": partition.hash},
             "artifacts": {name: sha256(scratch / f"{name}.json") for name in stems},
         }
         write_json(scratch / MANIFEST, manifest)

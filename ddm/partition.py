@@ -3,7 +3,7 @@ and nothing else.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,27 @@ class Partition:
     names: of the clusters, unique
     sizes: images per cluster, each at least 1
     hashes: SHA-256 of each cluster's file, in hex
+    holdout_sizes: held-out images per cluster, at least 0; empty if no image is held out
+    holdout_hashes: SHA-256 of each cluster's file of held-out images, likewise
 
     On disk a folder: `partition.json` and `cluster-00.safetensors` ... with the tensors `images`
     (uint8 `[n, C, H, W]`), `index` (int64 `[n]`, positions in the data set) and, if the data set
-    has them, `labels` (int64 `[n]`).
+    has them, `labels` (int64 `[n]`). Held-out images, which no training may see, are in
+    `holdout-00.safetensors` ..., with the same tensors.
     """
 
     shape: list[int]
     names: list[str]
     sizes: list[int]
     hashes: list[str]
+    holdout_sizes: list[int] = field(default_factory=list)
+    holdout_hashes: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The partition as plain data; without the keys of the holdout if there is none."""
+        facts = asdict(self)
+        return facts if self.holdout_sizes else {key: facts[key] for key in _RULES}
 
     @property
     def k(self) -> int:
@@ -56,19 +67,25 @@ class Partition:
     @property
     def hash(self) -> str:
         """The content hash: two partitions are the same if and only if their hashes are."""
-        return digest(asdict(self))
+        return digest(self.facts)
 
     @staticmethod
     def write(
-        folder: Path, images: Tensor, cluster: Tensor, names: Sequence[str], labels: Tensor | None
+        folder: Path,
+        images: Tensor,
+        cluster: Tensor,
+        names: Sequence[str],
+        labels: Tensor | None,
+        held_out: Tensor | None = None,
     ) -> "Partition":
         """Split `images` (uint8 `[N, C, H, W]`) by `cluster` (int64 `[N]`, values below
-        `len(names)`) into a folder.
+        `len(names)`) into a folder; those that are `held_out` (bool `[N]`) into their own files.
 
         Raises `DataError` naming a cluster without images, `ArtifactError` naming a file that
         cannot be written.
         """
-        sizes = torch.bincount(cluster, minlength=len(names)).tolist()
+        held = torch.zeros(len(images), dtype=torch.bool) if held_out is None else held_out
+        sizes = torch.bincount(cluster[~held], minlength=len(names)).tolist()
         assert len(sizes) == len(names)
         if len(names) > MAX_CLUSTERS:
             raise DataError(f"a partition has at most {MAX_CLUSTERS} clusters, got {len(names)}")
@@ -78,17 +95,29 @@ class Partition:
                     f"cluster {k} ({names[k]}) of {len(names)} has no images: "
                     "every cluster needs at least one"
                 )
-        hashes = []
-        for k in range(len(names)):
-            index = (cluster == k).nonzero()[:, 0]
+
+        def written(path: Path, chosen: Tensor) -> str:
+            index = chosen.nonzero()[:, 0]
             tensors = {"images": images[index], "index": index}
             if labels is not None:
                 tensors["labels"] = labels[index]
-            path = Partition.file(folder, k)
             write_tensors(path, tensors)
-            hashes.append(sha256(path))
-        partition = Partition(list(images.shape[1:]), list(names), sizes, hashes)
-        write_json(folder / "partition.json", {**asdict(partition), "hash": partition.hash})
+            return sha256(path)
+
+        hashes = [
+            written(Partition.file(folder, k), (cluster == k) & ~held) for k in range(len(names))
+        ]
+        holdout_sizes: list[int] = []
+        holdout_hashes: list[str] = []
+        if held.any():
+            holdout_sizes = torch.bincount(cluster[held], minlength=len(names)).tolist()
+            holdout_hashes = [
+                written(Partition.holdout_file(folder, k), (cluster == k) & held)
+                for k in range(len(names))
+            ]
+        shape = list(images.shape[1:])
+        partition = Partition(shape, list(names), sizes, hashes, holdout_sizes, holdout_hashes)
+        write_json(folder / "partition.json", {**partition.facts, "hash": partition.hash})
         return partition
 
     @staticmethod
@@ -108,7 +137,8 @@ class Partition:
         """
         if fault := _fault(facts):
             raise ArtifactError(f"{path} does not describe a partition: {fault}")
-        partition = Partition(**{key: facts[key] for key in _RULES})
+        known = [*_RULES, *(key for key in _HOLDOUT_RULES if key in facts)]
+        partition = Partition(**{key: facts[key] for key in known})
         if partition.hash != facts.get("hash"):
             raise ArtifactError(
                 f"{path} is damaged: the hash of its partition is {partition.hash}, "
@@ -121,6 +151,17 @@ class Partition:
         """The file of cluster k."""
         return folder / f"cluster-{k:02d}.safetensors"
 
+    @staticmethod
+    def holdout_file(folder: Path, k: int) -> Path:
+        """The file of the held-out images of cluster k."""
+        return folder / f"holdout-{k:02d}.safetensors"
+
+    def files(self, folder: Path) -> dict[Path, str]:
+        """All files of the clusters and of their held-out images, with their SHA-256."""
+        files = {self.file(folder, k): found for k, found in enumerate(self.hashes)}
+        held = {self.holdout_file(folder, k): found for k, found in enumerate(self.holdout_hashes)}
+        return files | held
+
     def cluster(self, folder: Path, k: int) -> dict[str, Tensor]:
         """The tensors of cluster k and of no other.
 
@@ -132,10 +173,33 @@ class Partition:
         """The tensors of all clusters, concatenated, and `cluster` (int64 `[N]`): for the router
         and for evaluation.
         """
-        clusters = [self.cluster(folder, k) for k in range(self.k)]
-        whole = {name: torch.cat([c[name] for c in clusters]) for name in clusters[0]}
-        whole["cluster"] = torch.repeat_interleave(torch.arange(self.k), torch.tensor(self.sizes))
-        return whole
+        return _joined([self.cluster(folder, k) for k in range(self.k)])
+
+    def cluster_holdout(self, folder: Path, k: int) -> dict[str, Tensor]:
+        """The tensors of the held-out images of cluster k, as in `cluster`.
+
+        Raises `ArtifactError` if no image is held out, or if the file is not of this partition.
+        """
+        if not self.holdout_sizes:
+            raise ArtifactError(
+                f"{folder} has no held-out images: cut it with partition.holdout above 0"
+            )
+        return read_tensors(self.holdout_file(folder, k), self.holdout_hashes[k])
+
+    def holdout(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors of all held-out images, as in `all`: what no training has seen.
+
+        Raises `ArtifactError` if no image is held out.
+        """
+        return _joined([self.cluster_holdout(folder, k) for k in range(self.k)])
+
+
+def _joined(clusters: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of clusters, concatenated, and the `cluster` of each image, int64 `[N]`."""
+    whole = {name: torch.cat([c[name] for c in clusters]) for name in clusters[0]}
+    sizes = torch.tensor([len(c["index"]) for c in clusters])
+    whole["cluster"] = torch.repeat_interleave(torch.arange(len(clusters)), sizes)
+    return whole
 
 
 def _fault(facts: Any) -> str | None:
@@ -149,6 +213,19 @@ def _fault(facts: Any) -> str | None:
     lengths = {key: len(facts[key]) for key in ("names", "sizes", "hashes")}
     if len(set(lengths.values())) > 1:
         return f"names, sizes and hashes must have one length, got {lengths}"
+    return _holdout_fault(facts, lengths["sizes"])
+
+
+def _holdout_fault(facts: dict[str, Any], k: int) -> str | None:
+    """What is wrong with the description of the held-out images, if there are any, or None."""
+    given = [key for key in _HOLDOUT_RULES if key in facts]
+    for key in given:
+        rule, holds = _HOLDOUT_RULES[key]
+        value = facts[key]
+        if not (isinstance(value, list) and len(value) == k and holds(value)):
+            return f"{key} must be {rule} for each cluster, got {shown(value)}"
+    if len(given) == 1:
+        return f"holdout_sizes and holdout_hashes must both be there, got only {given[0]}"
     return None
 
 
@@ -178,6 +255,11 @@ def _are_sizes(sizes: list[Any]) -> bool:
     return len(sizes) > 0 and all(_whole(size, 2**40) for size in sizes)
 
 
+def _are_counts(counts: list[Any]) -> bool:
+    whole = all(type(count) is int and 0 <= count <= 2**40 for count in counts)
+    return whole and sum(counts) > 0
+
+
 def _are_hashes(hashes: list[Any]) -> bool:
     return all(is_sha256(value) for value in hashes)
 
@@ -187,4 +269,8 @@ _RULES: dict[str, tuple[str, Callable[[list[Any]], bool]]] = {
     "names": (f"at most {MAX_CLUSTERS} different strings of at most 255 bytes", _are_names),
     "sizes": ("whole numbers in [1, 2^40]", _are_sizes),
     "hashes": ("SHA-256 in hex", _are_hashes),
+}
+_HOLDOUT_RULES: dict[str, tuple[str, Callable[[list[Any]], bool]]] = {
+    "holdout_sizes": ("a whole number in [0, 2^40], not all 0,", _are_counts),
+    "holdout_hashes": ("a SHA-256 in hex", _are_hashes),
 }

@@ -1,6 +1,7 @@
 """How a data set is cut into clusters: by label, by attributes, or by k-means."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,16 +30,21 @@ class PartitionConfig:
     - `attributes`: for by=attribute: every combination of their values is a cluster.
     - `features`: for by=kmeans: a TorchScript file, uint8 `[B, 3, H, W]` -> `[B, d]`; null is
       pixels.
+    - `holdout`: the fraction of the images, in [0, 1), that no training sees, nor k-means when it
+      fits: for validation. Which ones depends on `seed` and the number of images alone. They get
+      a cluster by the same rule, and are written in files of their own.
     """
 
     by: Literal["label", "attribute", "kmeans"] = "label"
     k: int | None = None
     attributes: list[str] = field(default_factory=list)
     features: str | None = None
+    holdout: float = 0.0
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `partition.…` of a value that makes no sense."""
         require(self.k is None or self.k >= 1, "partition.k", "be at least 1", self.k)
+        require(0 <= self.holdout < 1, "partition.holdout", "be in [0, 1)", self.holdout)
         if self.by == "kmeans":
             require(self.k is not None, "partition.k", "be given for partition.by=kmeans", self.k)
         if self.by == "attribute":
@@ -50,20 +56,58 @@ class PartitionConfig:
             )
 
 
-def assign(images: ImageSet, config: PartitionConfig, seed: int) -> tuple[Tensor, list[str]]:
+def held_out(count: int, config: PartitionConfig, seed: int) -> Tensor:
+    """Which of `count` images are held out, bool `[count]`: a random `config.holdout` of them.
+
+    Raises `ConfigError` naming the key if that is no image, or all of them.
+    """
+    held = torch.zeros(count, dtype=torch.bool)
+    if config.holdout == 0:
+        return held
+    chosen = round(config.holdout * count)
+    rule = f"hold out at least one of the {count} images and leave one"
+    require(1 <= chosen < count, "partition.holdout", rule, config.holdout)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held[order[:chosen]] = True
+    return held
+
+
+def check_left(
+    cluster: Tensor, names: Sequence[str], held: Tensor, config: PartitionConfig
+) -> None:
+    """Raise `ConfigError` naming the key if all images of a cluster are held out."""
+    sizes = torch.bincount(cluster, minlength=len(names))
+    left = torch.bincount(cluster[~held], minlength=len(names))
+    for k in ((sizes > 0) & (left == 0)).nonzero()[:, 0].tolist():
+        raise ConfigError(
+            f"partition.holdout must leave every cluster an image to learn from, "
+            f"cluster {k} ({names[k]}) has none left with {config.holdout}",
+            "partition.holdout",
+        )
+
+
+def assign(
+    images: ImageSet, config: PartitionConfig, seed: int, held: Tensor | None = None
+) -> tuple[Tensor, list[str]]:
     """The cluster of every image, int64 `[N]`, and the clusters' names.
 
+    k-means is fitted without the images that are `held` out, bool `[N]`.
     Raises `ConfigError` or `DataError` naming the key if the images lack what the rule needs.
     """
     n = len(images.images)
-    if config.k is not None and config.k > n:
-        raise DataError(f"partition.k must be at most the number of images, {n}, got {config.k}")
+    held = torch.zeros(n, dtype=torch.bool) if held is None else held
+    learned = int((~held).sum())
+    if config.k is not None and config.k > learned:
+        raise DataError(
+            f"partition.k must be at most the number of images, {learned}, got {config.k}"
+        )
     if config.k == 1:
         return torch.zeros(n, dtype=torch.int64), ["all"]
     match config.by:
         case "kmeans":
             assert config.k is not None
-            cluster = _kmeans(_features(images.images, config.features), config.k, seed)
+            points = _features(images.images, config.features)
+            cluster = _kmeans(points, ~held, config.k, seed)
             return cluster, [f"cluster {k}" for k in range(config.k)]
         case "label":
             return _merged(*_labels(images), config.k)
@@ -117,11 +161,16 @@ def _merged(group: Tensor, names: list[str], k: int | None) -> tuple[Tensor, lis
     return cluster_of[group], [" + ".join(members) for members in merged]
 
 
-def _kmeans(points: Tensor, k: int, seed: int) -> Tensor:
+def _kmeans(points: Tensor, fitted: Tensor, k: int, seed: int) -> Tensor:
+    """The cluster of every point, by the centres of those that are `fitted`, bool `[N]`."""
     from sklearn.cluster import KMeans
 
     kmeans = KMeans(k, n_init=_RESTARTS, random_state=seed % 2**32)
-    return torch.from_numpy(kmeans.fit_predict(points.numpy())).long()
+    cluster = torch.empty(len(points), dtype=torch.int64)
+    cluster[fitted] = torch.from_numpy(kmeans.fit_predict(points[fitted].numpy())).long()
+    if not fitted.all():
+        cluster[~fitted] = torch.from_numpy(kmeans.predict(points[~fitted].numpy())).long()
+    return cluster
 
 
 def _features(images: Tensor, network: str | None) -> Tensor:

@@ -161,3 +161,97 @@ def test_an_empty_cluster_is_refused_by_name_and_nothing_is_written(
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         write(tmp_path, cluster=torch.tensor(cluster))
     assert list(tmp_path.iterdir()) == []
+
+
+HELD = torch.tensor([True, False, False, False, True, False])
+
+
+def write_with_holdout(folder: Path) -> Partition:
+    return Partition.write(folder, IMAGES, CLUSTER, NAMES, LABELS, HELD)
+
+
+def test_held_out_images_are_in_files_of_their_own(tmp_path: Path) -> None:
+    partition = write_with_holdout(tmp_path)
+    assert (partition.sizes, partition.holdout_sizes) == ([2, 1, 1], [0, 2, 0])
+    assert partition.cluster(tmp_path, 1)["index"].tolist() == [2]
+    held = partition.cluster_holdout(tmp_path, 1)
+    assert held["index"].tolist() == [0, 4]
+    assert torch.equal(held["images"], IMAGES[[0, 4]])
+    assert held["labels"].tolist() == [10, 14]
+    torch.testing.assert_close(partition.pi, torch.tensor([2 / 4, 1 / 4, 1 / 4]))
+    hashes = [sha256(Partition.holdout_file(tmp_path, k)) for k in range(3)]
+    assert partition.holdout_hashes == hashes
+    assert {path.name for path in partition.files(tmp_path)} | {"partition.json"} == {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_trained_and_held_out_images_are_together_the_data_set(tmp_path: Path) -> None:
+    partition = write_with_holdout(tmp_path)
+    trained, held = partition.all(tmp_path), partition.holdout(tmp_path)
+    assert sorted(trained["index"].tolist() + held["index"].tolist()) == list(range(6))
+    assert held["index"].tolist() == [0, 4]
+    assert held["cluster"].tolist() == [1, 1]
+    assert torch.equal(trained["cluster"], CLUSTER[trained["index"]])
+
+
+def test_a_partition_with_a_holdout_is_read_as_written_and_hashed_with_it(tmp_path: Path) -> None:
+    partition = write_with_holdout(tmp_path / "held")
+    assert Partition.read(tmp_path / "held") == partition
+    other = Partition.write(
+        tmp_path / "other", IMAGES, CLUSTER, NAMES, LABELS.where(~HELD, 9), HELD
+    )
+    assert other.hashes == partition.hashes
+    assert other.hash != partition.hash
+
+
+def test_a_partition_without_a_holdout_is_described_as_before(tmp_path: Path) -> None:
+    partition = write(tmp_path)
+    facts = read_json(tmp_path / "partition.json")
+    assert set(facts) == {"shape", "names", "sizes", "hashes", "hash"}
+    assert partition.hash == digest({key: facts[key] for key in facts if key != "hash"})
+    none = torch.zeros(6, dtype=torch.bool)
+    same = Partition.write(tmp_path / "none", IMAGES, CLUSTER, NAMES, LABELS, none)
+    assert same == partition
+    with pytest.raises(ArtifactError, match="has no held-out images: cut it with partition.holdou"):
+        partition.holdout(tmp_path)
+
+
+def test_a_changed_held_out_image_is_refused_naming_the_file(tmp_path: Path) -> None:
+    partition = write_with_holdout(tmp_path)
+    path = Partition.holdout_file(tmp_path, 1)
+    tensors = partition.cluster_holdout(tmp_path, 1)
+    tensors["images"][0, 0, 0, 0] ^= 1
+    write_tensors(path, tensors)
+    with pytest.raises(ArtifactError, match=re.escape(f"{path} is damaged or foreign")):
+        partition.holdout(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"holdout_sizes": [1, 2]}, "holdout_sizes must be"),
+        ({"holdout_sizes": [0, 0, 0]}, "holdout_sizes must be"),
+        ({"holdout_sizes": [0, -1, 2]}, "holdout_sizes must be"),
+        ({"holdout_sizes": [0, 1.5, 2]}, "holdout_sizes must be"),
+        ({"holdout_sizes": None}, "holdout_sizes must be"),
+        ({"holdout_hashes": [HASH, HASH]}, "holdout_hashes must be"),
+        ({"holdout_hashes": ["x", HASH, HASH]}, "holdout_hashes must be"),
+        ({"holdout_hashes": []}, "holdout_hashes must be"),
+        ("holdout_hashes", "must both be there, got only holdout_sizes"),
+        ("holdout_sizes", "must both be there, got only holdout_hashes"),
+    ],
+)
+def test_json_that_describes_no_holdout_is_refused_by_name(
+    tmp_path: Path, change: dict[str, object] | str, said: str
+) -> None:
+    write_with_holdout(tmp_path)
+    path = tmp_path / "partition.json"
+    facts = {key: value for key, value in read_json(path).items() if key != "hash"}
+    if isinstance(change, str):
+        del facts[change]
+    else:
+        facts |= change
+    write_json(path, {**facts, "hash": digest(facts)})
+    with pytest.raises(ArtifactError, match=said):
+        Partition.read(tmp_path)

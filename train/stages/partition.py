@@ -9,7 +9,7 @@ from ddm.artifacts import digest, flush, read_json, scratch_beside, sha256, writ
 from ddm.errors import ArtifactError
 from ddm.partition import Partition
 from serve.model.images import contact_sheet, write_png
-from train.clustering import assign
+from train.clustering import assign, check_left, held_out
 from train.config import Config, changed
 from train.data import ImageSet
 from train.run_folder import claim
@@ -33,11 +33,13 @@ def make_partition(config: Config) -> None:
     write_png(sheet, contact_sheet([cut.cluster(folder, k)["images"][:16] for k in range(cut.k)]))
     write_json(folder / "stage.json", {"key": key, "sheet": sha256(sheet)})
     sizes = ", ".join(f"{name} {size}" for name, size in zip(cut.names, cut.sizes, strict=True))
+    apart = f", {sum(cut.holdout_sizes)} held out" if cut.holdout_sizes else ""
     log.info(
-        "partition  %d images in %d clusters (%s) in %.1f s",
+        "partition  %d images in %d clusters (%s)%s in %.1f s",
         sum(cut.sizes),
         cut.k,
         sizes,
+        apart,
         time.monotonic() - began,
     )
 
@@ -48,8 +50,7 @@ def _is_made(folder: Path, key: str) -> bool:
         return False
     made = read_json(folder / "stage.json")
     cut = Partition.read(folder)
-    hashes = {Partition.file(folder, k): cut.hashes[k] for k in range(cut.k)}
-    hashes[folder / _SHEET] = str(made.get("sheet"))
+    hashes = {**cut.files(folder), folder / _SHEET: str(made.get("sheet"))}
     return made.get("key") == key and all(
         path.exists() and sha256(path) == expected for path, expected in hashes.items()
     )
@@ -60,10 +61,12 @@ def _cut(config: Config, folder: Path, images: ImageSet) -> Partition:
 
     Raises `ArtifactError` if the folder holds another partition, on which experts may have been trained.
     """
-    cluster, names = assign(images, config.partition, config.seed)
+    held = held_out(len(images.images), config.partition, config.seed)
+    cluster, names = assign(images, config.partition, config.seed, held)
+    check_left(cluster, names, held, config.partition)
     scratch = scratch_beside(folder)
     try:
-        cut = Partition.write(scratch, images.images, cluster, names, images.labels)
+        cut = Partition.write(scratch, images.images, cluster, names, images.labels, held)
         if (folder / _DESCRIPTION).exists() and Partition.read(folder) != cut:
             raise ArtifactError(
                 f"{folder} was cut from other images than data.root={config.data.root} holds now: "
@@ -71,11 +74,8 @@ def _cut(config: Config, folder: Path, images: ImageSet) -> Partition:
             )
         claim(config)
         folder.mkdir(exist_ok=True)
-        files = [Partition.file(scratch, k) for k in range(cut.k)]
-        for file in [
-            *files,
-            scratch / _DESCRIPTION,
-        ]:  # with its description, a partition is complete
+        # With its description, a partition is complete.
+        for file in [*cut.files(scratch), scratch / _DESCRIPTION]:
             file.replace(folder / file.name)
         flush(folder)
     finally:
