@@ -1,15 +1,16 @@
-"""The denoisers of Gaussian clusters, in closed form: the control variate of the experts, at no
-expert evaluation.
+"""Gaussian clusters in closed form: their denoisers, the control variate of the experts, and their
+posterior, which routes where no router was trained. Neither evaluates a network.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ddm.schedules import Schedule
+from ddm.schedules import Coeffs, Schedule, velocity
 from ddm.training import to_float
 
 MOMENTS = ("gaussian.mean", "gaussian.variance")  # their names in an expert's artifact
@@ -47,6 +48,54 @@ class Gaussians:
         with torch.autocast(x.device.type, enabled=False):
             mixed = (weight @ (m - a * f * m) + weight @ f * cosine(x).flatten(1)[:, None])[:, 0]
             return cosine(mixed.reshape(x.shape), inverse=True)
+
+    def posterior(self, x: Tensor, t: Tensor, pi: Tensor) -> Tensor:
+        """`alpha_k = pi_k N(x; a m_k, a^2 v_k + s^2) / sum_j ...`, `[B, K]`: x `[B, ...]`, t `[]` or
+        `[B]`, mixture weights `[K]`.
+        """
+        return (self.log_densities(x, t) + pi.to(x.device).log()).softmax(dim=1).to(x.dtype)
+
+    def log_densities(self, x: Tensor, t: Tensor) -> Tensor:
+        """`log N(x; a m_k, a^2 v_k + s^2)` up to a constant, float64 `[B, K]`; x, t as in
+        `posterior`.
+        """
+        y = cosine(x.double()).flatten(1)
+        c = self._coefficients(y, t).broadcast_to(y)
+        terms = []
+        for m, v in self._flat(y):
+            variance = c.a**2 * v + c.s**2
+            terms.append(-0.5 * ((y - c.a * m) ** 2 / variance + variance.log()).sum(dim=1))
+        return torch.stack(terms, dim=1)
+
+    def posterior_rate(self, x: Tensor, t: Tensor, pi: Tensor) -> Tensor:
+        """The total derivative of `posterior` along the probability-flow ODE of the Gaussians'
+        mixture, `[B, K]`; rows sum to 0.
+
+        It is `alpha_k (g_k - sum_j alpha_j g_j)` with `g_k = d_t log p_k + grad log p_k . v`, v the
+        mixture's velocity.
+        """
+        alpha = self.posterior(x, t, pi)
+        y = cosine(x.double()).flatten(1)
+        denoised = cosine(self.mix(x, t, alpha).double()).flatten(1)
+        coefficients = self._coefficients(y, t)
+        v_mixture = velocity(y, denoised, coefficients)
+        c = coefficients.broadcast_to(y)
+        rates = []
+        for m, v in self._flat(y):
+            variance, growth = c.a**2 * v + c.s**2, 2 * (c.a * c.da * v + c.s * c.ds)
+            z = (y - c.a * m) / variance  # - grad log p_k
+            change = z * (c.da * m - v_mixture) + growth / 2 * (z**2 - 1 / variance)
+            rates.append(change.sum(dim=1))
+        g = torch.stack(rates, dim=1).to(x.dtype)
+        return alpha * (g - (alpha * g).sum(dim=1, keepdim=True))
+
+    def _coefficients(self, y: Tensor, t: Tensor) -> Coeffs:
+        return self.schedule(t.to(y) if t.ndim else t.double())
+
+    def _flat(self, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Mean and variance of each cluster, `[n]`, like y."""
+        for m, v in zip(self.means, self.variances, strict=True):
+            yield m.to(y).flatten(), v.to(y).flatten()
 
 
 def moments(images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ class RngStream(IntEnum):
     DROPOUT = 7  # the seed of torch's generator at training step n
     EXPERT = 8  # the seed of expert k
     ROUTER = 9  # the seed of the router
+    SWITCH = 10  # when image i changes its expert under the policy `switching`, and to which
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:

@@ -1,22 +1,43 @@
 """Which experts denoise the image, given alpha: at each step a policy chooses a set of experts.
 
 The chosen experts are weighted by alpha, renormalized over the set. A policy is stateless: the
-state of a trajectory is a row of a tensor that is passed in and returned.
+state of a trajectory is a row of a tensor that is passed in and returned, and its random numbers
+are a function of the seed, the image and the step.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ddm.errors import one_of, require
+from ddm.rng import RngStream, uniform
 
-POLICIES = ("full", "top_k", "nucleus", "fixed", "stochastic", "balanced", "adaptive")
+POLICIES = ("full", "top_k", "nucleus", "fixed", "switching", "stochastic", "balanced", "adaptive")
 
 
 class Policy(Protocol):
-    """A rule for choosing experts, for a batch of B trajectories over K experts."""
+    """A rule for choosing experts, for a batch of B trajectories over K experts.
+
+    keeps: the experts stay the same from step to step where `uniforms` says so. Such a policy
+    follows one expert's ODE at a time; the others follow the mixture's.
+    """
+
+    keeps: ClassVar[bool]
+
+    def uniforms(
+        self, seed: int | Tensor, index: Tensor, step: Tensor, t_last: Tensor, t: Tensor
+    ) -> Tensor:
+        """The uniform numbers in (0, 1) with which `choose` draws, float64 `[B, N]`; NaN at a step
+        that keeps its experts.
+
+        seed: one or int64 `[B]`. index: of the images, int64 `[B]`. step: numbers of the steps,
+        int64 `[N]`. t, t_last: times of these steps and of those before them, `[N]` or `[B, N]`;
+        of the first step both are its own.
+        """
+        ...
 
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
         """The state `[B, ...]` before the first step.
@@ -29,10 +50,22 @@ class Policy(Protocol):
         """The experts of this step, bool `[B, K]` with at least one per row, and the state after
         it.
 
-        alpha: `[B, K]`. state: as `start` or the last `choose` returned it. u: uniform numbers in
-        (0, 1), `[B]`.
+        alpha: `[B, K]`. state: as `start` or the last `choose` returned it. u: a column of
+        `uniforms`, `[B]`; what is returned where it is NaN is not used.
         """
         ...
+
+
+def first_uniforms(seed: int | Tensor, index: Tensor) -> Tensor:
+    """The uniform numbers in (0, 1) with which images draw their first expert, float64 `[B]`.
+
+    They are the low-discrepancy sequence of the golden ratio, `frac(shift + i 0.618...)`, with a
+    shift of the seed's own: any 16 images in a row have the experts in nearly the proportions of
+    pi, and each image alone has every number equally often over the seeds.
+    """
+    shift = uniform(seed, RngStream.CHOICE, torch.zeros_like(index))[:, 0]
+    # As whole numbers, which wrap: exact for any index.
+    return (shift + (index * 0x9E3779B9 & 0xFFFFFFFF).double() / 2**32) % 1
 
 
 def sample_categorical(p: Tensor, u: Tensor) -> Tensor:
@@ -62,12 +95,24 @@ def one_hot(k: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool).scatter_(1, k[:, None], True)
 
 
-class _Stateless:
+class _EveryStep:
+    """Chooses anew at each step, and has no state."""
+
+    keeps: ClassVar[bool] = False
+
+    def uniforms(
+        self, seed: int | Tensor, index: Tensor, step: Tensor, t_last: Tensor, t: Tensor
+    ) -> Tensor:
+        seeds = seed.repeat_interleave(len(step)) if isinstance(seed, Tensor) else seed
+        images = index.repeat_interleave(len(step))
+        numbers = step.to(index.device).repeat(len(index)) + 1  # 0 is `first_uniforms`'
+        return uniform(seeds, RngStream.CHOICE, images, numbers).reshape(len(index), len(step))
+
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
         return torch.zeros_like(pi)
 
 
-class Full(_Stateless):
+class Full(_EveryStep):
     """All experts: the mixture itself, K evaluations per step."""
 
     def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +120,7 @@ class Full(_Stateless):
 
 
 @dataclass(frozen=True)
-class TopK(_Stateless):
+class TopK(_EveryStep):
     """The `k` experts of largest alpha."""
 
     k: int = 1
@@ -86,7 +131,7 @@ class TopK(_Stateless):
 
 
 @dataclass(frozen=True)
-class Nucleus(_Stateless):
+class Nucleus(_EveryStep):
     """The fewest experts of largest alpha whose sum is at least `p`."""
 
     p: float = 0.9
@@ -99,19 +144,57 @@ class Nucleus(_Stateless):
         return torch.zeros_like(chosen).scatter_(1, order, chosen), state
 
 
-class Fixed:
-    """One expert per trajectory, sampled from pi at t = 1: ancestral sampling of the mixture, the
-    paper's Naive.
+@dataclass(frozen=True)
+class Switching:
+    """One expert per trajectory, drawn anew from alpha at the times of a Poisson process of `rate`
+    per unit of t; the first is drawn from pi.
+
+    Exact for every rate, if the experts and alpha are. Let (x, k) have the law `pi_k p_k(x, t)`.
+    Between two redraws x follows expert k's ODE, which carries `p_k(., t)` to `p_k(., t')`, and k
+    stays: the pair's law is `pi_k p_k(x, t')`. A redraw replaces k by a sample of
+    `alpha_k(x, t) = pi_k p_k(x, t) / p(x, t)`, the law of k given x, and leaves x: the pair's law is
+    what it was. Whether there is a redraw does not depend on the pair, so x has the mixture's
+    marginal `p(x, t) = sum_k pi_k p_k(x, t)` at every t. Rate 0 is ancestral sampling, the policy
+    `fixed`, and an infinite rate the policy `stochastic`. Between two redraws the path is smooth,
+    so that samplers of high order keep their order; the redraws correct what a wrong first expert
+    has done.
+
+    The times of the redraws, and the numbers with which they draw, are a function of the seed and
+    the image alone, so that an image changes little with the number of steps. A redraw takes place
+    at the first step after its time.
     """
 
+    rate: float
+
+    keeps: ClassVar[bool] = True
+
+    def uniforms(
+        self, seed: int | Tensor, index: Tensor, step: Tensor, t_last: Tensor, t: Tensor
+    ) -> Tensor:
+        shape = len(index), len(step)
+        elapsed, elapsed_last = (
+            (1 - times.to(index.device, torch.float64)).expand(shape) for times in (t, t_last)
+        )
+        if self.rate == 0:
+            return torch.full_like(elapsed, torch.nan)
+        # More than so many redraws in a unit of t have a probability below 1e-12.
+        most = math.ceil(self.rate + 8 * math.sqrt(self.rate) + 16)
+        draws = uniform(seed, RngStream.SWITCH, index, 0, 2 * most)
+        gaps, choices = -draws[:, 0::2].log() / self.rate, draws[:, 1::2]
+        redraws = gaps.cumsum(dim=1)
+        count = torch.searchsorted(redraws, elapsed.contiguous(), right=True)
+        count_last = torch.searchsorted(redraws, elapsed_last.contiguous(), right=True)
+        newest = choices.gather(1, (count - 1).clamp(0, most - 1))
+        return torch.where(count > count_last, newest, torch.nan)
+
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
-        return sample_categorical(pi, u).to(pi)
+        return torch.zeros_like(pi)
 
     def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        return state > 0, state
+        return sample_categorical(alpha, u), state
 
 
-class Stochastic(_Stateless):
+class Stochastic(_EveryStep):
     """One expert sampled from alpha, independently at every step: the paper's algorithm.
 
     Its mean is the full step.
@@ -121,14 +204,15 @@ class Stochastic(_Stateless):
         return sample_categorical(alpha, u), state
 
 
-class Balanced:
+class Balanced(_EveryStep):
     """One expert per step with error feedback.
 
     The state is a credit for each expert, which starts at `onehot(k0) - pi`, k0 sampled from pi. At
     each step `credit += alpha; k = argmax credit; credit[k] -= 1`. After any number of steps, the
     number of an expert's steps differs from the sum of its alpha by a bounded amount, so the noise
     of independent samples cancels. The random start keeps the first steps, where alpha is pi,
-    unbiased.
+    unbiased. This is sum-up rounding of mixed-integer optimal control (Sager, Bock, Diehl, Math.
+    Program. 133, 2012).
     """
 
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
@@ -169,7 +253,13 @@ class Adaptive(Balanced):
         return chosen, torch.cat([credit - weights(alpha, chosen), saved], dim=1)
 
 
-def policy(name: str, top_k: int = 1, nucleus_p: float = 0.9, budget: float = 1.5) -> Policy:
+def policy(
+    name: str,
+    top_k: int = 1,
+    nucleus_p: float = 0.9,
+    budget: float = 1.5,
+    switch_rate: float = 2.0,
+) -> Policy:
     """The policy of that name.
 
     Raises `ConfigError` for an unknown name or a parameter out of range.
@@ -177,11 +267,13 @@ def policy(name: str, top_k: int = 1, nucleus_p: float = 0.9, budget: float = 1.
     require(isinstance(top_k, int) and top_k >= 1, "top_k", "be at least 1", top_k)
     require(0 < nucleus_p <= 1, "nucleus_p", "be in (0, 1]", nucleus_p)
     require(budget >= 1, "budget", "be at least 1 call a step", budget)
+    require(0 <= switch_rate < math.inf, "switch_rate", "be finite and at least 0", switch_rate)
     known: dict[str, Policy] = {
         "full": Full(),
         "top_k": TopK(top_k),
         "nucleus": Nucleus(nucleus_p),
-        "fixed": Fixed(),
+        "fixed": Switching(0.0),
+        "switching": Switching(switch_rate),
         "stochastic": Stochastic(),
         "balanced": Balanced(),
         "adaptive": Adaptive(budget),

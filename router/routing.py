@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddm.rng import RngStream, uniform
 from router import policies
 from router.policies import Policy
 from router.sources import Alpha, Source, Stateless
@@ -22,12 +21,15 @@ class RoutingState(NamedTuple):
     """The state of B trajectories, one row each.
 
     source: of the source of alpha, `[B, M]`. policy: of the policy, `[B, ...]`. chosen: the experts
-    of the last call, bool `[B, K]`.
+    of the last call, bool `[B, K]`. alpha: as last evaluated, `[B, K]`. evaluated: whether that was
+    in the last call, bool `[B]`.
     """
 
     source: Tensor
     policy: Tensor
     chosen: Tensor
+    alpha: Tensor
+    evaluated: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ class Router:
         return Router(source, policies.policy(policy) if isinstance(policy, str) else policy, pi)
 
     def start(self, x: Tensor, u: Tensor) -> RoutingState:
-        """The state of trajectories that start at x `[B, ...]`; u: uniform numbers in (0, 1),
-        `[B]`.
-        """
+        """The state of trajectories that start at x `[B, ...]`; u: `first_uniforms`, `[B]`."""
         assert self.pi is not None
         pi = _reweighted(self.pi.to(x), self.weights).expand(len(x), -1)
         return RoutingState(
-            self.source.start(x), self.policy.start(pi, u), torch.zeros_like(pi, dtype=torch.bool)
+            source=self.source.start(x),
+            policy=self.policy.start(pi, u),
+            chosen=policies.sample_categorical(pi, u),
+            alpha=pi,
+            evaluated=torch.zeros(len(x), dtype=torch.bool, device=x.device),
         )
 
     def route(
@@ -76,36 +80,66 @@ class Router:
         u: Tensor,
         keep: bool | Tensor = False,
         available: Tensor | None = None,
+        every_alpha: bool = False,
     ) -> tuple[Tensor, RoutingState]:
         """Choose experts at x `[B, ...]`, t `[]` or `[B]`.
 
         Returns alpha `[B, K]` and the new state, with the choice in it.
 
-        u: uniform numbers in (0, 1), `[B]`. keep: the trajectories that keep their choice, because
-        their step has begun; one bool or `[B]`. available: bool `[K]`, None for all.
+        u: of the policy's `uniforms`, `[B]`. keep: the trajectories that keep their choice, because
+        their step has begun; one bool or `[B]`. available: bool `[K]`, None for all. every_alpha:
+        evaluate alpha also where a policy that `keeps` its experts does, and where it is otherwise
+        the last one.
 
         alpha is renormalized over the available experts. Unavailable and zero-weight experts are
         never selected; if none of the chosen remain, the most likely eligible expert is used.
         """
-        alpha, source_state = self.source.step(x, t, state.source)
-        if self.temperature != 1:
-            alpha = (alpha.log() / self.temperature).softmax(dim=1)
-        alpha = _reweighted(alpha, self.weights)
         eligible = None if self.weights is None else self.weights > 0
         if available is not None:
-            alpha = _reweighted(alpha, available.to(alpha))
             eligible = available if eligible is None else eligible & available
-        chosen, policy_state = self.policy.choose(alpha, state.policy, u)
-        if keep is not False:
-            rows = torch.as_tensor(keep, device=alpha.device).reshape(-1, 1)
-            chosen = torch.where(rows, state.chosen, chosen)
-            policy_state = torch.where(rows, state.policy, policy_state)
+        kept = u.isnan() | torch.as_tensor(keep, device=u.device)
+        evaluated = torch.ones_like(kept)
+        if self.policy.keeps and not every_alpha:
+            evaluated = ~kept
+            if eligible is not None:
+                evaluated |= ~(state.chosen & eligible).any(dim=1)
+        alpha, source_state = self._alpha(x, t, state, evaluated)
+        after = state._replace(source=source_state, alpha=alpha, evaluated=evaluated)
+        if available is not None:
+            alpha = _reweighted(alpha, available.to(alpha))
+        drawn, policy_state = self.policy.choose(alpha, state.policy, u)
+        chosen = torch.where(kept[:, None], state.chosen, drawn)
+        policy_state = torch.where(kept[:, None], state.policy, policy_state)
         if eligible is not None:
             chosen = chosen & eligible
             most_likely = alpha.masked_fill(~eligible, -1).argmax(dim=1)
             fallback = policies.one_hot(most_likely, alpha)
             chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, fallback)
-        return alpha, RoutingState(source_state, policy_state, chosen)
+        return alpha, after._replace(policy=policy_state, chosen=chosen)
+
+    def _alpha(
+        self, x: Tensor, t: Tensor, state: RoutingState, wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """alpha `[B, K]` before availability, evaluated at the `wanted` rows, and the source's new
+        state.
+
+        A source that integrates along the trajectory is called for all rows at every step.
+        """
+        rows = wanted.nonzero()[:, 0] if isinstance(self.source, Stateless) else None
+        if rows is None or len(rows) == len(x):
+            alpha, source_state = self.source.step(x, t, state.source)
+            return self._tempered(alpha), source_state
+        if not len(rows):
+            return state.alpha, state.source
+        times = t[rows.to(t.device)] if t.ndim else t
+        alpha, _ = self.source.step(x[rows], times, state.source[rows])
+        return state.alpha.index_copy(0, rows, self._tempered(alpha).to(state.alpha)), state.source
+
+    def _tempered(self, alpha: Tensor) -> Tensor:
+        """alpha at the temperature, reweighted."""
+        if self.temperature != 1:
+            alpha = (alpha.log() / self.temperature).softmax(dim=1)
+        return _reweighted(alpha, self.weights)
 
 
 def _reweighted(p: Tensor, weights: Tensor | None) -> Tensor:
@@ -148,7 +182,8 @@ class RoutedDenoiser:
     over the chosen: the same mean over the random numbers of a policy, with less variance.
     trace: append a `Step` to `steps` at every call.
 
-    Afterwards `calls` is the number of expert evaluations, images x experts x calls.
+    Afterwards `calls` is the number of expert evaluations, images x experts x calls, and
+    `router_calls` that of alpha, images x calls.
     """
 
     def __init__(
@@ -173,9 +208,12 @@ class RoutedDenoiser:
         self.control_variate = control_variate
         self.trace = trace
         self.calls = 0
+        self.router_calls = 0
         self.steps: list[Step] = []
         self._denoiser_calls = 0
         self._state: RoutingState | None = None
+        self._step_t: Tensor | None = None  # of the last step
+        self._u = torch.empty(0)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         alpha, chosen = self._route(x, t)
@@ -193,10 +231,22 @@ class RoutedDenoiser:
                 source = self.router.source
                 pi, _ = source.step(x, t, source.start(x))
                 self.router = replace(self.router, pi=pi)
-            u = uniform(self.seed, RngStream.CHOICE, index)[:, 0]
-            self._state = self.router.start(x, u)
-        u = uniform(self.seed, RngStream.CHOICE, index, step + 1)[:, 0]
-        alpha, self._state = self.router.route(x, t, self._state, u, keep=call_within_step > 0)
+            self._state = self.router.start(x, policies.first_uniforms(self.seed, index))
+        if call_within_step == 0:
+            last = t if self._step_t is None else self._step_t
+            number = torch.tensor([step])
+            times = last.reshape(-1, 1), t.reshape(-1, 1)
+            self._u = self.router.policy.uniforms(self.seed, index, number, *times)[:, 0]
+            self._step_t = t
+        alpha, self._state = self.router.route(
+            x,
+            t,
+            self._state,
+            self._u,
+            keep=call_within_step > 0,
+            every_alpha=self.control_variate is not None,
+        )
+        self.router_calls += int(self._state.evaluated.sum())
         return alpha, self._state.chosen
 
     def _mix(self, x: Tensor, t: Tensor, alpha: Tensor, chosen: Tensor) -> Tensor:

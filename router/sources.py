@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-SOURCES = ("prior", "posterior", "derivative", "combined", "analytic")
+SOURCES = ("prior", "gaussian", "posterior", "derivative", "combined", "analytic")
 
 Alpha = Callable[[Tensor, Tensor], Tensor]
 

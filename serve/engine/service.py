@@ -89,6 +89,7 @@ class AdmittedRequest:
             torch.stack(alpha, dim=1),
             torch.stack(chosen, dim=1),
             self.request.nfe,
+            self.request.router_nfe,
         )
 
 

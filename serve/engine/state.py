@@ -42,6 +42,7 @@ class Request:
     images: dict[int, Tensor] = field(default_factory=dict)  # finished, by place, [C, H, W]
     records: dict[int, list[StepRecord]] = field(default_factory=dict)  # by place, if traced
     nfe: int = 0  # expert evaluations so far
+    router_nfe: int = 0  # evaluations of alpha so far
     absent: set[str] = field(default_factory=set)  # experts that were away when routed
     begun: int = 0  # images under way or finished
     done: asyncio.Future[None] = field(
@@ -83,7 +84,7 @@ class ImageState:
     request: Request
     place: int
     trajectory: Trajectory
-    uniforms: list[float]  # in [0, 1), one per step, for drawing experts
+    uniforms: list[float]  # the policy's, one per step
     memory: Row
     previous_memory: Row  # as before the last routing, to route again
     x: Tensor | None = None  # [1, C, H, W]

@@ -6,7 +6,6 @@ from operator import add
 import torch
 from torch import Tensor
 
-from ddm.rng import RngStream, uniform
 from router import policies
 from router.routing import RoutingState
 from serve.engine.state import ImageState, Request, Row, StepRecord
@@ -27,7 +26,7 @@ def advance(
     failed: list[tuple[Request, Exception]] = []
     starts: dict[int, list[tuple[Request, int]]] = {}
     for request, places in begun:
-        start = starts.setdefault(id(request.plan.router), [])
+        start = starts.setdefault(id(request.plan), [])
         start.extend((request, place) for place in places)
     for start in starts.values():
         fresh, errors = _begin_or_isolate(start)
@@ -52,24 +51,21 @@ def advance(
 
 
 def _begin(places: list[tuple[Request, int]]) -> list[ImageState]:
-    """Images at t = 1, for places in requests that share a router."""
+    """Images at t = 1, for places in requests that share a plan."""
     plan = places[0][0].plan
     index = torch.stack([request.index[place] for request, place in places])
     seed = torch.tensor([request.seed for request, _ in places], device=index.device)
-    # Step n uses number n + 1; number 0 is the policy's start.
-    counts = [len(request.plan.times) for request, _ in places]
-    repeats = torch.tensor(counts, device=index.device)
-    row = torch.arange(len(places), device=index.device).repeat_interleave(repeats)
-    number = torch.cat([torch.arange(count, device=index.device) for count in counts])
-    drawn = uniform(seed[row], RngStream.CHOICE, index[row], number)[:, 0].split(counts)
     x = plan.start(seed, index)
-    memory = plan.router.start(x, torch.stack([uniforms[0] for uniforms in drawn]))
+    memory = plan.router.start(x, policies.first_uniforms(seed, index))
+    times = torch.stack(list(plan.times))
+    before = torch.cat([times[:1], times[:-1]])
+    uniforms = plan.router.policy.uniforms(seed, index, torch.arange(len(times)), before, times)
     return [
         ImageState(
             request,
             place,
-            request.plan.trajectory(x[i : i + 1], request.seed, index[i : i + 1]),
-            drawn[i][1:].tolist(),
+            plan.trajectory(x[i : i + 1], request.seed, index[i : i + 1]),
+            uniforms[i].tolist(),
             Row(memory, i),
             Row(memory, i),
         )
@@ -153,7 +149,10 @@ def _route(states: list[ImageState], alive: Tensor | None) -> None:
     )
     held = torch.tensor([within > 0 for _, within in positions])
     alive = None if alive is None else alive.to(x.device)
-    alpha, after = plan.router.route(x, t, memory, uniforms.to(x.device), held.to(x.device), alive)
+    every_alpha = plan.control_variate is not None
+    alpha, after = plan.router.route(
+        x, t, memory, uniforms.to(x.device), held.to(x.device), alive, every_alpha
+    )
     weight = policies.weights(alpha, after.chosen)
     control_terms = (
         None
@@ -161,9 +160,11 @@ def _route(states: list[ImageState], alive: Tensor | None) -> None:
         else plan.control_variate(x, t, alpha - weight).split(1)
     )
     chosen, weights, alphas = after.chosen.cpu(), weight.tolist(), alpha.cpu()
+    evaluated = after.evaluated.tolist()
     for i, state in enumerate(states):
         state.previous_memory, state.memory = state.memory, Row(after, i)
         state.alpha, state.chosen = alphas[i], chosen[i]
+        state.request.router_nfe += evaluated[i]
         experts = chosen[i].nonzero()[:, 0].tolist()
         state.expert_weights = {k: weights[i][k] for k in experts}
         state.answers = {}

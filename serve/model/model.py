@@ -34,12 +34,14 @@ class Trace(NamedTuple):
     alpha: `[N, B, K]`
     chosen: which experts moved which image at which call, bool `[N, B, K]`
     calls: expert evaluations, counted per image
+    router_calls: evaluations of alpha, counted per image; between two, `alpha` is the last
     """
 
     t: Tensor
     alpha: Tensor
     chosen: Tensor
     calls: int
+    router_calls: int
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class Model:
         needs_router = config.source in ("posterior", "derivative", "combined")
         if needs_router and len(self.names) > 1 and self.posterior is None:
             raise ConfigError(
-                "sample.source must be prior or analytic for a bundle without a router, "
+                "sample.source must be prior, gaussian or analytic for a bundle without a router, "
                 f"got {config.source!r}"
             )
         if config.source == "analytic" and self._images is None:
@@ -237,10 +239,12 @@ class Model:
         method, times = plan_steps(
             config.sampler, config.steps, config.grid, self.schedule, config.t_min, config.order
         )
-        with_gaussians = config.control_variate == "gaussian" and config.policy != "fixed"
+        router = self._router_of(config)
+        # A policy that keeps its experts follows their own ODEs, not the mixture's.
+        with_gaussians = config.control_variate == "gaussian" and not router.policy.keeps
         return SamplingPlan(
             config,
-            self._router_of(config),
+            router,
             self.gaussians.mix if with_gaussians else None,
             method,
             list(times),
@@ -253,7 +257,7 @@ class Model:
         share a batch.
         """
         c = config
-        rule = (c.policy, c.top_k, c.nucleus_p, c.budget)
+        rule = (c.policy, c.top_k, c.nucleus_p, c.budget, c.switch_rate)
         weights = frozenset(c.clusters.items()) if c.clusters else None
         return self._cached_router(c.source, c.relaxation_rate, rule, weights, c.temperature)
 
@@ -261,7 +265,7 @@ class Model:
         self,
         source: str,
         relaxation_rate: float,
-        rule: tuple[str, int, float, float],
+        rule: tuple[str, int, float, float, float],
         weights: frozenset[tuple[str, float]] | None,
         temperature: float,
     ) -> Router:
@@ -279,6 +283,8 @@ class Model:
             return Stateless(prior(self.pi))
         if source == "analytic":
             return Stateless(self._exact())
+        if source == "gaussian":
+            return Stateless(partial(self.gaussians.posterior, pi=self.pi))
         assert self.posterior is not None
         assert self.derivative is not None
         match source:
@@ -347,6 +353,7 @@ def _joined(batches: list[RoutedDenoiser]) -> Trace:
         torch.stack([torch.cat([part.alpha for part in parts]) for parts in steps]),
         torch.stack([torch.cat([part.chosen for part in parts]) for parts in steps]),
         sum(routed.calls for routed in batches),
+        sum(routed.router_calls for routed in batches),
     )
 
 

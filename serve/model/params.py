@@ -43,6 +43,9 @@ class SampleConfig:
     budget: float = _setting(
         1.5, "expert calls per step of policy=adaptive, on average at most", 1, 1_000_000
     )
+    switch_rate: float = _setting(
+        2.0, "redraws of an image's expert under policy=switching, per unit of t", 0, 1000
+    )
     temperature: float = _setting(
         1.0,
         "the policy sees alpha^(1/temperature), renormalized: below 1 more decided",
@@ -50,7 +53,9 @@ class SampleConfig:
         100,
     )
     control_variate: str = _setting(
-        "gaussian", "what replaces the experts that are not called", names=CONTROL_VARIATES
+        "gaussian",
+        "what replaces the experts that are not called, unless policy is fixed or switching",
+        names=CONTROL_VARIATES,
     )
     order: int = _setting(3, "order of sampler=unipc", 2, 3)
     relaxation_rate: float = _setting(
@@ -103,6 +108,7 @@ class SampleSettings(TypedDict, total=False):
     top_k: int
     nucleus_p: float
     budget: float
+    switch_rate: float
     temperature: float
     control_variate: str
     order: int

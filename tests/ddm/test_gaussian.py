@@ -180,3 +180,30 @@ def test_sums_in_float32_are_close_to_those_in_float64() -> None:
         torch.testing.assert_close(
             found.double(), cfg.mix(noisy, time, weight), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "rectified_flow", "edm"])
+def test_the_posterior_and_its_rate_are_the_oracles(name: str) -> None:
+    forward, pi = schedule(name), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    of = gaussians(3, (2, 3, 4), name)
+    flat = of.means.flatten(1), of.variances.flatten(1).sqrt()
+    oracle = GaussianMixture(pi, *flat, forward)
+    for t in (0.9, 0.5, 0.2):
+        time = torch.tensor(t, dtype=torch.float64)
+        y = oracle.marginal(5, t, seed=3).double()
+        x = cosine(y.reshape(5, 2, 3, 4), inverse=True)
+        expected = oracle.posterior(y, time)
+        torch.testing.assert_close(of.posterior(x, time, pi), expected)
+        torch.testing.assert_close(of.posterior(x, time.expand(5), pi), expected)
+        rate = oracle.posterior_rate(y, time)
+        torch.testing.assert_close(of.posterior_rate(x, time, pi), rate)
+        torch.testing.assert_close(of.posterior_rate(x, time.expand(5), pi), rate)
+
+
+def test_the_posterior_is_finite_near_the_data_and_float32_in_float32() -> None:
+    of = gaussians()
+    x = normals(4, 2, 3, 4, seed=7).float()
+    for t in (1e-4, 1.0):
+        alpha = of.posterior(x, torch.tensor(t), torch.tensor([0.5, 0.25, 0.25]))
+        assert alpha.dtype == torch.float32
+        torch.testing.assert_close(alpha.sum(1), torch.ones(4))

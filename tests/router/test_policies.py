@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError
-from router.policies import Adaptive, Policy, policy, weights
+from router.policies import (
+    Adaptive,
+    Policy,
+    Switching,
+    first_uniforms,
+    policy,
+    sample_categorical,
+    weights,
+)
 
 PI = torch.tensor([0.5, 0.3, 0.2])
 ALPHA = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.0, 0.5], [0.0, 0.05, 0.95]])
@@ -77,15 +85,80 @@ def test_nucleus_is_the_smallest_set_of_enough_mass() -> None:
         )
 
 
-def test_fixed_draws_from_pi_and_keeps_its_expert_whatever_alpha() -> None:
-    rule, n = policy("fixed"), 1000
-    state = rule.start(PI.expand(n, -1), even_draws(n))
-    first, state = rule.choose(torch.tensor([0.0, 0.0, 1.0]).expand(n, -1), state, even_draws(n))
-    assert first.sum(dim=0).tolist() == [500, 300, 200] and (first.sum(dim=1) == 1).all()
-    again, _ = rule.choose(
-        torch.tensor([1.0, 0.0, 0.0]).expand(n, -1), state, even_draws(n).flip(0)
-    )
-    assert again.equal(first)
+def draws(rate: float, n: int, times: Tensor, seed: int = 0) -> Tensor:
+    """The uniform numbers of n images at each step."""
+    step = torch.arange(len(times))
+    last = torch.cat([times[:1], times[:-1]])
+    return Switching(rate).uniforms(seed, torch.arange(n), step, last, times)
+
+
+def test_fixed_never_chooses_again() -> None:
+    rule = policy("fixed")
+    assert rule.keeps
+    times = torch.linspace(1, 0, 5)
+    u = rule.uniforms(3, torch.arange(4), torch.arange(5), times, times)
+    assert u.isnan().all() and u.shape == (4, 5)
+
+
+def test_redraws_of_switching_are_a_poisson_process() -> None:
+    n, rate = 4000, 3.0
+    times = torch.linspace(1, 0, 2001, dtype=torch.float64)
+    redrawn = ~draws(rate, n, times).isnan()
+    assert not redrawn[:, 0].any()  # at t = 1 the first expert is the one drawn from pi
+    count = redrawn.sum(dim=1).double()
+    assert float(count.mean()) == pytest.approx(rate, abs=0.1)
+    assert float(count.var()) == pytest.approx(rate, abs=0.25)
+    by_tenth = redrawn[:, 1:].double().reshape(n, 10, 200).sum(dim=2)
+    assert (by_tenth.mean(dim=0) - rate / 10).abs().max() < 0.04
+    assert torch.corrcoef(by_tenth.T).fill_diagonal_(0).abs().max() < 0.07
+    choices = draws(rate, n, times)[redrawn]
+    assert float(choices.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_redraws_of_an_image_are_the_same_at_any_number_of_steps() -> None:
+    fine, coarse = (torch.linspace(1, 0, n + 1, dtype=torch.float64) for n in (100, 10))
+    many, few = draws(4.0, 50, fine), draws(4.0, 50, coarse)
+    for i in range(1, 11):  # the last of ten fine steps that redraws is the coarse step's redraw
+        for row in range(50):
+            within = many[row, 10 * i - 9 : 10 * i + 1]
+            numbers = within[~within.isnan()]
+            assert few[row, i].isnan() if not len(numbers) else few[row, i] == numbers[-1]
+
+
+def test_redraws_are_the_same_step_by_step_and_for_each_seed_of_a_batch() -> None:
+    times = torch.linspace(1, 0, 9, dtype=torch.float64)
+    whole = torch.cat([draws(4.0, 3, times, seed) for seed in (1, 2)])
+    seeds = torch.tensor([1, 1, 1, 2, 2, 2])
+    index = torch.arange(3).repeat(2)
+    for n in range(1, 9):
+        last, now = times[n - 1].expand(6, 1), times[n].expand(6, 1)
+        one = Switching(4.0).uniforms(seeds, index, torch.tensor([n]), last, now)
+        torch.testing.assert_close(one[:, 0], whole[:, n], equal_nan=True, rtol=0, atol=0)
+
+
+def test_an_infinite_rate_is_stochastic_in_law() -> None:
+    times = torch.linspace(1, 0, 11, dtype=torch.float64)
+    assert not draws(900.0, 200, times)[:, 1:].isnan().any()
+
+
+def test_any_16_first_experts_in_a_row_are_in_proportion_to_pi() -> None:
+    pi = torch.tensor([0.5, 0.25, 0.25])
+    for seed, first in ((0, 0), (1, 7), (2**62, 2**55)):
+        index = first + torch.arange(16)
+        u = first_uniforms(seed, index)
+        assert ((u > 0) & (u < 1)).all()
+        count = sample_categorical(pi.expand(16, -1), u).sum(dim=0)
+        assert (count - 16 * pi).abs().max() <= 1.5
+        rows = first_uniforms(torch.full((16,), seed), index)
+        assert rows.equal(u)
+
+
+def test_a_first_expert_is_uniform_over_the_seeds() -> None:
+    seeds = torch.arange(4000)
+    for i in (0, 5):
+        u = first_uniforms(seeds, torch.full((4000,), i)).sort().values
+        even = (torch.arange(4000) + 0.5) / 4000
+        assert (u - even).abs().max() < 0.03  # Kolmogorov and Smirnov's distance
 
 
 def test_stochastic_samples_by_inversion() -> None:
@@ -325,7 +398,7 @@ def test_a_row_of_adaptive_is_the_same_alone_and_among_others() -> None:
     [
         (
             {"name": "best"},
-            "policy must be one of full top_k nucleus fixed stochastic balanced adaptive, got 'best'",
+            "policy must be one of full top_k nucleus fixed switching stochastic balanced adaptive, got 'best'",
         ),
         ({"name": "top_k", "top_k": 0}, "top_k must be at least 1, got 0"),
         ({"name": "top_k", "top_k": 1.5}, "top_k must be at least 1, got 1.5"),
@@ -338,6 +411,18 @@ def test_a_row_of_adaptive_is_the_same_alone_and_among_others() -> None:
         (
             {"name": "adaptive", "budget": math.nan},
             "budget must be at least 1 call a step, got nan",
+        ),
+        (
+            {"name": "switching", "switch_rate": -1.0},
+            "switch_rate must be finite and at least 0, got -1.0",
+        ),
+        (
+            {"name": "switching", "switch_rate": math.inf},
+            "switch_rate must be finite and at least 0, got inf",
+        ),
+        (
+            {"name": "switching", "switch_rate": math.nan},
+            "switch_rate must be finite and at least 0, got nan",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -52,13 +53,17 @@ class Drawing:
     """A policy with the uniforms of its rows given: all of them, instead of some."""
 
     rule: Policy
-    uniforms: Tensor
+    given: Tensor
+    keeps: ClassVar[bool] = False
 
-    def start(self, pi: Tensor, draw: Tensor) -> Tensor:
-        return self.rule.start(pi, self.uniforms)
+    def uniforms(self, *_: object) -> Tensor:
+        return self.given[:, None]
 
-    def choose(self, alpha: Tensor, state: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rule.choose(alpha, state, self.uniforms)
+    def start(self, pi: Tensor, u: Tensor) -> Tensor:
+        return self.rule.start(pi, u)
+
+    def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rule.choose(alpha, state, u)
 
 
 def test_with_all_experts_the_mixture_is_the_oracle_s_denoiser() -> None:
@@ -105,13 +110,13 @@ def test_the_chosen_are_weighted_by_alpha_renormalized_over_the_chosen() -> None
 def test_a_chosen_expert_is_used_where_its_alpha_is_zero() -> None:
     alphas = iter([[0.25, 0.75], [1.0, 0.0], [0.0, 1.0]])
     source = Stateless(lambda x, t: torch.tensor(next(alphas)).expand(len(x), -1))
-    rule = Drawing(policy("fixed"), torch.tensor([0.1, 0.9], dtype=torch.float64))
-    router = Router(source, rule, torch.tensor([0.25, 0.75]))
+    router = Router(source, policy("fixed"), torch.tensor([0.25, 0.75]))
     model = RoutedDenoiser([constant(1.0), constant(2.0)], router)
-    for t in (1.0, 0.5, 0.1):
-        torch.testing.assert_close(
-            model(torch.zeros(2, 1), torch.tensor(t)), torch.tensor([[1.0], [2.0]])
-        )
+    first = model(torch.zeros(4, 1), torch.tensor(1.0))
+    assert sorted(first[:, 0].tolist()) == [1.0, 2.0, 2.0, 2.0]
+    for t in (0.5, 0.1):
+        assert model(torch.zeros(4, 1), torch.tensor(t)).equal(first)
+    assert model.router_calls == 0
 
 
 def test_fixed_draws_from_pi_where_given_and_else_from_the_first_alpha() -> None:
@@ -155,8 +160,11 @@ def test_only_chosen_experts_are_called_with_their_images(
             assert (asked_t == time).all()
         calls += int(chosen.sum())
         assert model.steps[step].t == pytest.approx(t)
-        torch.testing.assert_close(model.steps[step].alpha, oracle.posterior(x, time))
+        first = model.router.pi
+        alpha = first if rule == "fixed" else oracle.posterior(x, time)
+        torch.testing.assert_close(model.steps[step].alpha, alpha)
     assert model.calls == calls
+    assert model.router_calls == (0 if rule == "fixed" else 4 * n)
     assert (chosen.sum(dim=1) >= 1).all()
 
 
@@ -545,7 +553,7 @@ def test_the_start_is_drawn_from_the_weighted_shares() -> None:
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     state = router.start(torch.zeros(n, 1), uniforms)
     torch.testing.assert_close(
-        state.policy.mean(dim=0), torch.tensor([0.4, 0.0, 0.2, 0.4]), rtol=0, atol=2e-3
+        state.chosen.float().mean(dim=0), torch.tensor([0.4, 0.0, 0.2, 0.4]), rtol=0, atol=2e-3
     )
 
 
@@ -594,8 +602,9 @@ def test_the_most_likely_eligible_expert_replaces_an_unavailable_one() -> None:
         ([False, True, True], [2, 1, 2]),
         ([True, False, False], [0, 0, 0]),
     ):
+        kept = torch.full_like(draw, torch.nan)
         _, after = router.route(
-            x, torch.tensor(0.5), state, draw, available=torch.tensor(available)
+            x, torch.tensor(0.5), state, kept, available=torch.tensor(available)
         )
         assert after.chosen.int().argmax(dim=1).tolist() == expected
         assert (after.chosen.sum(dim=1) == 1).all()
