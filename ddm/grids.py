@@ -9,7 +9,18 @@ from torch import Tensor
 from ddm.errors import ConfigError, one_of, require
 from ddm.schedules import EDM, Schedule, TwoPhase
 
-GRIDS = ("uniform_t", "uniform_log_snr", "quadratic", "edm", "own")
+GRIDS = ("uniform_t", "uniform_log_snr", "quadratic", "cosine", "half", "edm", "own")
+
+
+Scale = Callable[[Tensor], Tensor]
+
+# What a grid is even in, as a function of log s/a, and the inverse of that function.
+_SCALES: dict[str, tuple[Scale, Scale]] = {
+    "uniform_log_snr": (lambda y: y, lambda u: u),
+    "cosine": (lambda y: (y / 2).exp().atan(), lambda u: 2 * u.tan().log()),
+    "half": (lambda y: (y + math.log(2)).sigmoid(), lambda u: u.logit() - math.log(2)),
+    "edm": (lambda y: (y / 7).exp(), lambda u: 7 * u.log()),
+}
 
 
 def time_grid(
@@ -23,9 +34,12 @@ def time_grid(
     in place of a name.
 
     `uniform_t`: even in t. `uniform_log_snr`: even in log a^2/s^2. `quadratic`: even in sqrt(t),
-    dense near the data (DDIM's choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `edm`: even in
-    (s/a)^(1/7), denser still (arXiv 2206.00364, eq. 5). `own`: the steps n/T of a two-phase
-    schedule, as many as it has. `uniform_log_snr` and `edm` are even from t_max, or where a is 0
+    dense near the data (DDIM's choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `cosine`:
+    `s/(s + a) = (1 - cos pi u)/2` with u even in [0, 1], dense near the data and near the noise.
+    `half`: `s/(s + a/2) = u`, or `s/a = u/(2 (1 - u))`. `edm`: even in (s/a)^(1/7), denser near
+    the data than any other (arXiv 2206.00364, eq. 5). `own`: the steps n/T of a two-phase
+    schedule, as many as it has. All but `uniform_t`, `quadratic` and `own` walk the same values of
+    s/a on every schedule. `uniform_log_snr` and `edm` are even from t_max, or where a is 0
     there from t_max - 1e-3, which is then moved to t_max; to t_min, or where s is 0 there to t =
     1e-3 (on the schedule `edm` to sigma = 0.002, the paper's), from where the last step goes to 0.
 
@@ -44,12 +58,10 @@ def time_grid(
             return t_min + (t_max - t_min) * even
         case "quadratic":
             return (math.sqrt(t_min) + (math.sqrt(t_max) - math.sqrt(t_min)) * even) ** 2
-        case "uniform_log_snr":
-            return _even(lambda log_sigma: log_sigma, lambda y: y, steps, schedule, t_min, t_max)
-        case "edm":
-            return _even(
-                lambda y: (y / 7).exp(), lambda y: 7 * y.log(), steps, schedule, t_min, t_max
-            )
+        case "cosine" | "half":
+            return _even(*_SCALES[name], steps, schedule, t_min, t_max)
+        case "uniform_log_snr" | "edm":
+            return _even_inside(*_SCALES[name], steps, schedule, t_min, t_max)
         case "own":
             return _own(steps, schedule, t_min, t_max)
         case _:
@@ -70,38 +82,40 @@ def check_grid(name: str, schedule: Schedule) -> None:
 
 
 def _even(
-    scale: Callable[[Tensor], Tensor],
-    inverse: Callable[[Tensor], Tensor],
-    steps: int,
-    schedule: Schedule,
-    t_min: float,
-    t_max: float,
+    scale: Scale, inverse: Scale, steps: int, schedule: Schedule, t_min: float, t_max: float
 ) -> Tensor:
-    """Even in `scale(log s/a)`, found by bisection between the ends where s/a is finite and
-    positive.
-    """
+    """Even in `scale(log s/a)`, found by bisection."""
 
     def log_sigma(t: Tensor) -> Tensor:
         a, s, _, _ = schedule(t)
         return s.log() - a.log()
 
-    clean = t_min if t_min > 0 else min(_cleanest(schedule), t_max / 2)
-    noisy = (
-        t_max
-        if schedule(torch.tensor(t_max, dtype=torch.float64)).a > 1e-9
-        else max(t_max - 1e-3, (clean + t_max) / 2)
-    )
-    ends = torch.tensor([noisy, clean], dtype=torch.float64)
-    count = steps + 1 - (t_min == 0)
+    ends = torch.tensor([t_max, t_min], dtype=torch.float64)
     first, last = scale(log_sigma(ends))
-    wanted = inverse(first + (last - first) * torch.linspace(0, 1, count, dtype=torch.float64))
+    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    wanted = inverse(first + (last - first) * even)
     right, left = ends[:1].expand_as(wanted), ends[1:].expand_as(wanted)
     for _ in range(60):
         middle = (left + right) / 2
         too_clean = log_sigma(middle) < wanted
         left, right = torch.where(too_clean, middle, left), torch.where(too_clean, right, middle)
-    times = torch.cat([middle, middle.new_zeros(1)]) if t_min == 0 else middle
-    times[0], times[-1] = t_max, t_min
+    middle[0], middle[-1] = t_max, t_min
+    return middle
+
+
+def _even_inside(
+    scale: Scale, inverse: Scale, steps: int, schedule: Schedule, t_min: float, t_max: float
+) -> Tensor:
+    """`_even` between the times where s/a is finite and positive, moved to `t_max` and followed by
+    a last step to 0.
+    """
+    clean = t_min if t_min > 0 else min(_cleanest(schedule), t_max / 2)
+    has_signal = schedule(torch.tensor(t_max, dtype=torch.float64)).a > 1e-9
+    noisy = t_max if has_signal else max(t_max - 1e-3, (clean + t_max) / 2)
+    times = _even(scale, inverse, steps - (t_min == 0), schedule, clean, noisy)
+    if t_min == 0:
+        times = torch.cat([times, times.new_zeros(1)])
+    times[0] = t_max
     return times
 
 

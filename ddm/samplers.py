@@ -5,7 +5,7 @@ in a loop, `drive_async` awaits one, which may be remote. Both count the calls.
 """
 
 import math
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -104,23 +104,58 @@ def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int 
     The predictor integrates a polynomial in lambda = log a/s through the last `order` denoised
     images. With the next one, the corrector repeats the step with a polynomial through that as
     well. Both are exponential integrators: they integrate the polynomial exactly, which is the
-    paper's family with every moment matched. A step to t = 0 is DDIM's.
+    paper's family with every moment matched. Toward t = 0, where lambda is infinite, the order
+    falls to 2 and in the last step to 1, DDIM's (the `lower_order_final` of the authors' code).
     """
     places: list[Tensor] = []  # of the answers, in lambda
     answers: list[Tensor] = []  # the denoised images
     before: tuple[Tensor, Coeffs] | None = None
-    for t, t_next in pairwise(times):
+    used = 1  # answers in the last prediction
+    ends_at_data = schedule(times[-1]).s == 0
+    for n, (t, t_next) in enumerate(pairwise(times), start=1):
         c, c_next = schedule(t), schedule(t_next)
         here, there = _lambda(c), _lambda(c_next)
         denoised = yield x, t
         places, answers = [*places[-order:], here], [*answers[-order:], denoised]
         if before is not None:
-            x = _towards(_mean(answers, places, places[-2], here), before[0], before[1], c)
+            corrected = _mean(answers[-used - 1 :], places[-used - 1 :], places[-2], here)
+            x = _towards(corrected, before[0], before[1], c)
         before = (x, c)
-        middle = (
-            denoised if c_next.s == 0 else _mean(answers[-order:], places[-order:], here, there)
-        )
+        used = min(n, order, len(times) - n if ends_at_data else order)
+        middle = denoised if used == 1 else _mean(answers[-used:], places[-used:], here, there)
         x = _towards(middle, x, c, c_next)
+    return x
+
+
+# Of orders 1 to 4, the oldest value first.
+_ADAMS_BASHFORTH = (
+    (1.0,),
+    (-1 / 2, 3 / 2),
+    (5 / 12, -16 / 12, 23 / 12),
+    (-9 / 24, 37 / 24, -59 / 24, 55 / 24),
+)
+
+
+def ipndm(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int = 3) -> Trajectory:
+    """iPNDM of that order, 1 to 4 (arXiv 2204.13902, section 4; the linear multistep formulas of
+    arXiv 2202.09778, eq. 12), one call per step.
+
+    With sigma = s/a the ODE is `d(x/a)/d sigma = eps`, `eps = (x - a D)/s`. The mean of eps over a
+    step is Adams and Bashforth's, with the coefficients of even steps: that of a polynomial in the
+    number of the step, which at few steps is closer than one in sigma. The first steps have lower
+    orders, and a step to t = 0 order 2. Exact where D is constant, or eps a polynomial on even
+    steps; the order of accuracy is at most 2 because of uneven steps and of the first one.
+    """
+    values: list[Tensor] = []  # of eps
+    for t, t_next in pairwise(times):
+        c, c_next = schedule(t), schedule(t_next)
+        denoised = yield x, t
+        values = [*values[-3:], (x - c.a * denoised) / c.s]
+        used = min(len(values), order, 2 if c_next.s == 0 else order)
+        x = _towards(denoised, x, c, c_next)  # the step of order 1, also where a = 0
+        if used > 1:
+            ahead = _weighted(_ADAMS_BASHFORTH[used - 1], values[-used:]) - values[-1]
+            x = x + (c_next.s - c_next.a * c.s / c.a) * ahead
     return x
 
 
@@ -139,10 +174,13 @@ def _mean(
     moments = _exponential_moments(h, len(answers))
     powers = torch.arange(len(answers), dtype=here.dtype)[:, None]
     weights = torch.linalg.solve(((torch.stack(list(places)) - here) / h) ** powers, moments)
-    return sum(
-        (weight * answer for weight, answer in zip(weights, answers, strict=True)),
-        torch.zeros_like(answers[0]),
-    )
+    return _weighted(weights, answers)
+
+
+def _weighted(weights: Iterable[Tensor | float], values: Sequence[Tensor]) -> Tensor:
+    """The sum of the values, each times its weight."""
+    terms = [weight * value for weight, value in zip(weights, values, strict=True)]
+    return sum(terms[1:], terms[0])
 
 
 def _exponential_moments(h: Tensor, count: int) -> Tensor:
@@ -262,12 +300,14 @@ class Sampler:
     """A sampler: its generator, its order of accuracy in 1/N, and its denoiser calls per step.
 
     `order` is that of the trajectory's error for a deterministic sampler, and that of the
-    distribution's for a stochastic one. `needs` says where it is defined: on any schedule, where
+    distribution's for a stochastic one, on any smooth grid. `orders` are the values of the key
+    `order`, for a sampler that takes it. `needs` says where it is defined: on any schedule, where
     there is `signal` (a > 0), or where the variance is `preserved`, a^2 + s^2 = 1, as well.
     """
 
-    trajectory: Callable[[Tensor, Schedule, Times, Noise], Trajectory]
+    trajectory: Callable[..., Trajectory]  # of (x, schedule, times, noise)
     order: int
+    orders: Sequence[int] = ()
     calls_per_step: int = 1
     needs: Literal["nothing", "signal", "preserved"] = "nothing"
 
@@ -291,7 +331,8 @@ _SAMPLERS = {
     "ddim": Sampler(ddim, order=1),
     "heun": Sampler(heun, order=2, calls_per_step=2),
     "dpmpp_2m": Sampler(dpmpp_2m, order=2),
-    "unipc": Sampler(unipc, order=3),
+    "unipc": Sampler(unipc, order=3, orders=range(2, 4)),
+    "ipndm": Sampler(ipndm, order=2, orders=range(1, 5)),
     "euler_maruyama": Sampler(euler_maruyama, order=1, needs="signal"),
     "ddpm": Sampler(ddpm, order=1, needs="signal"),
     "accelerated_ode": Sampler(accelerated_ode, order=2, calls_per_step=2, needs="preserved"),
@@ -301,17 +342,20 @@ SAMPLERS = tuple(_SAMPLERS)
 
 
 def sampler(name: str, order: int = 3) -> Sampler:
-    """The sampler of that name; `order` is unipc's, 2 or 3.
+    """The sampler of that name; `order` is that of unipc, 2 or 3, or of ipndm, 1 to 4, and means
+    nothing to the others.
 
-    Raises `ConfigError` for an unknown name or order.
+    Raises `ConfigError` for an unknown name, or an order that the sampler does not have.
     """
     if name not in _SAMPLERS:
         raise one_of("sampler", name, SAMPLERS)
-    require(order in (2, 3), "order", "be 2 or 3", order)
     found = _SAMPLERS[name]
-    if name == "unipc":
-        return replace(found, trajectory=partial(unipc, order=order), order=order)
-    return found
+    if not found.orders:
+        return found
+    rule = f"be in [{found.orders[0]}, {found.orders[-1]}] for sampler={name}"
+    require(order in found.orders, "order", rule, order)
+    trajectory = partial(found.trajectory, order=order)
+    return replace(found, trajectory=trajectory, order=min(order, found.order))
 
 
 def plan_steps(
@@ -330,7 +374,7 @@ def plan_steps(
     method, times = sampler(name, order), time_grid(grid, steps, schedule, t_min)
     lacking = method.lacks(schedule, times)
     if lacking:
-        defined = [other for other in SAMPLERS if not sampler(other).lacks(schedule, times)]
+        defined = [key for key, other in _SAMPLERS.items() if not other.lacks(schedule, times)]
         raise ConfigError(
             f"sampler must be one of {' '.join(defined)} for {schedule}, {lacking}; got {name!r}",
             "sampler",

@@ -57,7 +57,7 @@ class SampleConfig:
         "what replaces the experts that are not called, unless policy is fixed or switching",
         names=CONTROL_VARIATES,
     )
-    order: int = _setting(3, "order of sampler=unipc", 2, 3)
+    order: int = _setting(3, "order of sampler=unipc, 2 or 3, or ipndm, 1 to 4", 1, 4)
     relaxation_rate: float = _setting(
         40.0,
         "how fast source=combined relaxes to the posterior net, per unit of t",

@@ -88,6 +88,24 @@ def test_grids_even_in_s_over_a_end_where_it_is_finite(name: str, grid: str) -> 
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+def test_cosine_and_half_are_even_in_their_angle_and_fraction(name: str) -> None:
+    for t_min, t_max in ((0.0, 1.0), (0.01, 0.9)):
+        for grid in ("cosine", "half"):
+            a, s, _, _ = schedule(name)(time_grid(grid, 7, schedule(name), t_min, t_max))
+            u = (1 - 2 * s / (s + a)).acos() if grid == "cosine" else s / (s + a / 2)
+            even = torch.linspace(float(u[0]), float(u[-1]), 8, dtype=torch.float64)
+            torch.testing.assert_close(u, even, rtol=1e-7, atol=1e-7)
+
+
+def test_cosine_and_half_of_rectified_flow_are_closed_formulas() -> None:
+    u = torch.linspace(1, 0, 7, dtype=torch.float64)
+    path = schedule("rectified_flow")
+    cosine, half = (1 - (math.pi * u).cos()) / 2, u / (2 - u)
+    torch.testing.assert_close(time_grid("cosine", 6, path), cosine, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(time_grid("half", 6, path), half, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_uniform_log_snr_is_even_in_log_snr(name: str) -> None:
     gaps = log_snr(name, time_grid("uniform_log_snr", 9, schedule(name), 0.01, 0.9)).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand(9), rtol=1e-9, atol=0)

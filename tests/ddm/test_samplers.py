@@ -386,6 +386,96 @@ def test_unipc_is_exact_for_a_line_in_log_snr_over_steps_of_any_length(order: in
     assert float(end) == pytest.approx(exact, rel=1e-12)
 
 
+def test_unipc_lowers_its_order_toward_the_data() -> None:
+    # Three of its steps to t = 0: predicted with 1, 2 and 1 answers, corrected with 2 and 3.
+    times = [0.9, 0.6, 0.35, 0.0]
+    places = [half_log_snr(t) for t in times[:-1]]
+    s = [math.sqrt(1 - signal(t) ** 2) for t in times]
+    values, x = [answer(X, 0.9)], X
+    for n in (1, 2):
+
+        def to_next(x: np.ndarray, first: int, n: int = n) -> np.ndarray:
+            used = slice(first, len(values))
+            mean = line_integral(places[used], values[used], places[n - 1], places[n])
+            return s[n] * (x / s[n - 1] + mean)
+
+        values.append(answer(to_next(x, max(0, n - 2)), times[n]))
+        x = to_next(x, 0)
+    assert_same(walked("unipc", schedule("vp_linear"), times), values[-1])
+
+
+# The coefficients of Adams and Bashforth's methods as textbooks print them, the newest value first.
+TEXTBOOK = {1: [1], 2: [3, -1], 3: [23, -16, 5], 4: [55, -59, 37, -9]}
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_ipndm_is_adams_and_bashforths_method_for_eps_over_sigma(order: int) -> None:
+    times = [0.95, 0.8, 0.6, 0.45, 0.35, 0.2, 0.0]
+    z, eps = X / signal(times[0]), []
+    for t, t_next in pairwise(times):
+        a, a_next = signal(t), signal(t_next)
+        s, s_next = math.sqrt(1 - a**2), math.sqrt(1 - a_next**2)
+        eps = [(a * z - a * answer(a * z, t)) / s, *eps]
+        weights = TEXTBOOK[min(len(eps), order, 2 if t_next == 0 else order)]
+        mean = sum(w * e for w, e in zip(weights, eps, strict=False)) / sum(weights)
+        z = z + (s_next / a_next - s / a) * mean
+    assert_same(walked("ipndm", schedule("vp_linear"), times, order), z)
+
+
+def test_ipndm_is_the_one_of_k_diffusions_and_diffusers_numbers() -> None:
+    # diffusers 0.42.1: IPNDMScheduler's weights (55, -59, 37, -9)/24 and so on down, by hand on
+    # x' = x + (sigma' - sigma) d with d = (x - D)/sigma, sigma = 4, 3, 2, 1 and D = sigma^2/4:
+    # d = (8 - 4)/4 = 1, x = 7; d = (7 - 2.25)/3 = 19/12, mean (3 d - d0)/2 = 15/8, x = 41/8;
+    # d = (41/8 - 1)/2 = 33/16, mean (23 d - 16 d1 + 5 d0)/12 = 1301/576, x = 1651/576.
+    x = torch.tensor([[8.0]], dtype=torch.float64)
+    times = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64) / 80
+    trajectory = sampler("ipndm", 4).trajectory(x, schedule("edm"), times, no_noise)
+    end, _ = drive(trajectory, lambda x, t: torch.full_like(x, float(80 * t) ** 2 / 4))
+    assert float(end) == pytest.approx(1651 / 576, rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_ipndm_is_exact_where_eps_is_a_polynomial_in_even_sigma(order: int) -> None:
+    # Past its warm-up, whose values at even steps are given: D is chosen so that eps(sigma) holds.
+    def integral(y: float) -> float:  # of eps = 1 + sigma + ... + sigma^(order - 1)
+        return sum(y**n / n for n in range(1, order + 1))
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        y = 3 * float(t)
+        return x - y * sum(y**n for n in range(order))
+
+    times = torch.linspace(1, 0.2, 9, dtype=torch.float64)
+    process, x = schedule("edm", sigma_max=3.0), torch.zeros(1, 1, dtype=torch.float64)
+    ends = [
+        float(drive(sampler("ipndm", order).trajectory(x, process, part, no_noise), denoise)[0])
+        for part in (times, times[:order])
+    ]
+    span = integral(3 * float(times[-1])) - integral(3 * float(times[order - 1]))
+    assert ends[0] - ends[1] == pytest.approx(span, rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_ipndm_has_its_order_on_steps_even_in_sigma(order: int) -> None:
+    oracle = GaussianMixture(**{**vars(mixture()), "schedule": schedule("edm", sigma_max=2.0)})
+    x = start_noise(32, oracle.schedule)
+    reference, errors, steps = exact_end(oracle, x, 0.05), [], [128, 256, 512]
+    for n in steps:
+        end = sample(
+            oracle.denoise, x, oracle.schedule, "ipndm", n, "uniform_t", t_min=0.05, order=order
+        )
+        errors.append(float((end - reference).square().mean(dim=1).sqrt().median()))
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize("process", ["vp_linear", "vp_cosine", "rectified_flow"])
+@pytest.mark.parametrize(("order", "of_accuracy"), [(1, 1), (2, 2), (3, 2), (4, 2)])
+def test_ipndm_is_second_order_on_other_steps(order: int, of_accuracy: int, process: str) -> None:
+    assert sampler("ipndm", order).order == of_accuracy
+    slope = fitted_order(process, "ipndm", [128, 256, 512], order)
+    assert of_accuracy - 0.25 < slope < of_accuracy + 0.6
+
+
 def test_an_euler_maruyama_step_is_the_reverse_sdes() -> None:
     x = X
     for n, (t, t_next) in enumerate([(0.8, 0.5), (0.5, 0.3)]):
@@ -522,7 +612,7 @@ def no_noise(n: int) -> Tensor:
     raise AssertionError("a deterministic sampler draws no noise")
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "unipc", "ipndm"])
 @pytest.mark.parametrize("process", SCHEDULES)
 def test_a_constant_denoiser_is_walked_exactly(process: str, name: str) -> None:
     for t_min in (0.0, 0.1):
@@ -571,7 +661,7 @@ def test_the_step_to_zero_is_the_denoised_image(name: str, process: str) -> None
                 == len(answers)
                 == steps * sampler(name).calls_per_step - (sampler(name).calls_per_step == 2)
             )
-            if name == "euler":
+            if name in ("euler", "ipndm"):
                 assert (
                     end.abs().max() < 10 + 10 * path(torch.ones(())).ds
                 )  # one step of exploding noise overshoots
@@ -755,35 +845,35 @@ def test_noises_of_successive_steps_are_independent() -> None:
         (
             "ddpm",
             "rectified_flow",
-            "euler ddim heun dpmpp_2m unipc for RectifiedFlow(), where a falls to 0: it divides by a; got 'ddpm'",
+            "euler ddim heun dpmpp_2m unipc ipndm for RectifiedFlow(), where a falls to 0: it divides by a; got 'ddpm'",
         ),
         (
             "euler_maruyama",
             "rectified_flow",
-            "euler ddim heun dpmpp_2m unipc for RectifiedFlow(), where a falls to 0: it divides by a; got 'euler_maruyama'",
+            "euler ddim heun dpmpp_2m unipc ipndm for RectifiedFlow(), where a falls to 0: it divides by a; got 'euler_maruyama'",
         ),
         (
             "accelerated_ode",
             "vp_cosine",
-            "euler ddim heun dpmpp_2m unipc for VPCosine(shift=0.008), where a falls to 6.1e-17: it divides by a; "
+            "euler ddim heun dpmpp_2m unipc ipndm for VPCosine(shift=0.008), where a falls to 6.1e-17: it divides by a; "
             "got 'accelerated_ode'",
         ),
         (
             "accelerated_ode",
             "ve_exponential",
-            "euler ddim heun dpmpp_2m unipc euler_maruyama ddpm for VEExponential(b=0.041, c=8.5), "
+            "euler ddim heun dpmpp_2m unipc ipndm euler_maruyama ddpm for VEExponential(b=0.041, c=8.5), "
             "where a^2 + s^2 is 2389 at t = 1: it needs 1; got 'accelerated_ode'",
         ),
         (
             "accelerated_ode",
             "edm",
-            "euler ddim heun dpmpp_2m unipc euler_maruyama ddpm for EDM(sigma_max=80.0), "
+            "euler ddim heun dpmpp_2m unipc ipndm euler_maruyama ddpm for EDM(sigma_max=80.0), "
             "where a^2 + s^2 is 6401 at t = 1: it needs 1; got 'accelerated_ode'",
         ),
         (
             "accelerated_sde",
             "edm",
-            "euler ddim heun dpmpp_2m unipc euler_maruyama ddpm for EDM(sigma_max=80.0), "
+            "euler ddim heun dpmpp_2m unipc ipndm euler_maruyama ddpm for EDM(sigma_max=80.0), "
             "where a^2 + s^2 is 6401 at t = 1: it needs 1; got 'accelerated_sde'",
         ),
     ],
@@ -803,12 +893,25 @@ def test_a_sampler_is_refused_exactly_where_it_is_not_defined(process: str) -> N
     ]
 
 
-@pytest.mark.parametrize("order", [0, 1, 4])
-def test_an_order_that_unipc_does_not_have_is_refused(order: int) -> None:
-    with pytest.raises(ConfigError, match=rf"^order must be 2 or 3, got {order}$"):
-        sample(
-            lambda x, t: x, torch.zeros(1, 2), schedule("vp_linear"), sampler="unipc", order=order
-        )
+@pytest.mark.parametrize(
+    ("name", "order", "orders"),
+    [
+        ("unipc", 1, "[2, 3]"),
+        ("unipc", 4, "[2, 3]"),
+        ("ipndm", 0, "[1, 4]"),
+        ("ipndm", 5, "[1, 4]"),
+    ],
+)
+def test_an_order_that_a_sampler_does_not_have_is_refused(
+    name: str, order: int, orders: str
+) -> None:
+    message = f"order must be in {orders} for sampler={name}, got {order}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        sample(lambda x, t: x, torch.zeros(1, 2), schedule("vp_linear"), name, order=order)
+
+
+def test_the_order_means_nothing_to_samplers_that_have_one_alone() -> None:
+    assert sampler("ddim", 17) == sampler("ddim")
 
 
 def test_no_steps_are_refused() -> None:

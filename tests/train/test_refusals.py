@@ -80,7 +80,7 @@ from train.config import Config, load_config
             ["sample.control_variate=best"],
             "sample.control_variate must be one of none gaussian, got 'best'",
         ),
-        (["sample.order=4"], "sample.order must be a whole number in [2, 3], got 4"),
+        (["sample.order=5"], "sample.order must be a whole number in [1, 4], got 5"),
         (
             ["sample.grid=even"],
             "sample.grid must be one of uniform_t uniform_log_snr quadratic edm own, got 'even'",
@@ -168,8 +168,12 @@ from train.config import Config, load_config
             "evaluate.samplers.b: sample.sampler must be one of euler ddim heun",
         ),
         (
+            ["evaluate.samplers={b: {sampler: unipc, order: 5}}"],
+            "evaluate.samplers.b: sample.order must be a whole number in [1, 4], got 5",
+        ),
+        (
             ["evaluate.samplers={b: {sampler: unipc, order: 4}}"],
-            "evaluate.samplers.b: sample.order must be a whole number in [2, 3], got 4",
+            "evaluate.samplers.b: sample.order must be in [2, 3] for sampler=unipc, got 4",
         ),
         (
             ["evaluate.samplers={b: {stepz: 3}}"],

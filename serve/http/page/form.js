@@ -28,7 +28,7 @@ const USED = {
   top_k: ({ policy }) => policy === "top_k",
   nucleus_p: ({ policy }) => policy === "nucleus",
   budget: ({ policy }) => policy === "adaptive",
-  order: ({ sampler }) => sampler === "unipc",
+  order: ({ sampler }) => ["unipc", "ipndm"].includes(sampler),
   relaxation_rate: ({ source }) => source === "combined",
 };
 

@@ -280,10 +280,10 @@ def test_a_clipped_image_differs_only_where_it_would_leave_the_range(small_run: 
             {"control_variate": "best"},
             "sample.control_variate must be one of none gaussian, got 'best'",
         ),
-        ({"order": 4}, r"sample.order must be a whole number in \[2, 3\], got 4"),
+        ({"order": 5}, r"sample.order must be a whole number in \[1, 4\], got 5"),
         (
             {"sampler": "unipc", "order": 1},
-            r"sample.order must be a whole number in \[2, 3\], got 1",
+            r"sample.order must be in \[2, 3\] for sampler=unipc, got 1",
         ),
         (
             {"grid": "own"},
@@ -326,7 +326,7 @@ def test_bad_settings_are_refused_by_name(
     ("settings", "said"),
     [
         ({"budget": 0.5}, r"sample.budget must be a number in \[1, 1000000\], got 0.5"),
-        ({"order": 4}, r"sample.order must be a whole number in \[2, 3\], got 4"),
+        ({"order": 5}, r"sample.order must be a whole number in \[1, 4\], got 5"),
         (
             {"control_variate": "best"},
             "sample.control_variate must be one of none gaussian, got 'best'",
