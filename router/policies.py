@@ -172,20 +172,25 @@ class Switching:
         self, seed: int | Tensor, index: Tensor, step: Tensor, t_last: Tensor, t: Tensor
     ) -> Tensor:
         shape = len(index), len(step)
-        elapsed, elapsed_last = (
-            (1 - times.to(index.device, torch.float64)).expand(shape) for times in (t, t_last)
-        )
         if self.rate == 0:
-            return torch.full_like(elapsed, torch.nan)
+            return torch.full(shape, torch.nan, dtype=torch.float64, device=index.device)
+        redraws, choices = self.redraws(seed, index)
+        count, count_last = (
+            torch.searchsorted(-redraws, -times.to(redraws).expand(shape).contiguous(), right=True)
+            for times in (t, t_last)
+        )
+        newest = choices.gather(1, (count - 1).clamp_min(0))
+        return torch.where(count > count_last, newest, torch.nan)
+
+    def redraws(self, seed: int | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The times of the redraws, falling from 1 to below 0, and the uniform number of each: two
+        float64 `[B, M]`; the rate must be above 0.
+        """
         # More than so many redraws in a unit of t have a probability below 1e-12.
         most = math.ceil(self.rate + 8 * math.sqrt(self.rate) + 16)
-        draws = uniform(seed, RngStream.SWITCH, index, 0, 2 * most)
-        gaps, choices = -draws[:, 0::2].log() / self.rate, draws[:, 1::2]
-        redraws = gaps.cumsum(dim=1)
-        count = torch.searchsorted(redraws, elapsed.contiguous(), right=True)
-        count_last = torch.searchsorted(redraws, elapsed_last.contiguous(), right=True)
-        newest = choices.gather(1, (count - 1).clamp(0, most - 1))
-        return torch.where(count > count_last, newest, torch.nan)
+        drawn = uniform(seed, RngStream.SWITCH, index, 0, 2 * most)
+        gaps = -drawn[:, 0::2].log() / self.rate
+        return 1 - gaps.cumsum(dim=1), drawn[:, 1::2]
 
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
         return torch.zeros_like(pi)

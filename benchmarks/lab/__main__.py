@@ -25,6 +25,7 @@ EXPERIMENTS = (
     "score_errors",
     "history",
     "selection",
+    "switching",
     "selection_rules",
     "bound",
 )

@@ -24,6 +24,7 @@ from serve.engine.scheduler import Engine
 from serve.engine.state import OnStep, Request
 from serve.model.loading import load
 from serve.model.model import Model, SamplingPlan, Trace
+from serve.model.params import over
 from serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ class Service:
             raise BusyError(message, int(min(60, max(1, wait_s))))
 
     def _plan(self, model: Model, given: dict[str, Any]) -> SamplingPlan:
-        return model.plan(model.settings(**{**asdict(self.settings.sample), **given}))
+        return model.plan(model.settings(**over(asdict(self.settings.sample), given)))
 
     async def run(self, admitted: AdmittedRequest) -> None:
         """Sample the images of an admitted request. Cancelling takes them off the engine at once.

@@ -62,6 +62,7 @@ def headers_of(admitted: AdmittedRequest) -> dict[str, str]:
         "ddm-seed": str(admitted.seed),
         "ddm-version": admitted.version.model.version,
         "ddm-nfe": str(request.nfe),
+        "ddm-router-nfe": str(request.router_nfe),
     }
     if request.absent:
         headers["ddm-degraded"] = " ".join(sorted(request.absent))
@@ -76,6 +77,7 @@ def facts_of(admitted: AdmittedRequest) -> dict[str, Any]:
         "first_index": int(request.index[0]),
         "version": admitted.version.model.version,
         "nfe": request.nfe,
+        "router_nfe": request.router_nfe,
         "degraded": sorted(request.absent),
     }
 
@@ -119,6 +121,7 @@ def npz_of(admitted: AdmittedRequest) -> bytes:
         arrays["alpha"] = trace.alpha.numpy()
         arrays["chosen"] = trace.chosen.numpy()
         arrays["nfe"] = np.int64(trace.calls)
+        arrays["router_nfe"] = np.int64(trace.router_calls)
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **arrays)
     return file.getvalue()

@@ -215,7 +215,8 @@ class EventStream(StreamingResponse):
         self, service: Service, admitted: AdmittedRequest, events: AsyncGenerator[str]
     ) -> None:
         headers = headers_of(admitted) | {"cache-control": "no-store", "x-accel-buffering": "no"}
-        del headers["ddm-nfe"]  # not known yet
+        for name in ("ddm-nfe", "ddm-router-nfe"):  # not known yet
+            del headers[name]
         self.events = with_comments(events)
         super().__init__(self.events, media_type="text/event-stream", headers=headers)
         limits = service.settings.serve.limits

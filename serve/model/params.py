@@ -92,9 +92,23 @@ class SampleConfig:
         with within("sample"):
             for setting in SETTINGS:
                 _check(setting, getattr(self, setting.name))
+            require(
+                self.policy == "switching" or self.switch_rate == SampleConfig.switch_rate,
+                "switch_rate",
+                f"be left at {SampleConfig.switch_rate:g} for policy={self.policy}, which has none",
+                self.switch_rate,
+            )
 
 
 SETTINGS = fields(SampleConfig)
+
+
+def over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `given` over those of `base`, whose `switch_rate` goes with its policy."""
+    settings = {**base, **given}
+    if settings["policy"] != "switching" and "switch_rate" not in given:
+        settings["switch_rate"] = SampleConfig.switch_rate
+    return settings
 
 
 class SampleSettings(TypedDict, total=False):

@@ -13,6 +13,7 @@ from ddm.artifacts import read_json, read_tensors, write_json, write_tensors
 from ddm.errors import ArtifactError, DdmError
 from serve import Model, load
 from serve.model.images import to_uint8
+from serve.model.params import over
 from train.config import Precision
 from train.evaluation.methods import Method
 from train.launch import OnProgress, run_jobs
@@ -47,7 +48,7 @@ class SampleSpec:
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters of sampling: the sampler's, and above them the method's."""
-        return {**self.settings, **self.method.settings, "steps": self.steps}
+        return {**over(self.settings, self.method.settings), "steps": self.steps}
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 // The chart of one image: alpha over t as stacked bands, and below it one row per expert with a mark for each of its steps.
 
-import { expertColour, indexOfLargest, plural, svg } from "./dom.js";
+import { expertColour, indexOfLargest, keepsExperts, plural, svg } from "./dom.js";
 import { state } from "./state.js";
 
 const TOP = 6; // pixels, as all sizes here
@@ -20,7 +20,7 @@ export function chart(steps, width) {
   const { experts } = state.run;
   const view = { viewBox: `0 0 ${width} ${layout.bottom + 4}`, role: "img", "aria-label": description(steps) };
   const rows = experts.map((name, k) => row(name, k, steps));
-  return svg("svg", view, ...axes(), ...bands(steps), ...rows.flat(), ...cursor(steps));
+  return svg("svg", view, ...axes(), ...bands(steps), ...rows.flat(), ...switches(steps), ...cursor(steps));
 }
 
 function newLayout(steps, width) {
@@ -87,6 +87,13 @@ function row(name, k, steps) {
     text(label, 16, top + 14, { class: "expert" }),
     text(`${used.length}×`, width, top + 14, { "text-anchor": "end" }),
   ];
+}
+
+/** A line where an image that keeps its experts gets another. */
+function switches(steps) {
+  if (!keepsExperts(state.run.settings)) return [];
+  const changes = steps.filter(({ chosen }, i) => i > 0 && chosen[0] !== steps[i - 1].chosen[0]);
+  return changes.map(({ t }) => vertical(layout.x(t), "switch"));
 }
 
 function cursor(steps) {

@@ -26,6 +26,9 @@ export function expertColour(k) {
   return `hsl(${(k * 137.5) % 360} 60% ${k % 2 ? 40 : 60}%)`;
 }
 
+/** Whether these settings keep an image's expert from step to step. */
+export const keepsExperts = ({ policy }) => policy === "fixed" || policy === "switching";
+
 export const indexOfLargest = (values) => values.indexOf(Math.max(...values));
 export const formatNumber = (n) => n.toLocaleString("en", { maximumFractionDigits: 1 });
 export const plural = (n, noun) => `${formatNumber(n)} ${noun}${n === 1 ? "" : "s"}`;

@@ -30,6 +30,7 @@ const USED = {
   budget: ({ policy }) => policy === "adaptive",
   order: ({ sampler }) => ["unipc", "ipndm"].includes(sampler),
   relaxation_rate: ({ source }) => source === "combined",
+  switch_rate: ({ policy }) => policy === "switching",
 };
 
 const clusterBoxes = () => [...form.querySelectorAll("[name=clusters]")];

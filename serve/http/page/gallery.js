@@ -1,6 +1,6 @@
 // The gallery: one tile per image, with a frame in the expert's colour and a strip of the experts used at each step.
 
-import { $, element, expertColour, indexOfLargest, svg } from "./dom.js";
+import { $, element, expertColour, indexOfLargest, keepsExperts, svg } from "./dom.js";
 import { state } from "./state.js";
 
 /** An image at the step on display: that step's record, its expert, and the PNG. Null before the first step. */
@@ -9,9 +9,8 @@ export function appearance(image) {
   const isLast = run.step === null || run.step >= run.steps;
   const record = isLast ? image.steps.at(-1) : image.steps[run.step];
   if (!record) return null;
-  // With policy=fixed an image keeps its expert, whatever alpha is.
-  const fixed = run.settings.policy === "fixed" ? record.chosen[0] : undefined;
-  const expert = fixed ?? indexOfLargest(record.alpha);
+  // An image that keeps its expert is that expert's, whatever alpha is.
+  const expert = keepsExperts(run.settings) ? record.chosen[0] : indexOfLargest(record.alpha);
   const finished = isLast && image.final !== null;
   return { ...record, expert, finished, source: finished ? image.final : record.preview };
 }

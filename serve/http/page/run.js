@@ -1,7 +1,7 @@
 // One run: the request, its events as they arrive, and the samples that they describe.
 
 import { ApiError, streamSamples } from "./api.js";
-import { $, form, formatNumber, plural, pngUrl, reducedMotion, setText } from "./dom.js";
+import { $, form, formatNumber, keepsExperts, plural, pngUrl, reducedMotion, setText } from "./dom.js";
 import { clearErrors, formValues, requestBody, selectedClusters, showError } from "./form.js";
 import { showGate } from "./gate.js";
 import { buildGallery } from "./gallery.js";
@@ -92,7 +92,7 @@ function startRun(start, settings) {
   $("progress").max = start.n * start.steps;
   $("progress").value = 0;
   setText("status", `Sampling ${plural(start.n, "image")} …`);
-  setText("labelled", settings.policy === "fixed" ? "the expert sampled at the start" : "the most likely expert (largest alpha)");
+  setText("labelled", keepsExperts(settings) ? "the expert that moves it" : "the most likely expert (largest alpha)");
   buildGallery();
   selectImage(state.run.selected);
   updateAddress();

@@ -139,6 +139,7 @@ def test_b64_json_holds_a_png_each_and_says_what_they_are(server: Server, model:
         "first_index": 7,
         "version": model.version,
         "nfe": 12,
+        "router_nfe": 12,
         "degraded": [],
     }
 
@@ -156,12 +157,14 @@ def test_a_trace_is_that_of_load_and_sample_in_npz_and_in_json(
     }
     expected, trace = model.sample(4, trace=True, **given)
     found = arrays(server.request("/v1/samples", {**given, "n": 4, "trace": True, "format": "npz"}))
-    assert set(found) == {"images", "seed", "first_index", "t", "alpha", "chosen", "nfe"}
+    traced = {"t", "alpha", "chosen", "nfe", "router_nfe"}
+    assert set(found) == {"images", "seed", "first_index"} | traced
     assert same(found["images"], pixels(expected))
     np.testing.assert_allclose(found["t"], trace.t.numpy())
     np.testing.assert_allclose(found["alpha"], trace.alpha.numpy(), atol=1e-5)
     assert np.array_equal(found["chosen"], trace.chosen.numpy()) and found["chosen"].dtype == bool
     assert found["nfe"] == trace.calls
+    assert found["router_nfe"] == trace.router_calls
     told = server.request("/v1/samples", {**given, "n": 4, "trace": True, "format": "b64_json"})
     assert np.array_equal(decoded(told.json["data"]), found["images"])
     assert told.json["nfe"] == trace.calls and told.headers["ddm-nfe"] == str(trace.calls)
@@ -291,8 +294,8 @@ def test_a_stream_starts_steps_gives_its_images_and_is_done(server: Server, mode
     assert list(names) == ["start", *["step"] * 3 * calls, *["image"] * 3, "done"]
     facts = {"seed": 5, "first_index": 4, "version": model.version, "degraded": []}
     shape = {"n": 3, "steps": 4, "nfe_per_image": 8, "experts": model.names, "shape": [1, 8, 8]}
-    assert data[0] == {**facts, **shape, "nfe": 0}
-    assert data[-1] == {**facts, "nfe": trace.calls}
+    assert data[0] == {**facts, **shape, "nfe": 0, "router_nfe": 0}
+    assert data[-1] == {**facts, "nfe": trace.calls, "router_nfe": trace.router_calls}
     steps = data[1 : 1 + 3 * calls]
     for place in range(3):
         cfg = [step for step in steps if step["index"] == 4 + place]
