@@ -81,8 +81,8 @@ def read_resume(folder: Path) -> dict[str, Any] | None:
         return saved
     if present:
         names = " and ".join(str(path) for path in present)
-        verb = "is" if len(present) == 1 else "are"
-        raise ArtifactError(f"{names} {verb} damaged: delete to train anew from step 0")
+        verb, them = ("is", "it") if len(present) == 1 else ("are", "them")
+        raise ArtifactError(f"{names} {verb} damaged: delete {them} to train anew from step 0")
     return None
 
 

@@ -199,6 +199,6 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
 def diverged(error: NotFiniteError, section: str) -> NotFiniteError:
     """The error with what to do about it, for the config's section that was trained."""
     return NotFiniteError(
-        f"{error}; give run=FOLDER and a lower {section}.learning_rate, a {section}.gradient_clip above 0, more "
+        f"{error}; give run=FOLDER and a lower {section}.learning_rate, {section}.gradient_clip above 0, more "
         f"{section}.warmup_steps, or {section}.precision=32-true"
     )
