@@ -110,7 +110,7 @@ def write_bundle(
         stems["router"] = router
     schedule = read_facts(experts[0]).get("schedule")
     for name, stem in stems.items():
-        _read_artifact(stem, None, _expected_facts(name, partition, schedule))
+        read_artifact(stem, None, _expected_facts(name, partition, schedule))
     folder = folder.resolve()  # a link's target is replaced, not the link
     with _scratch_folder(folder) as scratch, naming(folder, "written"):
         for name, stem in stems.items():
@@ -237,7 +237,7 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
         )
     listed = _listed(path, manifest.get("artifacts"), partition.k)
     found = {
-        name: _read_artifact(folder / name, expected, _expected_facts(name, partition, schedule))
+        name: read_artifact(folder / name, expected, _expected_facts(name, partition, schedule))
         for name, expected in listed.items()
         if only is None or name in only
     }
@@ -277,7 +277,7 @@ def _expected_facts(name: str, partition: Partition, schedule: Any) -> dict[str,
     return {**facts, "index": int(name.removeprefix("expert-"))}
 
 
-def _read_artifact(stem: Path, expected: str | None, belongs: dict[str, Any]) -> Artifact:
+def read_artifact(stem: Path, expected: str | None, belongs: dict[str, Any]) -> Artifact:
     """An artifact whose facts must have the values of `belongs`; `expected` is the hash of its
     JSON, None for no check.
     """

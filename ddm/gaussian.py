@@ -3,7 +3,7 @@ posterior, which routes where no router was trained. Neither evaluates a network
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -96,6 +96,15 @@ class Gaussians:
         """Mean and variance of each cluster, `[n]`, like y."""
         for m, v in zip(self.means, self.variances, strict=True):
             yield m.to(y).flatten(), v.to(y).flatten()
+
+    @staticmethod
+    def of_clusters(
+        clusters: Sequence[Tensor], schedule: Schedule, flip: bool = False
+    ) -> "Gaussians":
+        """The Gaussians of K clusters' images; arguments as in `moments`."""
+        found = [moments(images, flip) for images in clusters]
+        means, variances = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return Gaussians(means, variances, schedule)
 
 
 def moments(images: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:

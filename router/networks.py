@@ -5,6 +5,7 @@ network for each band of t.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from ddm.blocks import Encoder, check_encoder, group_norm
 from ddm.errors import require, within
+from ddm.gaussian import Gaussians
 from ddm.schedules import Schedule
 from ddm.training import FitConfig
 
@@ -59,6 +61,11 @@ class RouterConfig(FitConfig):
     posterior_weight: stage 1: of the squared error to the exact posterior, at least 0.
     rate_weight: stage 2: of the derivative nets' squared error, at least 0.
     bands: the two times between the three bands, rising in (t_min, 1).
+    gaussians: blend the logits and rates of the clusters' Gaussians with the networks', by
+    learned functions of t; a fresh router is then that of the Gaussians.
+    data: what it is trained on: `pooled`, the images of all clusters, or `experts`, images sampled
+    from the experts, so that it needs no owner's images.
+    samples: how many images the experts sample together, at least one each.
     """
 
     net: RouterNetConfig = field(default_factory=RouterNetConfig)
@@ -68,6 +75,9 @@ class RouterConfig(FitConfig):
     posterior_weight: float = 1.0
     rate_weight: float = 1.0
     bands: list[float] = field(default_factory=lambda: [0.3, 0.7])
+    gaussians: bool = True
+    data: Literal["pooled", "experts"] = "pooled"
+    samples: int = 10_000
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
@@ -86,6 +96,7 @@ class RouterConfig(FitConfig):
             "be above 0 where posterior_weight is 0",
             0,
         )
+        require(self.samples >= 1, "samples", "be at least 1", self.samples)
         rising = len(self.bands) == 2 and self.t_min < self.bands[0] < self.bands[1] < 1
         require(rising, "bands", "be two rising times in (t_min, 1)", self.bands)
 
@@ -95,15 +106,17 @@ class RouterConfig(FitConfig):
         return -(-self.batch // 3) * 3
 
     def build(
-        self, shape: Sequence[int], pi: Tensor, schedule: Schedule
+        self, shape: Sequence[int], pi: Tensor, schedule: Schedule, gaussians: Gaussians
     ) -> "tuple[PosteriorNet, DerivativeNet]":
-        """A fresh router for images `[C, H, W]` and mixture weights `pi` `[K]`.
+        """A fresh router for images `[C, H, W]`, mixture weights `pi` `[K]` and the clusters'
+        Gaussians, which are used if `gaussians`.
 
         Raises `ConfigError` naming a bad size.
         """
         with within("net"):
             scorer = self.net.build(shape, len(pi), schedule)
-        return PosteriorNet(scorer, pi), DerivativeNet.from_trunk(scorer, self.bands)
+        posterior = PosteriorNet(scorer, pi, gaussians if self.gaussians else None)
+        return posterior, DerivativeNet.from_trunk(posterior, self.bands)
 
 
 class Scorer(nn.Module):
@@ -131,61 +144,109 @@ class Scorer(nn.Module):
         return self.head(F.silu(self.norm(maps[-1])).mean(dim=(2, 3))).to(x.dtype)
 
 
+class Blend(nn.Module):
+    """`w(t) network + g(t) Gaussians`, w and g learned; both are 1 at initialization, and linear
+    between equally spaced times.
+
+    Adam moves every parameter by about the learning rate, which is the network's; what is learned
+    is therefore (w - 1)/25 and (g - 1)/25, so that w and g find their place in tens of steps.
+    """
+
+    def __init__(self, knots: int = 11) -> None:
+        super().__init__()
+        self.knots = nn.Parameter(torch.zeros(knots, 2))
+
+    def forward(self, network: Tensor, gaussians: Tensor, t: Tensor) -> Tensor:
+        """The blend of two `[B, K]` at t `[]` or `[B]`."""
+        last = len(self.knots) - 1
+        place = t.to(network).reshape(-1, 1) * last
+        left = place.floor().clamp(0, last - 1)
+        low = left[:, 0].long()
+        factors = 1 + 25 * torch.lerp(self.knots[low], self.knots[low + 1], place - left)
+        return factors[:, :1] * network + factors[:, 1:] * gaussians.to(network)
+
+
 class PosteriorNet(nn.Module):
     """alpha_k(x, t), `[B, K]`; rows sum to 1 by softmax.
 
-    A fresh network returns the mixture weights pi.
+    A fresh network returns the posterior of the clusters' Gaussians, or without these the mixture
+    weights pi.
     """
 
-    def __init__(self, scorer: Scorer, pi: Tensor) -> None:
+    def __init__(self, scorer: Scorer, pi: Tensor, gaussians: Gaussians | None = None) -> None:
         super().__init__()
         self.scorer = scorer
         self.log_pi = nn.Buffer(pi.log())
+        self.gaussians = gaussians
+        self.blend = Blend() if gaussians else None
 
-    def logits(self, x: Tensor, t: Tensor) -> Tensor:
-        """The softmax's argument, `[B, K]`."""
-        return self.scorer(x, t) + self.log_pi
+    def logits(self, x: Tensor, t: Tensor) -> list[Tensor]:
+        """The softmax's argument, `[B, K]`; where it blends the Gaussians in, also the network's
+        own. Both are trained: a network that learns only what the Gaussians miss learns slower.
+        """
+        network = self.scorer(x, t)
+        alone = network + self.log_pi
+        if self.gaussians is None or self.blend is None:
+            return [alone]
+        density = self.gaussians.log_densities(x, t)
+        odds = density - density.amax(dim=1, keepdim=True)
+        return [self.blend(network, odds, t) + self.log_pi, alone]
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.logits(x, t).softmax(dim=1)
+        return self.logits(x, t)[0].softmax(dim=1)
 
 
 class DerivativeNet(nn.Module):
     """d alpha_k/dt, `[B, K]`; rows sum to 0 because their mean is subtracted.
 
-    One network for each band of t.
+    One network for each band of t. A fresh one returns the rate of the clusters' Gaussians along
+    their mixture's flow, or without these 0.
 
     `edges` are the times between bands, rising, inside (0, 1): band b reaches from `edges[b - 1]`
-    to `edges[b]`.
+    to `edges[b]`. `pi` `[K]` are the Gaussians' mixture weights.
     """
 
-    def __init__(self, scorers: Sequence[Scorer], edges: Sequence[float]) -> None:
+    def __init__(
+        self,
+        scorers: Sequence[Scorer],
+        edges: Sequence[float],
+        pi: Tensor,
+        gaussians: Gaussians | None = None,
+    ) -> None:
         super().__init__()
         assert len(scorers) == len(edges) + 1
         self.scorers = nn.ModuleList(scorers)
         self.edges = list(edges)
+        self.pi = pi
+        self.gaussians = gaussians
+        self.blend = Blend() if gaussians else None
 
     @staticmethod
-    def from_trunk(scorer: Scorer, edges: Sequence[float]) -> "DerivativeNet":
-        """Networks that start from the same trunk, with heads that start at zero."""
-        scorers = [copy.deepcopy(scorer) for _ in range(len(edges) + 1)]
+    def from_trunk(posterior: PosteriorNet, edges: Sequence[float]) -> "DerivativeNet":
+        """Networks that start from the posterior net's trunk, with heads that start at zero."""
+        scorers = [copy.deepcopy(posterior.scorer) for _ in range(len(edges) + 1)]
         for fresh in scorers:
             nn.init.zeros_(fresh.head.weight)
             nn.init.zeros_(fresh.head.bias)
-        return DerivativeNet(scorers, edges)
+        return DerivativeNet(scorers, edges, posterior.log_pi.exp(), posterior.gaussians)
 
-    def band(self, b: int, x: Tensor, t: Tensor) -> Tensor:
-        """The output of band b's network at any t."""
-        rate = self.scorers[b](x, t)
-        return rate - rate.mean(dim=1, keepdim=True)
+    def band(self, b: int, x: Tensor, t: Tensor) -> list[Tensor]:
+        """The output of band b's network at any t, and the network's own, as in
+        `PosteriorNet.logits`.
+        """
+        network = self.scorers[b](x, t)
+        alone = network - network.mean(dim=1, keepdim=True)
+        if self.gaussians is None or self.blend is None:
+            return [alone]
+        return [self.blend(alone, self.gaussians.posterior_rate(x, t, self.pi), t), alone]
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if t.ndim == 0:
-            return self.band(int(sum(t >= edge for edge in self.edges)), x, t)
+            return self.band(int(sum(t >= edge for edge in self.edges)), x, t)[0]
         t = t.to(x.device)  # where the rows are picked
         band = torch.bucketize(
             t.contiguous(), torch.tensor(self.edges, device=t.device, dtype=t.dtype), right=True
         )
         rows = [(band == b).nonzero()[:, 0] for b in range(len(self.scorers))]
-        rates = [self.band(b, x[r], t[r]) for b, r in enumerate(rows) if len(r)]
+        rates = [self.band(b, x[r], t[r])[0] for b, r in enumerate(rows) if len(r)]
         return torch.empty_like(torch.cat(rates)).index_copy_(0, torch.cat(rows), torch.cat(rates))

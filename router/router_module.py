@@ -77,13 +77,9 @@ class PosteriorLearning(_RouterLearning):
             self.posterior.scorer.schedule,
             len(self.posterior.log_pi),
         )
-        return posterior_loss(
-            self.posterior.logits(x, t),
-            alpha,
-            label,
-            self.config.label_weight,
-            self.config.posterior_weight,
-        )
+        weights = self.config.label_weight, self.config.posterior_weight
+        logits = self.posterior.logits(x, t)
+        return torch.stack([posterior_loss(each, alpha, label, *weights) for each in logits]).sum()
 
 
 class RouterLearning(_RouterLearning):
@@ -113,12 +109,18 @@ class RouterLearning(_RouterLearning):
         t = self.edges[band] + (self.edges[band + 1] - self.edges[band]) * (place - band)
         x0, label, eps, x = self.noisy(step, t)
         schedule, k = self.posterior.scorer.schedule, len(self.posterior.log_pi)
-        alpha, dalpha = exact_posterior_rate(
+        alpha, alpha_rate = exact_posterior_rate(
             x0, eps, t, self.batches.images, self.cluster, schedule, k
         )
         # The times are stratified, row j in the j-th of B equal parts: the first third of the rows
         # is band 0.
-        thirds = zip(x.chunk(3), t.chunk(3), strict=True)
-        rate = torch.cat([self.derivative.band(b, x_b, t_b) for b, (x_b, t_b) in enumerate(thirds)])
-        loss = posterior_loss(self.posterior.logits(x, t), alpha, label, 0.0, 1.0)
-        return loss + self.config.rate_weight * rate_loss(rate, dalpha)
+        thirds = zip(x.chunk(3), t.chunk(3), alpha_rate.chunk(3), strict=True)
+        rates = [
+            rate_loss(rate, target)
+            for b, (x_b, t_b, target) in enumerate(thirds)
+            for rate in self.derivative.band(b, x_b, t_b)
+        ]
+        logits = self.posterior.logits(x, t)
+        losses = [posterior_loss(each, alpha, label, 0.0, 1.0) for each in logits]
+        rate_weight = self.config.rate_weight / 3
+        return torch.stack(losses).sum() + rate_weight * torch.stack(rates).sum()

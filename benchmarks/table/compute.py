@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddm.gaussian import Gaussians
 from ddm.partition import Partition
 from ddm.schedules import schedule
 from train.config import Config
@@ -20,7 +21,9 @@ def compute(config: Config, cut: Partition, monolith_steps: int | None) -> dict[
     """
     process = schedule(**config.schedule)
     expert = config.expert.build(cut.shape, process)
-    posterior, derivative = config.router.build(cut.shape, cut.pi, process)
+    unknown = torch.zeros(cut.k, *cut.shape)  # the Gaussians are not counted
+    gaussians = Gaussians(unknown, unknown + 1, process)
+    posterior, derivative = config.router.build(cut.shape, cut.pi, process, gaussians)
     expert_image = 3 * _forward(expert, cut.shape)
     router_image = 3 * _forward(posterior, cut.shape)
     cfg = config.router

@@ -51,14 +51,15 @@ def build_expert(artifact: Artifact, schedule: Schedule, device: torch.device) -
 
 
 def build_router(
-    artifact: Artifact, shape: list[int], pi: Tensor, schedule: Schedule, device: torch.device
+    artifact: Artifact, shape: list[int], pi: Tensor, gaussians: Gaussians, device: torch.device
 ) -> tuple[PosteriorNet, DerivativeNet]:
     """The posterior net and the derivative nets of an artifact.
 
     Raises `ArtifactError` naming its file.
     """
     with _described_by(artifact), torch.device("meta"):
-        posterior, derivative = _config(RouterConfig, artifact).build(shape, pi.cpu(), schedule)
+        config = _config(RouterConfig, artifact)
+        posterior, derivative = config.build(shape, pi.cpu(), gaussians.schedule, gaussians)
     both = nn.ModuleDict({"posterior": posterior, "derivative": derivative})
     _load_weights(both, artifact, device)
     return posterior, derivative

@@ -103,7 +103,7 @@ class Model:
         self.derivative: DerivativeNet | None = None
         if bundle.router:
             self.posterior, self.derivative = build_router(
-                bundle.router, self.shape, self.pi, self.schedule, self.device
+                bundle.router, self.shape, self.pi, self.gaussians, self.device
             )
         self._images = images
         self._analytic: Alpha | None = None

@@ -8,16 +8,25 @@ import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError
+from ddm.gaussian import Gaussians
 from ddm.schedules import schedule
-from router.networks import DerivativeNet, PosteriorNet, RouterConfig, RouterNetConfig
+from router.networks import Blend, DerivativeNet, PosteriorNet, RouterConfig, RouterNetConfig
 
 PI = torch.tensor([0.5, 0.3, 0.2])
 NET = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [2]}
 
 
-def built(name: str = "vp_linear", **config: Any) -> tuple[PosteriorNet, DerivativeNet]:
+def gaussians(name: str = "vp_linear") -> Gaussians:
+    means = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+    return Gaussians(means, torch.full_like(means, 0.3), schedule(name))
+
+
+def built(
+    name: str = "vp_linear", blended: bool = False, **config: Any
+) -> tuple[PosteriorNet, DerivativeNet]:
     torch.manual_seed(0)
-    return RouterConfig(net=RouterNetConfig(**NET), **config).build([1, 4, 4], PI, schedule(name))  # type: ignore[arg-type]
+    cfg = RouterConfig(net=RouterNetConfig(**NET), gaussians=blended, **config)  # type: ignore[arg-type]
+    return cfg.build([1, 4, 4], PI, schedule(name), gaussians(name))
 
 
 def perturb(module: torch.nn.Module) -> None:
@@ -30,7 +39,7 @@ def perturb(module: torch.nn.Module) -> None:
 def band_marked(edges: list[float]) -> DerivativeNet:
     """Three bands that say their number whatever they see: band b answers (b + 1, 0, -b - 1)."""
     derivative = built()[1]
-    derivative = DerivativeNet(list(derivative.scorers), edges)  # type: ignore[arg-type]
+    derivative = DerivativeNet(list(derivative.scorers), edges, PI)  # type: ignore[arg-type]
     with torch.no_grad():
         for b, scorer in enumerate(derivative.scorers):
             scorer.head.bias.copy_(torch.tensor([b + 1.0, 0.0, -b - 1.0]))  # type: ignore[union-attr, operator]
@@ -42,6 +51,35 @@ def test_a_fresh_router_returns_pi_and_no_change() -> None:
     x, t = torch.randn(4, 1, 4, 4), torch.tensor([1e-3, 0.3, 0.6, 1.0])
     torch.testing.assert_close(posterior(x, t), PI.expand(4, -1))
     torch.testing.assert_close(derivative(x, t), torch.zeros(4, 3), rtol=0, atol=0)
+
+
+def test_a_fresh_router_with_gaussians_returns_their_posterior_and_its_rate() -> None:
+    posterior, derivative = built(blended=True)
+    of = gaussians()
+    x, t = torch.randn(4, 1, 4, 4), torch.tensor([1e-3, 0.3, 0.6, 1.0])
+    for time in (t, t[1]):
+        torch.testing.assert_close(posterior(x, time), of.posterior(x, time, PI))
+        torch.testing.assert_close(derivative(x, time), of.posterior_rate(x, time, PI))
+    blended, alone = posterior.logits(x, t)
+    torch.testing.assert_close(alone, PI.log().expand(4, -1))
+    assert (blended - alone).abs().max() > 1
+
+
+def test_the_blend_is_linear_between_its_times() -> None:
+    blend = Blend(knots=3)
+    with torch.no_grad():
+        blend.knots.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]) / 25)
+    network, odds = torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, 20.0]])
+    for t, w, g in (
+        (0.0, 2.0, 1.0),
+        (0.25, 1.5, 1.5),
+        (0.5, 1.0, 2.0),
+        (0.75, 2.0, 2.5),
+        (1.0, 3.0, 3.0),
+    ):
+        for time in (torch.tensor(t), torch.tensor([t])):
+            found = blend(network, odds, time)
+            torch.testing.assert_close(found, w * network + g * odds)
 
 
 def test_alpha_sums_to_1_and_its_derivative_to_0() -> None:
@@ -201,5 +239,5 @@ def test_sizes_that_make_no_network_are_refused_by_key_rule_and_value(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         RouterConfig(net=RouterNetConfig(**{**NET, **sizes})).build(
-            [1, 4, 4], PI, schedule("vp_linear")
+            [1, 4, 4], PI, schedule("vp_linear"), gaussians()
         )

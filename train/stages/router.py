@@ -1,4 +1,7 @@
-"""The stage `router`: the posterior net, then posterior and derivative nets together."""
+"""The stage `router`: the posterior net, then posterior and derivative nets together.
+
+With `router.data=experts` it opens no image: it is trained on what the experts sample.
+"""
 
 import logging
 import time
@@ -6,22 +9,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ddm.artifacts import digest, write_artifact
+from ddm.artifacts import digest, file_of, read_facts, write_artifact
+from ddm.bundle import read_artifact
+from ddm.errors import ArtifactError
+from ddm.gaussian import Gaussians
 from ddm.partition import Partition
-from ddm.rng import RngStream, derive_seed
+from ddm.rng import RngStream, derive_seed, normal
+from ddm.samplers import sample
 from ddm.schedules import schedule
 from ddm.training import Batches
 from router.networks import DerivativeNet
 from router.router_module import PosteriorLearning, RouterLearning
+from serve.model.build import build_expert, build_gaussians
+from serve.model.images import to_uint8
 from train.config import Config, changed
 from train.fit import NotFiniteError, fit
 from train.progress import bar
 from train.resume import drop_resume
 from train.run_folder import claim
-from train.stages.expert import artifact_is_made, diverged, fitted_facts
+from train.stages.expert import artifact_is_made, diverged, expert_stem, fitted_facts
 
 log = logging.getLogger(__name__)
+
+_SAMPLE_STEPS, _SAMPLE_BATCH = 25, 250
 
 
 def train_router(config: Config) -> None:
@@ -34,7 +46,10 @@ def train_router(config: Config) -> None:
     stem = config.folder / "router" / "router"
     stages = [stem.parent / name for name in ("stage-1", "stage-2")]
     cfg = config.router
-    key = digest([changed(cfg), config.schedule, config.seed, config.data.flip, cut.hash])
+    of_experts = [read_facts(stem)["sha256"] for stem in _expert_stems(config, cut)]
+    key = digest(
+        [changed(cfg), config.schedule, config.seed, config.data.flip, cut.hash, *of_experts]
+    )
     if artifact_is_made(stem, key, "router"):
         for stage in stages:
             drop_resume(stage)
@@ -57,13 +72,10 @@ def _train(
 ) -> torch.nn.ModuleDict:
     """The trained nets, `posterior` and `derivative`; `stages` are the folders of their checkpoints."""
     cfg = config.router
-    whole = cut.all(config.folder / "partition")
-    images, cluster = whole["images"], whole["cluster"]
-    if config.data.flip:  # the experts see mirror images, so the mixture is over both
-        images, cluster = torch.cat([images, images.flip(3)]), cluster.repeat(2)
+    images, cluster, gaussians = (_pooled if cfg.data == "pooled" else _sampled)(config, cut)
     seed = derive_seed(config.seed, RngStream.ROUTER, 0)
     torch.manual_seed(seed)
-    posterior, _ = cfg.build(cut.shape, cut.pi, schedule(**config.schedule))
+    posterior, _ = cfg.build(cut.shape, cut.pi, gaussians.schedule, gaussians)
     batches = Batches(images, cfg.images_per_step, seed)
     if batches.batch != cfg.batch:
         log.info("router     router.batch=%d rounded up to %d", cfg.batch, batches.batch)
@@ -80,10 +92,64 @@ def _train(
     try:
         first = PosteriorLearning(posterior, batches, cluster, cfg)
         fit(first, cfg.switch_step, cfg, stages[0], config.accelerator, report)
-        derivative = DerivativeNet.from_trunk(posterior.scorer, cfg.bands)
+        derivative = DerivativeNet.from_trunk(posterior, cfg.bands)
         second = RouterLearning(posterior, derivative, batches, cluster, cfg)
         rest = cfg.steps - cfg.switch_step
         fit(second, rest, cfg, stages[1], config.accelerator, report_second)
     except NotFiniteError as error:
         raise diverged(error, "router") from error
     return torch.nn.ModuleDict({"posterior": posterior, "derivative": derivative})
+
+
+def _expert_stems(config: Config, cut: Partition) -> list[Path]:
+    """The artifacts that the router is trained from: none if it is trained on the clusters' images.
+
+    Raises `ArtifactError` naming an expert that is not trained yet.
+    """
+    if config.router.data == "pooled":
+        return []
+    stems = [expert_stem(config, k) for k in range(cut.k)]
+    for stem in stems:
+        if not file_of(stem, ".json").exists():
+            raise ArtifactError(
+                f"router.data=experts needs {file_of(stem, '.json')}: run the stage expert first"
+            )
+    return stems
+
+
+def _pooled(config: Config, cut: Partition) -> tuple[Tensor, Tensor, Gaussians]:
+    """The images of all clusters, the cluster of each, and the clusters' Gaussians."""
+    whole = cut.all(config.folder / "partition")
+    images, cluster = whole["images"], whole["cluster"]
+    clusters = [images[cluster == k] for k in range(cut.k)]
+    gaussians = Gaussians.of_clusters(clusters, schedule(**config.schedule), config.data.flip)
+    if config.data.flip:  # the experts see mirror images, so the mixture is over both
+        images, cluster = torch.cat([images, images.flip(3)]), cluster.repeat(2)
+    return images, cluster, gaussians
+
+
+@torch.inference_mode()
+def _sampled(config: Config, cut: Partition) -> tuple[Tensor, Tensor, Gaussians]:
+    """Images sampled from the experts in proportion to pi, the expert of each, and the Gaussians
+    that the experts' artifacts carry.
+    """
+    process, device = schedule(**config.schedule), torch.device(config.device)
+    artifacts = [
+        read_artifact(stem, None, {"index": k, "partition": cut.hash})
+        for k, stem in enumerate(_expert_stems(config, cut))
+    ]
+    images, labels = [], []
+    with bar("router: sampling", config.router.samples) as advance:
+        for k, artifact in enumerate(artifacts):
+            expert = build_expert(artifact, process, device)
+            seed = derive_seed(config.seed, RngStream.ROUTER, 1 + k)
+            count = max(1, round(float(cut.pi[k]) * config.router.samples))
+            for index in torch.arange(count, device=device).split(_SAMPLE_BATCH):
+                noise = normal(seed, RngStream.START, index, 0, cut.shape)
+                x = noise * process(torch.tensor(1.0)).s
+                made = sample(expert, x, process, "dpmpp_2m", _SAMPLE_STEPS, "quadratic")
+                images.append(to_uint8(made).cpu())
+                labels.append(torch.full((len(made),), k))
+                advance(len(made))
+    gaussians = build_gaussians(artifacts, process, torch.device("cpu"))
+    return torch.cat(images), torch.cat(labels), gaussians
