@@ -19,6 +19,7 @@ from ddm.errors import require
 
 EXPERIMENTS = (
     "orders",
+    "samplers",
     "laws",
     "densities",
     "processes",

@@ -19,7 +19,7 @@ from benchmarks.lab.markdown import Rendered, axes, legend_below, steps_axis, ta
 from ddm.grids import time_grid
 from ddm.measures import power_law_fit
 from ddm.oracle import GaussianMixture
-from ddm.samplers import Denoiser, Noise, Trajectory, drive, sampler
+from ddm.samplers import Denoiser, Noise, Trajectory, ddpm, drive, sampler
 from ddm.schedules import Coeffs, Schedule, TwoPhase
 
 Walker = Callable[[Tensor, Schedule, Tensor, Noise], Trajectory]
@@ -134,17 +134,13 @@ def ddpm_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -
     """DDPM as defined in arXiv 2510.27562: `Y' = (Y + beta score + sqrt(beta) Z) / sqrt(1 - beta)`.
 
     Its noise has the variance beta / (1 - beta), where arXiv 2006.11239 and `ddm.samplers.ddpm`
-    have beta. A step to t = 0 returns the denoised image.
+    have beta.
     """
-    for n, (t, t_next) in enumerate(pairwise(times)):
-        c, c_next = schedule(t), schedule(t_next)
-        denoised = yield x, t
-        if c_next.s == 0:
-            return denoised
-        r = c.a / c_next.a
-        beta = c.s**2 - (r * c_next.s) ** 2
-        x = (x + beta * (c.a * denoised - x) / c.s**2 + beta.sqrt() * noise(n)) / r
-    return x
+
+    def larger(n: int) -> Tensor:
+        return schedule(times[n + 1]).a / schedule(times[n]).a * noise(n)
+
+    return ddpm(x, schedule, times, larger)
 
 
 def walker(name: str) -> Walker:

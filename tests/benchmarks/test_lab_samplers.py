@@ -1,0 +1,60 @@
+"""The laboratory's table of samplers and grids, on measurements of a moment."""
+
+import importlib.util
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from benchmarks.lab import samplers
+from ddm.grids import time_grid
+from ddm.schedules import schedule
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, object]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samplers, "REFERENCE_STEPS", 100)
+        patch.setattr(samplers, "PATHS", 4)
+        patch.setattr(samplers, "DIMENSION", 3)
+        patch.setenv("DDM_RUN", "no/run")
+        return samplers.measure()
+
+
+def test_every_defined_cell_is_there_and_small_at_50_nfe(small: dict[str, list]) -> None:
+    methods, grids, budgets = len(samplers.METHODS), len(samplers.GRIDS), len(samplers.NFE)
+    assert len(small["cells"]) == 2 * methods * budgets * (4 * grids - 1)
+    assert small["network"] is None
+    for cell in small["cells"]:
+        assert cell["nfe"] == cell["budget"] - (
+            cell["sampler"] == "heun" and cell["budget"] % 2 == 0
+        )
+        if cell["budget"] == 50 and cell["grid"] == "cosine":
+            assert cell["error"] < 0.05
+
+
+def test_tables_and_figure_of_a_small_measurement(small: dict[str, list]) -> None:
+    rendered = samplers.render(small)
+    assert rendered.tables["network"] == "Not measured."
+    for text in rendered.tables.values():
+        assert "nan" not in text
+    for figure in rendered.figures.values():
+        plt.close(figure)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed"
+)
+def test_diffusers_gives_the_same_ends() -> None:
+    path = schedule("vp_linear")
+    oracle = samplers._mixtures(path)["even"]
+    x = torch.randn(4, samplers.DIMENSION, dtype=torch.float64)
+    times = time_grid("cosine", 10, path)
+    ends = samplers._by_diffusers(oracle.denoise, x, path, times)
+    ours, _ = samplers.Method("dpmpp_2m").end(oracle.denoise, x, path, 10, "cosine")
+    torch.testing.assert_close(ends["dpmpp_2m"], ours, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_that_is_not_there_is_left_out() -> None:
+    assert samplers._network(Path("no/run")) is None
