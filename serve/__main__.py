@@ -16,7 +16,8 @@ from ddm.errors import ConfigError, DdmError
 def main(words: list[str]) -> int:
     """Run the command line; returns the exit status.
 
-    0; 2 if the user can mend what went wrong; 130 after ctrl-C. Other errors are raised.
+    0: done; 2: an error that the user can mend; 130: ctrl-C. Other errors are raised, and exit
+    with status 1 and a traceback.
     """
     if {"-h", "--help"} & set(words):
         print(__doc__)

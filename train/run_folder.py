@@ -1,4 +1,4 @@
-"""The run folder: which config it belongs to."""
+"""The run folder: which config it belongs to, and its partition."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from ddm.artifacts import replaced
 from ddm.errors import ArtifactError
+from ddm.partition import Partition
 from train.config import Config, plain, read_config_file
 
 # Keys that may change between two calls: where things are, which part of the work to do, and how.
@@ -64,6 +65,17 @@ def claim(config: Config) -> None:
         return
     with replaced(path) as scratch:
         scratch.write_text(text)
+
+
+def read_partition(config: Config) -> Partition:
+    """The run's partition. Raises `ArtifactError` that says how to make the one that is missing."""
+    folder = config.folder / "partition"
+    if not (folder / "partition.json").exists():
+        raise ArtifactError(
+            f"{folder / 'partition.json'} is missing: run the stage 'partition' first, as in "
+            f"python -m train CONFIG partition run={config.folder}"
+        )
+    return Partition.read(folder)
 
 
 def _learned(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from serve.http.streams import stream_samples
 
 _PAGE = Path(__file__).parent / "page"
 _DOCS_FILES = "page/docs"
+_REVALIDATED = {"Cache-Control": "no-cache"}  # so that an upgrade never mixes old and new modules
 _IMAGE_PATHS = ("/v1/samples", "/v1/images/generations")
 _MEDIA_TYPES = ("image/png", "image/webp", "application/x-npz", "text/event-stream")
 
@@ -65,11 +66,11 @@ def build_app(service: Service) -> FastAPI:
     _add_samples(app, service)
     add_openai(app, service)
     _add_health(app, service)
-    app.mount("/page", StaticFiles(directory=_PAGE))
+    app.mount("/page", _PageFiles(directory=_PAGE))
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(_PAGE / "index.html")
+        return FileResponse(_PAGE / "index.html", headers=_REVALIDATED)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
@@ -82,6 +83,15 @@ def build_app(service: Service) -> FastAPI:
         )
 
     return app
+
+
+class _PageFiles(StaticFiles):
+    """The page's files: a browser asks whether a kept one is still current before it is used."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(_REVALIDATED)
+        return response
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from types import FrameType
 from typing import Any
@@ -201,7 +202,10 @@ class Server(uvicorn.Server):
         self._reloads: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            sys.exit(1)  # uvicorn has logged the traceback, and its own status would be 3
         for listener in sockets or []:
             listener.listen(_BACKLOG)  # uvicorn made it _ACCEPTS
         if hasattr(signal, "SIGHUP"):  # not on Windows

@@ -75,6 +75,15 @@ def test_a_missing_run_is_refused_before_ray_starts(tmp_path: Path) -> None:
     assert "starting Ray" not in said
 
 
+def test_an_address_where_no_ray_answers_is_refused_by_its_key(small_run: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert refused(small_run, f"serve.ray.address={address}") == (
+            "error: serve.ray.address must be the HOST:PORT of a Ray cluster that answers, "
+            f"got '{address}', which did not in 10 s\n"
+        )
+
+
 def test_a_port_in_use_is_refused_before_ray_starts(small_run: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -1,65 +1,147 @@
-"""A run that is killed or stopped, and started again, ends with the same bits."""
+"""A run that is killed or stopped, and started again, ends with the same bytes.
 
+Each process of training, and each of its workers, is forked from one that has imported Lightning
+and scikit-learn, which takes longer than the training itself. `test_launch.py` tests how workers
+are started otherwise.
+"""
+
+import multiprocessing
 import os
+import random
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from ddm.artifacts import sha256
 from tests.conftest import SMALL
-from train.stopping import SIGNALS
+from train import stopping
 
-LONGER = [*SMALL, "expert.steps=60", "router.steps=400", "router.switch_step=6"]
+LONGER = [
+    *SMALL,
+    "partition.k=2",
+    "expert.steps=40",
+    "router.steps=40",
+    "router.switch_step=6",
+]
+STAGES = ("partition", "expert", "router", "bundle")
+KILLS = int(os.environ.get("DDM_KILLS", "2"))
+OTHER_DISK = Path("/dev/shm")
 
-
-@pytest.fixture(autouse=True)
-def default_signals() -> Iterator[None]:
-    """Under `nohup`, as CI may be, children inherit that SIGHUP is ignored, and so would training."""
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    for signum, handler in before.items():
-        signal.signal(signum, signal.SIG_DFL if handler is signal.SIG_IGN else handler)
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
-def _command(folder: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "train", *LONGER, f"run={folder}", *words]
+Start = Callable[..., "Training"]
 
 
-def _environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+class Training:
+    """A process, and what it writes to standard error."""
+
+    def __init__(self, process: BaseProcess, log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    def is_running(self) -> bool:
+        return self.process.exitcode is None
+
+    def send(self, signum: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signum)
+
+    def status(self) -> int:
+        """Wait for the end; the exit status, or -N for a process that signal N has killed."""
+        self.process.join(600)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def error(self) -> str:
+        """Standard error."""
+        return self.log.read_text()
+
+    def wait_for(self, path: Path) -> None:
+        while not path.exists():
+            assert self.is_running(), f"it ended too early: {self.error()}"
+            time.sleep(0.002)
+
+    def finish(self) -> None:
+        assert self.status() == 0, self.error()
+        assert "Traceback" not in self.error()
 
 
-def _start(folder: Path, *words: str, **more: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        _command(folder, *words),
-        env=_environment(**more),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _forked(address: str, log: Path, temporary: Path | None, words: list[str]) -> None:
+    """The main function of a process: as the command `python -m train`."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+    # Under `nohup`, as CI may be, children inherit that SIGHUP is ignored, and so would training.
+    for signum in stopping.SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+    if temporary is not None:
+        os.environ["TMPDIR"] = str(temporary)
+        tempfile.tempdir = None
+    torch.set_num_threads(1)
+    if words:
+        from train.__main__ import main
+
+        _fork_workers_too(address)
+        sys.exit(main(words))
+    _stay()
 
 
-def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    while not path.exists():
-        assert process.poll() is None, "it ended before it could be stopped"
-        time.sleep(0.005)
+def _fork_workers_too(address: str) -> None:
+    """Let the workers of this process come from the server that it was forked from itself."""
+    server = forkserver._forkserver
+    server._forkserver_address = address
+    server.ensure_running = lambda: None
+    context = multiprocessing.get_context("forkserver")
+    mock.patch("multiprocessing.get_context", return_value=context).start()
 
 
-def _finish(folder: Path, *words: str, **more: str) -> str:
-    """Run to the end; returns standard error."""
-    process = _start(folder, *words, **more)
-    error = process.communicate()[1]
-    assert process.returncode == 0, error
-    assert "Traceback" not in error
-    return error
+def _stay() -> None:
+    """Be asked to stop inside `deferred`, and do not: only the second signal ends this."""
+    with stopping.on_signals(), stopping.deferred():
+        print("ready", file=sys.stderr, flush=True)
+        while stopping.requested() is None:
+            time.sleep(0.01)
+        print("asked", file=sys.stderr, flush=True)
+        time.sleep(600)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """`start(folder, *words, temporary=None)`: a process that trains; without a folder, `_stay`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.__main__", "train.stages.run", "sklearn.datasets"])
+    forkserver.ensure_running()
+    logs = tmp_path_factory.mktemp("logs")
+    started: list[Training] = []
+
+    def begin(folder: Path | None, *words: str, temporary: Path | None = None) -> Training:
+        log = logs / f"{len(started)}.txt"
+        log.touch()
+        command = [] if folder is None else [*LONGER, f"run={folder}", *words]
+        address = forkserver._forkserver._forkserver_address
+        process = context.Process(target=_forked, args=(address, log, temporary, command))
+        process.start()
+        started.append(Training(process, log))
+        return started[-1]
+
+    yield begin
+    for training in started:
+        training.process.kill()
+        training.process.join()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Path:
+    """A run to the stage `bundle` that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    start(folder, *STAGES).finish()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -70,29 +152,129 @@ def _finish(folder: Path, *words: str, **more: str) -> str:
     ],
 )
 def test_a_killed_and_a_stopped_run_resume_to_bit_identical_weights(
-    tmp_path: Path, stage: str, checkpoint: str, made: str, signum: signal.Signals
+    tmp_path: Path,
+    start: Start,
+    whole: Path,
+    stage: str,
+    checkpoint: str,
+    made: str,
+    signum: signal.Signals,
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    words = ("partition", stage, "expert.index=1")
-    _finish(whole, *words)
-    shutil.copytree(whole / "partition", cut / "partition")
+    words = (stage, "expert.index=1")
+    shutil.copytree(whole / "partition", tmp_path / "partition")
+    saved = tmp_path / checkpoint
 
-    process = _start(cut, *words)
-    _wait_for(cut / checkpoint, process)
-    process.kill()
-    process.communicate()
+    killed = start(tmp_path, *words)
+    killed.wait_for(saved)
+    killed.send(signal.SIGKILL)
+    assert killed.status() == -signal.SIGKILL
 
-    (cut / checkpoint).rename(cut / "kept")
-    (cut / "kept").rename((cut / checkpoint).with_name("resume.previous.ckpt"))
-    process = _start(cut, *words)
-    _wait_for(cut / checkpoint, process)
-    process.send_signal(signum)
-    error = process.communicate()[1]
-    assert not (cut / made).exists(), "it ended before it was stopped"
-    assert process.returncode == 128 + signum
-    assert error.splitlines()[-1].startswith("stopped at step ")
-    assert "Traceback" not in error
+    saved.rename(saved.with_name("resume.previous.ckpt"))
+    stopped = start(tmp_path, *words)
+    stopped.wait_for(saved)
+    stopped.send(signum)
+    assert stopped.status() == 128 + signum
+    assert not (tmp_path / made).exists(), "it ended before it was stopped"
+    assert stopped.error().splitlines()[-1].startswith("stopped at step ")
+    assert "Traceback" not in stopped.error()
 
-    _finish(cut, *words)
-    assert sha256(cut / made) == sha256(whole / made)
-    assert not list(cut.rglob("resume*"))
+    start(tmp_path, *words).finish()
+    assert sha256(tmp_path / made) == sha256(whole / made)
+    assert not list(tmp_path.rglob("resume*"))
+
+
+def test_ctrl_c_saves_the_experts_of_all_workers(tmp_path: Path, start: Start, whole: Path) -> None:
+    shutil.copytree(whole / "partition", tmp_path / "partition")
+    rarely = ("expert.checkpoint_every=2000", "expert.steps=2000", "expert.workers=2")
+    training = start(tmp_path, "expert", *rarely)
+    folders = [tmp_path / "experts" / f"{k:02d}" for k in (0, 1)]
+    for folder in folders:
+        training.wait_for(folder / "losses.txt")
+    training.send(signal.SIGINT)
+    assert training.status() == 128 + signal.SIGINT
+    words = training.error().splitlines()[-1].split(";")[0]
+    assert words.startswith("stopped at step ")
+    steps = [int(step) for step in words.removeprefix("stopped at step ").split(", ")]
+    assert len(steps) == 2
+    saved = [torch.load(folder / "resume.ckpt", weights_only=True) for folder in folders]
+    assert sorted(checkpoint["global_step"] for checkpoint in saved) == sorted(steps)
+
+
+def test_the_second_signal_leaves_at_once_even_where_signals_are_deferred(start: Start) -> None:
+    training = start(None)
+
+    def wait_for_word(word: str) -> None:
+        while word not in training.error():
+            assert training.is_running()
+            time.sleep(0.002)
+
+    wait_for_word("ready")
+    training.send(signal.SIGTERM)
+    wait_for_word("asked")
+    training.send(signal.SIGINT)
+    assert training.status() == 128 + signal.SIGINT
+
+
+def _artifacts(folder: Path) -> dict[str, str]:
+    """The hash of every file that a run to the stage `bundle` leaves, but for logs and scratch."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    kept = [
+        path
+        for path in files
+        if path.suffix != ".txt" and path.name != "config.yaml" and not path.name.startswith(".")
+    ]
+    return {str(path.relative_to(folder)): sha256(path) for path in kept}
+
+
+@pytest.fixture
+def other_disk() -> Iterator[Path]:
+    """A folder on another file system, from which nothing can be renamed into a run's folder."""
+    if not OTHER_DISK.is_dir():
+        pytest.skip("needs a second file system")
+    with tempfile.TemporaryDirectory(dir=OTHER_DISK) as folder:
+        yield Path(folder)
+
+
+def test_a_run_killed_again_and_again_makes_the_same_files(
+    tmp_path: Path, start: Start, whole: Path, other_disk: Path
+) -> None:
+    """`DDM_KILLS=20` kills it more often; a run that ends before that is compared and begun anew."""
+    expected = _artifacts(whole)
+    delays = random.Random(KILLS)
+    kills = 0
+    runs = 0
+    folder = tmp_path / "0"
+    while True:
+        began = time.time()
+        training = start(folder, *STAGES, "expert.workers=2", temporary=other_disk)
+        if kills < KILLS:
+            _wait_for_a_change(folder, training, began)
+            time.sleep(delays.uniform(0, 1.5))
+            training.send(signal.SIGKILL)
+        status = training.status()
+        if status == -signal.SIGKILL:
+            kills += 1
+            continue
+        training.finish()
+        assert _artifacts(folder) == expected
+        runs += 1
+        if kills == KILLS:
+            break
+        folder = tmp_path / str(runs)
+    print(f"{kills} kills, {runs} runs, {len(expected)} files the same in each")
+    assert not list(other_disk.iterdir())
+
+
+def _wait_for_a_change(folder: Path, training: Training, since: float) -> None:
+    """Wait until a file in the folder is changed, or the process has ended."""
+    while training.is_running():
+        if any(_changed(path) > since for path in folder.rglob("*")):
+            return
+        time.sleep(0.01)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -7,9 +7,8 @@ from pathlib import Path
 from ddm.artifacts import check_sha256, read_facts, read_json, sha256
 from ddm.bundle import MANIFEST, read_bundle, write_bundle, write_half
 from ddm.errors import ArtifactError
-from ddm.partition import Partition
 from train.config import Config
-from train.run_folder import claim
+from train.run_folder import claim, read_partition
 from train.stages.expert import expert_stem
 
 log = logging.getLogger(__name__)
@@ -17,7 +16,7 @@ log = logging.getLogger(__name__)
 
 def make_bundle(config: Config) -> None:
     """Put partition, experts and router together as one folder that can be copied and served."""
-    cut = Partition.read(config.folder / "partition")
+    cut = read_partition(config)
     experts = [expert_stem(config, k) for k in range(cut.k)]
     for k, stem in enumerate(experts):
         if not stem.with_suffix(".json").exists():

@@ -24,7 +24,7 @@ from train.fit import NotFiniteError, fit
 from train.launch import OnProgress, cores, run_jobs, workers_for
 from train.progress import bars
 from train.resume import drop_resume
-from train.run_folder import claim
+from train.run_folder import claim, read_partition
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,9 @@ def expert_stem(config: Config, k: int) -> Path:
     return config.folder / "experts" / f"{k:02d}" / "expert"
 
 
-def fitted_facts(cfg: FitConfig, config: Config, partition: Partition) -> dict[str, Any]:
+def fitted_facts(
+    cfg: FitConfig, config: Config, partition: Partition, images_per_step: int
+) -> dict[str, Any]:
     """What an artifact records about the training of its networks, and about what they belong to."""
     return {
         "config": plain(cfg),
@@ -42,7 +44,7 @@ def fitted_facts(cfg: FitConfig, config: Config, partition: Partition) -> dict[s
         "schedule": config.schedule,
         "partition": partition.hash,
         "steps": cfg.steps,
-        "images_seen": cfg.steps * cfg.batch,
+        "images_seen": cfg.steps * images_per_step,
         "weights": "ema" if cfg.ema_decay > 0 else "raw",
     }
 
@@ -103,7 +105,7 @@ def train_experts(config: Config) -> None:
 
     An expert that fails costs only itself: the others are trained first, then `DdmError` names it.
     """
-    partition = Partition.read(config.folder / "partition")
+    partition = read_partition(config)
     with within("expert.unet"):
         config.expert.unet.check(partition.shape)
     with within("router.net"):  # now, not after days of training experts
@@ -169,7 +171,7 @@ def _is_made(config: Config, partition: Partition, k: int) -> bool:
 
 def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
     """Train expert k from its cluster's file, and nothing else, and write its artifact; reports `(k, step, loss)`."""
-    partition = Partition.read(config.folder / "partition")
+    partition = read_partition(config)
     images = partition.cluster(config.folder / "partition", k)["images"]
     cfg, stem = _expert_config(config), expert_stem(config, k)
     seed = derive_seed(config.seed, RngStream.EXPERT, k)
@@ -189,7 +191,7 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
         "index": k,
         "name": partition.names[k],
         "key": _key(config, partition, k),
-        **fitted_facts(cfg, config, partition),
+        **fitted_facts(cfg, config, partition, cfg.batch),
     }
     gaussian = dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
     write_artifact(stem, {**denoiser.state_dict(), **gaussian}, facts)

@@ -4,9 +4,8 @@ import logging
 from dataclasses import replace
 
 from ddm.errors import ArtifactError
-from ddm.partition import Partition
 from train.config import Config, EvaluateConfig
-from train.run_folder import check_claim
+from train.run_folder import check_claim, read_partition
 from train.stages.bundle import make_bundle
 from train.stages.expert import train_experts
 from train.stages.partition import make_partition
@@ -19,7 +18,7 @@ def monolith_config(config: Config, evaluation: EvaluateConfig) -> Config | None
 
     The same network and, unless `monolith_steps` says otherwise, as many images seen as all experts together.
     """
-    cut = Partition.read(config.folder / "partition")
+    cut = read_partition(config)
     steps = evaluation.monolith_steps
     if steps is None:
         steps = config.expert.steps * cut.k

@@ -28,7 +28,7 @@ from train.config import Config, changed
 from train.fit import NotFiniteError, fit
 from train.progress import bar
 from train.resume import drop_resume
-from train.run_folder import claim
+from train.run_folder import claim, read_partition
 from train.stages.expert import artifact_is_made, diverged, expert_stem, fitted_facts
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,7 @@ _SAMPLE_STEPS, _SAMPLE_BATCH = 25, 250
 
 def train_router(config: Config) -> None:
     """Train the posterior net, then posterior and derivative nets together, and write both as one artifact."""
-    folder = config.folder / "partition"
-    cut = Partition.read(folder)
+    cut = read_partition(config)
     if cut.k == 1:
         log.info("router     one cluster needs none")
         return
@@ -59,9 +58,8 @@ def train_router(config: Config) -> None:
     began = time.monotonic()
     with bar("router", cfg.steps) as advance:
         nets = _train(config, cut, stages, advance)
-    write_artifact(
-        stem, nets.state_dict(), {"kind": "router", "key": key, **fitted_facts(cfg, config, cut)}
-    )
+    facts = fitted_facts(cfg, config, cut, cfg.images_per_step)
+    write_artifact(stem, nets.state_dict(), {"kind": "router", "key": key, **facts})
     for stage in stages:
         drop_resume(stage)
     log.info("router     trained in %.0f s", time.monotonic() - began)

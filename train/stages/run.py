@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from ddm.partition import Partition
 from train.config import STAGES, Config
 from train.evaluation.classifier import check_classes, classes_of
-from train.run_folder import check_claim
+from train.run_folder import check_claim, read_partition
 from train.stages.bundle import make_bundle
 from train.stages.evaluate import evaluate_stage
 from train.stages.expert import train_experts
@@ -40,5 +39,5 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
 def _check_classes(config: Config) -> None:
     """Raise `ConfigError` before any training if evaluation wants a classifier of images of one class."""
     if "classifier" in config.evaluate.features:
-        folder = config.folder / "partition"
-        check_classes(classes_of(Partition.read(folder).all(folder)))
+        whole = read_partition(config).all(config.folder / "partition")
+        check_classes(classes_of(whole))

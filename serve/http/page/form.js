@@ -128,17 +128,20 @@ function withSeed(body, seed) {
   return JSON.stringify(body).replace(/}$/, `,"seed":${BigInt(seed)}}`);
 }
 
-/** Show an error, and put the focus on the field at fault. */
+/** Show an error where it is seen, and put the focus on the field at fault. */
 export function showError(error) {
   setText("alert", error.message);
   const name = error.param?.split(".")[0];
   const field = name === "clusters" ? clusterBoxes()[0] : name && form.elements[name];
-  if (!field?.focus) return;
+  if (field?.focus) markField(field);
+  $("alert").scrollIntoView({ block: "nearest" }); // it may be far below the field
+}
+
+function markField(field) {
   if ($("more").contains(field)) $("more").open = true;
   field.setAttribute("aria-invalid", "true");
   field.setAttribute("aria-describedby", ["alert", ...descriptions(field)].join(" "));
   field.focus();
-  $("alert").scrollIntoView({ block: "nearest" }); // it may be far below the field
 }
 
 const descriptions = (field) => (field.getAttribute("aria-describedby") ?? "").split(" ").filter((id) => id !== "alert");

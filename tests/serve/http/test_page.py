@@ -411,6 +411,37 @@ def test_page_fits_a_phone(new_page: Callable[..., Page], address: str, query: s
     assert small == []
 
 
+PHONE = {"viewport": {"width": 390, "height": 700}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.mark.parametrize("field", ["n", "t_min"])
+def test_a_phone_shows_the_error_beside_its_field(
+    new_page: Callable[..., Page], address: str, field: str
+) -> None:
+    page = new_page(**PHONE)
+    page.goto(address)
+    page.get_by_text("More settings").click()
+    fill(page, **{field: 99999})
+    page.locator("#form").evaluate("form => form.requestSubmit()")
+    expect(page.get_by_role("alert")).to_contain_text(f"{field} must")
+    expect(page.get_by_role("alert")).to_be_in_viewport(ratio=1)
+    expect(page.locator(f"[name={field}]")).to_be_in_viewport(ratio=1)
+    if folder := os.environ.get("DDM_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"phone-{field}.png")
+
+
+def test_a_phone_shows_an_error_of_no_field(new_page: Callable[..., Page], address: str) -> None:
+    page = new_page(**PHONE)
+    page.goto(address)
+    page.get_by_text("More settings").click()
+    answer(
+        page, 'event: error\ndata: {"error": {"message": "expert 2 is away", "param": null}}\n\n'
+    )
+    page.locator("#form").evaluate("form => form.requestSubmit()")
+    expect(page.get_by_role("alert")).to_have_text("expert 2 is away")
+    expect(page.get_by_role("alert")).to_be_in_viewport(ratio=1)
+
+
 def test_page_loads_nothing_from_other_hosts(page: Page, address: str) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
