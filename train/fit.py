@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ddm.artifacts import replaced
+from ddm.artifacts import naming, replaced
 from ddm.errors import DdmError
 from ddm.training import FitConfig
 from train import stopping
@@ -95,7 +95,8 @@ class _Steps(Callback):
     def _report(self, step: int) -> None:
         self._check_now()
         mean = float(self.sum) / self.count
-        with (self.folder / "losses.txt").open("a") as file:
+        path = self.folder / "losses.txt"
+        with naming(path, "written"), path.open("a") as file:
             file.write(f"{step} {mean:.6g}\n")
         self.report(step, mean)
         self.sum, self.count = 0.0, 0

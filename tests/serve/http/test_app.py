@@ -376,6 +376,8 @@ def test_the_page_and_the_docs_are_there(server: Server) -> None:
         reply = server.request(path)
         assert reply.status == 200 and reply.headers["content-type"].startswith(kind)
     assert server.request("/page/index.html").body == server.request("/").body
+    for path in ("/", "/page/main.js", "/page/page.css"):
+        assert server.request(path).headers["cache-control"] == "no-cache"
 
 
 def test_the_docs_refer_to_files_by_relative_urls(server: Server) -> None:
