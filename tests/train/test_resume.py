@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -250,7 +251,8 @@ def test_a_run_killed_again_and_again_makes_the_same_files(
         if kills < KILLS:
             _wait_for_a_change(folder, training, began)
             time.sleep(delays.uniform(0, 1.5))
-            training.send(signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                training.send(signal.SIGKILL)
         status = training.status()
         if status == -signal.SIGKILL:
             kills += 1

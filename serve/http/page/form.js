@@ -142,6 +142,7 @@ function markField(field) {
   field.setAttribute("aria-invalid", "true");
   field.setAttribute("aria-describedby", ["alert", ...descriptions(field)].join(" "));
   field.focus();
+  field.scrollIntoView({ block: "nearest" }); // also where it had the focus before
 }
 
 const descriptions = (field) => (field.getAttribute("aria-describedby") ?? "").split(" ").filter((id) => id !== "alert");
