@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import ablations, relaxation_rate, router_targets
+from benchmarks import ablations, agreement, relaxation_rate, router_targets
 from benchmarks.lab import __main__ as lab
 from benchmarks.load import __main__ as load
 from benchmarks.table import __main__ as table
 
 COMMANDS = {
     "ablations": ablations.main,
+    "agreement": agreement.main,
     "lab": lab.main,
     "load": load.main,
     "relaxation_rate": relaxation_rate.main,
@@ -34,6 +35,11 @@ def test_help_is_shown(name: str, word: str, capsys: pytest.CaptureFixture[str])
         (ablations.main, ["nothing"], "group must be one of chance parameterization"),
         (ablations.main, ["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (ablations.main, ["configs/digits.yaml", "expert.stepz=3"], "expert.stepz"),
+        (agreement.main, ["nowhere"], "nowhere"),
+        (agreement.main, ["nowhere", "best"], "policy must be one of"),
+        (agreement.main, ["nowhere", "steps=3"], "give steps as a word of its own or as --steps"),
+        (agreement.main, ["nowhere", "souce=prior"], "souce"),
+        (agreement.main, ["nowhere", "--n=0"], "--n must be at least 1, got 0"),
         (lab.main, ["lawz"], "name must be one of orders laws"),
         (lab.main, ["--draw"], "unrecognized arguments: --draw"),
         (lab.main, ["laws", "--render", "--out=nowhere"], "--out must hold laws.json"),

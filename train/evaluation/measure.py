@@ -174,9 +174,7 @@ class Measurement:
 
     def _images(self) -> dict[str, Tensor]:
         """The partition's images and labels in the order of the data set, however they were cut."""
-        whole = self.cut.all(self.config.folder / "partition")
-        order = whole["index"].argsort()
-        return {name: tensor[order] for name, tensor in whole.items()}
+        return in_order(self.cut.all(self.config.folder / "partition"))
 
     def _cells(self, scores: dict[str, dict[str, Score]]) -> list[Cell]:
         reference = self.samples(self.reference).ends
@@ -281,6 +279,12 @@ class Measurement:
         score = measure(network(self.samples(spec).images, lambda _: None))
         write_json(path, {"key": key, "score": asdict(score)})
         return score
+
+
+def in_order(whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a partition's images in the order of the data set."""
+    order = whole["index"].argsort()
+    return {name: tensor[order] for name, tensor in whole.items()}
 
 
 def _nfe_per_step(method: Method, config: Config, k: int) -> float:
