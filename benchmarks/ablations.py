@@ -7,6 +7,7 @@ interrupted, the same command resumes.
 
 import argparse
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -32,7 +33,6 @@ from ddm.training import Batches
 from router.targets import exact_posterior_rate
 from train.config import Config, load_config
 from train.evaluation.measure import Measurement
-from train.evaluation.report import first_score
 from train.evaluation.results import Evaluation
 from train.run_folder import settled
 from train.stages.run import run as run_stages
@@ -249,7 +249,7 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
             "command": shlex.join(["python", "-m", "benchmarks.ablations", str(path), *overrides]),
             "config": settled(base),
             "config_hash": digest(settled(base)),
-            "features": next(iter(evaluation.features.values())).what,
+            "features": "; ".join(of.what for of in evaluation.features.values()),
             "n": evaluation.n,
             "seeds": evaluation.seeds,
             "sampler": base.sample.sampler,
@@ -263,10 +263,16 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
 
 
 def _cells(evaluation: Evaluation) -> dict[str, list[float]]:
-    """Fréchet distances by the first features, one per seed, by `METHOD-STEPS`."""
+    """Fréchet distances, one per seed, by `METHOD-STEPS`, and `METHOD-STEPS-FEATURES` for all but
+    the first features.
+    """
     found: dict[str, list[float]] = {}
-    for cell in evaluation.cells:
-        found.setdefault(f"{cell.method}-{cell.steps}", []).append(first_score(cell).frechet)
+    first, *others = evaluation.features
+    for features in (first, *others):
+        suffix = "" if features == first else f"-{features}"
+        for cell in evaluation.cells:
+            column = f"{cell.method}-{cell.steps}{suffix}"
+            found.setdefault(column, []).append(cell.scores[features].frechet)
     return found
 
 
@@ -297,8 +303,7 @@ def _section(name: str, record: dict[str, Any]) -> str:
     columns = list(base)
     steps = []
     for column in columns:
-        method, _, count = column.rpartition("-")
-        steps.append(f"{method}, {count} steps")
+        steps.append(_column_title(column))
     values = [f"{mean(base[column]):.2f} ± {_deviation(base[column]):.2f}" for column in columns]
     parts = [
         f"## {name}\n\n    {record['command']}",
@@ -312,6 +317,14 @@ def _section(name: str, record: dict[str, Any]) -> str:
         rows = [_row(variant, base) for variant in variants]
         parts.append(table([GROUPS[group][0], *steps], rows))
     return "\n\n".join(parts)
+
+
+def _column_title(column: str) -> str:
+    """`balanced-cv, 10 steps` of `balanced-cv-10`; with `, pixels` of `balanced-cv-10-pixels`."""
+    found = re.fullmatch(r"(.+)-(\d+)(?:-(.+))?", column)
+    assert found is not None
+    method, count, features = found.groups()
+    return f"{method}, {count} steps" + (f", {features}" if features else "")
 
 
 def _row(variant: dict[str, Any], base: dict[str, list[float]]) -> list[str]:

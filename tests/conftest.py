@@ -34,7 +34,8 @@ SMALL = [
     "router.checkpoint_every=3",
     "sample.n=4",
     "sample.steps=3",
-    "evaluate={n: 20, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20}",
+    "evaluate={n: 20, seeds: 1, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20}",
+    "evaluate.methods=[DDIM, Naive, MoG-a, MoG-da, balanced, balanced-cv, top-1, full]",
 ]
 
 

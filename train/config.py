@@ -93,7 +93,8 @@ class EvaluateConfig:
     n: images per method, sampler, number of steps and seed; at least 20
     seeds: sampling seeds 0, 1, ...; in [1, 100]; several give error bars
     steps: two or more numbers of steps in [1, 1000]
-    steps_of: `{METHOD: [steps]}`, two or more of `steps`, for a row that costs more per step; the others have all
+    steps_up_to: `{METHOD: steps}`: a row that costs more is measured up to this many steps, the others at all of them;
+        at two numbers of steps at least
     methods: rows of the table, of `METHODS`
     samplers: `{NAME: {settings over sample}}`; empty for the sampler of `sample`
     features: `classifier` (a small one, trained on the spot), `pixels` (whitened: for small images), `inception`,
@@ -112,7 +113,7 @@ class EvaluateConfig:
     n: int = 1000
     seeds: int = 1
     steps: list[int] = field(default_factory=lambda: [5, 10, 25, 50, 100])
-    steps_of: dict[str, list[int]] = field(default_factory=dict)
+    steps_up_to: dict[str, int] = field(default_factory=dict)
     methods: list[str] = field(
         default_factory=lambda: [*PAPER, "balanced", "balanced-cv", "top-1", "full"]
     )
@@ -142,15 +143,10 @@ class EvaluateConfig:
         for name in self.methods:
             if name not in METHODS:
                 raise one_of(f"{section}.methods", name, METHODS)
-        for name, some in self.steps_of.items():
+        for name, most in self.steps_up_to.items():
             if name not in METHODS:
-                raise one_of(f"{section}.steps_of", name, METHODS)
-            require(
-                len(set(some)) == len(some) >= 2 and set(some) <= set(steps),
-                f"{section}.steps_of.{name}",
-                f"be two or more of {section}.steps = {steps}",
-                some,
-            )
+                raise one_of(f"{section}.steps_up_to", name, METHODS)
+            require(1 <= most <= 1000, f"{section}.steps_up_to.{name}", "be in [1, 1000]", most)
         require(
             1 <= self.pixel_directions <= 1024,
             f"{section}.pixel_directions",
@@ -184,6 +180,12 @@ class EvaluateConfig:
             self.monolith_steps,
         )
         require(self.batch >= 1, f"{section}.batch", "be at least 1", self.batch)
+
+    def steps_for(self, method: str) -> list[int]:
+        """The numbers of steps that a method is measured at, at least two."""
+        most = self.steps_up_to.get(method, 1000)
+        kept = [n for n in self.steps if n <= most]
+        return kept if len(kept) > 1 else sorted(self.steps)[:2]
 
     def check_files(self, section: str) -> None:
         """Raise `ConfigError` naming the key of a file that does not exist: checked only before measuring."""

@@ -31,6 +31,12 @@ _MEASURES: list[tuple[str, str, Callable[[Score], float], str]] = [
 ]
 
 _COMPARISONS = [
+    ("switching", "MoG-a", "redraws at a Poisson process's times against one per step"),
+    ("switching", "balanced", "the same against error feedback"),
+    ("switching", "full", "one expert per step against all"),
+    ("switching", "Naive", "redraws against one expert kept"),
+    ("switching", "DDIM", "routed experts, one per step, against one model of the same compute"),
+    ("switching-gaussian", "MoG-a", "no router against a router and one redraw per step"),
     ("balanced", "MoG-da", "error feedback against independent draws, the same alpha"),
     ("balanced-cv", "MoG-da", "the same with the control variate"),
     ("balanced-cv", "full", "one expert per step against all"),

@@ -16,9 +16,13 @@ from benchmarks.table.results_page import difference, page
 from ddm.artifacts import sha256
 from tests.conftest import SMALL
 from train.evaluation.results import Evaluation
+from train.evaluation.rows import METHODS
 from train.evaluation.samples import SampleStore
 
-TABLE = "table={n: 20, seeds: 2, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20}"
+TABLE = (
+    "table={n: 20, seeds: 2, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20, "
+    f"methods: [{', '.join(METHODS)}], samplers: {{ddim: {{sampler: ddim}}, 2M: {{}}}}}}"
+)
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -69,6 +73,8 @@ def test_record_holds_every_method_sampler_step_count_and_seed(record: Any) -> N
         "Naive",
         "MoG-a",
         "MoG-da",
+        "switching",
+        "switching-gaussian",
         "balanced",
         "balanced-cv",
         "adaptive",

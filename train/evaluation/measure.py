@@ -100,7 +100,7 @@ class Measurement:
             )
             for method in self.methods
             for sampler, settings in self.samplers.items()
-            for steps in cfg.steps_of.get(method.name, cfg.steps)
+            for steps in cfg.steps_for(method.name)
             for seed in range(cfg.seeds)
         ]
 

@@ -15,7 +15,7 @@ from ddm.artifacts import replaced
 from ddm.partition import Partition
 from serve.model.images import contact_sheet, write_png
 from train.evaluation import plots
-from train.evaluation.results import Cell, Evaluation, Score, Spread, clear_best
+from train.evaluation.results import Cell, Evaluation, Spread, clear_best
 from train.evaluation.rows import ROWS
 from train.evaluation.samples import SampleSet
 
@@ -194,11 +194,6 @@ def _classes_line(evaluation: Evaluation, method: str, steps: int) -> str | None
 def _middle(steps: Sequence[int]) -> int:
     """The number of steps that images are shown at: the closest to 25."""
     return min(steps, key=lambda n: abs(n - 25))
-
-
-def first_score(cell: Cell) -> Score:
-    """The score by the first feature network."""
-    return next(iter(cell.scores.values()))
 
 
 def shown(value: Spread | None, form: str) -> str:

@@ -38,6 +38,18 @@ ROWS = {
     "MoG-da": Row(
         "one expert per step, drawn from the integrated alpha", "#0072B2", "stochastic", "combined"
     ),
+    "switching": Row(
+        "one expert per step, kept until a Poisson process redraws it from the posterior net's alpha",
+        "#CC0000",
+        "switching",
+        "posterior",
+    ),
+    "switching-gaussian": Row(
+        "switching, with alpha from one Gaussian per cluster: no router",
+        "#FF7777",
+        "switching",
+        "gaussian",
+    ),
     "balanced": Row("one expert per step, with error feedback", "#D55E00", "balanced"),
     "balanced-cv": Row(
         "balanced, with the Gaussian control variate", "#E69F00", "balanced", None, "gaussian"

@@ -23,6 +23,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "Naive": {"source": "prior", "policy": "fixed", "temperature": 1.0},
     "MoG-a": {"source": "posterior", "policy": "stochastic", "temperature": 1.0},
     "MoG-da": {"source": "combined", "policy": "stochastic", "temperature": 1.0},
+    "switching": {"source": "posterior", "policy": "switching", "temperature": 1.0},
+    "switching-gaussian": {"source": "gaussian", "policy": "switching", "temperature": 1.0},
     "balanced": {"source": "analytic", "policy": "balanced"},
     "balanced-cv": {"source": "analytic", "policy": "balanced", "control_variate": "gaussian"},
     "adaptive": {"source": "analytic", "policy": "adaptive", "control_variate": "gaussian"},
@@ -59,7 +61,15 @@ def test_every_row_has_its_own_colour_and_meaning() -> None:
     rows = KNOWN.values()
     assert len({row.colour for row in rows}) == len({row.meaning for row in rows}) == len(rows)
     routed = {name for name, row in KNOWN.items() if row.routed_one}
-    assert {"MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1"} <= routed
+    assert {
+        "MoG-a",
+        "MoG-da",
+        "switching",
+        "switching-gaussian",
+        "balanced",
+        "balanced-cv",
+        "top-1",
+    } <= routed
     assert not routed & {"DDIM", "Naive", "adaptive", "top-2", "nucleus", "full"}
 
 
