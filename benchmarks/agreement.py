@@ -114,7 +114,7 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _sampled(model: Model, arguments: argparse.Namespace, settings: Mapping[str, Any]) -> Tensor:
-    images = model.sample(arguments.n, seed=arguments.seed, **settings)  # type: ignore[arg-type]
+    images = model.sample(arguments.n, seed=arguments.seed, **settings)
     return to_uint8(images)
 
 

@@ -21,7 +21,7 @@ from train.evaluation.samples import SampleStore
 
 TABLE = (
     "table={n: 20, seeds: 2, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20, "
-    f"methods: [{', '.join(METHODS)}], samplers: {{ddim: {{sampler: ddim}}, 2M: {{}}}}}}"
+    f"methods: [{', '.join(METHODS)}], samplers: {{ddim: {{sampler: ddim}}, 2M: {{sampler: dpmpp_2m}}}}}}"
 )
 
 
