@@ -139,11 +139,11 @@ from train.config import Config, load_config
         ),
         (
             ["evaluate.features=[classifier, no.pt]"],
-            "evaluate.features must be of classifier, inception, TorchScript files and folders of them, got 'no.pt'",
+            "evaluate.features must be of classifier, pixels, inception, TorchScript files and folders of them, got 'no.pt'",
         ),
         (
             ["evaluate.features=[]"],
-            "evaluate.features must hold at least one network: such as [classifier], got []",
+            "evaluate.features must hold at least one network: such as [classifier, pixels], got []",
         ),
         (
             ["evaluate.features=[inception]"],
