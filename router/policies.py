@@ -263,7 +263,7 @@ def policy(
     top_k: int = 1,
     nucleus_p: float = 0.9,
     budget: float = 1.5,
-    switch_rate: float = 2.0,
+    switch_rate: float = 1.0,
 ) -> Policy:
     """The policy of that name.
 

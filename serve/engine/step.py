@@ -24,14 +24,16 @@ def advance(
     states = list(states)
     moved: list[ImageState] = []
     failed: list[tuple[Request, Exception]] = []
+    arrivals = [(request, place) for request, places in begun for place in places]
     starts: dict[int, list[tuple[Request, int]]] = {}
-    for request, places in begun:
-        start = starts.setdefault(id(request.plan), [])
-        start.extend((request, place) for place in places)
+    for request, place in arrivals:
+        starts.setdefault(id(request.plan), []).append((request, place))
+    fresh: dict[tuple[Request, int], ImageState] = {}
     for start in starts.values():
-        fresh, errors = _begin_or_isolate(start)
-        states += fresh
+        begun_states, errors = _begin_or_isolate(start)
+        fresh |= {(state.request, state.place): state for state in begun_states}
         failed += errors
+    states += [fresh[arrival] for arrival in arrivals if arrival in fresh]
     for state in states:
         try:
             _move(state)

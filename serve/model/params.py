@@ -32,19 +32,19 @@ class SampleConfig:
     """How images are sampled."""
 
     steps: int = _setting(25, "steps of the sampler", 1, 1000)
-    sampler: str = _setting("dpmpp_2m", "how the ODE or SDE is integrated", names=SAMPLERS)
-    grid: str = _setting("uniform_t", "the times of the steps", names=GRIDS)
+    sampler: str = _setting("ipndm", "how the ODE or SDE is integrated", names=SAMPLERS)
+    grid: str = _setting("cosine", "the times of the steps", names=GRIDS)
     source: str = _setting(
-        "combined", "where alpha, the experts' probabilities, comes from", names=SOURCES
+        "posterior", "where alpha, the experts' probabilities, comes from", names=SOURCES
     )
-    policy: str = _setting("balanced", "which experts move the image, given alpha", names=POLICIES)
+    policy: str = _setting("switching", "which experts move the image, given alpha", names=POLICIES)
     top_k: int = _setting(1, "experts per step of policy=top_k", 1, 2**31)
     nucleus_p: float = _setting(0.9, "mass of alpha that policy=nucleus covers", 1e-6, 1)
     budget: float = _setting(
         1.5, "expert calls per step of policy=adaptive, on average at most", 1, 1_000_000
     )
     switch_rate: float = _setting(
-        2.0, "redraws of an image's expert under policy=switching, per unit of t", 0, 1000
+        1.0, "redraws of an image's expert under policy=switching, per unit of t", 0, 1000
     )
     temperature: float = _setting(
         1.0,

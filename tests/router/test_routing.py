@@ -15,7 +15,7 @@ from ddm.oracle import GaussianMixture
 from ddm.rng import RngStream, normal
 from ddm.samplers import sample
 from ddm.schedules import schedule
-from router.policies import Policy, policy
+from router.policies import POLICIES, Policy, Switching, policy
 from router.routing import ControlVariate, RoutedDenoiser, Router, RoutingState
 from router.sources import Integrated, Stateless, prior
 
@@ -179,7 +179,7 @@ def test_calls_count_expert_evaluations(
     assert (one.calls, every.calls) == (30, 120)
 
 
-@pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "fixed"])
+@pytest.mark.parametrize("rule", ["stochastic", "balanced", "adaptive", "fixed", "switching"])
 def test_an_image_is_moved_by_the_same_experts_alone_and_in_a_batch(rule: str) -> None:
     oracle = mixture()
 
@@ -478,9 +478,53 @@ def test_gaussians_halve_the_error_of_balanced() -> None:
     assert error(gaussian) < 1.5 * error(None, "full")
 
 
+# Switching
+
+
+def test_switching_evaluates_alpha_only_where_an_image_redraws() -> None:
+    oracle, n = mixture(), 50
+    asked: list[int] = []
+
+    def spy(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(len(x))
+        return oracle.posterior(x, t)
+
+    model = RoutedDenoiser([oracle.expert(k) for k in range(4)], spy, Switching(2.0), trace=True)
+    model.router = Router.of(spy, Switching(2.0), PI)
+    sample(model, noise(n), LINEAR, "dpmpp_2m", steps=20)
+    assert sum(asked) == model.router_calls
+    assert 0.7 * 2 * n < model.router_calls < 1.1 * 2 * n  # some redraws share a step
+    assert model.calls == 20 * n
+    chosen = torch.stack([step.chosen for step in model.steps])
+    changes = (chosen[1:] != chosen[:-1]).any(dim=2).sum()
+    assert 0 < changes < model.router_calls
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, 4.0, 16.0])
+def test_the_law_of_switching_is_the_mixture_s_at_any_rate(rate: float) -> None:
+    oracle, n = mixture(), 1500
+    router = Router.of(oracle.posterior, Switching(rate), PI)
+    model = RoutedDenoiser([oracle.expert(k) for k in range(4)], router, seed=3)
+    ends = sample(model, noise(n), LINEAR, "dpmpp_2m", steps=60)
+    exact, other = oracle.sample(n, seed=1), oracle.sample(n, seed=2)
+    assert sliced_w2(ends, exact) < 1.5 * sliced_w2(other, exact) + 0.02
+
+
+def test_a_switch_goes_to_another_expert_where_the_kept_one_is_away() -> None:
+    router = Router.of(fixed_alpha(0.5, 0.3, 0.2), Switching(0.0), torch.tensor([0.5, 0.3, 0.2]))
+    x, t = torch.zeros(6, 1), torch.tensor(0.5)
+    state = router.start(x, torch.tensor([0.1, 0.2, 0.6, 0.7, 0.9, 0.95], dtype=torch.float64))
+    kept = torch.full((6,), torch.nan, dtype=torch.float64)
+    _, away = router.route(x, t, state, kept, available=torch.tensor([False, True, True]))
+    assert away.chosen.int().argmax(dim=1).tolist() == [1, 1, 1, 1, 2, 2]
+    assert away.evaluated.tolist() == [True, True, False, False, False, False]
+    _, back = router.route(x, t, away, kept)  # it stays with the new one
+    assert back.chosen.equal(away.chosen)
+
+
 # The router alone: a pure function over rows
 
-RULES = ["full", "top_k", "nucleus", "fixed", "stochastic", "balanced", "adaptive"]
+RULES = list(POLICIES)
 
 
 def router_of(rule: str, weights: list[float] | None = None) -> tuple[Router, GaussianMixture]:

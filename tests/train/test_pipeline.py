@@ -136,11 +136,11 @@ def test_sampling_may_change_without_training_again(
     experts = _files(copy / "experts")
     run(small(copy, "sample.policy=stochastic", "sample.seed=7"), ["sample"])
     run(small(copy, "sample.control_variate=none"), ["sample"])
-    assert (copy / "samples" / "combined-stochastic-dpmpp_2m-3-n4-seed7.png").exists()
+    assert (copy / "samples" / "posterior-stochastic-ipndm-3-n4-seed7.png").exists()
     assert (
-        copy / "samples" / "combined-balanced-dpmpp_2m-3-control_variate=none-n4-seed0.png"
+        copy / "samples" / "posterior-switching-ipndm-3-control_variate=none-n4-seed0.png"
     ).exists()
-    assert (copy / "samples" / "combined-balanced-dpmpp_2m-3-n4-seed0.png").exists()
+    assert (copy / "samples" / "posterior-switching-ipndm-3-n4-seed0.png").exists()
     assert _files(copy / "experts") == experts
 
 
@@ -243,7 +243,7 @@ def test_a_run_with_the_schedule_and_the_grid_of_edm_goes_through_every_stage(
     assert model.schedule == schedule("edm")
     images, trace = model.sample(4, steps=4, grid="edm", trace=True)
     drawn = read_tensors(
-        folder / "samples" / "combined-balanced-dpmpp_2m-4-grid=edm-n4-seed0.safetensors"
+        folder / "samples" / "posterior-switching-ipndm-4-grid=edm-n4-seed0.safetensors"
     )["images"]
     assert torch.equal(to_uint8(images), drawn)
     torch.testing.assert_close(trace.t, time_grid("edm", 4, model.schedule)[:-1])
@@ -265,7 +265,7 @@ def test_a_run_with_vp_cosine_is_drawn_by_unipc_on_even_log_snr(
     images, trace = model.sample(
         4, steps=4, sampler="unipc", order=2, grid="uniform_log_snr", trace=True
     )
-    name = "combined-balanced-unipc-4-grid=uniform_log_snr-order=2-n4-seed0.safetensors"
+    name = "posterior-switching-unipc-4-grid=uniform_log_snr-order=2-n4-seed0.safetensors"
     drawn = read_tensors(folder / "samples" / name)["images"]
     assert torch.equal(to_uint8(images), drawn)
     torch.testing.assert_close(trace.t, time_grid("uniform_log_snr", 4, model.schedule)[:-1])

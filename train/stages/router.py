@@ -145,7 +145,7 @@ def _sampled(config: Config, cut: Partition) -> tuple[Tensor, Tensor, Gaussians]
             for index in torch.arange(count, device=device).split(_SAMPLE_BATCH):
                 noise = normal(seed, RngStream.START, index, 0, cut.shape)
                 x = noise * process(torch.tensor(1.0)).s
-                made = sample(expert, x, process, "dpmpp_2m", _SAMPLE_STEPS, "quadratic")
+                made = sample(expert, x, process, "ipndm", _SAMPLE_STEPS, "cosine")
                 images.append(to_uint8(made).cpu())
                 labels.append(torch.full((len(made),), k))
                 advance(len(made))

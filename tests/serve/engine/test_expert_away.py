@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddm.rng import RngStream, uniform
-from router.policies import weights
+from router.policies import first_uniforms, weights
 from router.sources import Stateless, prior
 from serve.engine.expert import ExpertAwayError
 from serve.model.model import Model
@@ -161,7 +160,8 @@ def test_renormalized_images_are_those_of_the_other_clusters(
 
 
 @pytest.mark.parametrize(
-    ("policy", "seed"), [("balanced", 5), ("balanced", 6), ("balanced", 8), ("adaptive", 5)]
+    ("policy", "seed"),
+    [("balanced", 5), ("balanced", 6), ("balanced", 8), ("adaptive", 5), ("switching", 5)],
 )
 def test_renormalization_begins_at_the_step_of_the_loss(
     model: Model, policy: str, seed: int
@@ -183,10 +183,13 @@ def test_renormalization_begins_at_the_step_of_the_loss(
         router, called = job_recipe.router, 0
         x = job_recipe.start(seed, index)
         trajectory = job_recipe.trajectory(x, seed, index)
-        memory = router.start(x, uniform(seed, RngStream.CHOICE, index)[:, 0])
+        memory = router.start(x, first_uniforms(seed, index))
         x, t = next(trajectory)
-        for step in itertools.count(1):
-            draw = uniform(seed, RngStream.CHOICE, index, step)[:, 0]
+        t_last = t
+        for step in itertools.count():
+            number = torch.tensor([step])
+            draws = router.policy.uniforms(seed, index, number, t_last[None], t[None])
+            draw, t_last = draws[:, 0], t
             among = alive if called > lost_at else None
             alpha, after = router.route(x, t, memory, draw, available=among)
             if after.chosen[0, gone]:

@@ -196,7 +196,7 @@ def test_the_control_variate_is_the_default_and_does_nothing_for_fixed_or_full(
         (
             "rectified_flow",
             "ddpm",
-            r"sample.sampler must be one of euler ddim heun dpmpp_2m unipc for RectifiedFlow.*got 'ddpm'",
+            r"sample.sampler must be one of euler ddim heun dpmpp_2m unipc ipndm for RectifiedFlow.*got 'ddpm'",
         ),
         ("rectified_flow", "accelerated_ode", "it divides by a; got 'accelerated_ode'"),
         (
@@ -464,6 +464,7 @@ def test_a_trajectory_ends_at_t_min(small_run: Path) -> None:
         "policy": "top_k",
         "source": "prior",
         "control_variate": "none",
+        "grid": "uniform_t",
         "clip": False,
     }
     images, trace = model.sample(3, t_min=0.1, trace=True, **settings)
@@ -525,7 +526,8 @@ def test_a_single_cluster_is_its_expert_alone(small_run: Path) -> None:
             start = normal(0, RngStream.START, torch.arange(2), 0, model.shape)
             with torch.inference_mode():
                 at_one = start * model.schedule(torch.ones(())).s
-                alone = sample(model.experts[k], at_one, model.schedule, "dpmpp_2m", steps=4)
+                plan = ("ipndm", 4, "cosine")
+                alone = sample(model.experts[k], at_one, model.schedule, *plan)
             assert trace.chosen.equal(torch.eye(3, dtype=torch.bool)[k].expand(4, 2, 3))
             assert trace.calls == 4 * 2
             torch.testing.assert_close(images, alone.float(), rtol=1e-4, atol=1e-4)
@@ -551,7 +553,7 @@ def test_temperature_raises_alpha_to_its_inverse(
     small_run: Path,
 ) -> None:
     model = load(small_run)
-    settings = {"steps": 4, "source": "posterior", "trace": True}
+    settings = {"steps": 4, "source": "posterior", "policy": "stochastic", "trace": True}
     (images, plain), (same, _) = (
         model.sample(6, **settings, **more) for more in ({}, {"temperature": 1.0})
     )

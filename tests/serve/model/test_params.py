@@ -15,7 +15,7 @@ def test_a_switch_rate_that_cannot_be_is_refused_by_name(rate: object) -> None:
 
 
 def test_a_switch_rate_for_a_policy_without_one_is_refused_by_name() -> None:
-    message = "sample.switch_rate must be left at 2 for policy=balanced, which has none, got 3"
+    message = "sample.switch_rate must be left at 1 for policy=balanced, which has none, got 3"
     with pytest.raises(ConfigError, match=message):
         SampleConfig(policy="balanced", switch_rate=3).check()
 
@@ -24,7 +24,7 @@ def test_the_switch_rate_of_the_defaults_goes_with_their_policy() -> None:
     base = {"policy": "switching", "switch_rate": 4.0, "steps": 5}
     assert over(base, {"policy": "balanced"}) == {
         "policy": "balanced",
-        "switch_rate": 2.0,
+        "switch_rate": 1.0,
         "steps": 5,
     }
     assert over(base, {"steps": 7}) == {**base, "steps": 7}
