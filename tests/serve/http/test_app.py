@@ -193,7 +193,7 @@ def test_every_setting_of_a_request_is_heard(
     server: Server, model: Model, given: dict[str, Any]
 ) -> None:
     reply = server.request("/v1/samples", {**GIVEN, **given, "n": 3, "format": "npz"})
-    expected = pixels(model.sample(3, **GIVEN, **given))
+    expected = pixels(model.sample(3, **{**GIVEN, **given}))
     assert same(images(reply), expected)
     assert not same(expected, pixels(model.sample(3, **GIVEN)))
 
@@ -280,7 +280,7 @@ def test_curl_gets_a_png(server: Server, model: Model, tmp_path: Path) -> None:
 
 def test_a_stream_starts_steps_gives_its_images_and_is_done(server: Server, model: Model) -> None:
     given = {**GIVEN, "n": 3, "first_index": 4, "sampler": "heun"}
-    expected, trace = model.sample(3, first_index=4, trace=True, **GIVEN, sampler="heun")
+    expected, trace = model.sample(3, first_index=4, trace=True, **{**GIVEN, "sampler": "heun"})
     reply = server.request(
         "/v1/samples", {**given, "stream": True, "trace": True, "preview_every": 2}
     )
