@@ -16,7 +16,7 @@ const EXPLANATIONS = {
   switching: "one expert at a time, sampled again from alpha at random times",
   adaptive: "one expert per step, and a second one where alpha is undecided",
   prior: "alpha is the mixture weights",
-  posterior: "alpha is predicted by the posterior net at every step",
+  posterior: "alpha is predicted by the posterior net",
   derivative: "alpha is integrated from its predicted time derivative",
   combined: "alpha is integrated from its time derivative and relaxed to the posterior net",
   gaussian: "alpha is the posterior of one Gaussian per cluster",
