@@ -144,6 +144,8 @@ class Service:
             elif self.current is not None and self.current.model.version != model.version:
                 self._begin(model, Path(folder))
                 await self._retire()
+            else:
+                log.info("%s is in service already, version %s", folder, model.version[:12])
 
     def _load(self, folder: str | Path) -> Model:
         with within("serve"):

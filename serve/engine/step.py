@@ -118,7 +118,12 @@ def _move(state: ImageState) -> None:
         try:
             state.x, state.t = state.trajectory.send(state.denoised)
         except StopIteration as end:
-            state.image = (end.value.clamp(-1, 1) if clip else end.value)[0].float().cpu()
+            image = (end.value.clamp(-1, 1) if clip else end.value)[0].float().cpu()
+            if not image.isfinite().all():
+                raise ValueError(
+                    "it is not finite: the weights are damaged, or do not work with these settings"
+                ) from None
+            state.image = image
 
 
 def _route_or_isolate(

@@ -171,7 +171,7 @@ def fault(error: Mapping[str, Any]) -> tuple[str, str | None]:
         return f"the body must be a JSON object, got {'none' if kind == 'missing' else value}", None
     name = str(place[1])
     if name not in RULES:
-        return f"{shown(name)} is no field of this request: /docs lists them", name[:100].encode(
+        return f"{shown(name)} is not a field of this request: /docs lists them", name[:100].encode(
             "ascii", "replace"
         ).decode()
     return f"{name} must {RULES[name]}, got {'none' if kind == 'missing' else value}", name

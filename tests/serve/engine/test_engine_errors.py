@@ -159,3 +159,20 @@ def test_closing_fails_present_and_later_requests(model: Model) -> None:
                 await engine.run(request_for(model, 1, seed=3, steps=3))
 
     run(work)
+
+
+def test_an_image_that_is_not_finite_ends_its_request_and_no_other(model: Model) -> None:
+    async def work() -> None:
+        experts = fakes(model)
+        async with running(experts) as engine:
+            experts[0].faults.extend([lambda x, t: torch.full_like(x, torch.nan)] * 3)
+            damaged = request_for(model, 1, clusters={model.names[0]: 1.0}, steps=3)
+            with pytest.raises(
+                ServingError, match="an image failed: it is not finite: the weights"
+            ):
+                await engine.run(damaged)
+            sound = request_for(model, 1, seed=2, steps=3)
+            await engine.run(sound)
+            same(images(sound), model.sample(1, seed=2, steps=3))
+
+    run(work)

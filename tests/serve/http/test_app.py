@@ -459,8 +459,8 @@ def test_the_api_says_of_every_path_which_errors_it_has(server: Server) -> None:
         ),
         ({"clusters": ["nine"]}, None),
         ({"clusters": {"4 + 5 + 6": 0}}, None),
-        ({"step": 4}, "'step' is no field of this request: /docs lists them"),
-        ({"seeed": 4, "n": 1}, "'seeed' is no field of this request: /docs lists them"),
+        ({"step": 4}, "'step' is not a field of this request: /docs lists them"),
+        ({"seeed": 4, "n": 1}, "'seeed' is not a field of this request: /docs lists them"),
     ],
 )
 def test_422_names_the_field_the_rule_and_the_value(
