@@ -99,7 +99,8 @@ class Router:
             eligible = available if eligible is None else eligible & available
         kept = u.isnan() | torch.as_tensor(keep, device=u.device)
         evaluated = torch.ones_like(kept)
-        if self.policy.keeps and not every_alpha:
+        # A source that integrates along the trajectory needs every step.
+        if self.policy.keeps and isinstance(self.source, Stateless) and not every_alpha:
             evaluated = ~kept
             if eligible is not None:
                 evaluated |= ~(state.chosen & eligible).any(dim=1)
@@ -122,11 +123,9 @@ class Router:
     ) -> tuple[Tensor, Tensor]:
         """alpha `[B, K]` before availability, evaluated at the `wanted` rows, and the source's new
         state.
-
-        A source that integrates along the trajectory is called for all rows at every step.
         """
-        rows = wanted.nonzero()[:, 0] if isinstance(self.source, Stateless) else None
-        if rows is None or len(rows) == len(x):
+        rows = wanted.nonzero()[:, 0]
+        if len(rows) == len(x):
             alpha, source_state = self.source.step(x, t, state.source)
             return self._tempered(alpha), source_state
         if not len(rows):
