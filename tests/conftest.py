@@ -2,18 +2,20 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from train.config import Config, default_config, load_config
+from train.stopping import SIGNALS
 
 SMALL = [
     "accelerator=cpu",
@@ -42,6 +44,20 @@ SMALL = [
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_signals() -> Iterator[None]:
+    """A background job ignores SIGINT, one under `nohup` SIGHUP, and so would its children."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    for signum, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(
+                signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+            )
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture

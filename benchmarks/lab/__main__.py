@@ -19,7 +19,7 @@ from ddm.errors import require
 
 EXPERIMENTS = (
     "orders",
-    "samplers",
+    "few_steps",
     "laws",
     "densities",
     "processes",

@@ -40,7 +40,7 @@ def test_help_is_shown(name: str, word: str, capsys: pytest.CaptureFixture[str])
         (agreement.main, ["nowhere", "steps=3"], "give steps as a word of its own or as --steps"),
         (agreement.main, ["nowhere", "souce=prior"], "souce"),
         (agreement.main, ["nowhere", "--n=0"], "--n must be at least 1, got 0"),
-        (lab.main, ["lawz"], "name must be one of orders laws"),
+        (lab.main, ["lawz"], "name must be one of orders few_steps laws"),
         (lab.main, ["--draw"], "unrecognized arguments: --draw"),
         (lab.main, ["laws", "--render", "--out=nowhere"], "--out must hold laws.json"),
         (load.main, ["runs/none", "other"], "give one run"),

@@ -64,12 +64,12 @@ from train.config import Config, load_config
         (["schedule.beta_min=-1"], "schedule.beta_min must be above 0, got -1"),
         (
             ["sample.sampler=heum"],
-            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc euler_maruyama ddpm accelerated_ode"
+            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc ipndm euler_maruyama ddpm accelerated_ode"
             " accelerated_sde, got 'heum'",
         ),
         (
             ["sample.policy=any"],
-            "sample.policy must be one of full top_k nucleus fixed stochastic balanced adaptive, got 'any'",
+            "sample.policy must be one of full top_k nucleus fixed switching stochastic balanced adaptive, got 'any'",
         ),
         (["sample.budget=0.5"], "sample.budget must be a number in [1, 1000000], got 0.5"),
         (
@@ -83,7 +83,7 @@ from train.config import Config, load_config
         (["sample.order=5"], "sample.order must be a whole number in [1, 4], got 5"),
         (
             ["sample.grid=even"],
-            "sample.grid must be one of uniform_t uniform_log_snr quadratic edm own, got 'even'",
+            "sample.grid must be one of uniform_t uniform_log_snr quadratic cosine half edm own, got 'even'",
         ),
         (
             ["sample.grid=own"],
@@ -91,14 +91,14 @@ from train.config import Config, load_config
         ),
         (
             ["schedule.name=rectified_flow", "sample.sampler=ddpm"],
-            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc for RectifiedFlow(), where a falls to 0",
+            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc ipndm for RectifiedFlow(), where a falls to 0",
         ),
         (
             ["schedule.name=edm", "sample.sampler=accelerated_sde"],
-            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc euler_maruyama ddpm for EDM(sigma_max=80.0), where",
+            "sample.sampler must be one of euler ddim heun dpmpp_2m unipc ipndm euler_maruyama ddpm for EDM(sigma_max=80.0), where",
         ),
         (
-            ["schedule.name=edm"],
+            ["schedule.name=edm", "sample.grid=uniform_t"],
             "sample.grid must be another for EDM(sigma_max=80.0), such as edm: uniform_t is even in sigma there",
         ),
         (
@@ -157,7 +157,7 @@ from train.config import Config, load_config
         (["evaluate.methods=[]"], "evaluate.methods must name at least one method, got []"),
         (
             ["table.methods=[balanced, best]"],
-            "table.methods must be one of DDIM Naive MoG-a MoG-da balanced",
+            "table.methods must be one of DDIM Naive MoG-a MoG-da switching",
         ),
         (
             ["evaluate.precision=16-mixed"],

@@ -10,7 +10,8 @@ export function appearance(image) {
   const record = isLast ? image.steps.at(-1) : image.steps[run.step];
   if (!record) return null;
   // An image that keeps its expert is that expert's, whatever alpha is.
-  const expert = keepsExperts(run.settings) ? record.chosen[0] : indexOfLargest(record.alpha);
+  const kept = keepsExperts(run.settings) ? record.chosen[0] : undefined; // nor of a skipped step
+  const expert = kept ?? indexOfLargest(record.alpha);
   const finished = isLast && image.final !== null;
   return { ...record, expert, finished, source: finished ? image.final : record.preview };
 }

@@ -271,7 +271,7 @@ def test_slider_shows_the_preview_of_that_step(page: Page, address: str) -> None
     page.locator("#at").fill("2")
     assert same(shown(page), [pixels(b64) for _, b64 in steps])
     assert "Step 3 of 6" in page.inner_text("#when")
-    assert page.locator("#at").get_attribute("aria-valuetext") == "step 3 of 6, t = 0.67"
+    assert page.locator("#at").get_attribute("aria-valuetext") == "step 3 of 6, t = 0.43"
     page.get_by_role("button", name="Play").click()  # plays to the end, then can be played again
     expect(page.locator("#at")).to_have_attribute("aria-valuetext", "finished")
     expect(page.locator("#play")).to_have_text("Play")
@@ -510,6 +510,7 @@ def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> Non
             )
 
     page.goto(address)
+    page.locator("[name=policy]").select_option("full")  # long enough to be stopped
     fill(page, n=64, steps=250, seed=1)
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
@@ -533,6 +534,7 @@ def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> Non
 
 def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api: Api) -> None:
     page.goto(address)
+    page.locator("[name=policy]").select_option("full")  # long enough to be stopped
     fill(page, n=64, steps=250, seed=1)
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")

@@ -44,7 +44,7 @@ def real(folder: Path) -> torch.Tensor:
 
 def sampled(folder: Path, method: str = "balanced", steps: int = 4) -> torch.Tensor:
     return read_tensors(
-        folder / "evaluate" / "samples" / f"{method}-dpmpp_2m-{steps}-seed0.safetensors"
+        folder / "evaluate" / "samples" / f"{method}-ipndm-{steps}-seed0.safetensors"
     )["images"]
 
 

@@ -28,7 +28,7 @@ from train.evaluation.results import Cell, Evaluation, Score
 ScriptFile = Callable[..., Path]
 NAMES = ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1", "full")
 NAIVE = {"source": "prior", "policy": "fixed", "control_variate": "none"}
-BALANCED = {"source": "combined", "policy": "balanced", "control_variate": "none"}
+BALANCED = {"source": "posterior", "policy": "balanced", "control_variate": "none"}
 
 
 def measured(config: Config) -> Evaluation:
@@ -39,7 +39,7 @@ def one(
     record: Evaluation,
     method: str = "balanced",
     steps: int = 4,
-    sampler: str = "dpmpp_2m",
+    sampler: str = "ipndm",
     seed: int = 0,
 ) -> Cell:
     wanted = (method, steps, sampler, seed)
@@ -82,7 +82,7 @@ def test_the_recorded_distance_is_that_of_the_samples(small_run: Path, record: E
     )
     features = [
         gaussian(network(images, lambda _: None).features.double().numpy())
-        for images in (whole["images"], sampled(small_run, "balanced-dpmpp_2m-4-seed0"))
+        for images in (whole["images"], sampled(small_run, "balanced-ipndm-4-seed0"))
     ]
     assert one(record).scores["classifier"].frechet == pytest.approx(frechet(*features), rel=1e-3)
 
@@ -94,7 +94,7 @@ def test_the_recorded_distance_is_that_of_the_samples(small_run: Path, record: E
         ("balanced", BALANCED),
         (
             "balanced-cv",
-            {"source": "combined", "policy": "balanced", "control_variate": "gaussian"},
+            {"source": "posterior", "policy": "balanced", "control_variate": "gaussian"},
         ),
     ],
 )
@@ -107,14 +107,14 @@ def test_the_recorded_trajectory_error_is_that_to_the_full_mixture(
         ends = model.sample(20, steps=steps, **settings)[:4]
         errors.append(trajectory_error(ends, reference))
         assert one(record, method, steps).trajectory_error == pytest.approx(errors[-1], rel=1e-3)
-    assert record.fits[method]["dpmpp_2m"] == pytest.approx(power_law_fit([2, 4], errors), rel=1e-2)
+    assert record.fits[method]["ipndm"] == pytest.approx(power_law_fit([2, 4], errors), rel=1e-2)
 
 
 def test_all_methods_are_in_the_table_with_their_nfe(record: Evaluation) -> None:
     nfe = {(cell.method, cell.steps): cell.nfe for cell in record.cells}
     single = {(name, n): n for name in NAMES[:-1] for n in (2, 4)}
     assert nfe == {**single, ("full", 2): 6, ("full", 4): 12}
-    assert {(cell.sampler, cell.seed) for cell in record.cells} == {("dpmpp_2m", 0)}
+    assert {(cell.sampler, cell.seed) for cell in record.cells} == {("ipndm", 0)}
     assert (
         record.images_seen["DDIM"] == record.images_seen["full"] == 3 * 12 * 12
     )  # the same compute
@@ -135,7 +135,7 @@ def test_the_table_gives_mean_and_deviation_over_the_seeds(
     words = ("evaluate.methods=[Naive, full]", "evaluate.seeds=3", f"evaluate.features=[{means}]")
     found = evaluate(small(copy, *words), None)
     assert len(found.cells) == 2 * 2 * 3 and found.seeds == 3
-    images = [sampled(copy, f"Naive-dpmpp_2m-4-seed{seed}") for seed in range(3)]
+    images = [sampled(copy, f"Naive-ipndm-4-seed{seed}") for seed in range(3)]
     for seed, of_seed in enumerate(images):
         assert (of_seed.int() - expected(copy, seed, **NAIVE).int()).abs().max() <= 1
     assert not images[0].equal(images[1]) and not images[1].equal(images[2])
@@ -216,7 +216,7 @@ def test_a_sampler_s_settings_override_those_of_sample(
         assert spread == (cell.scores["means"].frechet, None)
     assert not sampled(copy, "balanced-a-4-seed0").equal(sampled(copy, "balanced-b-4-seed0"))
     assert list(found.samplers) == ["a", "b"]
-    assert [found.samplers[name]["grid"] for name in "ab"] == ["uniform_t", "uniform_log_snr"]
+    assert [found.samplers[name]["grid"] for name in "ab"] == ["cosine", "uniform_log_snr"]
     assert found.samplers["b"]["sampler"] == "dpmpp_2m" and found.samplers["b"]["t_min"] == 0.01
     for name in "ab":
         errors = [one(found, steps=n, sampler=name).trajectory_error for n in (2, 4)]
@@ -224,7 +224,7 @@ def test_a_sampler_s_settings_override_those_of_sample(
     # The reference is sampled by the first of them.
     reference = read_json(copy / "evaluate" / "samples" / "reference-a-8-seed0.json")
     assert (reference["sampler"], reference["policy"], reference["source"]) == (
-        "dpmpp_2m",
+        "ipndm",
         "full",
         "posterior",
     )
@@ -253,7 +253,7 @@ def test_a_kept_score_is_computed_again_only_for_other_samples_or_features(
     network = script_file(tmp_path / "own.pt", 4)
     words = [f"evaluate.features=[{network}]", "evaluate.methods=[Naive, balanced]"]
     names = [
-        f"{method}-dpmpp_2m-{steps}-seed0" for method in ("Naive", "balanced") for steps in (2, 4)
+        f"{method}-ipndm-{steps}-seed0" for method in ("Naive", "balanced") for steps in (2, 4)
     ]
 
     def kids(*more: str) -> list[float]:
@@ -326,14 +326,14 @@ def test_the_precision_of_the_networks_is_in_the_record(
     copy: Path, small: Callable[..., Config], means: Path
 ) -> None:
     words = (f"evaluate.features=[{means}]", "evaluate.methods=[Naive]")
-    single = sampled(copy, "Naive-dpmpp_2m-4-seed0")
+    single = sampled(copy, "Naive-ipndm-4-seed0")
     found = measured(small(copy, *words, "evaluate.precision=bf16-mixed"))
     assert found.precision == "bf16-mixed"
     assert (
-        read_json(copy / "evaluate" / "samples" / "Naive-dpmpp_2m-4-seed0.json")["precision"]
+        read_json(copy / "evaluate" / "samples" / "Naive-ipndm-4-seed0.json")["precision"]
         == "bf16-mixed"
     )
-    apart = (sampled(copy, "Naive-dpmpp_2m-4-seed0").float() - single.float()).abs()
+    apart = (sampled(copy, "Naive-ipndm-4-seed0").float() - single.float()).abs()
     assert 0 < apart.mean() < 2  # of 255
     assert measured(small(copy, *words)).precision == "32-true"
 
@@ -375,7 +375,7 @@ def test_samples_that_are_gone_are_made_again_for_the_report(
     copy: Path, small: Callable[..., Config]
 ) -> None:
     (copy / "report.html").unlink()
-    gone = copy / "evaluate" / "samples" / "balanced-dpmpp_2m-4-seed0.safetensors"
+    gone = copy / "evaluate" / "samples" / "balanced-ipndm-4-seed0.safetensors"
     before = sampled(copy, gone.stem)
     gone.unlink()
     evaluate(small(copy), small(copy / "monolith", "partition.k=1"))

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from benchmarks.lab import samplers
+from benchmarks.lab import few_steps
 from ddm.grids import time_grid
 from ddm.schedules import schedule
 
@@ -15,15 +15,15 @@ from ddm.schedules import schedule
 @pytest.fixture(scope="module")
 def small() -> dict[str, object]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samplers, "REFERENCE_STEPS", 100)
-        patch.setattr(samplers, "PATHS", 4)
-        patch.setattr(samplers, "DIMENSION", 3)
+        patch.setattr(few_steps, "REFERENCE_STEPS", 100)
+        patch.setattr(few_steps, "PATHS", 4)
+        patch.setattr(few_steps, "DIMENSION", 3)
         patch.setenv("DDM_RUN", "no/run")
-        return samplers.measure()
+        return few_steps.measure()
 
 
 def test_every_defined_cell_is_there_and_small_at_50_nfe(small: dict[str, list]) -> None:
-    methods, grids, budgets = len(samplers.METHODS), len(samplers.GRIDS), len(samplers.NFE)
+    methods, grids, budgets = len(few_steps.METHODS), len(few_steps.GRIDS), len(few_steps.NFE)
     assert len(small["cells"]) == 2 * methods * budgets * (4 * grids - 1)
     assert small["network"] is None
     for cell in small["cells"]:
@@ -35,7 +35,7 @@ def test_every_defined_cell_is_there_and_small_at_50_nfe(small: dict[str, list])
 
 
 def test_tables_and_figure_of_a_small_measurement(small: dict[str, list]) -> None:
-    rendered = samplers.render(small)
+    rendered = few_steps.render(small)
     assert rendered.tables["network"] == "Not measured."
     for text in rendered.tables.values():
         assert "nan" not in text
@@ -48,13 +48,13 @@ def test_tables_and_figure_of_a_small_measurement(small: dict[str, list]) -> Non
 )
 def test_diffusers_gives_the_same_ends() -> None:
     path = schedule("vp_linear")
-    oracle = samplers._mixtures(path)["even"]
-    x = torch.randn(4, samplers.DIMENSION, dtype=torch.float64)
+    oracle = few_steps._mixtures(path)["even"]
+    x = torch.randn(4, few_steps.DIMENSION, dtype=torch.float64)
     times = time_grid("cosine", 10, path)
-    ends = samplers._by_diffusers(oracle.denoise, x, path, times)
-    ours, _ = samplers.Method("dpmpp_2m").end(oracle.denoise, x, path, 10, "cosine")
+    ends = few_steps._by_diffusers(oracle.denoise, x, path, times)
+    ours, _ = few_steps.Method("dpmpp_2m").end(oracle.denoise, x, path, 10, "cosine")
     torch.testing.assert_close(ends["dpmpp_2m"], ours, rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_that_is_not_there_is_left_out() -> None:
-    assert samplers._network(Path("no/run")) is None
+    assert few_steps._network(Path("no/run")) is None
