@@ -510,8 +510,7 @@ def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> Non
             )
 
     page.goto(address)
-    page.locator("[name=policy]").select_option("full")  # long enough to be stopped
-    fill(page, n=64, steps=250, seed=1)
+    fill(page, n=64, steps=250, seed=1, policy="full")  # long enough to be stopped
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
     assert pending() > 0
@@ -534,7 +533,6 @@ def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> Non
 
 def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api: Api) -> None:
     page.goto(address)
-    page.locator("[name=policy]").select_option("full")  # long enough to be stopped
     fill(page, n=64, steps=250, seed=1)
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
