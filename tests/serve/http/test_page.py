@@ -533,10 +533,10 @@ def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> Non
 
 def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api: Api) -> None:
     page.goto(address)
-    fill(page, n=64, steps=250, seed=1)
+    fill(page, n=64, steps=250, seed=1, policy="full")  # it is still in progress
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
-    fill(page, n=2, steps=3)
+    fill(page, n=2, steps=3, policy="switching")
     page.get_by_role("button", name="New seed").click()
     page.wait_for_selector(DONE)
     seed = int(page.locator("#seed").input_value())
