@@ -98,13 +98,16 @@ class Router:
         if available is not None:
             eligible = available if eligible is None else eligible & available
         kept = u.isnan() | torch.as_tensor(keep, device=u.device)
-        evaluated = torch.ones_like(kept)
         # A source that integrates along the trajectory needs every step.
         if self.policy.keeps and isinstance(self.source, Stateless) and not every_alpha:
             evaluated = ~kept
             if eligible is not None:
                 evaluated |= ~(state.chosen & eligible).any(dim=1)
-        alpha, source_state = self._alpha(x, t, state, evaluated)
+            alpha, source_state = self._alpha_of(evaluated, x, t, state), state.source
+        else:
+            evaluated = torch.ones_like(kept)
+            alpha, source_state = self.source.step(x, t, state.source)
+            alpha = self._tempered(alpha)
         after = state._replace(source=source_state, alpha=alpha, evaluated=evaluated)
         if available is not None:
             alpha = _reweighted(alpha, available.to(alpha))
@@ -118,21 +121,16 @@ class Router:
             chosen = torch.where(chosen.any(dim=1, keepdim=True), chosen, fallback)
         return alpha, after._replace(policy=policy_state, chosen=chosen)
 
-    def _alpha(
-        self, x: Tensor, t: Tensor, state: RoutingState, wanted: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """alpha `[B, K]` before availability, evaluated at the `wanted` rows, and the source's new
-        state.
+    def _alpha_of(self, wanted: Tensor, x: Tensor, t: Tensor, state: RoutingState) -> Tensor:
+        """alpha `[B, K]` before availability, evaluated at the `wanted` rows, bool `[B]`, and at the
+        others as it was last.
         """
         rows = wanted.nonzero()[:, 0]
-        if len(rows) == len(x):
-            alpha, source_state = self.source.step(x, t, state.source)
-            return self._tempered(alpha), source_state
         if not len(rows):
-            return state.alpha, state.source
+            return state.alpha
         times = t[rows.to(t.device)] if t.ndim else t
         alpha, _ = self.source.step(x[rows], times, state.source[rows])
-        return state.alpha.index_copy(0, rows, self._tempered(alpha).to(state.alpha)), state.source
+        return state.alpha.index_copy(0, rows, self._tempered(alpha).to(state.alpha))
 
     def _tempered(self, alpha: Tensor) -> Tensor:
         """alpha at the temperature, reweighted."""
@@ -207,7 +205,7 @@ class RoutedDenoiser:
         self.control_variate = control_variate
         self.trace = trace
         self.calls = 0
-        self.router_calls = 0
+        self._router_calls: Tensor | int = 0  # a tensor, so that no step waits for a device
         self.steps: list[Step] = []
         self._denoiser_calls = 0
         self._state: RoutingState | None = None
@@ -220,6 +218,11 @@ class RoutedDenoiser:
         if self.trace:
             self.steps.append(Step(float(t), alpha.cpu(), chosen.cpu()))
         return denoised.clamp(-1, 1) if self.clip else denoised
+
+    @property
+    def router_calls(self) -> int:
+        """Evaluations of alpha so far, images x calls."""
+        return int(self._router_calls)
 
     def _route(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         step, call_within_step = divmod(self._denoiser_calls, self.calls_per_step)
@@ -245,7 +248,7 @@ class RoutedDenoiser:
             keep=call_within_step > 0,
             every_alpha=self.control_variate is not None,
         )
-        self.router_calls += int(self._state.evaluated.sum())
+        self._router_calls = self._router_calls + self._state.evaluated.sum()
         return alpha, self._state.chosen
 
     def _mix(self, x: Tensor, t: Tensor, alpha: Tensor, chosen: Tensor) -> Tensor:
