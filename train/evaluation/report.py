@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ddm.artifacts import replaced
 from ddm.partition import Partition
+from router.policies import policy
 from serve.model.images import contact_sheet, write_png
 from train.evaluation import plots
 from train.evaluation.results import Cell, Evaluation, Spread, clear_best
@@ -231,9 +232,9 @@ def _shown_method(evaluation: Evaluation) -> str:
     names = evaluation.methods_at(_middle(evaluation.steps))
     for name in names:
         row = ROWS[name]
-        policy = (row.policy, row.control_variate)
-        same = policy == (sample["policy"], sample["control_variate"])
-        if same and row.source in (None, sample["source"]):
+        # A policy that keeps its experts has no control variate, whatever the config says.
+        control = policy(row.policy).keeps or row.control_variate == sample["control_variate"]
+        if row.policy == sample["policy"] and control and row.source in (None, sample["source"]):
             return name
     return names[0]
 

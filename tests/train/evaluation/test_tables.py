@@ -4,15 +4,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.table.results_page import difference, main_table
 from ddm.errors import ConfigError
+from serve.model.params import SampleConfig
 from train.config import Config
 from train.evaluation.measure import Measurement, evaluate
-from train.evaluation.report import floor_line, print_tables
+from train.evaluation.report import _shown_method, floor_line, print_tables
 from train.evaluation.results import Cell, Evaluation, Features, Score, Spread, clear_best
+from train.evaluation.rows import METHODS
 
 
 def score(frechet: float) -> Score:
@@ -124,3 +127,24 @@ def test_bad_step_counts_of_a_row_are_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         small(tmp_path, f"evaluate.steps_up_to={value}")
+
+
+@pytest.mark.parametrize(
+    ("sample", "shown"),
+    [
+        ({}, "switching"),
+        ({"source": "gaussian"}, "switching-gaussian"),
+        ({"policy": "balanced"}, "balanced-cv"),
+        ({"policy": "balanced", "control_variate": "none"}, "balanced"),
+        ({"policy": "nucleus"}, "DDIM"),
+    ],
+)
+def test_samples_shown_are_those_of_the_run_s_own_settings(
+    sample: dict[str, str], shown: str
+) -> None:
+    evaluation = SimpleNamespace(
+        config={"sample": asdict(SampleConfig(**sample))},  # type: ignore[arg-type]
+        steps=[5, 10, 25],
+        methods_at=lambda _: [name for name in METHODS if name != "nucleus"],
+    )
+    assert _shown_method(evaluation) == shown  # type: ignore[arg-type]
