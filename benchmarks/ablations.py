@@ -188,6 +188,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
 # The keys that each part of a run depends on: a variant that changes none of them copies the part.
 _PARTS = {
     "partition": ("seed", "data.", "partition."),
+    "seed_model": ("seed", "data.", "partition.", "schedule.", "expert."),
     "experts": ("seed", "data.", "partition.", "schedule.", "expert."),
     "router": ("seed", "data.", "partition.", "schedule.", "router."),
 }
@@ -205,8 +206,8 @@ def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Con
     cfg = replace(cfg, trajectories=1, reference_steps=max(steps) + 1)
     if base is not None:
         _copy_same_parts(config, base)
-    run_stages(config, ("partition", "expert", "router", "bundle"))
-    return config, Measurement(config, None, cfg, "ablation").make()
+    run_stages(config, ("partition", "seed_model", "expert", "router", "bundle"))
+    return config, Measurement(config, {}, cfg, "ablation").make()
 
 
 def _copy_same_parts(config: Config, base: Config) -> None:

@@ -95,7 +95,8 @@ class Encoder(nn.Module):
 
     One level per entry of `multipliers`, with `blocks` residual blocks of width `channels *
     multiplier`; a strided convolution between levels; self-attention at feature maps whose side is
-    in `attention`.
+    in `attention`. Each `patch` x `patch` pixels become the channels of one pixel first
+    (space-to-depth).
 
     `forward(x [B, C, H, W], t [] or [B])` returns the feature maps (the input convolution's, each
     block's, each strided convolution's; their channel counts are `widths`) and the time embedding
@@ -110,13 +111,15 @@ class Encoder(nn.Module):
         blocks: int,
         attention: Sequence[int],
         dropout: float,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         self.embed = TimeEmbedding(channels)
-        self.stem = nn.Conv2d(shape[0], channels, 3, padding=1)
+        self.patch = patch
+        self.stem = nn.Conv2d(shape[0] * patch**2, channels, 3, padding=1)
         self.stages = nn.ModuleList()
         self.widths = [channels]
-        side, width = shape[-1], channels
+        side, width = shape[-1] // patch, channels
         for level, multiplier in enumerate(multipliers):
             if level > 0:
                 self.stages.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
@@ -132,7 +135,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> tuple[list[Tensor], Tensor]:
         embedding = self.embed(t.to(x.dtype).expand(len(x)))
-        maps = [self.stem(x)]
+        maps = [self.stem(F.pixel_unshuffle(x, self.patch))]
         for stage in self.stages:
             maps.append(
                 stage(maps[-1], embedding) if isinstance(stage, ResidualBlock) else stage(maps[-1])
@@ -146,6 +149,7 @@ def check_encoder(
     blocks: int,
     dropout: float,
     shape: Sequence[int],
+    patch: int = 1,
 ) -> None:
     """Raise `ConfigError` naming a size that makes no network for images of `shape` `[C, H, W]`."""
     require(
@@ -158,12 +162,14 @@ def check_encoder(
     require(factors, "multipliers", "be whole numbers in [1, 64]", multipliers)
     require(1 <= blocks <= 32, "blocks", "be in [1, 32]", blocks)
     require(0 <= dropout < 1, "dropout", "be in [0, 1)", dropout)
-    side = shape[1]
+    divides = patch >= 1 and shape[1] % patch == 0
+    require(divides, "patch", f"divide the image's side of {shape[1]} pixels", patch)
+    side = shape[1] // patch
     levels = len(multipliers)
     halves = levels <= side.bit_length() and side % 2 ** (levels - 1) == 0
     require(
-        halves and shape[2] == side,
+        halves and shape[2] == shape[1],
         "multipliers",
-        f"halve a square image of {shape[1]} x {shape[2]} evenly",
+        f"halve a square image of {side} x {shape[2] // patch} evenly",
         multipliers,
     )

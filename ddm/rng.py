@@ -33,6 +33,7 @@ class RngStream(IntEnum):
     EXPERT = 8  # the seed of expert k
     ROUTER = 9  # the seed of the router
     SWITCH = 10  # when image i changes its expert under the policy `switching`, and to which
+    SEED_MODEL = 11  # the seed of the seed model
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:

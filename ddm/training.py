@@ -23,6 +23,7 @@ class FitConfig:
     batch: images per step, at least 1.
     learning_rate: after the warm-up, above 0.
     warmup_steps: steps over which the learning rate rises linearly, at least 0.
+    cooldown: the last part of the steps, over which it falls linearly to 0; in [0, 1].
     gradient_clip: the largest norm of the gradient, at least 0; 0 is no limit.
     ema_decay: of the averaged weights, per step, in [0, 1); 0 keeps the raw weights.
     precision: Lightning's: 32-true, bf16-mixed or 16-mixed.
@@ -35,6 +36,7 @@ class FitConfig:
     batch: int = 128
     learning_rate: float = 2e-4
     warmup_steps: int = 0
+    cooldown: float = 0.0
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -48,20 +50,30 @@ class FitConfig:
             require(getattr(self, key) >= 1, key, "be at least 1", getattr(self, key))
         require(self.learning_rate > 0, "learning_rate", "be above 0", self.learning_rate)
         require(self.warmup_steps >= 0, "warmup_steps", "be at least 0", self.warmup_steps)
+        require(0 <= self.cooldown <= 1, "cooldown", "be in [0, 1]", self.cooldown)
         require(self.gradient_clip >= 0, "gradient_clip", "be at least 0", self.gradient_clip)
         require(0 <= self.ema_decay < 1, "ema_decay", "be in [0, 1)", self.ema_decay)
         require(0 < self.t_min < 1, "t_min", "be in (0, 1)", self.t_min)
 
-    def adam(self, parameters: Iterable[nn.Parameter]) -> Any:
-        """The optimizer and schedule, as `LightningModule.configure_optimizers` returns them."""
+    def adam(self, parameters: Iterable[nn.Parameter], done: int = 0) -> Any:
+        """The optimizer and schedule, as `LightningModule.configure_optimizers` returns them.
+
+        done: of `steps`, those before this optimizer's first, which warms up anew.
+        """
         # A fused step unscales float16 gradients itself, which is too late for clipping.
         optimizer = torch.optim.Adam(
             parameters, lr=self.learning_rate, fused=self.precision != "16-mixed"
         )
-        warmup = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda n: min(1.0, (n + 1) / (self.warmup_steps + 1))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda n: min(self.rate(n), self.rate(done + n))
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, as a part of `learning_rate`; steps are counted from 0."""
+        rising = (step + 1) / (self.warmup_steps + 1)
+        falling = (self.steps - step) / (self.cooldown * self.steps + 1)
+        return min(1.0, rising, falling)
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> None:
         """Clip the gradients' norm.

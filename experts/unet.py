@@ -19,6 +19,8 @@ class UNetConfig:
     blocks: residual blocks per level, at least 1.
     attention: sides, in pixels, of the feature maps that get self-attention.
     dropout: in [0, 1).
+    patch: side of the squares of pixels that the network takes for one, so that the first level is
+    smaller and can be wider at the same cost; it divides the image's side.
     """
 
     channels: int = 128
@@ -26,10 +28,11 @@ class UNetConfig:
     blocks: int = 2
     attention: list[int] = field(default_factory=lambda: [16])
     dropout: float = 0.1
+    patch: int = 1
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise `ConfigError` naming the key of a size that cannot be for images `[C, H, W]`."""
-        check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape)
+        check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape, self.patch)
 
     def build(self, shape: Sequence[int]) -> "UNet":
         """A fresh network for images `[C, H, W]`.
@@ -63,7 +66,9 @@ class UNet(nn.Module):
     def __init__(self, shape: Sequence[int], config: UNetConfig) -> None:
         super().__init__()
         c = config
-        self.encoder = Encoder(shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout)
+        self.encoder = Encoder(
+            shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout, c.patch
+        )
         skips = list(self.encoder.widths)
         width, embedding = skips[-1], 2 * c.channels
         # As in DDPM, the middle attends if any level does.
@@ -76,7 +81,7 @@ class UNet(nn.Module):
         )
         self.stages = nn.ModuleList()
         for level in reversed(range(len(c.multipliers))):
-            side, out = shape[-1] // 2**level, c.channels * c.multipliers[level]
+            side, out = shape[-1] // c.patch // 2**level, c.channels * c.multipliers[level]
             for _ in range(c.blocks + 1):
                 self.stages.append(
                     ResidualBlock(
@@ -86,9 +91,11 @@ class UNet(nn.Module):
                 width = out
             if level > 0:
                 self.stages.append(Upsample(width))
+        pixels = shape[0] * c.patch**2
         self.head = nn.Sequential(
-            group_norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, shape[0], 3, padding=1))
+            group_norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1))
         )
+        self.patch = c.patch
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         maps, embedding = self.encoder(x, t)
@@ -101,4 +108,4 @@ class UNet(nn.Module):
                 h = stage(torch.cat([h, skip], dim=1), embedding)
             else:
                 h = stage(h)
-        return self.head(h)
+        return F.pixel_shuffle(self.head(h), self.patch)

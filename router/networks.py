@@ -27,6 +27,7 @@ class RouterNetConfig:
     blocks: residual blocks per level, at least 1.
     attention: sides, in pixels, of the feature maps that get self-attention.
     dropout: in [0, 1).
+    patch: side of the squares of pixels that the network takes for one; it divides the image's side.
     """
 
     channels: int = 64
@@ -34,10 +35,11 @@ class RouterNetConfig:
     blocks: int = 1
     attention: list[int] = field(default_factory=lambda: [8])
     dropout: float = 0.0
+    patch: int = 1
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise `ConfigError` naming the key of a size that cannot be for images `[C, H, W]`."""
-        check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape)
+        check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape, self.patch)
 
     def build(self, shape: Sequence[int], clusters: int, schedule: Schedule) -> "Scorer":
         """A fresh network for images `[C, H, W]`.
@@ -131,7 +133,9 @@ class Scorer(nn.Module):
         super().__init__()
         c = config
         self.schedule = schedule
-        self.trunk = Encoder(shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout)
+        self.trunk = Encoder(
+            shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout, c.patch
+        )
         self.norm = group_norm(self.trunk.widths[-1])
         self.head = nn.Linear(self.trunk.widths[-1], clusters)
         nn.init.zeros_(self.head.weight)

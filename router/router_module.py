@@ -34,7 +34,12 @@ def rate_loss(rate: Tensor, target: Tensor) -> Tensor:
 
 
 class _RouterLearning(pl.LightningModule):
-    """What both stages share: the training set on the device, and the noisy images of step n."""
+    """What both stages share: the training set on the device, and the noisy images of step n.
+
+    done: the steps of the stage before.
+    """
+
+    done = 0
 
     def __init__(
         self, posterior: PosteriorNet, batches: Batches, cluster: Tensor, config: RouterConfig
@@ -57,7 +62,7 @@ class _RouterLearning(pl.LightningModule):
         return x0, self.cluster[place], eps, a * x0 + s * eps
 
     def configure_optimizers(self) -> Any:
-        return self.config.adam(self.parameters())
+        return self.config.adam(self.parameters(), self.done)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.config.clip(optimizer.param_groups[0]["params"])
@@ -94,6 +99,7 @@ class RouterLearning(_RouterLearning):
         config: RouterConfig,
     ) -> None:
         super().__init__(posterior, batches, cluster, config)
+        self.done = config.switch_step
         self.derivative = derivative
         self.edges = nn.Buffer(torch.tensor([config.t_min, *config.bands, 1.0]), persistent=False)
         if config.compile:
@@ -103,7 +109,7 @@ class RouterLearning(_RouterLearning):
 
     def training_step(self, _: Any, __: int) -> Tensor:
         # Step numbers go on from stage 1, so that its batches do not come again.
-        step = self.config.switch_step + self.global_step
+        step = self.done + self.global_step
         place = 3 * self.batches.times(step)
         band = place.long().clamp_max(2)
         t = self.edges[band] + (self.edges[band + 1] - self.edges[band]) * (place - band)

@@ -26,7 +26,30 @@ from train.evaluation.rows import METHODS, PAPER
 
 _SHIPPED = Path(configs.__path__[0])
 
-STAGES = ("partition", "expert", "router", "bundle", "monolith", "sample", "evaluate")
+STAGES = ("partition", "seed_model", "expert", "router", "bundle", "monolith", "sample", "evaluate")
+
+
+@dataclass
+class SeedModelConfig:
+    """The stage `seed_model`: one network that all experts start from, trained first on what may be shared.
+
+    steps: of its training, which is otherwise that of an expert, without a cooldown; 0 for no seed model
+    data: the images that it is trained on, as in `data`; null for those of all clusters
+    t_min: it sees images at t in [t_min, 1] alone, so that their owners need only give away noisy ones; in (0, 1).
+        null for expert.t_min
+    """
+
+    steps: int = 0
+    data: DataConfig | None = None
+    t_min: float | None = None
+
+    def check(self) -> None:
+        """Raise `ConfigError` naming the key of a value out of its range."""
+        require(self.steps >= 0, "steps", "be at least 0", self.steps)
+        t_min = self.t_min
+        require(t_min is None or 0 < t_min < 1, "t_min", "be in (0, 1), or null", t_min)
+        if self.data is not None:
+            self.data.check()
 
 
 @dataclass
@@ -34,11 +57,13 @@ class ExpertStageConfig(ExpertConfig):
     """The stage `expert`: which of the experts, and how many at a time on this machine.
 
     index: train only this expert, in this process; null for all
+    init: the file of an artifact whose weights the experts start from; null for the seed model's, if there is one
     workers: processes; null for one per core on a CPU, one per GPU; 0 for none besides this one
     threads: CPU threads per expert; null for the cores divided by the experts. Bits of the weights depend on it
     """
 
     index: int | None = None
+    init: str | None = None
     workers: int | None = None
     threads: int | None = None
 
@@ -105,7 +130,7 @@ class EvaluateConfig:
     inception_weights: the file pt_inception-2015-12-05-6726825d.pth, for inception
     trajectories: trajectories for the trajectory error, of seed 0; in [1, n]
     reference_steps: steps of the trajectories that these are compared with; above `steps`, at most 1000
-    monolith_steps: training steps of the row DDIM; null for as many as all experts together, 0 for no such row
+    monolith_steps: training steps of the row one-model; null for as many as all experts together, 0 for no such row
     batch: images per call of the networks
     precision: of the networks while sampling
     """
@@ -234,7 +259,7 @@ class Config:
     data: the images
     partition: how they are cut into clusters
     schedule: `name` and the parameters of the forward process
-    expert, router, bundle, sample, evaluate: the stages
+    seed_model, expert, router, bundle, sample, evaluate: the stages
     table: what `python -m benchmarks.table` measures
     """
 
@@ -244,6 +269,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp_linear"})
+    seed_model: SeedModelConfig = field(default_factory=SeedModelConfig)
     expert: ExpertStageConfig = field(default_factory=ExpertStageConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     bundle: BundleConfig = field(default_factory=BundleConfig)
@@ -260,6 +286,8 @@ class Config:
             schedule(**self.schedule)
         self.data.check()
         self.partition.check()
+        with within("seed_model"):
+            self.seed_model.check()
         with within("expert"):
             self.expert.check()
         with within("router"):

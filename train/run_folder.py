@@ -17,6 +17,7 @@ _FREE = {
     "data.root",
     "data.download",
     "expert.index",
+    "expert.init",
     "expert.workers",
     "expert.threads",
     "bundle.half",

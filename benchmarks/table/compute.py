@@ -1,5 +1,6 @@
 """The floating-point operations of training, counted on the networks themselves."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from ddm.schedules import schedule
 from train.config import Config
 
 
-def compute(config: Config, cut: Partition, monolith_steps: int | None) -> dict[str, Any]:
-    """Operations of training all `experts`, the `monolith`, the `router`'s networks, and its
-    `exact_targets` in float64.
+def compute(config: Config, cut: Partition, monoliths: Mapping[str, Config]) -> dict[str, Any]:
+    """Operations of training the `seed_model`, all `experts`, the `monoliths`, each by its row, the
+    `router`'s networks, and its `exact_targets` in float64. The seed model that experts and
+    monoliths start from is not counted in theirs.
 
     A training step counts as three forward passes. Also the `parameters` of one expert and of the
     router.
@@ -32,9 +34,11 @@ def compute(config: Config, cut: Partition, monolith_steps: int | None) -> dict[
     images = sum(cut.sizes) * (2 if config.data.flip else 1)
     numbers = torch.Size(cut.shape).numel()
     products = 2 * images * numbers  # of one noisy image with every real one
+    expert_step = expert_image * config.expert.batch
     found = {
-        "experts": expert_image * config.expert.steps * config.expert.batch * cut.k,
-        "monolith": expert_image * (monolith_steps or 0) * config.expert.batch,
+        "seed_model": expert_step * config.seed_model.steps,
+        "experts": expert_step * config.expert.steps * cut.k,
+        **{row: expert_step * monolith.expert.steps for row, monolith in monoliths.items()},
         "router": router_image * cfg.images_per_step * router_batches,
         "exact_targets": products * cfg.images_per_step * router_batches,
     }

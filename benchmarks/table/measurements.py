@@ -17,7 +17,7 @@ from ddm.artifacts import digest, read_json, sha256, write_json
 from train.config import Config
 from train.evaluation.measure import Measurement
 from train.run_folder import settled
-from train.stages.monolith import train_monolith
+from train.stages.monolith import train_monoliths
 from train.stages.run import run
 
 
@@ -30,9 +30,9 @@ def make(config: Config, command: str, folder: Path) -> Path:
     cfg = config.table
     cfg.check_files("table")
     config.samplers(cfg, "table")
-    run(config, ("partition", "expert", "router", "bundle"))
-    monolith = train_monolith(config, cfg)
-    measured = Measurement(config, monolith, cfg, "table")
+    run(config, ("partition", "seed_model", "expert", "router", "bundle"))
+    monoliths = train_monoliths(config, cfg)
+    measured = Measurement(config, monoliths, cfg, "table")
     evaluation = measured.make()
     name = config.folder.name
     shown = contact_sheets.write(folder, name, config, measured, evaluation)
@@ -48,7 +48,7 @@ def make(config: Config, command: str, folder: Path) -> Path:
             "partition": measured.cut.hash,
         },
         "clusters": dict(zip(measured.cut.names, measured.cut.sizes, strict=True)),
-        "compute": compute(config, measured.cut, monolith.expert.steps if monolith else None),
+        "compute": compute(config, measured.cut, monoliths),
         "machine": machine(config.device),
         "shown": contact_sheets.shown_method(evaluation),
         **rounded(facts),

@@ -11,7 +11,7 @@ from ddm.artifacts import read_json, sha256, write_json
 from train.evaluation import plots
 from train.evaluation.report import floor_line, shown
 from train.evaluation.results import Cell, Evaluation, Score, Spread, clear_best
-from train.evaluation.rows import ROWS
+from train.evaluation.rows import ONE_MODEL, ROWS
 
 _MEASURES: list[tuple[str, str, Callable[[Score], float], str]] = [
     (
@@ -35,15 +35,24 @@ _COMPARISONS = [
     ("switching", "balanced", "the same against error feedback"),
     ("switching", "full", "one expert per step against all"),
     ("switching", "Naive", "redraws against one expert kept"),
-    ("switching", "DDIM", "routed experts, one per step, against one model of the same compute"),
+    (
+        "switching",
+        "one-model",
+        "routed experts, one per step, against one model of the same compute",
+    ),
+    (
+        "switching",
+        "one-model-time",
+        "the same against one model trained for as long as one expert",
+    ),
     ("switching-gaussian", "MoG-a", "no router against a router and one redraw per step"),
     ("balanced", "MoG-da", "error feedback against independent draws, the same alpha"),
     ("balanced-cv", "MoG-da", "the same with the control variate"),
     ("balanced-cv", "full", "one expert per step against all"),
     ("MoG-da", "MoG-a", "integrated alpha against the posterior net's"),
     ("MoG-da", "Naive", "mixing against one expert kept"),
-    ("Naive", "DDIM", "experts without a router against one model of the same compute"),
-    ("balanced-cv", "DDIM", "routed experts, one per step, against that model"),
+    ("Naive", "one-model", "experts without a router against one model of the same compute"),
+    ("balanced-cv", "one-model", "routed experts, one per step, against that model"),
 ]
 
 
@@ -160,12 +169,17 @@ def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
     cost = record["compute"]
     data = record["data"]
     seen = evaluation.images_seen
-    parts = ("experts", "monolith", "router", "exact_targets")
-    tera = {part: f"{cost[part] / 1e12:,.1f}" for part in parts}
+    tera = {part: f"{count / 1e12:,.1f}" for part, count in cost.items() if part != "parameters"}
     size = {part: f"{count / 1e6:.2f}M parameters" for part, count in cost["parameters"].items()}
     shape = " × ".join(map(str, data["shape"]))
-    experts_saw = next(n for method, n in seen.items() if method != "DDIM" or len(seen) == 1)
-    router_share = 100 * cost["router"] / cost["experts"]
+    experts_saw = next(n for method, n in seen.items() if method not in ONE_MODEL or len(seen) == 1)
+    router_share = 100 * cost["router"] / (cost["experts"] + cost.get("seed_model", 0))
+    ones = ", ".join(f"{row} {seen[row]:,} ({tera[row]} TFLOP)" for row in ONE_MODEL if row in seen)
+    alone = f"The same network alone on all images: {ones}.\n" if ones else ""
+    seed = ""
+    if cost.get("seed_model"):
+        seed = f""" Of these, all start from a seed model
+({tera["seed_model"]} TFLOP), which is counted here once and again for each model alone."""
     return f"""# {name}
 
     {record["command"]}
@@ -174,9 +188,8 @@ def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
 Each cell is over {evaluation.seeds} seeds of {evaluation.n} images, ± the standard deviation over
 the seeds; all methods start from the same noise.
 
-Training: the experts together saw {experts_saw:,} images ({tera["experts"]} TFLOP). The one model of
-the row DDIM, with the same network, saw {seen.get("DDIM", 0):,} ({tera["monolith"]} TFLOP). The
-router, which DDIM does not need, took another {tera["router"]} TFLOP in its networks
+Training: the experts together saw {experts_saw:,} images ({tera["experts"]} TFLOP).{seed}
+{alone}The router, which one model does not need, took another {tera["router"]} TFLOP in its networks
 ({size["router"]}), {router_share:.0f} % of the experts', and {tera["exact_targets"]} TFLOP of float64
 products in its exact targets.
 
@@ -217,14 +230,15 @@ def _comparison(evaluation: Evaluation, features: str, sampler: str) -> str:
     for a, b, what in _COMPARISONS:
         if {a, b} <= set(evaluation.versions):
             rows.append([f"{a} − {b}: {what}", *(signed(a, b, n) for n in evaluation.steps)])
-    if "DDIM" in evaluation.versions:
+    alone = ONE_MODEL[0]
+    if alone in evaluation.versions:
         cells = []
         for n in evaluation.steps:
             best = best_single(evaluation, n, features, sampler)
             if best is not None:
-                cells.append(f"{signed(best, 'DDIM', n)} ({best})")
+                cells.append(f"{signed(best, alone, n)} ({best})")
         if cells:
-            rows.append(["the best routed method with one expert per step − DDIM", *cells])
+            rows.append([f"the best routed method with one expert per step − {alone}", *cells])
     return table([f"{features}, {sampler}", *_step_columns(evaluation)], rows)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from train.evaluation.features import feature_networks
 from train.evaluation.methods import Method, bundle_version, methods
 from train.evaluation.report import print_tables, write_report
 from train.evaluation.results import Cell, Evaluation, Features, Score
+from train.evaluation.rows import ONE_MODEL
 from train.evaluation.samples import SampleSet, SampleSpec, SampleStore
 from train.evaluation.scores import Scores, class_frequencies_of, read_reference
 from train.launch import workers_for
@@ -33,13 +34,13 @@ log = logging.getLogger(__name__)
 _FEATURE_SEED = 0
 
 
-def evaluate(config: Config, monolith: Config | None) -> Evaluation:
+def evaluate(config: Config, monoliths: Mapping[str, Config]) -> Evaluation:
     """Measure what `config.evaluate` says and print the tables.
 
     Writes `evaluate/record.json` and `report.html`.
     """
     began = time.monotonic()
-    measurement = Measurement(config, monolith, config.evaluate, "evaluate")
+    measurement = Measurement(config, monoliths, config.evaluate, "evaluate")
     report = config.folder / "report.html"
     up_to_date = report.exists() and measurement.is_made()
     evaluation = measurement.make()
@@ -65,18 +66,18 @@ class Measurement:
     """
 
     def __init__(
-        self, config: Config, monolith: Config | None, cfg: EvaluateConfig, section: str
+        self, config: Config, monoliths: Mapping[str, Config], cfg: EvaluateConfig, section: str
     ) -> None:
         self.config = config
         self.cfg = cfg
         self.folder = config.folder / section
         cfg.check_files(section)
         self.cut = Partition.read(config.folder / "partition")
-        self.methods = methods(config, monolith, cfg.methods, self.cut.k)
+        self.methods = methods(config, monoliths, cfg.methods, self.cut.k)
         require(
             len(self.methods) > 0,
             f"{section}.methods",
-            "name a row besides DDIM without a monolith",
+            f"name a row besides {' and '.join(ONE_MODEL)} without a monolith",
             cfg.methods,
         )
         samplers = config.samplers(cfg, section)
@@ -322,5 +323,12 @@ def _fits(cells: Sequence[Cell]) -> dict[str, dict[str, PowerLaw]]:
 def _images_seen(row: Method) -> int:
     bundle = Path(row.run) / "bundle"
     artifacts = read_json(bundle / MANIFEST)["artifacts"]
-    experts = [name for name in artifacts if name.startswith("expert-")]
-    return sum(read_json(bundle / f"{name}.json")["images_seen"] for name in experts)
+    experts = [
+        read_json(bundle / f"{name}.json") for name in artifacts if name.startswith("expert-")
+    ]
+    seeds = {
+        facts["init"]["sha256"]: facts["init"]["images_seen"]
+        for facts in experts
+        if "init" in facts
+    }
+    return sum(facts["images_seen"] for facts in experts) + sum(seeds.values())

@@ -1,13 +1,13 @@
 """The rows of the table: which experts update the image, and where alpha comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ddm.artifacts import sha256
 from ddm.bundle import MANIFEST
 from train.config import Config
-from train.evaluation.rows import ROWS
+from train.evaluation.rows import ONE_MODEL, ROWS
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,19 @@ def bundle_version(config: Config) -> str:
     return sha256(config.folder / "bundle" / MANIFEST)
 
 
-def methods(config: Config, monolith: Config | None, names: Sequence[str], k: int) -> list[Method]:
-    """The rows of these names.
+def methods(
+    config: Config, monoliths: Mapping[str, Config], names: Sequence[str], k: int
+) -> list[Method]:
+    """The rows of these names; `monoliths` are the runs of those without experts, by row.
 
-    A mixture's only if there are several clusters; DDIM only if there is a monolith, or if the
+    A mixture's only if there are several clusters; one model's only if it is trained, or if the
     config has one cluster.
     """
-    monolith = config if k == 1 else monolith
-    wanted = ("DDIM",) if k == 1 else names
+    if k == 1:
+        names, monoliths = ONE_MODEL[:1], {ONE_MODEL[0]: config}
     found = []
-    for name in wanted:
-        sampled = monolith if name == "DDIM" else config
+    for name in names:
+        sampled = monoliths.get(name) if name in ONE_MODEL else config
         if sampled is not None:
             settings = _settings(name, config)
             found.append(Method(name, sampled.run, bundle_version(sampled), settings))

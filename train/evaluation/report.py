@@ -17,7 +17,7 @@ from router.policies import policy
 from serve.model.images import contact_sheet, write_png
 from train.evaluation import plots
 from train.evaluation.results import Cell, Evaluation, Spread, clear_best
-from train.evaluation.rows import ROWS
+from train.evaluation.rows import ONE_MODEL, ROWS
 from train.evaluation.samples import SampleSet
 
 
@@ -246,7 +246,7 @@ def _write_plots(
     cut: Partition,
     rows: Mapping[str, SampleSet],
 ) -> None:
-    routed = {name: one for name, one in rows.items() if name not in ("DDIM", "full")}
+    routed = {name: one for name, one in rows.items() if name not in (*ONE_MODEL, "full")}
     followed = {name: one for name, one in rows.items() if ROWS[name].routed_one}
     figures = {
         **{f"frechet-{name}": plots.frechet(evaluation, name) for name in evaluation.features},
@@ -287,8 +287,9 @@ def _head_parts(
     *_, last = evaluation.versions
     seen = evaluation.images_seen
     trained = f"Images seen in training: {seen[last]:,}"
-    if last != "DDIM" and "DDIM" in seen:
-        trained += f" by all experts together, {seen['DDIM']:,} by the single model of the row DDIM"
+    if last not in ONE_MODEL:
+        trained += " by all experts together"
+        trained += "".join(f", {seen[row]:,} by {row}" for row in ONE_MODEL if row in seen)
     experts = "1 expert" if cut.k == 1 else f"{cut.k} experts"
     shape = " × ".join(map(str, cut.shape))
     method = _shown_method(evaluation)

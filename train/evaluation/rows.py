@@ -25,7 +25,19 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "DDIM": Row("one model on all images", "#000000", "full", "prior"),
+    "one-model": Row(
+        "one model on all images, of the compute of all experts together",
+        "#000000",
+        "full",
+        "prior",
+    ),
+    "one-model-time": Row(
+        "one model on all images, trained for as long as one expert: what one machine does while each "
+        "of the others trains an expert",
+        "#555555",
+        "full",
+        "prior",
+    ),
     "Naive": Row(
         "one expert per image, drawn from the mixture weights", "#999999", "fixed", "prior"
     ),
@@ -76,5 +88,6 @@ ROWS = {
     ),
     "full": Row("all experts at each step, weighted by alpha", "#009E73", "full"),
 }
-PAPER = ("DDIM", "Naive", "MoG-a", "MoG-da")  # the rows of the paper's table
+ONE_MODEL = ("one-model", "one-model-time")  # the rows without experts
+PAPER = ("one-model", "Naive", "MoG-a", "MoG-da")  # the rows of the paper's table
 METHODS = tuple(ROWS)

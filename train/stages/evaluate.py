@@ -2,9 +2,9 @@
 
 from train.config import Config
 from train.evaluation.measure import evaluate
-from train.stages.monolith import trained_monolith
+from train.stages.monolith import trained_monoliths
 
 
 def evaluate_stage(config: Config) -> None:
     """Measure the run, beside its monolith where one is wanted. Raises `ArtifactError` where that is not trained."""
-    evaluate(config, trained_monolith(config, config.evaluate))
+    evaluate(config, trained_monoliths(config, config.evaluate))

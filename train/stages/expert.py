@@ -3,28 +3,19 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from ddm.artifacts import check_sha256, digest, read_facts, write_artifact
-from ddm.errors import ArtifactError, ConfigError, DdmError, within
-from ddm.gaussian import MOMENTS, moments
+from ddm.artifacts import digest
+from ddm.errors import ConfigError, DdmError, within
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
-from ddm.schedules import schedule
-from ddm.training import Batches, FitConfig
-from experts.denoiser import ExpertConfig
-from experts.expert_module import ExpertLearning
-from train.config import Config, changed, plain
-from train.fit import NotFiniteError, fit
+from train.config import Config, changed
 from train.launch import OnProgress, cores, run_jobs, workers_for
 from train.progress import bars
 from train.resume import drop_resume
 from train.run_folder import claim, read_partition
+from train.stages.denoiser import artifact_is_made, expert_config, hash_of, initial, train_denoiser
 
 log = logging.getLogger(__name__)
 
@@ -32,44 +23,6 @@ log = logging.getLogger(__name__)
 def expert_stem(config: Config, k: int) -> Path:
     """The path of expert k's artifact, without a suffix."""
     return config.folder / "experts" / f"{k:02d}" / "expert"
-
-
-def fitted_facts(
-    cfg: FitConfig, config: Config, partition: Partition, images_per_step: int
-) -> dict[str, Any]:
-    """What an artifact records about the training of its networks, and about what they belong to."""
-    return {
-        "config": plain(cfg),
-        "shape": partition.shape,
-        "schedule": config.schedule,
-        "partition": partition.hash,
-        "steps": cfg.steps,
-        "images_seen": cfg.steps * images_per_step,
-        "weights": "ema" if cfg.ema_decay > 0 else "raw",
-    }
-
-
-def artifact_is_made(stem: Path, key: str, stage: str) -> bool:
-    """Whether a trained artifact exists, is whole, and was trained from what `key` is the hash of.
-
-    Raises `ArtifactError` if it is damaged or was trained from something else: hours of training are never overwritten.
-    """
-    json, weights = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
-    if not json.exists():
-        return False
-    facts = read_facts(stem)
-    if facts.get("key") != key:
-        raise ArtifactError(
-            f"{json} was made by another config or from other images: move {stem.parent} away to train it anew"
-        )
-    if not weights.exists():
-        log.warning("%-10s %s is missing, so it is trained again", stage, weights)
-        return False
-    try:
-        check_sha256(weights, facts["sha256"])
-    except ArtifactError as error:
-        raise ArtifactError(f"{error}; delete it to train it again") from error
-    return True
 
 
 def threads_per_expert(config: Config, k: int) -> int:
@@ -84,19 +37,14 @@ def _key(config: Config, partition: Partition, k: int) -> str:
     """The content hash of everything that determines expert k."""
     return digest(
         [
-            changed(_expert_config(config)),
+            changed(expert_config(config)),
             config.schedule,
             config.seed,
             config.data.flip,
             partition.hash,
             partition.hashes[k],
+            *hash_of(initial(config)),
         ]
-    )
-
-
-def _expert_config(config: Config) -> ExpertConfig:
-    return ExpertConfig(
-        **{field.name: getattr(config.expert, field.name) for field in fields(ExpertConfig)}
     )
 
 
@@ -170,37 +118,30 @@ def _is_made(config: Config, partition: Partition, k: int) -> bool:
 
 
 def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
-    """Train expert k from its cluster's file, and nothing else, and write its artifact; reports `(k, step, loss)`."""
+    """Train expert k from its cluster's file, and nothing else but what it starts from, and write its artifact.
+
+    Reports `(k, step, loss)`.
+    """
     partition = read_partition(config)
     images = partition.cluster(config.folder / "partition", k)["images"]
-    cfg, stem = _expert_config(config), expert_stem(config, k)
-    seed = derive_seed(config.seed, RngStream.EXPERT, k)
-    torch.manual_seed(seed)
-    denoiser = cfg.build(partition.shape, schedule(**config.schedule))
-    learning = ExpertLearning(denoiser, Batches(images, cfg.batch, seed, config.data.flip), cfg)
-
-    def report(step: int, loss: float) -> None:
-        on_progress((k, step, loss))
-
-    try:
-        fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report)
-    except NotFiniteError as error:
-        raise diverged(error, "expert") from error
     facts = {
         "kind": "expert",
         "index": k,
         "name": partition.names[k],
         "key": _key(config, partition, k),
-        **fitted_facts(cfg, config, partition, cfg.batch),
     }
-    gaussian = dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
-    write_artifact(stem, {**denoiser.state_dict(), **gaussian}, facts)
-    drop_resume(stem.parent)
+    seed = derive_seed(config.seed, RngStream.EXPERT, k)
 
+    def report(step: int, loss: float) -> None:
+        on_progress((k, step, loss))
 
-def diverged(error: NotFiniteError, section: str) -> NotFiniteError:
-    """The error with what to do about it, for the config's section that was trained."""
-    return NotFiniteError(
-        f"{error}; give run=FOLDER and a lower {section}.learning_rate, {section}.gradient_clip above 0, more "
-        f"{section}.warmup_steps, or {section}.precision=32-true"
+    train_denoiser(
+        config,
+        expert_config(config),
+        images,
+        seed,
+        expert_stem(config, k),
+        facts,
+        report,
+        initial(config),
     )

@@ -4,50 +4,60 @@ import logging
 from dataclasses import replace
 
 from ddm.errors import ArtifactError
-from train.config import Config, EvaluateConfig
+from train.config import Config, EvaluateConfig, SeedModelConfig
 from train.run_folder import check_claim, read_partition
 from train.stages.bundle import make_bundle
+from train.stages.denoiser import initial
 from train.stages.expert import train_experts
 from train.stages.partition import make_partition
 
 log = logging.getLogger(__name__)
 
 
-def monolith_config(config: Config, evaluation: EvaluateConfig) -> Config | None:
-    """The run with `partition.k=1` of the row DDIM; None if no such row is wanted.
+def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Config]:
+    """The runs with `partition.k=1` of the rows that are one model, by row; none of those that are not wanted.
 
-    The same network and, unless `monolith_steps` says otherwise, as many images seen as all experts together.
+    `one-model`: unless `monolith_steps` says otherwise, it sees as many images as all experts together.
+    `one-model-time`: as many as one expert, so that it takes as long, where each expert has a machine of its own.
+    Both have an expert's network, and start from what the experts start from.
     """
-    cut = read_partition(config)
-    steps = evaluation.monolith_steps
-    if steps is None:
-        steps = config.expert.steps * cut.k
-    if steps == 0 or cut.k == 1 or "DDIM" not in evaluation.methods:
-        return None
-    return replace(
-        config,
-        run=str(config.folder / "monolith"),
-        partition=replace(config.partition, k=1),
-        expert=replace(config.expert, steps=steps, index=None),
-    )
+    k, steps = read_partition(config).k, config.expert.steps
+    alike = steps * k if evaluation.monolith_steps is None else evaluation.monolith_steps
+    rows = {"one-model": ("monolith", alike), "one-model-time": ("monolith-time", steps)}
+    if k == 1 or alike == 0:
+        return {}
+    start = initial(config)
+    return {
+        row: replace(
+            config,
+            run=str(config.folder / folder),
+            partition=replace(config.partition, k=1),
+            seed_model=SeedModelConfig(),
+            expert=replace(
+                config.expert, steps=count, index=None, init=None if start is None else str(start)
+            ),
+        )
+        for row, (folder, count) in rows.items()
+        if row in evaluation.methods
+    }
 
 
-def train_monolith(config: Config, evaluation: EvaluateConfig) -> Config | None:
-    """Train the one model that `evaluation` compares with, and bundle it; returns its config, None where none is wanted."""
-    monolith = monolith_config(config, evaluation)
-    if monolith is None:
-        return None
-    log.info("monolith   one model on all images, in %s", monolith.folder)
-    check_claim(monolith)
-    make_partition(monolith)
-    train_experts(monolith)
-    make_bundle(monolith)
-    return monolith
+def train_monoliths(config: Config, evaluation: EvaluateConfig) -> dict[str, Config]:
+    """Train and bundle the models that `evaluation` compares with; returns their configs by row."""
+    wanted = monolith_configs(config, evaluation)
+    for row, monolith in wanted.items():
+        log.info("monolith   %s: one model on all images, in %s", row, monolith.folder)
+        check_claim(monolith)
+        make_partition(monolith)
+        train_experts(monolith)
+        make_bundle(monolith)
+    return wanted
 
 
-def trained_monolith(config: Config, evaluation: EvaluateConfig) -> Config | None:
-    """The config of the trained monolith; None if none is wanted. Raises `ArtifactError` if it is not trained yet."""
-    monolith = monolith_config(config, evaluation)
-    if monolith is not None and not (monolith.folder / "bundle").is_dir():
-        raise ArtifactError(f"{monolith.folder} is missing: train it with the stage 'monolith'")
-    return monolith
+def trained_monoliths(config: Config, evaluation: EvaluateConfig) -> dict[str, Config]:
+    """The configs of the trained ones by row. Raises `ArtifactError` if one is not trained yet."""
+    wanted = monolith_configs(config, evaluation)
+    for monolith in wanted.values():
+        if not (monolith.folder / "bundle").is_dir():
+            raise ArtifactError(f"{monolith.folder} is missing: train it with the stage 'monolith'")
+    return wanted

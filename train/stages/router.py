@@ -29,7 +29,8 @@ from train.fit import NotFiniteError, fit
 from train.progress import bar
 from train.resume import drop_resume
 from train.run_folder import claim, read_partition
-from train.stages.expert import artifact_is_made, diverged, expert_stem, fitted_facts
+from train.stages.denoiser import artifact_is_made, diverged, fitted_facts
+from train.stages.expert import expert_stem
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ from train.run_folder import check_claim, read_partition
 from train.stages.bundle import make_bundle
 from train.stages.evaluate import evaluate_stage
 from train.stages.expert import train_experts
-from train.stages.monolith import train_monolith
+from train.stages.monolith import train_monoliths
 from train.stages.partition import make_partition
 from train.stages.router import train_router
 from train.stages.sample import sample_images
+from train.stages.seed_model import train_seed_model
 
 
 def run(config: Config, stages: Sequence[str] = STAGES) -> None:
@@ -22,10 +23,11 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     check_claim(config)
     does: dict[str, Callable[[Config], object]] = {
         "partition": make_partition,
+        "seed_model": train_seed_model,
         "expert": train_experts,
         "router": train_router,
         "bundle": make_bundle,
-        "monolith": lambda config: train_monolith(config, config.evaluate),
+        "monolith": lambda config: train_monoliths(config, config.evaluate),
         "sample": sample_images,
         "evaluate": evaluate_stage,
     }

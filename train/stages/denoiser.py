@@ -1,0 +1,146 @@
+"""Training one denoiser and writing its artifact: what the stages `seed_model` and `expert` share."""
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddm.artifacts import check_sha256, file_of, read_facts, write_artifact
+from ddm.bundle import Artifact, read_artifact
+from ddm.errors import ArtifactError, ConfigError
+from ddm.gaussian import MOMENTS, moments
+from ddm.partition import Partition
+from ddm.schedules import schedule
+from ddm.training import Batches, FitConfig
+from experts.denoiser import ExpertConfig
+from experts.expert_module import ExpertLearning
+from train.config import Config, plain
+from train.fit import NotFiniteError, Report, fit
+from train.resume import drop_resume
+from train.run_folder import read_partition
+
+log = logging.getLogger(__name__)
+
+_SAME = ("unet", "parameterization", "sigma_data")  # what weights belong to
+
+
+def expert_config(config: Config) -> ExpertConfig:
+    """What of `config.expert` decides what an expert learns, but for what it starts from."""
+    return ExpertConfig(
+        **{field.name: getattr(config.expert, field.name) for field in fields(ExpertConfig)}
+    )
+
+
+def seed_stem(config: Config) -> Path:
+    """The path of the seed model's artifact, without a suffix."""
+    return config.folder / "seed_model" / "seed_model"
+
+
+def initial(config: Config) -> Path | None:
+    """The artifact, without a suffix, whose weights experts start from; None for fresh ones."""
+    if config.expert.init is not None:
+        path = Path(config.expert.init)
+        return path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+    return seed_stem(config) if config.seed_model.steps > 0 else None
+
+
+def hash_of(stem: Path | None) -> list[str]:
+    """The hash of what is started from, if anything is, for the keys of what starts there."""
+    return [] if stem is None else [read_facts(stem)["sha256"]]
+
+
+def train_denoiser(
+    config: Config,
+    cfg: ExpertConfig,
+    images: Tensor,
+    seed: int,
+    stem: Path,
+    facts: dict[str, Any],
+    report: Report,
+    start: Path | None = None,
+) -> None:
+    """Train a denoiser on the images, uint8 `[N, C, H, W]`, and write it to `stem` with the `facts` and those of its training.
+
+    `start` is the artifact, without a suffix, whose weights it starts from.
+    """
+    partition = read_partition(config)
+    torch.manual_seed(seed)
+    denoiser = cfg.build(partition.shape, schedule(**config.schedule))
+    facts = {**facts, **fitted_facts(cfg, config, partition, cfg.batch)}
+    if start is not None:
+        first = _matching(start, facts)
+        weights = {name: tensor for name, tensor in first.tensors.items() if name not in MOMENTS}
+        denoiser.load_state_dict(weights)
+        seen = first.facts["images_seen"] + first.facts.get("init", {}).get("images_seen", 0)
+        facts["init"] = {"sha256": first.facts["sha256"], "images_seen": seen}
+    learning = ExpertLearning(denoiser, Batches(images, cfg.batch, seed, config.data.flip), cfg)
+    try:
+        fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report)
+    except NotFiniteError as error:
+        raise diverged(error, "expert") from error
+    gaussian = dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
+    write_artifact(stem, {**denoiser.state_dict(), **gaussian}, facts)
+    drop_resume(stem.parent)
+
+
+def _matching(stem: Path, facts: dict[str, Any]) -> Artifact:
+    """The artifact at a stem. Raises `ConfigError` if its weights are not those of the network that the facts describe."""
+    found = read_artifact(stem, None, {})
+    there = {**found.facts, **found.facts.get("config", {})}
+    here = {**facts, **facts["config"]}
+    for key in ("shape", "schedule", *_SAME):
+        if there.get(key) != here[key]:
+            raise ConfigError(
+                f"expert.init must be an artifact with the same {key}: {file_of(stem, '.json')} has "
+                f"{there.get(key)}, this config {here[key]}"
+            )
+    return found
+
+
+def fitted_facts(
+    cfg: FitConfig, config: Config, partition: Partition, images_per_step: int
+) -> dict[str, Any]:
+    """What an artifact records about the training of its networks, and about what they belong to."""
+    return {
+        "config": plain(cfg),
+        "shape": partition.shape,
+        "schedule": config.schedule,
+        "partition": partition.hash,
+        "steps": cfg.steps,
+        "images_seen": cfg.steps * images_per_step,
+        "weights": "ema" if cfg.ema_decay > 0 else "raw",
+    }
+
+
+def artifact_is_made(stem: Path, key: str, stage: str) -> bool:
+    """Whether a trained artifact exists, is whole, and was trained from what `key` is the hash of.
+
+    Raises `ArtifactError` if it is damaged or was trained from something else: hours of training are never overwritten.
+    """
+    json, weights = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+    if not json.exists():
+        return False
+    facts = read_facts(stem)
+    if facts.get("key") != key:
+        raise ArtifactError(
+            f"{json} was made by another config or from other images: move {stem.parent} away to train it anew"
+        )
+    if not weights.exists():
+        log.warning("%-10s %s is missing, so it is trained again", stage, weights)
+        return False
+    try:
+        check_sha256(weights, facts["sha256"])
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; delete it to train it again") from error
+    return True
+
+
+def diverged(error: NotFiniteError, section: str) -> NotFiniteError:
+    """The error with what to do about it, for the config's section that was trained."""
+    return NotFiniteError(
+        f"{error}; give run=FOLDER and a lower {section}.learning_rate, {section}.gradient_clip above 0, more "
+        f"{section}.warmup_steps, or {section}.precision=32-true"
+    )

@@ -1,0 +1,93 @@
+"""The stage `seed_model`: one network, trained on what may be shared, that all experts start from."""
+
+import logging
+import time
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ddm.artifacts import digest
+from ddm.errors import ConfigError
+from ddm.partition import Partition
+from ddm.rng import RngStream, derive_seed
+from experts.denoiser import ExpertConfig
+from train.config import Config, changed
+from train.launch import OnProgress, run_jobs
+from train.progress import bars
+from train.resume import drop_resume
+from train.run_folder import claim, read_partition
+from train.stages.denoiser import artifact_is_made, expert_config, seed_stem, train_denoiser
+
+log = logging.getLogger(__name__)
+
+
+class _Images(NamedTuple):
+    images: Tensor  # uint8 [N, C, H, W]
+    hash: str
+
+
+def train_seed_model(config: Config) -> None:
+    """Train the seed model, if the config has one and it is not up to date."""
+    if config.seed_model.steps == 0:
+        return
+    if config.expert.init is not None:
+        raise ConfigError(
+            "seed_model.steps must be 0 where expert.init names a seed model of its own"
+        )
+    partition, stem = read_partition(config), seed_stem(config)
+    if artifact_is_made(stem, _key(config, _images(config, partition).hash), "seed_model"):
+        drop_resume(stem.parent)  # left by a kill right after the artifact was written
+        log.info("seed_model up to date")
+        return
+    claim(config)
+    began = time.monotonic()
+    with bars() as progress:
+        task = progress.add_task("seed model", total=config.seed_model.steps, note="")
+
+        def on_progress(news: tuple[int, float]) -> None:
+            progress.update(task, completed=news[0], note=f"loss {news[1]:.4f}")
+
+        (result,) = run_jobs(partial(_train, config), [None], 0, on_progress)
+    if result is not None:
+        raise result
+    log.info("seed_model trained in %.0f s", time.monotonic() - began)
+
+
+def _train(config: Config, _: None, on_progress: OnProgress) -> None:
+    partition, cfg = read_partition(config), _config(config)
+    images, of = _images(config, partition)
+    facts = {"kind": "seed_model", "key": _key(config, of)}
+    seed = derive_seed(config.seed, RngStream.SEED_MODEL, 0)
+
+    def report(step: int, loss: float) -> None:
+        on_progress((step, loss))
+
+    train_denoiser(config, cfg, images, seed, seed_stem(config), facts, report)
+
+
+def _config(config: Config) -> ExpertConfig:
+    """An expert's config with the seed model's steps and times."""
+    cfg, asked = expert_config(config), config.seed_model
+    t_min = cfg.t_min if asked.t_min is None else asked.t_min
+    return replace(cfg, steps=asked.steps, cooldown=0.0, t_min=t_min)
+
+
+def _images(config: Config, partition: Partition) -> _Images:
+    """What the seed model is trained on. Raises `ConfigError` if images of its own have another shape."""
+    if config.seed_model.data is None:
+        images = partition.all(config.folder / "partition")["images"]
+        return _Images(images, partition.hash)
+    others = config.seed_model.data.build()
+    shape = list(others.images.shape[1:])
+    if shape != partition.shape:
+        raise ConfigError(f"seed_model.data must be images of {partition.shape}, got {shape}")
+    return _Images(others.images, others.hash)
+
+
+def _key(config: Config, images: str) -> str:
+    """The content hash of everything that determines the seed model."""
+    return digest(
+        [changed(_config(config)), config.schedule, config.seed, config.data.flip, images]
+    )
