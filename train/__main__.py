@@ -6,12 +6,12 @@ of one of the shipped ones, such as cifar10_tiny; by default the built-in digits
 expert.steps=1000 sample.policy=stochastic run=runs/another. One expert alone: expert expert.index=3.
 """
 
+import gc
 import logging
 import sys
 
 from ddm.errors import ConfigError, DdmError
 from train import stopping
-from train.config import STAGES, config_file, load_config, shipped_configs
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ def main(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> None:
+    from train.config import STAGES, config_file, load_config, shipped_configs  # imports torch
+
+    gc.freeze()  # torch stays: collections, such as the one at exit, need not look at it
     overrides = [word for word in words if "=" in word]
     stages = [word for word in words if word in STAGES]
     named = [word for word in words if "=" not in word and word not in STAGES]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from benchmarks.cli import Parser, run
 from ddm.errors import ConfigError
-from train.config import config_file, load_config, shipped_configs
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "results"
 RESULTS = DOCUMENTED if DOCUMENTED.is_dir() else Path("results")  # there are no docs in a wheel
@@ -40,6 +39,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _make(arguments: argparse.Namespace) -> None:
+    from train.config import config_file, load_config, shipped_configs  # imports torch
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     paths = [config_file(word) for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
