@@ -117,9 +117,16 @@ def _load_weights(
             raise ArtifactError(
                 f"{artifact.weights} does not fit {artifact.json}: it has the tensor {shown(name)}"
             )
-    network.to_empty(device=device)
-    network.load_state_dict({name: artifact.tensors[name] for name in expected})
+    weights = {name: _copy(artifact.tensors[name], like, device) for name, like in expected.items()}
+    network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False)
+
+
+def _copy(tensor: Tensor, like: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device with the dtype and the strides of `like`, which is on the meta device."""
+    # `Module.to_empty` would import SymPy, which takes longer than all else that `load` does.
+    copy = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    return copy.copy_(tensor)
 
 
 def _check_layout(artifact: Artifact, name: str, shape: Collection[int]) -> None:

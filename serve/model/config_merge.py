@@ -35,16 +35,16 @@ def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
                 key, _, text = layer.partition("=")
                 word = OmegaConf.create()
                 OmegaConf.update(word, key, read_yaml(text, _type_at(schema, key)))
-                merged = OmegaConf.merge(merged, word)
+                merged.merge_with(word)
             elif isinstance(layer, DictConfig):
                 key = ""
-                merged = OmegaConf.merge(merged, layer)
+                merged.merge_with(layer)
             elif not isinstance(layer, Mapping):
                 raise ConfigError(f"the config must be keys with values, got {shown(layer)}")
             else:
                 for name, value in layer.items():
                     key = str(name)
-                    merged = OmegaConf.merge(merged, {key: value})
+                    merged.merge_with({key: value})
         key = ""
         config: C = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except RecursionError as error:

@@ -1,6 +1,8 @@
 """Networks are built as the weights' file allows, and nothing else a bundle's JSON asks for is allocated."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from ddm.errors import ArtifactError
 from serve import load
+from serve.model import build
 from serve.model.loading import load_expert
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
@@ -44,7 +47,7 @@ def only_meta(monkeypatch: pytest.MonkeyPatch) -> None:
         register(self, name, parameter)
 
     monkeypatch.setattr(nn.Module, "register_parameter", registered)
-    monkeypatch.setattr(nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory is allocated"))
+    monkeypatch.setattr(build, "_copy", lambda *_, **__: pytest.fail("memory is allocated"))
 
 
 @pytest.mark.usefixtures("only_meta")
@@ -156,3 +159,24 @@ def test_a_schedule_that_is_none_is_refused_by_file(
     write_json(bundle / "manifest.json", {**manifest, "schedule": schedule})
     with pytest.raises(ArtifactError, match="manifest.json does not describe a schedule: "):
         load(bundle)
+
+
+def test_loaded_weights_are_copies_laid_out_as_built(small_run: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(small_run / "bundle", tmp_path / "bundle"))
+    expert, _ = load_expert(bundle, 0)
+    weights = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
+    kernel = expert.network.encoder.stem.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.requires_grad
+    file = bundle / "expert-00.safetensors"
+    with file.open("r+b") as open_file:  # in place, which a mapped file would show
+        open_file.seek(file.stat().st_size // 2)
+        open_file.write(b"\xff" * (file.stat().st_size // 2))
+    for name, tensor in expert.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_loading_imports_no_sympy(small_run: Path) -> None:
+    program = (
+        f"import sys, serve; serve.load({str(small_run)!r}); assert 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
