@@ -1,6 +1,6 @@
 // The chart of one image: alpha over t as stacked bands, and below it one row per expert with a mark for each of its steps.
 
-import { expertColour, indexOfLargest, keepsExperts, plural, svg } from "./dom.js";
+import { expertColour, holdsAlpha, indexOfLargest, keepsExperts, plural, svg } from "./dom.js";
 import { state } from "./state.js";
 
 const TOP = 6; // pixels, as all sizes here
@@ -58,7 +58,13 @@ function bands(steps) {
   const { x } = layout;
   const ordered = [...steps].sort((a, b) => b.t - a.t); // some samplers evaluate an earlier time again
   const edges = ordered.map(({ alpha }) => cumulative(alpha));
-  const edge = (k) => ordered.map(({ t }, i) => `${x(t).toFixed(1)} ${y(edges[i][k]).toFixed(1)}`);
+  const held = holdsAlpha(state.run.settings);
+  const point = (t, sum) => `${x(t).toFixed(1)} ${y(sum).toFixed(1)}`;
+  const edge = (k) =>
+    ordered.flatMap(({ t }, i) => {
+      const before = held && i > 0 ? [point(t, edges[i - 1][k])] : [];
+      return [...before, point(t, edges[i][k])];
+    });
   return state.run.experts.map((_, k) => {
     const outline = [...edge(k), ...edge(k + 1).reverse()];
     return coloured(k, { class: "band", d: `M${outline.join("L")}Z` });

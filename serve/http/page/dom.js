@@ -29,6 +29,9 @@ export function expertColour(k) {
 /** Whether these settings keep an image's expert from step to step. */
 export const keepsExperts = ({ policy }) => policy === "fixed" || policy === "switching";
 
+/** Whether alpha is evaluated only where an image gets an expert, and held in between; a source that integrates is not. */
+export const holdsAlpha = (settings) => keepsExperts(settings) && !["derivative", "combined"].includes(settings.source);
+
 export const indexOfLargest = (values) => values.indexOf(Math.max(...values));
 export const formatNumber = (n) => n.toLocaleString("en", { maximumFractionDigits: 1 });
 export const plural = (n, noun) => `${formatNumber(n)} ${noun}${n === 1 ? "" : "s"}`;

@@ -171,6 +171,14 @@ def sample(page: Page, **fields: Any) -> None:
     page.wait_for_selector(DONE)
 
 
+def upper_edge(page: Page, band: int) -> np.ndarray:
+    """The upper edge of a band of the chart: x in pixels and the value, `[points, 2]`."""
+    path = page.locator("#chart .band").nth(band).get_attribute("d") or ""
+    points = np.asarray([point.split() for point in path.strip("MZ").split("L")], dtype=float)
+    upper = points[: len(points) // 2]
+    return np.stack([upper[:, 0], (upper[:, 1] - 6) / 150], axis=1)
+
+
 def test_images_match_the_api_and_show_the_most_likely_expert(
     page: Page, address: str, api: Api
 ) -> None:
@@ -209,10 +217,10 @@ def test_chart_and_table_match_the_trace_of_the_selected_image(
     page: Page, address: str, api: Api
 ) -> None:
     page.goto(address)
-    sample(page, n=3, seed=5)
+    sample(page, n=3, seed=5, policy="stochastic")
     page.locator(".tile").nth(2).click()
     page.get_by_text("Show as a table").click()
-    trace = api(n=3, seed=5)["trace"]
+    trace = api(n=3, seed=5, policy="stochastic")["trace"]
     expect(page.locator("#table tr")).to_have_count(7)
     chosen, alpha = np.asarray(trace["chosen"])[:, 2], np.asarray(trace["alpha"])[:, 2]
     marks = page.locator("#chart .marks").evaluate_all(
@@ -224,10 +232,25 @@ def test_chart_and_table_match_the_trace_of_the_selected_image(
     assert np.allclose([float(row[1]) for row in rows], trace["t"], atol=6e-4)
     assert [row[2] for row in rows] == [trace["experts"][np.argmax(row)] for row in chosen]
     assert page.locator("#chart").inner_text().split("alpha")[1].count("×") == 3
-    # The upper edge of the second band is at alpha of the first expert, of 150 pixels.
-    band = page.locator("#chart .band").nth(1).get_attribute("d") or ""
-    upper = [float(point.split()[1]) for point in band.strip("MZ").split("L")][: len(alpha)]
-    assert np.allclose((np.asarray(upper) - 6) / 150, alpha[:, 0], atol=2e-3)
+    assert np.allclose(upper_edge(page, band=1)[:, 1], alpha[:, 0], atol=2e-3)
+
+
+@pytest.mark.parametrize(("source", "held"), [("posterior", True), ("derivative", False)])
+def test_chart_holds_alpha_where_the_expert_is_kept(
+    page: Page, address: str, api: Api, source: str, held: bool
+) -> None:
+    page.goto(address)
+    settings = {"n": 1, "seed": 5, "policy": "switching", "switch_rate": 4, "source": source}
+    page.get_by_text("More settings").click()
+    sample(page, **settings)
+    alpha = np.asarray(api(**settings)["trace"]["alpha"])[:, 0, 0]
+    assert len(set(alpha)) > 1
+    x, upper = upper_edge(page, band=1).T
+    if held:  # at each later step first the old value, then the new
+        assert np.array_equal(x[1::2], x[2::2]) and len(set(x)) == len(alpha)
+        assert np.allclose(upper[1::2], alpha[:-1], atol=2e-3)
+        upper = upper[::2]
+    assert np.allclose(upper, alpha, atol=2e-3)
 
 
 def test_heun_counts_steps_and_nfe_apart(page: Page, address: str, api: Api) -> None:
