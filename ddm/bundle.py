@@ -72,7 +72,7 @@ class Artifact:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite; some 20 times as fast as `tensor.isfinite().all()`."""
+    """Whether all numbers are finite; `isfinite` of them would make temporaries of the same size."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
