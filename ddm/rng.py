@@ -57,28 +57,33 @@ def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) ->
 
 
 def _words(
-    seed: int | Tensor, stream: RngStream, index: Tensor, step: int | Tensor, count: int
+    seed: int | Tensor, stream: RngStream | Tensor, index: Tensor, step: int | Tensor, count: int
 ) -> Tensor:
     """Random 32-bit words, int64 `[B, count]`: the first `count` of (seed, stream, index, step) for
     each index `[B]`.
     """
     block = torch.arange(-(-count // 4), device=index.device)[None]
+    kind = stream[:, None] if isinstance(stream, Tensor) else int(stream)
     key = seed[:, None] if isinstance(seed, Tensor) else seed
     if not isinstance(step, Tensor):
         # Filled in on the device: a copy to it would wait for its queue.
         step = torch.full((1,), step, device=index.device)
     low, high = index[:, None] & _MASK, index[:, None] >> 32 & 0xFFFFFF
-    counter = (block, low, step.to(index.device).reshape(-1, 1), high << 8 | int(stream))
+    counter = (block, low, step.to(index.device).reshape(-1, 1), high << 8 | kind)
     words = philox(counter, (key & _MASK, key >> 32 & _MASK))
     return torch.stack([w.expand(len(index), -1) for w in words], dim=2).flatten(1)[:, :count]
 
 
 def uniform(
-    seed: int | Tensor, stream: RngStream, index: Tensor, step: int | Tensor = 0, count: int = 1
+    seed: int | Tensor,
+    stream: RngStream | Tensor,
+    index: Tensor,
+    step: int | Tensor = 0,
+    count: int = 1,
 ) -> Tensor:
     """Uniform float64 numbers in (0, 1), `[B, count]`.
 
-    index: int64 `[B]`, in [0, 2^56). seed, step: one number or int64 `[B]`.
+    index: int64 `[B]`, in [0, 2^56). seed, stream, step: one number or int64 `[B]`.
     """
     return (_words(seed, stream, index, step, count).double() + 0.5) / 2**32
 

@@ -4,7 +4,7 @@ functions of (seed, n).
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -97,6 +97,7 @@ class Batches:
     batch: int
     seed: int
     flip: bool = False  # mirror every image with probability 1/2
+    _drawn: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Batches":
         return copy.copy(self)  # Lightning's EMA copies the module; the images stay shared
@@ -105,11 +106,11 @@ class Batches:
         """The images of a step, `[B, C, H, W]` in [-1, 1], and their indices among all, int64
         `[B]`.
         """
-        u = uniform(self.seed, RngStream.BATCH, self._rows, step)[:, 0]
-        place = (u * len(self.images)).long()
+        drawn, mirrored, _ = self._uniforms(step)
+        place = (drawn * len(self.images)).long()
         x0 = to_float(self.images[place])
         if self.flip:
-            mirrored = uniform(self.seed, RngStream.FLIP, self._rows, step)[:, 0] < 0.5
+            mirrored = mirrored < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         return x0, place
 
@@ -117,7 +118,7 @@ class Batches:
         """Stratified uniform numbers in (0, 1), float32 `[B]`: one in each of B equal intervals,
         for less variance.
         """
-        u = uniform(self.seed, RngStream.TIME, self._rows, step)[:, 0]
+        *_, u = self._uniforms(step)
         return ((self._rows + u) / self.batch).float()
 
     def noise(self, step: int) -> Tensor:
@@ -127,6 +128,19 @@ class Batches:
     def seed_dropout(self, step: int) -> None:
         """Seed torch's generator, which dropout uses, by (seed, step)."""
         torch.manual_seed(derive_seed(self.seed, RngStream.DROPOUT, step))
+
+    def _uniforms(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The numbers of the streams BATCH, FLIP and TIME, float64 `[B]` each, drawn together: on a
+        GPU three draws would take three times the launches of one.
+        """
+        if self._drawn is None or self._drawn[0] != step:
+            rows = self._rows
+            kinds = RngStream.BATCH, RngStream.FLIP, RngStream.TIME
+            stream = torch.cat([torch.full_like(rows, kind) for kind in kinds])
+            u = uniform(self.seed, stream, rows.repeat(3), step)[:, 0]
+            self._drawn = step, u.view(3, self.batch)
+        first, second, third = self._drawn[1]
+        return first, second, third
 
     @property
     def _rows(self) -> Tensor:

@@ -13,8 +13,8 @@ from ddm.training import FitConfig
 from experts.unet import UNetConfig
 
 Parameterization = Literal["raw", "preconditioned"]
-LossWeight = Literal["constant", "snr", "min_snr"]
-Times = Literal["uniform", "uniform_log_snr", "logit_normal"]
+LossWeight = Literal["constant", "snr", "min_snr", "edm"]
+Times = Literal["uniform", "uniform_log_snr", "logit_normal", "log_normal"]
 
 
 @dataclass
@@ -24,9 +24,9 @@ class ExpertConfig(FitConfig):
     unet: sizes of the network.
     parameterization: `raw` predicts x0; `preconditioned` is EDM's (see `Denoiser`).
     sigma_data: the root mean square of a pixel in [-1, 1], for `preconditioned`; above 0.
-    loss_weight: of the squared error over t: constant, snr or min_snr.
+    loss_weight: of the squared error over t: constant, snr, min_snr or edm.
     min_snr_gamma: the bound of min_snr, above 0.
-    times: the distribution of training times: uniform, uniform_log_snr or logit_normal.
+    times: the distribution of training times: uniform, uniform_log_snr, logit_normal or log_normal.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)

@@ -12,9 +12,12 @@ from ddm.training import Batches
 from experts.denoiser import Denoiser, ExpertConfig, LossWeight, Times
 
 
-def loss_weight(kind: LossWeight, c: Coeffs, gamma: float) -> Tensor:
-    """The weight of `|D - x0|^2` at each time: 1, `a^2/s^2`, or `min(a^2/s^2, gamma)` (arXiv
-    2303.09556, section 3.4).
+def loss_weight(kind: LossWeight, c: Coeffs, gamma: float, sigma_data: float) -> Tensor:
+    """The weight of `|D - x0|^2` at each time.
+
+    constant: 1. snr: `a^2/s^2`. min_snr: `min(a^2/s^2, gamma)` (arXiv 2303.09556, section 3.4).
+    edm: `a^2/s^2 + 1/sigma_data^2` (arXiv 2206.00364, table 1), with which a preconditioned network
+    has the same loss at every t before it has learned.
     """
     snr = (c.a / c.s).square()
     match kind:
@@ -24,6 +27,8 @@ def loss_weight(kind: LossWeight, c: Coeffs, gamma: float) -> Tensor:
             return snr
         case "min_snr":
             return snr.clamp_max(gamma)
+        case "edm":
+            return snr + sigma_data**-2
 
 
 def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 1000) -> Tensor:
@@ -32,16 +37,22 @@ def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 
 
     `uniform`: uniform in t. `uniform_log_snr`: uniform in log a^2/s^2, so many near the data.
     `logit_normal`: the logit of t is standard normal (arXiv 2403.03206, equation 19), so few at
-    either end.
+    either end. `log_normal`: `log s/a` is normal with mean -1.2 and deviation 1.2 (arXiv
+    2206.00364, table 1), so most where images get their detail.
     """
+    normal = torch.special.ndtri(torch.linspace(0, 1, points + 1, dtype=torch.float64))
     match kind:
         case "uniform":
             return torch.linspace(t_min, 1, points + 1)
         case "uniform_log_snr":
             return time_grid("uniform_log_snr", points, schedule, t_min).flip(0).float()
         case "logit_normal":
-            level = torch.linspace(0, 1, points + 1, dtype=torch.float64)
-            return torch.special.ndtri(level).sigmoid().clamp_min(t_min).float()
+            return normal.sigmoid().clamp_min(t_min).float()
+        case "log_normal":
+            fine = torch.linspace(t_min, 1, 100 * points + 1, dtype=torch.float64)
+            c = schedule(fine)
+            place = torch.searchsorted((c.s / c.a).log(), -1.2 + 1.2 * normal)
+            return fine[place.clamp_max(len(fine) - 1)].float()
 
 
 def denoising_loss(denoised: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
@@ -82,9 +93,9 @@ class ExpertLearning(pl.LightningModule):
         c = self.denoiser.schedule(t)
         a, s, _, _ = c.broadcast_to(x0)
         denoised = self.denoiser(a * x0 + s * batches.noise(n), t)
-        return denoising_loss(
-            denoised, x0, loss_weight(self.config.loss_weight, c, self.config.min_snr_gamma)
-        )
+        cfg = self.config
+        weight = loss_weight(cfg.loss_weight, c, cfg.min_snr_gamma, cfg.sigma_data)
+        return denoising_loss(denoised, x0, weight)
 
     def configure_optimizers(self) -> Any:
         return self.config.adam(self.denoiser.parameters())
