@@ -84,22 +84,27 @@ def check_grid(name: str, schedule: Schedule) -> None:
 def _even(
     scale: Scale, inverse: Scale, steps: int, schedule: Schedule, t_min: float, t_max: float
 ) -> Tensor:
-    """Even in `scale(log s/a)`, found by bisection."""
-
-    def log_sigma(t: Tensor) -> Tensor:
-        a, s, _, _ = schedule(t)
-        return s.log() - a.log()
-
-    ends = torch.tensor([t_max, t_min], dtype=torch.float64)
-    first, last = scale(log_sigma(ends))
+    """Even in `scale(log s/a)`."""
+    first, last = scale(log_sigma(torch.tensor([t_max, t_min], dtype=torch.float64), schedule))
     even = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    wanted = inverse(first + (last - first) * even)
-    right, left = ends[:1].expand_as(wanted), ends[1:].expand_as(wanted)
+    times = times_at(inverse(first + (last - first) * even), schedule, t_min, t_max)
+    times[0], times[-1] = t_max, t_min
+    return times
+
+
+def log_sigma(t: Tensor, schedule: Schedule) -> Tensor:
+    """`log s/a` at t."""
+    a, s, _, _ = schedule(t)
+    return s.log() - a.log()
+
+
+def times_at(wanted: Tensor, schedule: Schedule, t_min: float, t_max: float = 1.0) -> Tensor:
+    """The times in [t_min, t_max] at which `log s/a` has the `wanted` values, float64, by bisection."""
+    left, right = torch.full_like(wanted, t_min), torch.full_like(wanted, t_max)
     for _ in range(60):
         middle = (left + right) / 2
-        too_clean = log_sigma(middle) < wanted
+        too_clean = log_sigma(middle, schedule) < wanted
         left, right = torch.where(too_clean, middle, left), torch.where(too_clean, right, middle)
-    middle[0], middle[-1] = t_max, t_min
     return middle
 
 

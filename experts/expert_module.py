@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from ddm.grids import time_grid
+from ddm.grids import log_sigma, time_grid, times_at
 from ddm.schedules import Coeffs, Schedule
 from ddm.training import Batches
 from experts.denoiser import Denoiser, ExpertConfig, LossWeight, Times
@@ -37,22 +37,22 @@ def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 
 
     `uniform`: uniform in t. `uniform_log_snr`: uniform in log a^2/s^2, so many near the data.
     `logit_normal`: the logit of t is standard normal (arXiv 2403.03206, equation 19), so few at
-    either end. `log_normal`: `log s/a` is normal with mean -1.2 and deviation 1.2 (arXiv
-    2206.00364, table 1), so most where images get their detail.
+    either end. `log_normal`: `log s/a` is normal with mean -1.2 and deviation 1.2 within
+    [t_min, 1] (arXiv 2206.00364, table 1), so most where images get their detail.
     """
-    normal = torch.special.ndtri(torch.linspace(0, 1, points + 1, dtype=torch.float64))
+    level = torch.linspace(0, 1, points + 1, dtype=torch.float64)
     match kind:
         case "uniform":
             return torch.linspace(t_min, 1, points + 1)
         case "uniform_log_snr":
             return time_grid("uniform_log_snr", points, schedule, t_min).flip(0).float()
         case "logit_normal":
-            return normal.sigmoid().clamp_min(t_min).float()
+            return torch.special.ndtri(level).sigmoid().clamp_min(t_min).float()
         case "log_normal":
-            fine = torch.linspace(t_min, 1, 100 * points + 1, dtype=torch.float64)
-            c = schedule(fine)
-            place = torch.searchsorted((c.s / c.a).log(), -1.2 + 1.2 * normal)
-            return fine[place.clamp_max(len(fine) - 1)].float()
+            ends = log_sigma(torch.tensor([t_min, 1.0], dtype=torch.float64), schedule)
+            low, high = torch.special.ndtr((ends + 1.2) / 1.2)
+            normal = torch.special.ndtri(low + (high - low) * level)
+            return times_at(-1.2 + 1.2 * normal, schedule, t_min).float()
 
 
 def denoising_loss(denoised: Tensor, x0: Tensor, weight: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ SMALL = [
     "sample.n=4",
     "sample.steps=3",
     "evaluate={n: 20, seeds: 1, steps: [2, 4], trajectories: 4, reference_steps: 8, batch: 20}",
-    "evaluate.methods=[DDIM, Naive, MoG-a, MoG-da, balanced, balanced-cv, top-1, full]",
+    "evaluate.methods=[one-model, Naive, MoG-a, MoG-da, balanced, balanced-cv, top-1, full]",
 ]
 
 

@@ -69,7 +69,7 @@ def record(made: Path) -> Any:
 def test_record_holds_every_method_sampler_step_count_and_seed(record: Any) -> None:
     cells = {(c["method"], c["sampler"], c["steps"], c["seed"]) for c in record["cells"]}
     methods = [
-        "DDIM",
+        "one-model",
         "Naive",
         "MoG-a",
         "MoG-da",
@@ -88,16 +88,16 @@ def test_record_holds_every_method_sampler_step_count_and_seed(record: Any) -> N
     }
     assert len(record["cells"]) == len(cells)
     nfe = {c["method"]: c["nfe"] for c in record["cells"] if c["steps"] == 4}
-    assert nfe["DDIM"] == nfe["balanced"] == nfe["top-1"] == 4
+    assert nfe["one-model"] == nfe["balanced"] == nfe["top-1"] == 4
     assert nfe["top-2"] == 8
     assert nfe["full"] == 12
 
 
 def test_monolith_and_experts_have_equal_compute(record: Any) -> None:
     cost = record["compute"]
-    assert cost["experts"] == cost["monolith"] > cost["router"] > 0
+    assert cost["experts"] == cost["one-model"] > cost["router"] > cost["seed_model"] == 0
     seen = record["images_seen"]
-    assert seen["DDIM"] == seen["full"] == 3 * 12 * 12
+    assert seen["one-model"] == seen["full"] == 3 * 12 * 12
     # 12 noisy images per step, 240 real ones of 64 pixels: 4 steps of stage 1, and twice 6 of stage 2.
     assert cost["exact_targets"] == 2 * 12 * 240 * 64 * (4 + 2 * 6)
 
@@ -156,7 +156,7 @@ def test_finished_parts_are_not_repeated(made: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["table.methods=[best]"], "table.methods must be one of DDIM Naive"),
+        (["table.methods=[best]"], "table.methods must be one of one-model Naive"),
         (
             ["table.samplers={x: {sampler: heum}}"],
             "table.samplers.x: sample.sampler must be one of",

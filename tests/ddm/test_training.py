@@ -96,6 +96,23 @@ def test_a_deep_copy_shares_the_images() -> None:
     assert torch.equal(twin.x0(3)[0], batches.x0(3)[0])
 
 
+@pytest.mark.parametrize(
+    ("cooldown", "done", "expected"),
+    [(0.0, 0, [1] * 8), (0.5, 0, [1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]), (0.5, 4, [0.8, 0.6, 0.4, 0.2])],
+)
+def test_the_learning_rate_falls_linearly_over_the_last_part_of_the_steps(
+    cooldown: float, done: int, expected: list[float]
+) -> None:
+    config = FitConfig(learning_rate=0.5, steps=8, cooldown=cooldown)
+    setup = config.adam([nn.Parameter(torch.zeros(1))], done)
+    found = []
+    for _ in expected:
+        found.append(setup["optimizer"].param_groups[0]["lr"] / 0.5)
+        setup["optimizer"].step()
+        setup["lr_scheduler"]["scheduler"].step()
+    assert found == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1, 1]), (3, [0.25, 0.5, 0.75, 1, 1])])
 def test_the_learning_rate_warms_up_linearly(warmup: int, expected: list[float]) -> None:
     weight = nn.Parameter(torch.zeros(1))
@@ -122,6 +139,7 @@ def test_the_learning_rate_warms_up_linearly(warmup: int, expected: list[float])
         ({"batch": -1}, "batch must be at least 1, got -1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"cooldown": 1.5}, "cooldown must be in [0, 1], got 1.5"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"gradient_clip": -0.5}, "gradient_clip must be at least 0, got -0.5"),
         ({"ema_decay": 1.0}, "ema_decay must be in [0, 1), got 1.0"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit
-from scipy.stats import kstest, norm
+from scipy.stats import kstest, norm, truncnorm
 from torch import Tensor, nn
 
 from ddm.rng import RngStream, normal
@@ -80,7 +80,7 @@ def small(
     return learning.train(), learning.configure_optimizers()["optimizer"]
 
 
-def test_loss_weights_are_1_snr_and_snr_bounded_by_gamma() -> None:
+def test_loss_weights_are_1_snr_snr_bounded_by_gamma_and_edm_s() -> None:
     a, s = torch.tensor([0.8, 0.6, 1.0, 0.0]), torch.tensor([0.6, 0.8, 0.1, 1.0])
     c = Coeffs(a, s, a, s)
     snr = [16 / 9, 9 / 16, 100.0, 0.0]
@@ -88,9 +88,12 @@ def test_loss_weights_are_1_snr_and_snr_bounded_by_gamma() -> None:
         "constant": [1.0, 1.0, 1.0, 1.0],
         "snr": snr,
         "min_snr": [16 / 9, 9 / 16, 5.0, 0.0],
+        "edm": [x + 4 for x in snr],
     }
     for kind, by_hand in expected.items():
-        torch.testing.assert_close(loss_weight(kind, c, gamma=5.0), torch.tensor(by_hand))
+        torch.testing.assert_close(
+            loss_weight(kind, c, gamma=5.0, sigma_data=0.5), torch.tensor(by_hand)
+        )
 
 
 def test_denoising_loss_is_the_weighted_mean_square() -> None:
@@ -133,7 +136,7 @@ def test_the_noisy_image_is_a_x0_plus_s_eps() -> None:
     assert (time.sort().values - even).abs().max() < 0.06  # even over [t_min, 1]
 
 
-@pytest.mark.parametrize("kind", ["constant", "snr", "min_snr"])
+@pytest.mark.parametrize("kind", ["constant", "snr", "min_snr", "edm"])
 def test_a_step_s_loss_weights_each_image_by_its_own_time(kind: LossWeight) -> None:
     learning = spied(
         answer=0.75, value=255, loss_weight=kind, min_snr_gamma=2.0
@@ -141,7 +144,13 @@ def test_a_step_s_loss_weights_each_image_by_its_own_time(kind: LossWeight) -> N
     _, t, loss = asked(learning, 4)
     beta = 0.1 * t.double() + 19.9 * t.double() ** 2 / 2
     snr = 1 / torch.expm1(beta)  # e^-B / (1 - e^-B)
-    weight = {"constant": torch.ones_like(snr), "snr": snr, "min_snr": snr.clamp(max=2.0)}[kind]
+    weights: dict[LossWeight, Tensor] = {
+        "constant": torch.ones_like(snr),
+        "snr": snr,
+        "min_snr": snr.clamp(max=2.0),
+        "edm": snr + 4,
+    }
+    weight = weights[kind]
     assert loss == pytest.approx(float((weight * 0.25**2).mean()), rel=1e-4)
     assert (
         asked(spied(answer=1.0, value=255, loss_weight=kind), 4)[2] == 0
@@ -163,9 +172,14 @@ def quantile(kind: Times, level: np.ndarray, t_min: float) -> np.ndarray:
             high, low = (-np.log(np.expm1(0.1 * t + 19.9 * t**2 / 2)) for t in (t_min, 1.0))
             b = np.log1p(np.exp(-(high + (low - high) * level)))
             return (-0.1 + np.sqrt(0.01 + 2 * 19.9 * b)) / 19.9
+        case "log_normal":  # s/a = sqrt(e^B - 1)
+            ends = (np.log(np.expm1(0.1 * t + 19.9 * t**2 / 2)) / 2 for t in (t_min, 1.0))
+            law = truncnorm(*((end + 1.2) / 1.2 for end in ends), loc=-1.2, scale=1.2)
+            b = np.log1p(np.exp(2 * law.ppf(level)))
+            return (-0.1 + np.sqrt(0.01 + 2 * 19.9 * b)) / 19.9
 
 
-KINDS: list[Times] = ["uniform", "uniform_log_snr", "logit_normal"]
+KINDS: list[Times] = ["uniform", "uniform_log_snr", "logit_normal", "log_normal"]
 
 
 @pytest.mark.parametrize("t_min", [1e-3, 0.02])

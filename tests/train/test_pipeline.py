@@ -209,7 +209,7 @@ def test_one_cluster_is_the_monolith_through_every_stage(
 ) -> None:
     run(small(tmp_path / "mono", "partition.k=1"))
     record = json.loads((tmp_path / "mono" / "evaluate" / "record.json").read_text())
-    assert {cell["method"] for cell in record["cells"]} == {"DDIM"}
+    assert {cell["method"] for cell in record["cells"]} == {"one-model"}
     assert (tmp_path / "mono" / "report.html").exists()
     assert len(load(tmp_path / "mono").experts) == 1
 

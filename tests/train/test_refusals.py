@@ -157,7 +157,7 @@ from train.config import Config, load_config
         (["evaluate.methods=[]"], "evaluate.methods must name at least one method, got []"),
         (
             ["table.methods=[balanced, best]"],
-            "table.methods must be one of DDIM Naive MoG-a MoG-da switching",
+            "table.methods must be one of one-model Naive MoG-a MoG-da switching",
         ),
         (
             ["evaluate.precision=16-mixed"],

@@ -75,7 +75,7 @@ def test_the_classifier_does_not_depend_on_the_clusters(
 
     monkeypatch.setattr(train.evaluation.measure, "feature_networks", watched)
     words = (
-        "evaluate.methods=[Naive, DDIM]",
+        "evaluate.methods=[Naive, one-model]",
         "evaluate.steps=[1, 2]",
         "evaluate.reference_steps=3",
         "evaluate.features=[classifier]",

@@ -26,13 +26,13 @@ from train.evaluation.report import shown
 from train.evaluation.results import Cell, Evaluation, Score
 
 ScriptFile = Callable[..., Path]
-NAMES = ("DDIM", "Naive", "MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1", "full")
+NAMES = ("one-model", "Naive", "MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1", "full")
 NAIVE = {"source": "prior", "policy": "fixed", "control_variate": "none"}
 BALANCED = {"source": "posterior", "policy": "balanced", "control_variate": "none"}
 
 
 def measured(config: Config) -> Evaluation:
-    return Measurement(config, None, config.evaluate, "evaluate").make()
+    return Measurement(config, {}, config.evaluate, "evaluate").make()
 
 
 def one(
@@ -116,9 +116,11 @@ def test_all_methods_are_in_the_table_with_their_nfe(record: Evaluation) -> None
     assert nfe == {**single, ("full", 2): 6, ("full", 4): 12}
     assert {(cell.sampler, cell.seed) for cell in record.cells} == {("ipndm", 0)}
     assert (
-        record.images_seen["DDIM"] == record.images_seen["full"] == 3 * 12 * 12
+        record.images_seen["one-model"] == record.images_seen["full"] == 3 * 12 * 12
     )  # the same compute
-    assert one(record, "DDIM").trajectory_error is None  # another model has no trajectory in common
+    assert (
+        one(record, "one-model").trajectory_error is None
+    )  # another model has no trajectory in common
 
 
 def test_the_report_needs_no_other_file(small_run: Path) -> None:
@@ -158,7 +160,7 @@ def test_one_seed_has_no_deviation_and_nothing_measured_has_no_mean(record: Eval
     alone = record.over_seeds("Naive", 4, lambda cell: cell.scores["classifier"].frechet)
     assert alone == (one(record, "Naive").scores["classifier"].frechet, None)
     assert shown(alone, ".1f") == f"{alone[0]:.1f}"  # type: ignore[index]
-    assert record.over_seeds("DDIM", 4, lambda cell: cell.trajectory_error) is None
+    assert record.over_seeds("one-model", 4, lambda cell: cell.trajectory_error) is None
     assert shown(None, ".1f") == "–"
     assert record.over_seeds("Naive", 4, lambda cell: 1.0, sampler="heun") is None
 
@@ -293,7 +295,7 @@ def test_only_a_record_of_the_same_is_read(
         ["sample.clip=false"],
     ):
         config = small(copy, *words, *more)
-        assert not Measurement(config, None, config.evaluate, "evaluate").is_made()
+        assert not Measurement(config, {}, config.evaluate, "evaluate").is_made()
     assert measured(small(copy, *words, "evaluate.steps=[2, 3]")).n == 20
     assert measured(small(copy, *words)) == first
     script_file(network, 2)
@@ -314,12 +316,12 @@ def test_two_sections_are_measured_separately(
         features=[str(means)],
         trajectories=2,
     )
-    found = Measurement(config, None, replace(cfg, reference_steps=4), "table").make()
+    found = Measurement(config, {}, replace(cfg, reference_steps=4), "table").make()
     assert {cell.method for cell in found.cells} == {"top-1"}
     assert (copy / "table" / "record.json").exists()
     assert (copy / "evaluate" / "record.json").read_bytes() == before
     with pytest.raises(ConfigError, match="table.features must hold at least one network"):
-        Measurement(config, None, replace(cfg, features=[]), "table")
+        Measurement(config, {}, replace(cfg, features=[]), "table")
 
 
 def test_the_precision_of_the_networks_is_in_the_record(
@@ -346,19 +348,18 @@ def test_the_reference_is_the_run_s_own_mixture_in_any_order_of_rows(
         for folder in (small_run, small_run / "monolith")
     )
     assert cfg != other
-    for rows in ("full, DDIM", "DDIM, full", "DDIM"):
+    for rows in ("full, one-model", "one-model, full", "one-model"):
         config = small(small_run, f"evaluate.methods=[{rows}]")
-        measurement = Measurement(
-            config, small(small_run / "monolith", "partition.k=1"), config.evaluate, "evaluate"
-        )
+        one_model = {"one-model": small(small_run / "monolith", "partition.k=1")}
+        measurement = Measurement(config, one_model, config.evaluate, "evaluate")
         assert measurement.reference.method.run == str(small_run)
         assert measurement.reference.method.version == cfg
 
 
 def test_a_table_without_rows_is_refused(small_run: Path, small: Callable[..., Config]) -> None:
-    config = small(small_run, "evaluate.methods=[DDIM]", "evaluate.monolith_steps=0")
-    with pytest.raises(ConfigError, match=r"evaluate.methods must .*, got \['DDIM'\]"):
-        Measurement(config, None, config.evaluate, "evaluate")
+    config = small(small_run, "evaluate.methods=[one-model]", "evaluate.monolith_steps=0")
+    with pytest.raises(ConfigError, match=r"evaluate.methods must .*, got \['one-model'\]"):
+        Measurement(config, {}, config.evaluate, "evaluate")
 
 
 @pytest.mark.parametrize("kind", [{}, {"cells": 1}, {"cells": [{"method": "full"}]}])
@@ -378,6 +379,6 @@ def test_samples_that_are_gone_are_made_again_for_the_report(
     gone = copy / "evaluate" / "samples" / "balanced-ipndm-4-seed0.safetensors"
     before = sampled(copy, gone.stem)
     gone.unlink()
-    evaluate(small(copy), small(copy / "monolith", "partition.k=1"))
+    evaluate(small(copy), {"one-model": small(copy / "monolith", "partition.k=1")})
     assert (copy / "report.html").exists()
     assert sampled(copy, gone.stem).equal(before)

@@ -12,14 +12,16 @@ from ddm.artifacts import sha256
 from train.config import METHODS, Config
 from train.evaluation.measure import Measurement
 from train.evaluation.methods import methods
+from train.evaluation.rows import ONE_MODEL
 from train.evaluation.rows import ROWS as KNOWN
 from train.evaluation.samples import SampleSet
-from train.stages.monolith import monolith_config, train_monolith
+from train.stages.monolith import monolith_configs, train_monoliths
 from train.stages.run import run
 
 PLAIN = {"control_variate": "none", "temperature": 2.0, "clusters": {}}
 ROWS: dict[str, dict[str, Any]] = {
-    "DDIM": {"source": "prior", "policy": "full", "temperature": 1.0},
+    "one-model": {"source": "prior", "policy": "full", "temperature": 1.0},
+    "one-model-time": {"source": "prior", "policy": "full", "temperature": 1.0},
     "Naive": {"source": "prior", "policy": "fixed", "temperature": 1.0},
     "MoG-a": {"source": "posterior", "policy": "stochastic", "temperature": 1.0},
     "MoG-da": {"source": "combined", "policy": "stochastic", "temperature": 1.0},
@@ -48,11 +50,12 @@ def test_rows_that_are_not_the_paper_s_take_alpha_from_the_config(
         small(small_run, *words),
         small(small_run / "monolith", "partition.k=1", *words),
     )
-    rows = {row.name: row for row in methods(config, monolith, METHODS, 3)}
+    ones = dict.fromkeys(ONE_MODEL, monolith)
+    rows = {row.name: row for row in methods(config, ones, METHODS, 3)}
     assert list(rows) == list(ROWS) == list(METHODS)
     for name, settings in ROWS.items():
         assert rows[name].settings == {**PLAIN, **settings}, name
-        cfg = small_run / "monolith" if name == "DDIM" else small_run
+        cfg = small_run / "monolith" if name in ONE_MODEL else small_run
         assert rows[name].run == str(cfg)
         assert rows[name].version == sha256(cfg / "bundle" / "manifest.json")
 
@@ -70,19 +73,20 @@ def test_every_row_has_its_own_colour_and_meaning() -> None:
         "balanced-cv",
         "top-1",
     } <= routed
-    assert not routed & {"DDIM", "Naive", "adaptive", "top-2", "nucleus", "full"}
+    assert not routed & {*ONE_MODEL, "Naive", "adaptive", "top-2", "nucleus", "full"}
 
 
-def test_rows_keep_their_order_and_ddim_needs_a_monolith(
+def test_rows_keep_their_order_and_one_model_needs_to_be_trained(
     small_run: Path, small: Callable[..., Config]
 ) -> None:
     config = small(small_run)
-    asked = ["full", "DDIM", "nucleus"]
-    assert [row.name for row in methods(config, None, asked, 3)] == ["full", "nucleus"]
-    assert [row.name for row in methods(config, small(small_run / "monolith"), asked, 3)] == asked
-    alone = methods(config, None, asked, 1)
+    asked = ["full", "one-model", "nucleus"]
+    assert [row.name for row in methods(config, {}, asked, 3)] == ["full", "nucleus"]
+    ones = {"one-model": small(small_run / "monolith")}
+    assert [row.name for row in methods(config, ones, asked, 3)] == asked
+    alone = methods(config, {}, asked, 1)
     assert [(row.name, row.settings["policy"], row.settings["source"]) for row in alone] == [
-        ("DDIM", "full", "prior")
+        ("one-model", "full", "prior")
     ]
 
 
@@ -91,13 +95,13 @@ def test_no_monolith_is_trained_if_no_row_needs_one(
 ) -> None:
     copy = shutil.copytree(small_run, tmp_path / "run")
     shutil.rmtree(copy / "monolith")
-    words = (f"evaluate.features=[{means}]", "evaluate.methods=[DDIM, Naive]")
+    words = (f"evaluate.features=[{means}]", "evaluate.methods=[one-model, Naive]")
     run(small(copy, *words, "evaluate.monolith_steps=0"), ["evaluate"])
     assert not (copy / "monolith").exists()
     assert "Naive" in (copy / "report.html").read_text()
     for others in (["Naive"], ["full", "top-1"]):
         config = small(copy, f"evaluate.methods=[{','.join(others)}]")
-        assert train_monolith(config, config.evaluate) is None
+        assert train_monoliths(config, config.evaluate) == {}
     assert not (copy / "monolith").exists()
 
 
@@ -106,10 +110,19 @@ def test_a_monolith_has_its_own_steps_or_as_many_as_all_experts(
 ) -> None:
     for words, steps in ((), 36), (("evaluate.monolith_steps=7",), 7):
         config = small(small_run, *words)
-        monolith = monolith_config(config, config.evaluate)
-        assert monolith is not None
+        (monolith,) = monolith_configs(config, config.evaluate).values()
         assert (monolith.expert.steps, monolith.partition.k) == (steps, 1)
         assert monolith.folder == small_run / "monolith"
+
+
+def test_the_model_of_equal_time_has_the_steps_of_one_expert(
+    small_run: Path, small: Callable[..., Config]
+) -> None:
+    config = small(small_run, "evaluate.methods=[switching, one-model-time]")
+    wanted = monolith_configs(config, config.evaluate)
+    assert list(wanted) == ["one-model-time"]
+    assert wanted["one-model-time"].expert.steps == config.expert.steps
+    assert wanted["one-model-time"].folder == small_run / "monolith-time"
 
 
 def chosen_by_hand(samples: SampleSet, mass: float) -> np.ndarray:

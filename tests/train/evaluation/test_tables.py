@@ -118,7 +118,7 @@ def test_a_row_may_have_fewer_step_counts(
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("{best: 4}", "evaluate.steps_up_to must be one of DDIM Naive"),
+        ("{best: 4}", "evaluate.steps_up_to must be one of one-model Naive"),
         ("{full: 0}", r"evaluate.steps_up_to.full must be in \[1, 1000\], got 0"),
     ],
 )
@@ -136,7 +136,7 @@ def test_bad_step_counts_of_a_row_are_refused_by_name(
         ({"source": "gaussian"}, "switching-gaussian"),
         ({"policy": "balanced"}, "balanced-cv"),
         ({"policy": "balanced", "control_variate": "none"}, "balanced"),
-        ({"policy": "nucleus"}, "DDIM"),
+        ({"policy": "nucleus"}, "one-model"),
     ],
 )
 def test_samples_shown_are_those_of_the_run_s_own_settings(
