@@ -1,0 +1,78 @@
+"""Measure the program's speed against its peers and the machine's limit, on a CPU or on a GPU.
+
+Prints each row as soon as it is measured, writes all of them to speed-cpu.json or speed-gpu.json,
+and the tables of both to speed.md.
+"""
+
+import argparse
+import importlib
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.cli import Parser, run
+from benchmarks.speed.measure import Record, Variant, brief
+from ddm.device import pick_device
+from ddm.errors import one_of, require
+
+SUBJECTS = ("network", "training", "routing", "targets")
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+log = logging.getLogger("speed")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = Parser("speed", __doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"of {' '.join(SUBJECTS)}; default all"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1800, help="for everything together; default 1800"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default auto")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="the folder of the results; default docs/results"
+    )
+    return run(parser, _run_all, words)
+
+
+def _run_all(arguments: argparse.Namespace) -> None:
+    for name in arguments.names:
+        if name not in SUBJECTS:
+            raise one_of("name", name, SUBJECTS)
+    require(arguments.seconds > 0, "--seconds", "be above 0", arguments.seconds)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
+    device = pick_device(arguments.device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    machine = "cpu" if device == "cpu" else "gpu"
+    names = arguments.names or SUBJECTS
+    command = shlex.join(["python", "-m", "benchmarks.speed", *names])
+    path = arguments.out / f"speed-{machine}.json"
+    record = Record(path, device, arguments.seconds, command)
+    rows = [(name, variant) for name in names for variant in _variants(record, name)]
+    for name, variant in sorted(rows, key=lambda row: row[1].rank):
+        record.measure(name, variant)
+
+
+def _variants(record: Record, name: str) -> list[Variant]:
+    """The rows of a subject, which it begins anew; one that fails if it cannot be imported."""
+    try:
+        subject = importlib.import_module(f"benchmarks.speed.{name}")
+        record.start(name, subject.__doc__)
+        return subject.variants(record.device)
+    except Exception as error:
+        message = brief(error)
+        record.start(name, message)
+
+        def fail() -> dict[str, float | str]:
+            raise RuntimeError(message)
+
+        return [Variant("import", fail)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

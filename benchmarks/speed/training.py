@@ -1,0 +1,214 @@
+"""Training one expert: through Lightning (`train.fit.fit`) against the bare loop of the same step,
+that is the same batches, noise, loss, Adam, clipping and EMA; and the time of each part of a step.
+Made-up images. `fit` reports its loss four times; a training of more than 800 steps reports more
+rarely.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import train.fit
+from benchmarks.speed.measure import Figures, Timing, Variant, alternate, parameters, synchronize
+from ddm.schedules import schedule
+from ddm.training import Batches
+from experts.denoiser import ExpertConfig
+from experts.expert_module import ExpertLearning
+from experts.unet import UNetConfig
+
+SHAPE = (3, 32, 32)
+TINY = Path(__file__).parents[2] / "configs" / "cifar10_tiny.yaml"
+_REPORTS = 4  # of the loss in one fit
+_ROUND_S = 6.0  # for one of the sides
+
+
+class BareLearning(ExpertLearning):
+    """The very same step without a trainer: `step` is the number of the step."""
+
+    step = 0
+
+    @property
+    def global_step(self) -> int:
+        return self.step
+
+
+@dataclass
+class Training:
+    """One way to train an expert on made-up images."""
+
+    config: ExpertConfig
+    device: str
+    images: int = 50_000
+
+    def learning(self, kind: type[ExpertLearning] = ExpertLearning) -> ExpertLearning:
+        """A fresh expert that learns."""
+        config = self.config
+        torch.manual_seed(0)
+        images = torch.randint(0, 256, (self.images, *SHAPE), dtype=torch.uint8)
+        batches = Batches(images, config.batch, seed=0)
+        return kind(config.build(SHAPE, schedule("vp_linear")), batches, config)
+
+    def fit(self, steps: int) -> float:
+        """Seconds per step through Lightning, after a quarter of the steps."""
+        marks: list[tuple[int, float]] = []
+
+        def report(step: int, _: float) -> None:
+            marks.append((step, time.perf_counter()))
+
+        folder = Path(tempfile.mkdtemp())
+        accelerator = "cpu" if self.device == "cpu" else "gpu"
+        try:
+            with mock.patch.object(train.fit, "_REPORTS", _REPORTS):
+                train.fit.fit(self.learning(), steps, self.config, folder, accelerator, report)
+        finally:
+            shutil.rmtree(folder)
+        return _seconds_per_step(marks)
+
+    def bare(self, steps: int) -> float:
+        """Seconds per step of the bare loop, after a quarter of the steps."""
+        marks = []
+        step = BareStep(self)
+        for n in range(1, steps + 1):
+            step()
+            if n % (steps // _REPORTS) == 0:
+                synchronize(self.device)
+                marks.append((n, time.perf_counter()))
+        return _seconds_per_step(marks)
+
+
+def _seconds_per_step(marks: list[tuple[int, float]]) -> float:
+    (first, began), (last, ended) = marks[0], marks[-1]
+    return (ended - began) / (last - first)
+
+
+class BareStep:
+    """A step of training, and its parts."""
+
+    def __init__(self, training: Training) -> None:
+        learning = training.learning(BareLearning).to(training.device)
+        assert isinstance(learning, BareLearning)
+        self.learning = learning
+        learning.on_fit_start()
+        learning.train()
+        self.device = training.device
+        self.config = training.config
+        self.weights: list[nn.Parameter] = [*learning.parameters()]
+        self.averages = [weight.detach().clone() for weight in self.weights]
+        found: dict[str, Any] = learning.configure_optimizers()
+        self.optimizer = found["optimizer"]
+        self.warmup = found["lr_scheduler"]["scheduler"]
+
+    def __call__(self) -> None:
+        self.forward_backward()
+        self.clip()
+        self.adam()
+        self.ema()
+
+    def forward_backward(self) -> None:
+        """The batch, its noise, the loss and its gradient."""
+        half = self.config.precision == "bf16-mixed"
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device, torch.bfloat16, enabled=half):
+            loss = self.learning.training_step(None, 0)
+        loss.backward()
+
+    def clip(self) -> None:
+        """Clip the gradient."""
+        self.config.clip(self.weights)
+
+    def adam(self) -> None:
+        """Adam and the warm-up's schedule."""
+        self.optimizer.step()
+        self.warmup.step()
+        self.learning.step += 1
+
+    def ema(self) -> None:
+        """The averaged weights."""
+        get_ema_multi_avg_fn(self.config.ema_decay)(self.averages, self.weights, 0)
+
+
+def variants(device: str) -> list[Variant]:
+    """The rows of the table."""
+    if device == "cpu":
+        configs = {"cifar10_tiny": _tiny()}
+        configs["cifar10_tiny, bf16"] = replace(configs["cifar10_tiny"], precision="bf16-mixed")
+    else:
+        configs = {f"{channels} channels, bf16, compiled": _gpu(channels) for channels in (64, 128)}
+    needs_s = 60 if device == "cpu" else 100
+    found = []
+    for rank, (name, config) in enumerate(configs.items()):
+        training = Training(config, device)
+        title = f"{name}, batch {config.batch}"
+        found.append(Variant(title, partial(_measured, training), rank, needs_s))
+        parts = partial(_parts, training)
+        found.append(Variant(f"{title}: ms of each part", parts, rank + 1, needs_s))
+    return found
+
+
+def _tiny() -> ExpertConfig:
+    loaded = OmegaConf.to_container(OmegaConf.load(TINY))
+    assert isinstance(loaded, dict)
+    section = loaded["expert"]
+    known = {f.name: section[f.name] for f in fields(ExpertConfig) if f.name in section}
+    known |= {"unet": UNetConfig(**section["unet"]), "precision": "32-true", "compile": False}
+    return ExpertConfig(**known)
+
+
+def _gpu(channels: int) -> ExpertConfig:
+    return ExpertConfig(
+        unet=UNetConfig(channels=channels),
+        parameterization="preconditioned",
+        loss_weight="min_snr",
+        batch=256,
+        precision="bf16-mixed",
+        compile=True,
+    )
+
+
+def _measured(training: Training) -> Figures:
+    sides: dict[str, Callable[[int], float]] = {"fit": training.fit, "bare": training.bare}
+    few = 2 * _REPORTS
+    estimate = min(side(few) for side in sides.values())  # and each has warmed up
+    steps = _REPORTS * max(2, min(100, int(_ROUND_S / estimate / _REPORTS)))
+    timing = Timing({name: [] for name in sides})
+    for _ in range(3):
+        for name, side in sides.items():
+            timing.seconds[name].append(side(steps))
+    batch = training.config.batch
+    network = training.learning().denoiser.network
+    return {
+        "Mparameters": parameters(network),
+        **timing.rates(("fit", "bare"), batch, "images/s"),
+        **timing.compared("fit", "bare"),
+        "bare ms/step": 1000 * timing.median("bare"),
+    }
+
+
+def _parts(training: Training) -> Figures:
+    step = BareStep(training)
+    batches = step.learning.batches
+    step()
+    sides = {
+        "whole step": step,
+        "batch": lambda: batches.x0(1),
+        "times": lambda: batches.times(1),
+        "noise": lambda: batches.noise(1),
+        "dropout seed": lambda: batches.seed_dropout(1),
+        "all up to backward": step.forward_backward,
+        "clip": step.clip,
+        "Adam": step.adam,
+        "EMA": step.ema,
+    }
+    timing = alternate(sides, training.device)
+    return {f"{side} ms": 1000 * timing.median(side) for side in sides}
