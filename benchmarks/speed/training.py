@@ -150,9 +150,9 @@ def variants(device: str) -> list[Variant]:
     for rank, (name, config) in enumerate(configs.items()):
         training = Training(config, device)
         title = f"{name}, batch {config.batch}"
-        found.append(Variant(title, partial(_measured, training), rank, needs_s))
+        found.append(Variant(title, partial(_measured, training), rank + 1, needs_s))
         parts = partial(_parts, training)
-        found.append(Variant(f"{title}: ms of each part", parts, rank + 1, needs_s))
+        found.append(Variant(f"{title}: ms of each part", parts, rank + 2, needs_s))
     return found
 
 
