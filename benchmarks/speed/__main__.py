@@ -17,7 +17,7 @@ from benchmarks.speed.measure import Record, Variant, brief
 from ddm.device import pick_device
 from ddm.errors import one_of, require
 
-SUBJECTS = ("network", "training", "routing", "targets")
+SUBJECTS = ("network", "training", "routing", "targets", "startup", "shapes")
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 log = logging.getLogger("speed")
@@ -56,6 +56,10 @@ def _run_all(arguments: argparse.Namespace) -> None:
     rows = [(name, variant) for name in names for variant in _variants(record, name)]
     for name, variant in sorted(rows, key=lambda row: row[1].rank):
         record.measure(name, variant)
+    from benchmarks.speed.page import write_page  # matplotlib, when all is measured
+
+    write_page(arguments.out)
+    log.info("the tables are in %s", arguments.out / "speed.md")
 
 
 def _variants(record: Record, name: str) -> list[Variant]:

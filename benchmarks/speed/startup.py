@@ -1,0 +1,57 @@
+"""Fresh processes from start to end: wall and CPU seconds, each the median of three."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from benchmarks.speed.measure import Figures, Variant, shown_range
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = {
+    "python -m train --help": ["-m", "train", "--help"],
+    "python -m train digits expert.stepz=3 (a typo)": ["-m", "train", "digits", "expert.stepz=3"],
+    "python -m serve --help": ["-m", "serve", "--help"],
+    "import serve": ["-c", "import serve"],
+    "import torch, for comparison": ["-c", "import torch"],
+}
+
+
+def variants(_: str) -> list[Variant]:
+    """The rows of the table."""
+    return [Variant(name, partial(process, name, words), 1) for name, words in COMMANDS.items()]
+
+
+def process(name: str, words: list[str], repeats: int = 3) -> Figures:
+    """Seconds of `python *words`, run `repeats` times.
+
+    Raises `RuntimeError` if it ends with another exit status than it should.
+    """
+    expected = 2 if "typo" in name else 0
+    wall, cpu = [], []
+    for _ in range(repeats):
+        before = os.times()
+        began = time.perf_counter()
+        found = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        wall.append(time.perf_counter() - began)
+        after = os.times()
+        cpu.append(
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
+        if found.returncode != expected:
+            last = (found.stderr.strip().splitlines() or [""])[-1]
+            raise RuntimeError(f"exit status {found.returncode}: {last}")
+    return {
+        "wall s": statistics.median(wall),
+        "wall s range": shown_range(wall),
+        "CPU s": statistics.median(cpu),
+        "CPU s range": shown_range(cpu),
+    }
