@@ -56,8 +56,10 @@ def _run_all(arguments: argparse.Namespace) -> None:
     rows = [(name, variant) for name in names for variant in _variants(record, name)]
     for name, variant in sorted(rows, key=lambda row: row[1].rank):
         record.measure(name, variant)
-    from benchmarks.speed.page import write_page  # matplotlib, when all is measured
+    from benchmarks.speed.page import section, write_page  # matplotlib, when all is measured
 
+    for name in names:
+        print(f"\n{section(machine.upper(), name, record.facts[name])}")
     write_page(arguments.out)
     log.info("the tables are in %s", arguments.out / "speed.md")
 

@@ -134,8 +134,9 @@ class BareStep:
         self.learning.step += 1
 
     def ema(self) -> None:
-        """The averaged weights."""
-        get_ema_multi_avg_fn(self.config.ema_decay)(self.averages, self.weights, 0)
+        """The averaged weights, which start from those after the first step."""
+        decay = self.config.ema_decay if self.learning.step > 1 else 0.0
+        get_ema_multi_avg_fn(decay)(self.averages, self.weights, 0)
 
 
 def variants(device: str) -> list[Variant]:

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import ablations, agreement, relaxation_rate, router_targets
+from benchmarks import ablations, agreement, relaxation_rate
 from benchmarks.lab import __main__ as lab
 from benchmarks.load import __main__ as load
+from benchmarks.speed import __main__ as speed
 from benchmarks.table import __main__ as table
 
 COMMANDS = {
@@ -15,7 +16,7 @@ COMMANDS = {
     "lab": lab.main,
     "load": load.main,
     "relaxation_rate": relaxation_rate.main,
-    "router_targets": router_targets.main,
+    "speed": speed.main,
     "table": table.main,
 }
 
@@ -48,7 +49,8 @@ def test_help_is_shown(name: str, word: str, capsys: pytest.CaptureFixture[str])
         (load.main, ["--clients=0"], "--clients must be at least 1, got 0"),
         (relaxation_rate.main, ["nowhere"], "nowhere"),
         (relaxation_rate.main, ["one", "two"], "unrecognized arguments: two"),
-        (router_targets.main, ["nowhere"], "CIFAR-10 is not in nowhere"),
+        (speed.main, ["netwrok"], "name must be one of network training"),
+        (speed.main, ["network", "--seconds=0"], "--seconds must be above 0, got 0"),
         (table.main, [], "give one config"),
         (table.main, ["configs/digits.yaml", "--page=x.json"], "give one config"),
         (table.main, ["--page=nowhere.json"], "nowhere.json"),

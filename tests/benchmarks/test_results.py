@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablations
+from benchmarks.speed import page as speed_page
 from benchmarks.table.measurements import made_by
 from benchmarks.table.results_page import main_table, page
 from ddm.artifacts import digest, sha256
@@ -25,12 +26,14 @@ RESULTS = ROOT / "docs" / "results"
 def complaints(folder: Path) -> list[str]:
     """What is wrong with a folder of results."""
     found = []
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    speeds = {f"{stem}.json" for stem in speed_page.MACHINES}
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name not in speeds]
+    records = {path.stem: json.loads(path.read_text()) for path in paths}
     tables = {name: record for name, record in records.items() if not name.startswith("ablations-")}
     files = set().union(*(record["files"] for record in tables.values()))
-    pages = {f"{name}.md" for name in tables} | {"README.md", "ablations.md"}
+    pages = {f"{name}.md" for name in tables} | {"README.md", "ablations.md", "speed.md"}
     for path in sorted(folder.iterdir()):
-        known = files | pages | {f"{name}.json" for name in records}
+        known = files | pages | speeds | {f"{name}.json" for name in records}
         if path.name not in known:
             found.append(f"{path.name} has no record")
     for name, record in tables.items():
@@ -49,6 +52,9 @@ def complaints(folder: Path) -> list[str]:
     measured = any(name.startswith("ablations-") for name in records)
     if measured and (folder / "ablations.md").read_text() != ablations.page(folder):
         found.append("ablations.md does not say what its records do")
+    written = folder / "speed.md"
+    if written.exists() and written.read_text() != speed_page.page(folder):
+        found.append("speed.md does not say what its records do")
     return found
 
 

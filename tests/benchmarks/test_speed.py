@@ -1,0 +1,187 @@
+"""The benchmarks of speed keep their budget and survive what fails. No test asserts a time."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import shapes, targets
+from benchmarks.speed.measure import (
+    Ceiling,
+    Figures,
+    Record,
+    Variant,
+    against_ceiling,
+    alternate,
+    brief,
+    flop_of,
+)
+from benchmarks.speed.page import page, write_page
+from benchmarks.speed.training import BareStep, Training
+from ddm.schedules import schedule
+from experts.denoiser import ExpertConfig
+from experts.unet import UNetConfig
+from router.targets import exact_posterior_rate
+from train.fit import fit
+
+
+def one() -> Figures:
+    return {"images/s": 1234.5678, "shown": "a|b"}
+
+
+def fail() -> Figures:
+    raise RuntimeError("no kernel in /opt/somewhere/lib.so\nmore")
+
+
+def endless() -> Figures:
+    while True:
+        time.sleep(0.01)
+
+
+def record(tmp_path: Path, seconds: float = 100) -> Record:
+    made = Record(tmp_path / "speed-cpu.json", "cpu", seconds, "python -m benchmarks.speed network")
+    made.start("network", "About networks.")
+    return made
+
+
+def rows(tmp_path: Path) -> list[dict[str, object]]:
+    facts = json.loads((tmp_path / "speed-cpu.json").read_text())
+    return facts["network"]["rows"]  # type: ignore[no-any-return]
+
+
+def test_an_error_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
+    made = record(tmp_path)
+    made.measure("network", Variant("bad", fail))
+    assert rows(tmp_path)[0]["error"] == "RuntimeError: no kernel in lib.so"  # written at once
+    made.measure("network", Variant("good", one))
+    assert rows(tmp_path)[1]["figures"] == {"images/s": 1235.0, "shown": "a|b"}
+
+
+def test_the_budget_is_kept(tmp_path: Path) -> None:
+    made = record(tmp_path, seconds=0.5)
+    made.measure("network", Variant("first", one, needs_s=0))
+    made.measure("network", Variant("endless", endless, needs_s=0))
+    made.measure("network", Variant("last", one, needs_s=0.1))
+    found = rows(tmp_path)
+    assert "figures" in found[0]
+    assert str(found[1]["not_measured"]).startswith("it did not end within")
+    assert found[2]["not_measured"] == "0 s needed, 0 left"
+
+
+def test_other_subjects_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
+    record(tmp_path).measure("network", Variant("good", one))
+    later = Record(tmp_path / "speed-cpu.json", "cpu", 10, "again")
+    later.start("targets", "About targets.")
+    later.measure("targets", Variant("bad", fail))
+    facts = json.loads((tmp_path / "speed-cpu.json").read_text())
+    assert list(facts) == ["network", "targets"]
+    assert "figures" in facts["network"]["rows"][0]
+
+
+def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
+    made = record(tmp_path)
+    made.measure("network", Variant("good", one))
+    made.measure("network", Variant("bad", fail))
+    write_page(tmp_path)
+    text = (tmp_path / "speed.md").read_text()
+    assert text == page(tmp_path)
+    assert "## network on a CPU\n\nAbout networks." in text
+    assert "| good | 1,235 | a/b |" in text
+    assert "- bad: failed: RuntimeError: no kernel in lib.so" in text
+
+
+def test_the_rows_of_lowest_rank_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def row(name: str, rank: int) -> Variant:
+        return Variant(name, lambda: called.append(name) or {}, rank)  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(targets, "variants", lambda _: [row("late", 1), row("first", 0)])
+    monkeypatch.setattr(shapes, "variants", lambda _: [row("later", 1), row("second", 0)])
+    assert speed.main(["targets", "shapes", "--device=cpu", f"--out={tmp_path}"]) == 0
+    assert called == ["first", "second", "late", "later"]
+
+
+def test_a_subject_that_cannot_be_imported_is_an_error_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "SUBJECTS", ("nothing", "shapes"))
+    monkeypatch.setattr(shapes, "variants", lambda _: [Variant("good", one)])
+    assert speed.main(["--device=cpu", f"--out={tmp_path}"]) == 0
+    facts = json.loads((tmp_path / "speed-cpu.json").read_text())
+    assert "No module named" in facts["nothing"]["rows"][0]["error"]
+    assert "figures" in facts["shapes"]["rows"][0]
+
+
+def test_sides_alternate_and_a_failing_one_is_left_out() -> None:
+    called: list[str] = []
+    sides = {"a": lambda: called.append("a"), "bad": fail, "b": lambda: called.append("b")}
+    timing = alternate(sides, "cpu", rounds=2, round_s=0)
+    assert called == ["a", "a", "b", "b", "a", "b", "a", "b"]
+    assert timing.errors == {"bad": "RuntimeError: no kernel in lib.so"}
+    assert len(timing.ratio("a", "b")) == 2
+    with pytest.raises(RuntimeError, match="no kernel"):
+        alternate({"bad": fail}, "cpu")
+
+
+def test_speed_and_share_follow_from_the_seconds() -> None:
+    timing = alternate({"a": int, "b": int, "ceiling": int}, "cpu", rounds=3, round_s=0)
+    timing.seconds = {"a": [1, 2, 3], "b": [2, 4, 12], "ceiling": [4, 8, 12]}
+    ceiling = Ceiling("float32", "cpu")
+    assert timing.rates(["a"], 6, "images/s") == {"a images/s": 3, "a ± %": 50}
+    assert timing.compared("a", "b") == {"a / b": 2, "a / b range": "2 to 4"}
+    shares = against_ceiling(timing, ["a"], ceiling.flop / 8, ceiling)
+    assert shares["a share of ceiling"] == pytest.approx(4 / 8)
+    assert shares["float32 ceiling TFLOP/s"] == pytest.approx(2 * 2048**3 / 8 / 1e12)
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 7)
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_operations_are_those_of_one_image() -> None:
+    x, t = torch.randn(3, 5), torch.zeros(3)
+    assert flop_of(Linear(), x, t, backward=False) == 2 * 5 * 7
+    assert flop_of(Linear(), x, t, backward=True) == 2 * 2 * 5 * 7  # and the weight's gradient
+
+
+def test_errors_name_no_folder_of_the_machine() -> None:
+    assert brief(OSError("~/x/y.py is not ./z")) == "OSError: y.py is not z"
+
+
+def test_the_bare_loop_is_the_loop_of_fit(tmp_path: Path) -> None:
+    unet = UNetConfig(channels=4, multipliers=[1], blocks=1, attention=[], dropout=0.1)
+    config = ExpertConfig(unet=unet, steps=3, batch=2, warmup_steps=2, learning_rate=0.01)
+    training = Training(config, "cpu", images=8)
+    fitted = training.learning()
+    fit(fitted, 3, config, tmp_path, "cpu", lambda step, loss: None)
+    bare = BareStep(training)
+    for _ in range(3):
+        bare()
+    for average, weight in zip(bare.averages, fitted.parameters(), strict=True):
+        torch.testing.assert_close(average, weight)
+
+
+def test_the_independent_targets_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(40) % 3
+    x0 = torch.randn(5, 1, 4, 4, generator=generator)
+    eps = torch.randn(5, 1, 4, 4, generator=generator)
+    t = torch.linspace(0.1, 1, 5)
+    process = schedule("vp_linear")
+    found = exact_posterior_rate(x0, eps, t, images, labels, process)
+    expected = targets.independent(x0, eps, t, images, labels, process)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
