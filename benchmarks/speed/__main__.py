@@ -13,11 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cli import Parser, run
-from benchmarks.speed.measure import Record, Variant, brief
+from benchmarks.speed.timing import Record, Variant, brief
 from ddm.device import pick_device
 from ddm.errors import one_of, require
 
-SUBJECTS = ("network", "training", "routing", "targets", "startup", "shapes")
+SUBJECTS = {  # name -> module
+    "network": "network",
+    "training": "expert_training",
+    "routing": "routed_sampling",
+    "targets": "exact_targets",
+    "startup": "startup",
+    "shapes": "shapes",
+}
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 log = logging.getLogger("speed")
@@ -42,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _run_all(arguments: argparse.Namespace) -> None:
     for name in arguments.names:
         if name not in SUBJECTS:
-            raise one_of("name", name, SUBJECTS)
+            raise one_of("name", name, tuple(SUBJECTS))
     require(arguments.seconds > 0, "--seconds", "be above 0", arguments.seconds)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
@@ -56,7 +63,7 @@ def _run_all(arguments: argparse.Namespace) -> None:
     rows = [(name, variant) for name in names for variant in _variants(record, name)]
     for name, variant in sorted(rows, key=lambda row: row[1].rank):
         record.measure(name, variant)
-    from benchmarks.speed.page import section, write_page  # matplotlib, when all is measured
+    from benchmarks.speed.speed_page import section, write_page  # matplotlib, when all is measured
 
     for name in names:
         print(f"\n{section(machine.upper(), name, record.facts[name])}")
@@ -67,8 +74,8 @@ def _run_all(arguments: argparse.Namespace) -> None:
 def _variants(record: Record, name: str) -> list[Variant]:
     """The rows of a subject, which it begins anew; one that fails if it cannot be imported."""
     try:
-        subject = importlib.import_module(f"benchmarks.speed.{name}")
-        record.start(name, subject.__doc__)
+        subject = importlib.import_module(f"benchmarks.speed.{SUBJECTS[name]}")
+        record.start(name, subject.__doc__ or "")
         return subject.variants(record.device)
     except Exception as error:
         message = brief(error)

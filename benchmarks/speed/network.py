@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.measure import (
+from benchmarks.speed.timing import (
     Call,
     Ceiling,
     Figures,

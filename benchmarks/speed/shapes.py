@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.measure import (
+from benchmarks.speed.timing import (
+    Call,
     Ceiling,
     Figures,
     Variant,
@@ -75,7 +76,10 @@ def measured(sizes: dict[str, Any], batch: int) -> Figures:
     figures: Figures = {"Mparameters": parameters(network), "GFLOP/step": flop / 1e9}
     ceilings = {name: Ceiling(name, "cpu") for name in ("float32", "bfloat16")}
     for name, ceiling in ceilings.items():
-        sides = {name: partial(step, name == "bfloat16"), "ceiling": ceiling.call()}
+        sides: dict[str, Call] = {
+            name: partial(step, name == "bfloat16"),
+            "ceiling": ceiling.call(),
+        }
         timing = alternate(sides, "cpu", most_s=10)
         figures[f"{name} ms/step"] = 1000 * timing.median(name)
         figures[f"{name} ± %"] = spread(timing.seconds[name])

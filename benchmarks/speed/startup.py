@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.speed.measure import Figures, Variant, shown_range
+from benchmarks.speed.timing import Figures, Variant, shown_range
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablations
-from benchmarks.speed import page as speed_page
+from benchmarks.speed import speed_page
 from benchmarks.table.measurements import made_by
 from benchmarks.table.results_page import main_table, page
 from ddm.artifacts import digest, sha256

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import shapes, targets
-from benchmarks.speed.measure import (
+from benchmarks.speed import exact_targets, shapes
+from benchmarks.speed.expert_training import BareStep, Training
+from benchmarks.speed.speed_page import page, write_page
+from benchmarks.speed.timing import (
     Ceiling,
     Figures,
     Record,
@@ -20,8 +22,6 @@ from benchmarks.speed.measure import (
     brief,
     flop_of,
 )
-from benchmarks.speed.page import page, write_page
-from benchmarks.speed.training import BareStep, Training
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
 from experts.unet import UNetConfig
@@ -102,7 +102,7 @@ def test_the_rows_of_lowest_rank_come_first(
     def row(name: str, rank: int) -> Variant:
         return Variant(name, lambda: called.append(name) or {}, rank)  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(targets, "variants", lambda _: [row("late", 1), row("first", 0)])
+    monkeypatch.setattr(exact_targets, "variants", lambda _: [row("late", 1), row("first", 0)])
     monkeypatch.setattr(shapes, "variants", lambda _: [row("later", 1), row("second", 0)])
     assert speed.main(["targets", "shapes", "--device=cpu", f"--out={tmp_path}"]) == 0
     assert called == ["first", "second", "late", "later"]
@@ -111,7 +111,7 @@ def test_the_rows_of_lowest_rank_come_first(
 def test_a_subject_that_cannot_be_imported_is_an_error_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed, "SUBJECTS", ("nothing", "shapes"))
+    monkeypatch.setattr(speed, "SUBJECTS", {"nothing": "nothing", "shapes": "shapes"})
     monkeypatch.setattr(shapes, "variants", lambda _: [Variant("good", one)])
     assert speed.main(["--device=cpu", f"--out={tmp_path}"]) == 0
     facts = json.loads((tmp_path / "speed-cpu.json").read_text())
@@ -182,6 +182,6 @@ def test_the_independent_targets_agree() -> None:
     t = torch.linspace(0.1, 1, 5)
     process = schedule("vp_linear")
     found = exact_posterior_rate(x0, eps, t, images, labels, process)
-    expected = targets.independent(x0, eps, t, images, labels, process)
+    expected = exact_targets.independent(x0, eps, t, images, labels, process)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)

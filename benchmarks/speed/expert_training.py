@@ -20,7 +20,15 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import train.fit
-from benchmarks.speed.measure import Figures, Timing, Variant, alternate, parameters, synchronize
+from benchmarks.speed.timing import (
+    Call,
+    Figures,
+    Timing,
+    Variant,
+    alternate,
+    parameters,
+    synchronize,
+)
 from ddm.schedules import schedule
 from ddm.training import Batches
 from experts.denoiser import ExpertConfig
@@ -200,7 +208,7 @@ def _parts(training: Training) -> Figures:
     step = BareStep(training)
     batches = step.learning.batches
     step()
-    sides = {
+    sides: dict[str, Call] = {
         "whole step": step,
         "batch": lambda: batches.x0(1),
         "times": lambda: batches.times(1),

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measure import Figures, Variant, alternate, parameters
+from benchmarks.speed.timing import Figures, Variant, alternate, parameters
 from ddm.gaussian import Gaussians
 from ddm.samplers import sample
 from ddm.schedules import Schedule, schedule
@@ -49,7 +49,14 @@ def variants(device: str) -> list[Variant]:
     for rank, source in enumerate(("posterior", "gaussian")):
         for k in COUNTS:
             work = partial(measured, device, sizes(device), k, source)
-            found.append(Variant(f"K = {k}, source {source}", work, 3 * rank, needs_s=30))
+            found.append(
+                Variant(
+                    f"K = {k}, source {source}",
+                    work,
+                    3 * rank,
+                    needs_s=60 if device == "cpu" else 20,
+                )
+            )
     return found
 
 

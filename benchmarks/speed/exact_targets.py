@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.speed.measure import Call, Ceiling, Figures, Variant, alternate
+from benchmarks.speed.timing import Call, Ceiling, Figures, Variant, alternate
 from ddm.errors import DdmError
 from ddm.schedules import Schedule, schedule
 from ddm.training import to_float
