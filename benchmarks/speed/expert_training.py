@@ -4,6 +4,7 @@ Made-up images. `fit` reports its loss four times; a training of more than 800 s
 rarely.
 """
 
+import itertools
 import shutil
 import tempfile
 import time
@@ -207,11 +208,16 @@ def _measured(training: Training) -> Figures:
 def _parts(training: Training) -> Figures:
     step = BareStep(training)
     batches = step.learning.batches
+    numbers = itertools.count()  # what is drawn for a step is kept until another is asked for
+
+    def draw(n: int) -> None:
+        batches.x0(n)
+        batches.times(n)
+
     step()
     sides: dict[str, Call] = {
         "whole step": step,
-        "batch": lambda: batches.x0(1),
-        "times": lambda: batches.times(1),
+        "batch and times": lambda: draw(next(numbers)),
         "noise": lambda: batches.noise(1),
         "dropout seed": lambda: batches.seed_dropout(1),
         "all up to backward": step.forward_backward,
