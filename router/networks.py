@@ -98,6 +98,8 @@ class RouterConfig(FitConfig):
             "be above 0 where posterior_weight is 0",
             0,
         )
+        known = self.precision != "auto"
+        require(known, "precision", "be one of 32-true bf16-mixed 16-mixed", self.precision)
         require(self.samples >= 1, "samples", "be at least 1", self.samples)
         rising = len(self.bands) == 2 and self.t_min < self.bands[0] < self.bands[1] < 1
         require(rising, "bands", "be two rising times in (t_min, 1)", self.bands)

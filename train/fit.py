@@ -155,6 +155,7 @@ def fit(
     Raises `NotFiniteError` at the first loss, gradient or weight that is not finite, `ArtifactError` if the checkpoints are
     damaged, and `Stopped` after a signal, with a checkpoint saved.
     """
+    assert config.precision != "auto"  # it is settled before a stage begins
     folder.mkdir(parents=True, exist_ok=True)
     saved = read_resume(folder)
     done = 0 if saved is None else int(saved["global_step"])

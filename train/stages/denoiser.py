@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddm.artifacts import check_sha256, file_of, read_facts, write_artifact
 from ddm.bundle import Artifact, read_artifact
-from ddm.errors import ArtifactError, ConfigError
+from ddm.errors import ArtifactError, ConfigError, within
 from ddm.gaussian import MOMENTS, moments
 from ddm.partition import Partition
 from ddm.schedules import schedule
@@ -19,6 +19,7 @@ from experts.denoiser import ExpertConfig
 from experts.expert_module import ExpertLearning
 from train.config import Config, plain
 from train.fit import NotFiniteError, Report, fit
+from train.launch import cores
 from train.resume import drop_resume
 from train.run_folder import read_partition
 
@@ -32,6 +33,14 @@ def expert_config(config: Config) -> ExpertConfig:
     return ExpertConfig(
         **{field.name: getattr(config.expert, field.name) for field in fields(ExpertConfig)}
     )
+
+
+def threads_per_expert(config: Config, k: int) -> int:
+    """The CPU threads that train one of k experts: a function of the machine and the config, never of what is left to do.
+
+    On a CPU, the last bits of an expert's weights depend on this number, on the kind of machine and on torch's version.
+    """
+    return config.expert.threads or max(1, cores() // min(k, cores()))
 
 
 def seed_stem(config: Config) -> Path:
@@ -48,8 +57,26 @@ def initial(config: Config) -> Path | None:
 
 
 def hash_of(stem: Path | None) -> list[str]:
-    """The hash of what is started from, if anything is, for the keys of what starts there."""
-    return [] if stem is None else [read_facts(stem)["sha256"]]
+    """The hash of what is started from, if anything is, for the keys of what starts there.
+
+    Raises `ArtifactError` naming the file if it is missing.
+    """
+    if stem is None:
+        return []
+    if not file_of(stem, ".json").exists():
+        raise ArtifactError(
+            f"{file_of(stem, '.json')} is missing: run the stage 'seed_model' first, or let "
+            "expert.init name another artifact"
+        )
+    return [read_facts(stem)["sha256"]]
+
+
+def check_networks(config: Config, partition: Partition) -> None:
+    """Raise `ConfigError` naming a size that cannot be: before the first network is trained, not after days."""
+    with within("expert.unet"):
+        config.expert.unet.check(partition.shape)
+    with within("router.net"):
+        config.router.net.check(partition.shape)
 
 
 def train_denoiser(

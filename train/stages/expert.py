@@ -7,15 +7,24 @@ from functools import partial
 from pathlib import Path
 
 from ddm.artifacts import digest
-from ddm.errors import ConfigError, DdmError, within
+from ddm.errors import ConfigError, DdmError
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
 from train.config import Config, changed
-from train.launch import OnProgress, cores, run_jobs, workers_for
+from train.launch import OnProgress, run_jobs, workers_for
+from train.precision import with_precision
 from train.progress import bars
 from train.resume import drop_resume
 from train.run_folder import claim, read_partition
-from train.stages.denoiser import artifact_is_made, expert_config, hash_of, initial, train_denoiser
+from train.stages.denoiser import (
+    artifact_is_made,
+    check_networks,
+    expert_config,
+    hash_of,
+    initial,
+    threads_per_expert,
+    train_denoiser,
+)
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +32,6 @@ log = logging.getLogger(__name__)
 def expert_stem(config: Config, k: int) -> Path:
     """The path of expert k's artifact, without a suffix."""
     return config.folder / "experts" / f"{k:02d}" / "expert"
-
-
-def threads_per_expert(config: Config, k: int) -> int:
-    """The CPU threads that train one of k experts: a function of the machine and the config, never of what is left to do.
-
-    On a CPU, the last bits of an expert's weights depend on this number, on the kind of machine and on torch's version.
-    """
-    return config.expert.threads or max(1, cores() // min(k, cores()))
 
 
 def _key(config: Config, partition: Partition, k: int) -> str:
@@ -54,10 +55,8 @@ def train_experts(config: Config) -> None:
     An expert that fails costs only itself: the others are trained first, then `DdmError` names it.
     """
     partition = read_partition(config)
-    with within("expert.unet"):
-        config.expert.unet.check(partition.shape)
-    with within("router.net"):  # now, not after days of training experts
-        config.router.net.check(partition.shape)
+    check_networks(config, partition)
+    asked, config = config, with_precision(config)
     index, k = config.expert.index, partition.k
     if index is not None and index >= k:
         raise ConfigError(
@@ -69,7 +68,7 @@ def train_experts(config: Config) -> None:
         log.info("expert     up to date: %d of %d", len(wanted) - len(todo), len(wanted))
     if not todo:
         return
-    claim(config)
+    claim(asked)
     began = time.monotonic()
     results = _train(config, partition, todo)
     _raise_first(config, todo, results)

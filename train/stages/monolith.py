@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ddm.errors import ArtifactError
 from train.config import Config, EvaluateConfig, SeedModelConfig
+from train.precision import with_precision
 from train.run_folder import check_claim, read_partition
 from train.stages.bundle import make_bundle
 from train.stages.denoiser import initial
@@ -21,6 +22,7 @@ def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Co
     `one-model-time`: as many as one expert, so that it takes as long, where each expert has a machine of its own.
     Both have an expert's network, and start from what the experts start from.
     """
+    config = with_precision(config)
     k, steps = read_partition(config).k, config.expert.steps
     alike = steps * k if evaluation.monolith_steps is None else evaluation.monolith_steps
     rows = {"one-model": ("monolith", alike), "one-model-time": ("monolith-time", steps)}

@@ -15,10 +15,17 @@ from ddm.rng import RngStream, derive_seed
 from experts.denoiser import ExpertConfig
 from train.config import Config, changed
 from train.launch import OnProgress, run_jobs
+from train.precision import with_precision
 from train.progress import bars
 from train.resume import drop_resume
 from train.run_folder import claim, read_partition
-from train.stages.denoiser import artifact_is_made, expert_config, seed_stem, train_denoiser
+from train.stages.denoiser import (
+    artifact_is_made,
+    check_networks,
+    expert_config,
+    seed_stem,
+    train_denoiser,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +43,14 @@ def train_seed_model(config: Config) -> None:
         raise ConfigError(
             "seed_model.steps must be 0 where expert.init names a seed model of its own"
         )
+    asked, config = config, with_precision(config)
     partition, stem = read_partition(config), seed_stem(config)
+    check_networks(config, partition)
     if artifact_is_made(stem, _key(config, _images(config, partition).hash), "seed_model"):
         drop_resume(stem.parent)  # left by a kill right after the artifact was written
         log.info("seed_model up to date")
         return
-    claim(config)
+    claim(asked)
     began = time.monotonic()
     with bars() as progress:
         task = progress.add_task("seed model", total=config.seed_model.steps, note="")
