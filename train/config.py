@@ -348,8 +348,13 @@ def plain(config: Any) -> Any:
 
 def changed(config: Any) -> dict[str, Any]:
     """The keys of a config that are not at their defaults, for hashes: a key that is added later does not change them."""
-    usual = plain(type(config)())
-    return {key: value for key, value in plain(config).items() if value != usual[key]}
+    usual, found = type(config)(), {}
+    for key, value in vars(config).items():
+        if is_dataclass(value):
+            found[key] = changed(value)
+        elif value != getattr(usual, key):
+            found[key] = plain(value)
+    return found
 
 
 def default_config() -> Path:
