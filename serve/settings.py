@@ -27,7 +27,7 @@ class LimitsConfig:
     send_timeout_s: for a client that does not read its answer; then it is cut off
     keep_alive_s: how long a connection without a request is kept; not behind Ray's proxy
     connections: open at once; beyond it idle ones are closed; not behind Ray's proxy
-    pending: image steps that are accepted and not done; beyond it 429
+    pending: expert evaluations that are accepted and not done; beyond it 429
     deadline_s: from a request to its last image; beyond it 504
     """
 

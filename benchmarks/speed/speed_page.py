@@ -45,12 +45,15 @@ def section(machine: str, subject: str, found: Mapping[str, Any]) -> str:
     )
     how = f"`{found['command']}`, {found['date']}, commit {found['commit']}. {where}."
     rows = [row for row in found["rows"] if "figures" in row]
-    others = [row for row in found["rows"] if "figures" not in row]
+    failed = [row for row in found["rows"] if "error" in row]
+    late = [row["name"] for row in found["rows"] if "not_measured" in row]
     parts = [f"## {subject} on a {machine}", found["about"], how]
     if rows:
         parts.append(_table(rows))
-    if others:
-        parts.append("\n".join(f"- {row['name']}: {_why(row)}" for row in others))
+    if failed:
+        parts.append("\n".join(f"- {row['name']} failed: {row['error']}" for row in failed))
+    if late:
+        parts.append(f"Not measured, for lack of time: {'; '.join(late)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,12 +64,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     return table(["", *columns], cells)
-
-
-def _why(row: Mapping[str, Any]) -> str:
-    if "error" in row:
-        return f"failed: {row['error']}"
-    return f"not measured: {row['not_measured']}"
 
 
 def shown(value: float | str) -> str:

@@ -44,7 +44,7 @@ METRICS = {
     ),
     "rejections": Metric("counter", "Requests turned away, by reason", "reason"),
     "images": Metric("counter", "Images made"),
-    "pending_cost": Metric("gauge", "Images times steps that were accepted and are still to come"),
+    "pending_cost": Metric("gauge", "Expert evaluations that were accepted and are still to come"),
     "active_requests": Metric("gauge", "Requests accepted and not yet answered"),
     "queue_length": Metric("gauge", "Images that wait for an expert", "expert"),
     "expert_alive": Metric(

@@ -100,7 +100,7 @@ class Engine:
 
     @property
     def cost(self) -> int:
-        """Images × denoiser calls that are accepted and not done."""
+        """Expert evaluations that are accepted and not done."""
         return sum(request.cost for request in self.requests)
 
     def waiting(self, k: int) -> int:

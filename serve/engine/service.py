@@ -115,14 +115,14 @@ class Service:
             lambda model, folder, turn: local_experts(model, turn, settings.serve.compile)
         )
         self._observer: asyncio.Task[None] | None = None
-        self._pace = 0.0  # image steps a second, lately
+        self._pace = 0.0  # expert evaluations a second, lately
         self._switching = asyncio.Lock()
         # Loaded, until `start`.
         self._first: tuple[Model, Path] | None = (self._load(settings.run), Path(settings.run))
 
     @property
     def pending(self) -> int:
-        """Images × denoiser calls that are accepted and not done."""
+        """Expert evaluations that are accepted and not done."""
         return sum(each.request.cost for version in self.versions for each in version.admitted)
 
     async def start(self) -> None:
@@ -215,7 +215,9 @@ class Service:
         pending, limit = self.pending, self.settings.serve.limits.pending
         if pending and pending + cost > limit:
             wait_s = pending / self._pace if self._pace else 1.0
-            message = f"{pending} image steps are pending, and {cost} more would exceed {limit}"
+            message = (
+                f"{pending} expert evaluations are pending, and {cost} more would exceed {limit}"
+            )
             raise BusyError(message, int(min(60, max(1, wait_s))))
 
     def _plan(self, model: Model, given: dict[str, Any]) -> SamplingPlan:

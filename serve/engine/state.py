@@ -1,6 +1,7 @@
 """Requests and the images under way."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -56,8 +57,15 @@ class Request:
 
     @property
     def cost(self) -> int:
-        """Images × denoiser calls that are not done."""
-        return (len(self.index) - len(self.images)) * self.denoiser_calls
+        """About how many expert evaluations the images need that are not finished."""
+        return math.ceil((len(self.index) - len(self.images)) * self.nfe_per_image)
+
+    @property
+    def nfe_per_image(self) -> float:
+        """About how many expert evaluations an image needs."""
+        router = self.plan.router
+        assert router.pi is not None
+        return self.denoiser_calls * router.policy.nfe_per_step(len(router.pi))
 
     @property
     def active(self) -> int:

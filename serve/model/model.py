@@ -282,7 +282,11 @@ class Model:
         if len(self.names) == 1 or source == "prior":
             return Stateless(prior(self.pi))
         if source == "analytic":
-            return Stateless(self._exact())
+
+            def exact(x: Tensor, t: Tensor) -> Tensor:
+                return self._exact(x, t)
+
+            return Stateless(exact)  # not the method itself, which would hold the model
         if source == "gaussian":
             return Stateless(partial(self.gaussians.posterior, pi=self.pi))
         assert self.posterior is not None
@@ -326,7 +330,8 @@ class Model:
         images, _calls = drive(plan.trajectory(plan.start(seed, index), seed, index), denoise)
         return (images.clamp(-1, 1) if config.clip else images), routed
 
-    def _exact(self) -> Alpha:
+    def _exact(self, x: Tensor, t: Tensor) -> Tensor:
+        """alpha over the training set, which is read at the first call: on no event loop."""
         if self._analytic is None:
             assert self._images is not None
             whole = self._images()
@@ -337,7 +342,7 @@ class Model:
                 schedule=self.schedule,
                 k=len(self.pi),
             )
-        return self._analytic
+        return self._analytic(x, t)
 
 
 def _check_whole(key: str, value: Any, least: int) -> None:

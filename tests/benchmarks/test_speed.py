@@ -91,7 +91,7 @@ def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
     assert text == page(tmp_path)
     assert "## network on a CPU\n\nAbout networks." in text
     assert "| good | 1,235 | a/b |" in text
-    assert "- bad: failed: RuntimeError: no kernel in lib.so" in text
+    assert "- bad failed: RuntimeError: no kernel in lib.so" in text
 
 
 def test_the_rows_of_lowest_rank_come_first(

@@ -14,6 +14,7 @@ from ddm.bundle import MANIFEST
 from ddm.errors import require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
+from router.policies import policy
 from train.config import Config, EvaluateConfig, plain
 from train.evaluation.classifier import check_classes, classes_of, held_out
 from train.evaluation.feature_files import feature_files, reference_file
@@ -292,16 +293,8 @@ def _nfe_per_step(method: Method, config: Config, k: int) -> float:
     """About how many experts a step evaluates per image: the longest work starts first."""
     if method.run != config.run:
         return 1.0
-    match method.settings["policy"]:
-        case "full":
-            return float(k)
-        case "top_k":
-            return float(method.settings.get("top_k", 1))
-        case "nucleus":
-            return 2.0
-        case "adaptive":
-            return 1.5
-    return 1.0
+    chosen = policy(method.settings["policy"], top_k=method.settings.get("top_k", 1))
+    return chosen.nfe_per_step(k)
 
 
 def _fits(cells: Sequence[Cell]) -> dict[str, dict[str, PowerLaw]]:

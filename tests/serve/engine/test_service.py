@@ -243,7 +243,7 @@ def test_beyond_the_pending_cost_requests_are_turned_away_until_there_is_room_ev
             ]  # accepted, not yet made
             assert service.pending == 10 * STEPS
             with pytest.raises(
-                BusyError, match=f"{10 * STEPS} image steps are pending, and {STEPS} more"
+                BusyError, match=f"{10 * STEPS} expert evaluations are pending, and {STEPS} more"
             ) as busy:
                 service.admit(SamplingParams(1))
             assert busy.value.retry_after_s >= 1

@@ -619,7 +619,10 @@ def test_more_than_may_be_pending_is_429_with_a_time_to_come_back(small_run: Pat
         assert refused.status == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.error["type"] == "busy"
-        assert "20 image steps are pending, and 8 more would exceed 25" in refused.error["message"]
+        assert (
+            "20 expert evaluations are pending, and 8 more would exceed 25"
+            in refused.error["message"]
+        )
         assert it.counted("rejections_total", reason="busy") == 1
         assert it.counted("requests_total", status="429") == 1
         fits = Client(it.app, "/v1/samples", b'{"n": 1}')
