@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,9 +61,11 @@ class Request:
         """About how many expert evaluations the images need that are not finished."""
         return math.ceil((len(self.index) - len(self.images)) * self.nfe_per_image)
 
-    @property
+    @cached_property
     def nfe_per_image(self) -> float:
-        """About how many expert evaluations an image needs."""
+        """About how many expert evaluations an image needs; cached, because what is pending is
+        summed over all requests for each new one.
+        """
         router = self.plan.router
         assert router.pi is not None
         return self.denoiser_calls * router.policy.nfe_per_step(len(router.pi))

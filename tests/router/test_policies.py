@@ -431,3 +431,16 @@ def test_a_policy_that_cannot_be_is_refused_by_key_rule_and_value(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         policy(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_evaluations_per_step_are_about_those_that_are_made() -> None:
+    alpha = torch.rand(4000, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    alpha = (6 * alpha).softmax(dim=1)
+    cases = [(name, {}) for name in ("full", "fixed", "switching", "stochastic", "balanced")]
+    for name, more in [*cases, ("top_k", {"top_k": 3}), ("top_k", {"top_k": 9})]:
+        chosen = policy(name, **more)
+        u = first_uniforms(0, torch.arange(len(alpha)))
+        found, _ = chosen.choose(alpha, chosen.start(alpha, u), u)
+        assert float(found.sum(dim=1).double().mean()) == chosen.nfe_per_step(6), name
+    assert policy("adaptive", budget=1.25).nfe_per_step(6) == 1.25
+    assert policy("adaptive", budget=1.25).nfe_per_step(1) == policy("nucleus").nfe_per_step(1) == 1

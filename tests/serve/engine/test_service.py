@@ -605,3 +605,19 @@ def test_the_gauges_are_what_is_pending_waiting_and_alive(small_run: Path) -> No
             assert gauges.seen["pending_cost", ""] == 0
 
     run(work)
+
+
+def test_a_request_of_all_experts_costs_k_times_as_much_and_is_admitted_without_the_training_images(
+    small_run: Path,
+) -> None:
+    async def work() -> None:
+        async with serving(small_run) as service:
+            assert service.current is not None
+            service.current.model._images = lambda: pytest.fail("read on the event loop")
+            order = service.admit(
+                SamplingParams(4, settings={"policy": "full", "source": "analytic"})
+            )
+            assert service.pending == 4 * STEPS * 3
+            del order
+
+    run(work)
