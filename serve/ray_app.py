@@ -55,7 +55,7 @@ from serve.model.loading import (  # noqa: E402
     bundle_folder,
     load_expert,
 )
-from serve.settings import Settings, settings  # noqa: E402
+from serve.settings import ServePrecision, Settings, settings  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +69,12 @@ _QUEUED_CALLS = 8  # per replica: computed one after another, without waiting fo
 class ExpertReplica:
     """One expert in one process. Loads a version of the bundle when a call first asks for it."""
 
-    def __init__(self, k: int, folder: str, device: str, compiled: bool) -> None:
+    def __init__(
+        self, k: int, folder: str, device: str, precision: ServePrecision, compiled: bool
+    ) -> None:
         self.k = k
         self.device = torch.device(pick_device(device))
-        self.compiled = compiled
+        self.precision, self.compiled = precision, compiled
         self.runners: dict[str, Runner] = {}
         self.turn = ThreadPoolExecutor(1)
         self._load(folder)
@@ -97,8 +99,10 @@ class ExpertReplica:
         return self.runners[version](torch.tensor(x), torch.tensor(t)).numpy()
 
     def _load(self, folder: str) -> str:
-        denoiser, version = load_expert(folder, self.k, self.device)
-        self.runners[version] = Runner(denoiser, self.device, self.compiled)
+        denoiser, shape, version = load_expert(folder, self.k, self.device)
+        runner = Runner(denoiser, self.device, self.precision, self.compiled)
+        runner.warm_up(shape)
+        self.runners[version] = runner
         for old in list(self.runners)[:-_KEPT_VERSIONS]:
             del self.runners[old]
         return version
@@ -305,7 +309,13 @@ def _expert(config: Settings, k: int, name: str) -> ray_serve.Application:
             graceful_shutdown_wait_loop_s=0.2,
             **_scale(ray_config.replicas, ray_config.max_replicas),
         )
-        .bind(k, config.run, config.serve.device, config.serve.compile)
+        .bind(
+            k,
+            config.run,
+            config.serve.device,
+            config.serve.precision,
+            config.serve.compile,
+        )
     )
 
 

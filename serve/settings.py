@@ -65,6 +65,9 @@ class RayConfig:
     service_cpus: float = 1.0
 
 
+ServePrecision = Literal["float32", "bf16"]
+
+
 @dataclass
 class ServeConfig:
     """Where and how a bundle is served.
@@ -76,7 +79,8 @@ class ServeConfig:
     open: allow a host other than this machine's own without a token
     placement: experts in this process (local) or as Ray deployments (ray)
     device: a torch device, or auto: cuda if there is one, else cpu
-    compile: compile the networks with torch.compile
+    precision: of the experts' networks, float32 or bf16; the images under way are float32
+    compile: compile the networks with torch.compile, once, before the server answers
     max_batch: images per call of an expert, above 0
     max_active: images under way at once, above 0
     call_timeout_s: for one call of a remote expert, above 0
@@ -92,6 +96,7 @@ class ServeConfig:
     open: bool = False
     placement: Literal["local", "ray"] = "local"
     device: str = "auto"
+    precision: ServePrecision = "float32"
     compile: bool = False
     max_batch: int = 64
     max_active: int = 256

@@ -1,38 +1,51 @@
 """Experts in this process."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from serve.engine.expert import in_thread
 from serve.model.model import Model
+from serve.settings import ServePrecision
 
 
 class Runner:
     """One expert's network on its device: `(x [B, C, H, W], t [B]) -> [B, C, H, W]`, on x's device.
 
-    A compiled network gets batches padded to a power of two, so that it is compiled for few sizes.
+    precision: with bf16, its convolutions and products are in bfloat16; x and the answer are not.
+    compiled: compile it, once for batches of any size and for all experts of a process, whose
+    networks differ in weights alone. `warm_up` does it, so that no request waits for it.
     """
 
     def __init__(
         self,
         denoiser: Callable[[Tensor, Tensor], Tensor],
         device: torch.device,
+        precision: ServePrecision = "float32",
         compiled: bool = False,
     ) -> None:
-        self.device, self.compiled = device, compiled
-        self.denoiser = torch.compile(denoiser, dynamic=False) if compiled else denoiser
+        self.device, self.compiled, self.half = device, compiled, precision == "bf16"
+        self.denoiser = torch.compile(denoiser) if compiled else denoiser
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         size = len(x)
+        images, times = x.to(self.device), t.to(self.device, torch.float32)
         if self.compiled:
-            padding = (1 << (size - 1).bit_length()) - size
-            x = torch.cat([x, x[-1:].expand(padding, *x.shape[1:])])
-            t = torch.cat([t, t[-1:].expand(padding)])
-        return self.denoiser(x.to(self.device), t.to(self.device, torch.float32))[:size].to(x)
+            if size == 1:  # for which it would be compiled apart
+                images, times = images.repeat(2, 1, 1, 1), times.repeat(2)
+            images, times = images.contiguous(), times.contiguous()
+            torch._dynamo.maybe_mark_dynamic(images, 0)
+            torch._dynamo.maybe_mark_dynamic(times, 0)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            return self.denoiser(images, times)[:size].to(x)
+
+    def warm_up(self, shape: Sequence[int]) -> None:
+        """Compile it, if it is to be compiled, for images `[C, H, W]`."""
+        if self.compiled:
+            self(torch.zeros(2, *shape), torch.full((2,), 0.5))
 
 
 class LocalExpert:
@@ -51,8 +64,13 @@ class LocalExpert:
 
 
 def local_experts(
-    model: Model, turn: asyncio.Semaphore, compiled: bool = False
+    model: Model,
+    turn: asyncio.Semaphore,
+    precision: ServePrecision = "float32",
+    compiled: bool = False,
 ) -> list[LocalExpert]:
     """All experts of a model, in this process."""
-    runners = [Runner(expert, model.device, compiled) for expert in model.experts]
+    runners = [Runner(expert, model.device, precision, compiled) for expert in model.experts]
+    for runner in runners:
+        runner.warm_up(model.shape)
     return [LocalExpert(f"expert-{k:02d}", run, turn) for k, run in enumerate(runners)]

@@ -112,7 +112,9 @@ class Service:
         self.began_s = int(time.time())
         self._remote = connect is not None
         self._connect = connect or (
-            lambda model, folder, turn: local_experts(model, turn, settings.serve.compile)
+            lambda model, folder, turn: local_experts(
+                model, turn, settings.serve.precision, settings.serve.compile
+            )
         )
         self._observer: asyncio.Task[None] | None = None
         self._pace = 0.0  # expert evaluations a second, lately

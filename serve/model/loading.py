@@ -51,8 +51,9 @@ def bundle_folder(folder: str | Path) -> Path:
 
 def load_expert(
     folder: str | Path, k: int, device: str | torch.device = "auto"
-) -> tuple[Denoiser, str]:
-    """Expert k of a run or a bundle, and the bundle's version; no other artifact is read.
+) -> tuple[Denoiser, list[int], str]:
+    """Expert k of a run or a bundle, the shape `[C, H, W]` of its images, and the bundle's version;
+    no other artifact is read.
 
     Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
     """
@@ -61,4 +62,5 @@ def load_expert(
     if not bundle.experts:
         raise ArtifactError(f"{inner} has no expert {k}, it has {bundle.partition.k}")
     where = torch.device(pick_device(str(device)))
-    return build_expert(bundle.experts[0], build_schedule(bundle), where), bundle.version
+    denoiser = build_expert(bundle.experts[0], build_schedule(bundle), where)
+    return denoiser, bundle.partition.shape, bundle.version

@@ -3,7 +3,9 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from serve import load
 from serve.engine.local_expert import LocalExpert, Runner, local_experts
 from serve.engine.scheduler import Engine
 from serve.engine.state import Request
+from serve.settings import ServePrecision
 
 
 def affine(x: Tensor, t: Tensor) -> Tensor:
@@ -27,29 +30,36 @@ def test_a_runner_answers_as_its_network_in_the_type_of_what_it_was_asked() -> N
         torch.testing.assert_close(answer, (3 * x + t.float().reshape(-1, 1, 1, 1)).to(dtype))
 
 
-def test_a_compiled_network_sees_only_powers_of_two_and_answers_no_more_than_it_was_asked(
-    monkeypatch: pytest.MonkeyPatch,
+def test_experts_are_compiled_once_for_all_sizes_of_batches_and_before_the_first_request(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = []
+    graphs: list[object] = []
 
-    def compiled(
-        network: Callable[[Tensor, Tensor], Tensor], dynamic: bool
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        assert not dynamic
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
 
-        def call(x: Tensor, t: Tensor) -> Tensor:
-            sizes.append(len(x))
-            assert len(t) == len(x)
-            return network(x, t)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = load(small_run)
+    runners = [e.run for e in local_experts(model, asyncio.Semaphore(1), compiled=True)]
+    assert len(graphs) == 1
+    for runner, network in zip(runners, model.experts, strict=True):
+        for size in (1, 2, 3, 12, 300):
+            x, t = torch.randn(size, *model.shape), torch.rand(size)
+            with torch.inference_mode():
+                torch.testing.assert_close(runner(x, t), network(x, t))
+    assert len(graphs) == 1
 
-        return call
 
-    monkeypatch.setattr(torch, "compile", compiled)
-    runner = Runner(affine, torch.device("cpu"), compiled=True)
-    for size in (1, 2, 3, 4, 5, 9, 33):
-        x, t = torch.randn(size, 1, 2, 2), torch.rand(size)
-        torch.testing.assert_close(runner(x, t), affine(x, t))
-    assert sizes == [1, 2, 4, 4, 8, 16, 64]
+def test_in_bf16_the_answer_keeps_its_type_and_is_nearly_the_same(small_run: Path) -> None:
+    model = load(small_run)
+    x, t = torch.randn(5, *model.shape), torch.rand(5)
+    for expert in model.experts:
+        whole, half = (
+            Runner(expert, model.device, precision)(x, t) for precision in get_args(ServePrecision)
+        )
+        assert half.dtype == torch.float32
+        assert 0 < (half - whole).abs().max() < 0.02
 
 
 def test_the_experts_of_a_model_are_its_networks_in_their_order(small_run: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_schedule_that_is_none_is_refused_by_file(
 
 def test_loaded_weights_are_copies_laid_out_as_built(small_run: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(small_run / "bundle", tmp_path / "bundle"))
-    expert, _ = load_expert(bundle, 0)
+    expert, *_ = load_expert(bundle, 0)
     weights = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
     kernel = expert.network.encoder.stages[0].conv1.weight
     assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.requires_grad

@@ -606,11 +606,11 @@ def test_an_expert_loads_without_the_files_of_the_others(small_run: Path, tmp_pa
         bundle.mkdir()
         for name in ("manifest.json", f"expert-{k:02d}.json", f"expert-{k:02d}.safetensors"):
             shutil.copyfile(small_run / "bundle" / name, bundle / name)
-        expert, version = load_expert(bundle, k)
-        assert version == model.version
+        expert, shape, version = load_expert(bundle, k)
+        assert (shape, version) == (model.shape, model.version)
         assert not expert.training and not any(p.requires_grad for p in expert.parameters())
         torch.testing.assert_close(expert(x, t), model.experts[k](x, t))
-    assert load_expert(small_run, 1)[1] == model.version
+    assert load_expert(small_run, 1)[2] == model.version
 
 
 def test_a_missing_or_damaged_expert_is_refused_by_name(small_run: Path, tmp_path: Path) -> None:
