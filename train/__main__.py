@@ -1,8 +1,8 @@
 """python -m train [CONFIG] [stage ...] [key=value ...]
 
-Stages: partition seed_model expert router bundle monolith sample evaluate, in this order; all of them if none is named. A stage is
-skipped if its output exists and its inputs are unchanged; an interrupted one resumes. CONFIG is a YAML file or the name
-of one of the shipped ones, such as cifar10_tiny; by default the built-in digits. Every key of it can be given a value:
+Stages: partition seed_model expert router bundle monolith sample evaluate, in this order; all of them if none is named. A
+stage is skipped if its output exists and its inputs are unchanged; an interrupted one resumes. CONFIG is a YAML file or the
+name of one of the shipped ones, such as cifar10_tiny; by default the built-in digits. Every key of it can be given a value:
 expert.steps=1000 sample.policy=stochastic run=runs/another. One expert alone: expert expert.index=3.
 """
 
