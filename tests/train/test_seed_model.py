@@ -94,6 +94,10 @@ def test_a_seed_model_of_noisy_images_alone_learns_at_no_other_times(
 
     monkeypatch.setattr(ExpertLearning, "at", spy)
     train_seed_model(small(cut, SEED, "seed_model.t_min=0.6"))
+    tensors = read_tensors(cut / "seed_model" / "seed_model.safetensors")
+    assert not any(
+        "gaussian" in name for name in tensors
+    )  # a mean image leaves with an expert alone
     assert len(asked) == 6 * 12 and min(asked) >= 0.6
 
 

@@ -88,10 +88,12 @@ def train_denoiser(
     facts: dict[str, Any],
     report: Report,
     start: Path | None = None,
+    with_moments: bool = False,
 ) -> None:
     """Train a denoiser on the images, uint8 `[N, C, H, W]`, and write it to `stem` with the `facts` and those of its training.
 
-    `start` is the artifact, without a suffix, whose weights it starts from.
+    start: the artifact, without a suffix, whose weights it starts from. with_moments: also write the images' mean and
+    variance, which an expert gives away and a seed model does not.
     """
     partition = read_partition(config)
     torch.manual_seed(seed)
@@ -108,8 +110,10 @@ def train_denoiser(
         fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report)
     except NotFiniteError as error:
         raise diverged(error, "expert") from error
-    gaussian = dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
-    write_artifact(stem, {**denoiser.state_dict(), **gaussian}, facts)
+    tensors = denoiser.state_dict()
+    if with_moments:
+        tensors |= dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
+    write_artifact(stem, tensors, facts)
     drop_resume(stem.parent)
 
 

@@ -143,4 +143,5 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
         facts,
         report,
         initial(config),
+        with_moments=True,
     )
