@@ -6,17 +6,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from experts.denoiser import Denoiser
 from serve.engine.expert import in_thread
 from serve.model.model import Model
 from serve.settings import ServePrecision
+
+# At the first, dynamo compiles for it alone; at the others for any, on either side of a bound between
+# 12 and 64 that it finds in the network.
+_SIZES = (2, 3, 64)
 
 
 class Runner:
     """One expert's network on its device: `(x [B, C, H, W], t [B]) -> [B, C, H, W]`, on x's device.
 
     precision: with bf16, its convolutions and products are in bfloat16; x and the answer are not.
-    compiled: compile it, once for batches of any size and for all experts of a process, whose
-    networks differ in weights alone. `warm_up` does it, so that no request waits for it.
+    compiled: compile it, for batches of any size, and once for all experts of a process, whose
+    networks differ in weights alone; then it must be a `Denoiser`. `warm_up` does it, so that no
+    request waits for it.
     """
 
     def __init__(
@@ -27,25 +33,24 @@ class Runner:
         compiled: bool = False,
     ) -> None:
         self.device, self.compiled, self.half = device, compiled, precision == "bf16"
-        self.denoiser = torch.compile(denoiser) if compiled else denoiser
+        self.denoiser = denoiser
+        if compiled:
+            assert isinstance(denoiser, Denoiser)
+            denoiser.network.compile()  # without the schedule, an object of each expert's own
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         size = len(x)
         images, times = x.to(self.device), t.to(self.device, torch.float32)
-        if self.compiled:
-            if size == 1:  # for which it would be compiled apart
-                images, times = images.repeat(2, 1, 1, 1), times.repeat(2)
-            images, times = images.contiguous(), times.contiguous()
-            torch._dynamo.maybe_mark_dynamic(images, 0)
-            torch._dynamo.maybe_mark_dynamic(times, 0)
+        if self.compiled and size == 1:  # for which it would be compiled apart
+            images, times = images.repeat(2, 1, 1, 1), times.repeat(2)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             return self.denoiser(images, times)[:size].to(x)
 
     def warm_up(self, shape: Sequence[int]) -> None:
         """Compile it, if it is to be compiled, for images `[C, H, W]`."""
-        if self.compiled:
-            self(torch.zeros(2, *shape), torch.full((2,), 0.5))
+        for size in _SIZES if self.compiled else ():
+            self(torch.zeros(size, *shape), torch.full((size,), 0.5))
 
 
 class LocalExpert:
