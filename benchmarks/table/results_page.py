@@ -178,8 +178,9 @@ def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
     alone = f"The same network alone on all images: {ones}.\n" if ones else ""
     seed = ""
     if cost.get("seed_model"):
-        seed = f""" Of these, all start from a seed model
-({tera["seed_model"]} TFLOP), which is counted here once and again for each model alone."""
+        seed = f"""All start from a seed model ({tera["seed_model"]} TFLOP): its images are counted for each, its
+operations are not.
+"""
     return f"""# {name}
 
     {record["command"]}
@@ -188,8 +189,8 @@ def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
 Each cell is over {evaluation.seeds} seeds of {evaluation.n} images, ± the standard deviation over
 the seeds; all methods start from the same noise.
 
-Training: the experts together saw {experts_saw:,} images ({tera["experts"]} TFLOP).{seed}
-{alone}The router, which one model does not need, took another {tera["router"]} TFLOP in its networks
+Training: the experts together saw {experts_saw:,} images ({tera["experts"]} TFLOP).
+{alone}{seed}The router, which one model does not need, took another {tera["router"]} TFLOP in its networks
 ({size["router"]}), {router_share:.0f} % of the experts', and {tera["exact_targets"]} TFLOP of float64
 products in its exact targets.
 
