@@ -11,8 +11,8 @@ from serve.engine.expert import in_thread
 from serve.model.model import Model
 from serve.settings import ServePrecision
 
-# At the first, dynamo compiles for it alone; at the others for any, on either side of a bound between
-# 12 and 64 that it finds in the network.
+# At the first, dynamo compiles for it alone; at the others for any, below and from 16 on, where
+# convolutions change their algorithm.
 _SIZES = (2, 3, 64)
 
 
@@ -41,7 +41,8 @@ class Runner:
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         size = len(x)
-        images, times = x.to(self.device), t.to(self.device, torch.float32)
+        # A copy, because dynamo would compile anew for a tensor made outside of inference mode.
+        images, times = x.to(self.device), t.to(self.device, torch.float32, copy=True)
         if self.compiled and size == 1:  # for which it would be compiled apart
             images, times = images.repeat(2, 1, 1, 1), times.repeat(2)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):

@@ -282,11 +282,12 @@ class Model:
         if len(self.names) == 1 or source == "prior":
             return Stateless(prior(self.pi))
         if source == "analytic":
+            model = weakref.proxy(self)  # a cached router must not hold the model
 
             def exact(x: Tensor, t: Tensor) -> Tensor:
-                return self._exact(x, t)
+                return model._exact(x, t)
 
-            return Stateless(exact)  # not the method itself, which would hold the model
+            return Stateless(exact)
         if source == "gaussian":
             return Stateless(partial(self.gaussians.posterior, pi=self.pi))
         assert self.posterior is not None

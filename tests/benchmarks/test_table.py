@@ -70,6 +70,7 @@ def test_record_holds_every_method_sampler_step_count_and_seed(record: Any) -> N
     cells = {(c["method"], c["sampler"], c["steps"], c["seed"]) for c in record["cells"]}
     methods = [
         "one-model",
+        "one-model-time",
         "Naive",
         "MoG-a",
         "MoG-da",
@@ -156,7 +157,7 @@ def test_finished_parts_are_not_repeated(made: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["table.methods=[best]"], "table.methods must be one of one-model Naive"),
+        (["table.methods=[best]"], "table.methods must be one of one-model one-model-time Naive"),
         (
             ["table.samplers={x: {sampler: heum}}"],
             "table.samplers.x: sample.sampler must be one of",

@@ -157,7 +157,7 @@ from train.config import Config, load_config
         (["evaluate.methods=[]"], "evaluate.methods must name at least one method, got []"),
         (
             ["table.methods=[balanced, best]"],
-            "table.methods must be one of one-model Naive MoG-a MoG-da switching",
+            "table.methods must be one of one-model one-model-time Naive MoG-a MoG-da switching",
         ),
         (
             ["evaluate.precision=16-mixed"],
@@ -446,9 +446,9 @@ def test_one_class_and_a_classifier_are_refused_before_training(
 def test_an_error_of_the_program_exits_with_1_and_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from train.stages import expert
+    from train.stages import denoiser
 
-    monkeypatch.setattr(expert, "moments", lambda *_: len(3))  # type: ignore[arg-type]
+    monkeypatch.setattr(denoiser, "moments", lambda *_: len(3))  # type: ignore[arg-type]
     words = [*SMALL, "partition.k=1", "expert.steps=2", "expert.warmup_steps=0"]
     assert main([*words, f"run={tmp_path}", "partition", "expert"]) == 1
     assert "TypeError: object of type 'int' has no len()" in caplog.text

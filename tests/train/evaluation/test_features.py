@@ -25,7 +25,7 @@ ScriptFile = Callable[..., Path]
 
 
 def measured(config: Config) -> Evaluation:
-    return Measurement(config, None, config.evaluate, "evaluate").make()
+    return Measurement(config, {}, config.evaluate, "evaluate").make()
 
 
 def one(record: Evaluation, method: str = "balanced", steps: int = 4) -> Cell:
@@ -264,7 +264,7 @@ def test_a_classifier_of_one_class_is_refused_before_sampling(
     copy: Path, small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(copy, "evaluate.seeds=2")  # samples that are not there yet
-    measurement = Measurement(config, None, config.evaluate, "evaluate")
+    measurement = Measurement(config, {}, config.evaluate, "evaluate")
     whole = measurement._images()
     one_class = {**whole, "labels": torch.full_like(whole["labels"], 3)}
     monkeypatch.setattr(measurement, "_images", lambda: one_class)

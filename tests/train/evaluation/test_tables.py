@@ -118,7 +118,7 @@ def test_a_row_may_have_fewer_step_counts(
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("{best: 4}", "evaluate.steps_up_to must be one of one-model Naive"),
+        ("{best: 4}", "evaluate.steps_up_to must be one of one-model one-model-time Naive"),
         ("{full: 0}", r"evaluate.steps_up_to.full must be in \[1, 1000\], got 0"),
     ],
 )
