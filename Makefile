@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint format setup
 
-demo: setup  ## train on the built-in digits, draw samples, print the table: about 7 minutes on 2 cores
+demo: setup  ## train on the built-in digits, draw samples, print the table: about 4 minutes on 2 cores
 	$(BIN)/python -m train
 
 test: setup  ## the tests, in up to 4 processes
