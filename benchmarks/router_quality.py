@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from pathlib import Path
 
 import torch
 from rich import box
@@ -32,7 +33,7 @@ from ddm.training import to_float
 from router.sources import Alpha
 from router.targets import exact_posterior
 from serve.model.build import build_gaussians, build_router
-from train.config import Config, default_config, load_config
+from train.config import Config, config_file, default_config, load_config
 from train.stages.expert import expert_stem
 from train.stages.run import run as run_stages
 
@@ -73,9 +74,11 @@ class Examples:
 
 def _measure(arguments: argparse.Namespace) -> None:
     logging.getLogger().setLevel(logging.WARNING)
-    path, words = default_config(), ["partition.holdout=0.2", *arguments.words]
-    if arguments.words and "=" not in arguments.words[0]:
-        path, words = arguments.words[0], ["partition.holdout=0.2", *arguments.words[1:]]
+    path, words = default_config(), list(arguments.words)
+    if words and "=" not in words[0]:
+        name = words.pop(0)
+        path = config_file(name) or Path(name)
+    words = ["partition.holdout=0.2", *words]
     base = load_config(path, words)
     found: dict[tuple[str, str], list[Tensor]] = {}
     for seed in range(arguments.seeds):
