@@ -4,11 +4,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from ddm.artifacts import read_json, write_json
+from ddm.errors import ArtifactError, shown
 from ddm.schedules import schedule
 from ddm.training import Batches
 from experts.expert_module import denoising_loss
@@ -29,20 +30,27 @@ _ROUNDS = 3
 def with_precision(config: Config) -> Config:
     """The config with a precision for an expert in place of `auto`.
 
-    It is measured where the run's folder has none yet, and kept there: who resumes goes on in the same one.
+    It is measured where the run's folder has none yet, and kept there: who resumes goes on in the same one. Raises
+    `ArtifactError` if what is kept there is damaged.
     """
     if config.expert.precision != "auto":
         return config
     path = config.folder / "experts" / "precision.json"
     if path.exists():
-        chosen: Choice = read_json(path)["precision"]
+        kept: Any = read_json(path).get("precision")
+        if kept not in get_args(Choice):
+            raise ArtifactError(
+                f"{path} is damaged: precision must be one of {' '.join(get_args(Choice))}, got "
+                f"{shown(kept)}; delete it to measure again"
+            )
+        chosen: Choice = kept
     else:
         claim(config)
         ms = _milliseconds(config)
         chosen = "bf16-mixed" if ms["32-true"] > _MARGIN * ms["bf16-mixed"] else "32-true"
         write_json(path, {"precision": chosen, "ms": ms})
-        shown = ", ".join(f"{name} {value:.0f} ms" for name, value in ms.items())
-        log.info("expert     expert.precision=auto is %s here: %s a step", chosen, shown)
+        times = ", ".join(f"{name} {value:.0f} ms" for name, value in ms.items())
+        log.info("expert     expert.precision=auto is %s here: %s a step", chosen, times)
     return replace(config, expert=replace(config.expert, precision=chosen))
 
 

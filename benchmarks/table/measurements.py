@@ -16,6 +16,7 @@ from benchmarks.table.compute import compute
 from ddm.artifacts import digest, read_json, sha256, write_json
 from train.config import Config
 from train.evaluation.measure import Measurement
+from train.precision import with_precision
 from train.run_folder import settled
 from train.stages.monolith import train_monoliths
 from train.stages.run import run
@@ -50,6 +51,7 @@ def make(config: Config, command: str, folder: Path) -> Path:
         "clusters": dict(zip(measured.cut.names, measured.cut.sizes, strict=True)),
         "compute": compute(config, measured.cut, monoliths),
         "machine": machine(config.device),
+        "training_precision": with_precision(config).expert.precision,
         "shown": contact_sheets.shown_method(evaluation),
         **rounded(facts),
         "files": {file: sha256(folder / file) for file in shown},

@@ -356,7 +356,8 @@ def _provenance(record: dict[str, Any], evaluation: Evaluation, name: str) -> st
     )
     packages = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "device")
     training = f"{config['expert.steps']:,} steps of batch {config['expert.batch']}"
-    precision = f"EMA {config['expert.ema_decay']}, {config['expert.precision']}"
+    trained_in = record.get("training_precision", config["expert.precision"])
+    precision = f"EMA {config['expert.ema_decay']}, {trained_in}"
     partition = record["data"]["partition"][:12]
     return f"""## Provenance
 

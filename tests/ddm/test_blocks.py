@@ -147,6 +147,12 @@ def test_the_encoder_sees_each_image_alone_and_at_its_own_time() -> None:
             {"multipliers": [1] * 5},
             "multipliers must halve a square image of 8 x 8 evenly, got [1, 1, 1, 1, 1]",
         ),
+        ({"patch": 3}, "patch must divide the image's side of 8 pixels, got 3"),
+        ({"patch": 0}, "patch must divide the image's side of 8 pixels, got 0"),
+        (
+            {"patch": 4, "multipliers": [1, 1, 1]},
+            "multipliers must halve a square image of 2 x 2 evenly, got [1, 1, 1]",
+        ),
         (
             {"shape": [1, 8, 6]},
             "multipliers must halve a square image of 8 x 6 evenly, got [1, 2]",

@@ -1,6 +1,7 @@
 """The UNet: its size, its start, what its images depend on, and the sizes that it refuses."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,24 @@ def test_a_pixel_of_the_answer_sees_the_finest_map_of_its_own_place() -> None:
     rows, columns = seen.nonzero().T.sub(torch.tensor([[3], [12]])).abs()
     # 3 x 3 convolutions on the way: stem, 2 in the encoder, 4 in the middle, 4 in the decoder, head
     assert rows.max() == 12 and columns.max() == 12
+
+
+def test_a_network_of_patches_is_one_of_their_pixels_as_channels() -> None:
+    sizes: dict[str, Any] = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4]}
+    patched = perturbed(UNetConfig(**sizes, dropout=0.0, patch=2).build([3, 8, 8])).double()
+    plain = UNetConfig(**sizes, dropout=0.0).build([12, 4, 4]).double()
+    plain.load_state_dict(patched.state_dict())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    # channel (c, i, j) of a small pixel is colour c of the pixel at (i, j) in its square
+    cut = x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 1, 4, 5, 2, 3).reshape(2, 12, 4, 4)
+    small = plain(cut, t).reshape(2, 3, 2, 2, 4, 4)
+    expected = torch.empty_like(x)
+    for i in range(2):
+        for j in range(2):
+            expected[:, :, i::2, j::2] = small[:, :, i, j]
+    torch.testing.assert_close(patched(x, t), expected)
+    assert patched(x, t).std() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ddm.artifacts import read_facts, read_json
-from ddm.errors import ConfigError
+from ddm.artifacts import read_facts, read_json, write_json
+from ddm.errors import ArtifactError, ConfigError
 from train import precision
 from train.config import Config
 from train.precision import with_precision
@@ -52,6 +52,15 @@ def test_auto_is_what_was_faster_at_first_and_stays_so(
     assert "expert     up to date: 1 of 1" in caplog.text
     (monolith,) = monolith_configs(config, config.evaluate).values()
     assert monolith.expert.precision == chosen
+
+
+@pytest.mark.parametrize("kept", [{}, {"precision": "auto"}, {"precision": ["32-true"]}])
+def test_a_choice_that_is_damaged_is_refused_by_file(
+    cut: Path, small: Callable[..., Config], kept: dict[str, object]
+) -> None:
+    write_json(cut / "experts" / "precision.json", kept)
+    with pytest.raises(ArtifactError, match=r"precision.json is damaged: precision must be one of"):
+        with_precision(small(cut, AUTO))
 
 
 def test_both_precisions_are_measured(cut: Path, small: Callable[..., Config]) -> None:

@@ -26,7 +26,7 @@ def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Co
     k, steps = read_partition(config).k, config.expert.steps
     alike = steps * k if evaluation.monolith_steps is None else evaluation.monolith_steps
     rows = {"one-model": ("monolith", alike), "one-model-time": ("monolith-time", steps)}
-    if k == 1 or alike == 0:
+    if k == 1:
         return {}
     start = initial(config)
     return {
@@ -40,7 +40,7 @@ def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Co
             ),
         )
         for row, (folder, count) in rows.items()
-        if row in evaluation.methods
+        if row in evaluation.methods and count > 0
     }
 
 

@@ -4,7 +4,6 @@ import logging
 import time
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
 from experts.denoiser import ExpertConfig
 from train.config import Config, changed
+from train.data import ImageSet
 from train.launch import OnProgress, run_jobs
 from train.precision import with_precision
 from train.progress import bars
@@ -30,11 +30,6 @@ from train.stages.denoiser import (
 log = logging.getLogger(__name__)
 
 
-class _Images(NamedTuple):
-    images: Tensor  # uint8 [N, C, H, W]
-    hash: str
-
-
 def train_seed_model(config: Config) -> None:
     """Train the seed model, if the config has one and it is not up to date."""
     if config.seed_model.steps == 0:
@@ -46,11 +41,16 @@ def train_seed_model(config: Config) -> None:
     asked, config = config, with_precision(config)
     partition, stem = read_partition(config), seed_stem(config)
     check_networks(config, partition)
-    if artifact_is_made(stem, _key(config, _images(config, partition).hash), "seed_model"):
+    others = _others(config, partition)
+    key = _key(config, partition.hash if others is None else others.hash)
+    if artifact_is_made(stem, key, "seed_model"):
         drop_resume(stem.parent)  # left by a kill right after the artifact was written
         log.info("seed_model up to date")
         return
     claim(asked)
+    images = (
+        partition.all(config.folder / "partition")["images"] if others is None else others.images
+    )
     began = time.monotonic()
     with bars() as progress:
         task = progress.add_task("seed model", total=config.seed_model.steps, note="")
@@ -58,22 +58,20 @@ def train_seed_model(config: Config) -> None:
         def on_progress(news: tuple[int, float]) -> None:
             progress.update(task, completed=news[0], note=f"loss {news[1]:.4f}")
 
-        (result,) = run_jobs(partial(_train, config), [None], 0, on_progress)
+        (result,) = run_jobs(partial(_train, config, images), [key], 0, on_progress)
     if result is not None:
         raise result
     log.info("seed_model trained in %.0f s", time.monotonic() - began)
 
 
-def _train(config: Config, _: None, on_progress: OnProgress) -> None:
-    partition, cfg = read_partition(config), _config(config)
-    images, of = _images(config, partition)
-    facts = {"kind": "seed_model", "key": _key(config, of)}
+def _train(config: Config, images: Tensor, key: str, on_progress: OnProgress) -> None:
+    facts = {"kind": "seed_model", "key": key}
     seed = derive_seed(config.seed, RngStream.SEED_MODEL, 0)
 
     def report(step: int, loss: float) -> None:
         on_progress((step, loss))
 
-    train_denoiser(config, cfg, images, seed, seed_stem(config), facts, report)
+    train_denoiser(config, _config(config), images, seed, seed_stem(config), facts, report)
 
 
 def _config(config: Config) -> ExpertConfig:
@@ -83,16 +81,15 @@ def _config(config: Config) -> ExpertConfig:
     return replace(cfg, steps=asked.steps, cooldown=0.0, t_min=t_min)
 
 
-def _images(config: Config, partition: Partition) -> _Images:
-    """What the seed model is trained on. Raises `ConfigError` if images of its own have another shape."""
+def _others(config: Config, partition: Partition) -> ImageSet | None:
+    """The images of its own that it is trained on, if any. Raises `ConfigError` if they have another shape."""
     if config.seed_model.data is None:
-        images = partition.all(config.folder / "partition")["images"]
-        return _Images(images, partition.hash)
+        return None
     others = config.seed_model.data.build()
     shape = list(others.images.shape[1:])
     if shape != partition.shape:
         raise ConfigError(f"seed_model.data must be images of {partition.shape}, got {shape}")
-    return _Images(others.images, others.hash)
+    return others
 
 
 def _key(config: Config, images: str) -> str:
