@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
-from ddm.artifacts import replaced
+from ddm.artifacts import flush, replaced
 from ddm.errors import ArtifactError
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class ResumeFiles(CheckpointIO):
                     raise
                 file.write(hashing.sha256.digest())
             if path.exists():
+                flush(scratch)  # it takes long: a kill meanwhile must find the newest in its place
                 path.replace(path.with_name(PREVIOUS))
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
