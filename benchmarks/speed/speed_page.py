@@ -31,7 +31,11 @@ def page(folder: Path) -> str:
         path = folder / f"{stem}.json"
         if path.exists():
             facts = read_json(path)
-            parts += [section(machine, subject, facts[subject]) for subject in facts]
+            parts += [
+                section(machine, subject, found)
+                for subject, found in facts.items()
+                if any("not_measured" not in row for row in found["rows"])
+            ]
     return "\n".join(parts)
 
 
