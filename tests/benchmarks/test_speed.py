@@ -61,15 +61,20 @@ def test_an_error_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert rows(tmp_path)[1]["figures"] == {"images/s": 1235.0, "shown": "a|b"}
 
 
-def test_the_budget_is_kept(tmp_path: Path) -> None:
-    made = record(tmp_path, seconds=0.5)
+def test_a_row_beyond_the_budget_is_stopped(tmp_path: Path) -> None:
+    made = record(tmp_path)
     made.measure("network", Variant("first", one, needs_s=0))
-    made.measure("network", Variant("endless", endless, needs_s=0))
+    made.seconds = time.monotonic() - made.began + 0.2
+    made.measure("network", Variant("endless", endless, needs_s=-60))
+    first, endless_row = rows(tmp_path)
+    assert "figures" in first
+    assert str(endless_row["not_measured"]).startswith("it did not end within")
+
+
+def test_a_row_that_the_budget_does_not_reach_is_not_begun(tmp_path: Path) -> None:
+    made = record(tmp_path, seconds=0)
     made.measure("network", Variant("last", one, needs_s=0.1))
-    found = rows(tmp_path)
-    assert "figures" in found[0]
-    assert str(found[1]["not_measured"]).startswith("it did not end within")
-    assert found[2]["not_measured"] == "0 s needed, 0 left"
+    assert rows(tmp_path)[0]["not_measured"] == "0 s needed, 0 left"
 
 
 def test_other_subjects_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
