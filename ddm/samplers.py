@@ -1,15 +1,17 @@
 """Samplers as generators that know nothing of networks, batches or servers.
 
-A sampler yields (x, t) and is sent the denoised image: `x0 = yield x, t`. `drive` calls a denoiser
-in a loop, `drive_async` awaits one, which may be remote. Both count the calls.
+A step yields (x, t), is sent the denoised image, `x0 = yield x, t`, and returns what the next step
+starts from. A step is a function of that alone, so images at the same step may be stacked and
+parted between two steps as one likes. `Sampler.trajectory` is all steps, one after another:
+`drive` calls a denoiser in a loop, `drive_async` awaits one, which may be remote. Both count the
+calls.
 """
 
 import math
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,27 +24,40 @@ from ddm.schedules import Coeffs, Schedule, velocity
 # (x [B, ...], t [] or [B] of any device and dtype) -> E[x0 | x_t = x] [B, ...]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Times = Tensor | Sequence[Tensor]  # falling, each `[]`, on the CPU
-Noise = Callable[[int], Tensor]  # the standard normal noise of step n, shaped like x
+Noise = Callable[[int], Tensor]  # the n-th standard normal noise of a trajectory, shaped like x
 # Yields (x, t), is sent the denoised x, returns x at the grid's end.
 Trajectory = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
+# What a step starts from: x `[B, ...]`, and what a sampler remembers of the steps before.
+Carry = tuple[Tensor, ...]
+# Yields (x, t), is sent the denoised x, returns what the next step starts from.
+Step = Generator[tuple[Tensor, Tensor], Tensor, Carry]
 
 
-def euler(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+class Course(NamedTuple):
+    """What the steps of a trajectory share: the schedule, the times, and the noise."""
+
+    schedule: Schedule
+    times: Times
+    noise: Noise
+
+    def coeffs(self, n: int) -> Coeffs:
+        """The schedule's at the n-th time."""
+        return self.schedule(self.times[n])
+
+
+def euler(course: Course, n: int, x: Tensor) -> Step:
     """Euler's method on the probability-flow ODE, `x' = x + (t' - t) v(x, t)`: the sampler of the
     paper's routed ODE.
     """
-    for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity(x, (yield x, t), schedule(t))
-    return x
+    t, t_next = course.times[n], course.times[n + 1]
+    return (x + (t_next - t) * velocity(x, (yield x, t), course.coeffs(n)),)
 
 
-def ddim(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+def ddim(course: Course, n: int, x: Tensor) -> Step:
     """`x' = a' D + (s'/s) (x - a D)` (arXiv 2010.02502, eq. 12 with sigma = 0): exact where D is
     constant over the step.
     """
-    for t, t_next in pairwise(times):
-        x = _towards((yield x, t), x, schedule(t), schedule(t_next))
-    return x
+    return (_towards((yield x, course.times[n]), x, course.coeffs(n), course.coeffs(n + 1)),)
 
 
 def _towards(denoised: Tensor, x: Tensor, c: Coeffs, c_next: Coeffs) -> Tensor:
@@ -55,49 +70,38 @@ def _towards(denoised: Tensor, x: Tensor, c: Coeffs, c_next: Coeffs) -> Tensor:
     return c_next.a * denoised + c_next.s / c.s * (x - c.a * denoised)
 
 
-def heun(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+def heun(course: Course, n: int, x: Tensor) -> Step:
     """Heun's method on the ODE, the mean of the velocities at both ends (arXiv 2206.00364,
     algorithm 1).
 
     A step to t = 0, where there is no velocity, is the denoised image, at one call.
     """
-    for t, t_next in pairwise(times):
-        x = yield from _heun_step(x, schedule, t, t_next)
-    return x
-
-
-def _heun_step(x: Tensor, schedule: Schedule, t: Tensor, t_next: Tensor) -> Trajectory:
-    c, c_next = schedule(t), schedule(t_next)
+    t, t_next = course.times[n], course.times[n + 1]
+    c, c_next = course.coeffs(n), course.coeffs(n + 1)
     denoised = yield x, t
     if c_next.s == 0:
-        return denoised
+        return (denoised,)
     v = velocity(x, denoised, c)
     x_next = x + (t_next - t) * v
-    return x + (t_next - t) / 2 * (v + velocity(x_next, (yield x_next, t_next), c_next))
+    v_next = velocity(x_next, (yield x_next, t_next), c_next)
+    return (x + (t_next - t) / 2 * (v + v_next),)
 
 
-def dpmpp_2m(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+def dpmpp_2m(course: Course, n: int, x: Tensor, *last: Tensor) -> Step:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolated to the middle of the step in
     lambda = log a/s.
 
     The first step, and one to t = 0 where lambda is infinite, are DDIM's.
     """
-    last: Tensor | None = None
-    h_last = torch.zeros(())
-    for t, t_next in pairwise(times):
-        c, c_next = schedule(t), schedule(t_next)
-        denoised = yield x, t
-        h = _lambda(c_next) - _lambda(c)
-        middle = (
-            denoised
-            if last is None or c_next.s == 0
-            else denoised + h / (2 * h_last) * (denoised - last)
-        )
-        x, last, h_last = _towards(middle, x, c, c_next), denoised, h
-    return x
+    c, c_next = course.coeffs(n), course.coeffs(n + 1)
+    middle = denoised = yield x, course.times[n]
+    if last and c_next.s != 0:
+        h, h_last = _lambda(c_next) - _lambda(c), _lambda(c) - _lambda(course.coeffs(n - 1))
+        middle = denoised + h / (2 * h_last) * (denoised - last[0])
+    return _towards(middle, x, c, c_next), denoised
 
 
-def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int = 3) -> Trajectory:
+def unipc(course: Course, n: int, x: Tensor, *memory: Tensor, order: int = 3) -> Step:
     """UniPC of that order (arXiv 2302.04867, algorithms 1 and 2 for data prediction), one call per
     step.
 
@@ -107,24 +111,25 @@ def unipc(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int 
     paper's family with every moment matched. Toward t = 0, where lambda is infinite, the order
     falls to 2 and in the last step to 1, DDIM's (the `lower_order_final` of the authors' code).
     """
-    places: list[Tensor] = []  # of the answers, in lambda
-    answers: list[Tensor] = []  # the denoised images
-    before: tuple[Tensor, Coeffs] | None = None
-    used = 1  # answers in the last prediction
-    ends_at_data = schedule(times[-1]).s == 0
-    for n, (t, t_next) in enumerate(pairwise(times), start=1):
-        c, c_next = schedule(t), schedule(t_next)
-        here, there = _lambda(c), _lambda(c_next)
-        denoised = yield x, t
-        places, answers = [*places[-order:], here], [*answers[-order:], denoised]
-        if before is not None:
-            corrected = _mean(answers[-used - 1 :], places[-used - 1 :], places[-2], here)
-            x = _towards(corrected, before[0], before[1], c)
-        before = (x, c)
-        used = min(n, order, len(times) - n if ends_at_data else order)
-        middle = denoised if used == 1 else _mean(answers[-used:], places[-used:], here, there)
-        x = _towards(middle, x, c, c_next)
-    return x
+    c, c_next = course.coeffs(n), course.coeffs(n + 1)
+    here, there = _lambda(c), _lambda(c_next)
+    denoised = yield x, course.times[n]
+    before, answers = memory[:1], (*memory[1:], denoised)  # x of the step before; denoised images
+    places = [_lambda(course.coeffs(i)) for i in range(n + 1 - len(answers), n)] + [here]
+    if before:
+        used = 1 + _unipc_order(course, n - 1, order)
+        corrected = _mean(answers[-used:], places[-used:], places[-2], here)
+        x = _towards(corrected, before[0], course.coeffs(n - 1), c)
+    used = _unipc_order(course, n, order)
+    middle = denoised if used == 1 else _mean(answers[-used:], places[-used:], here, there)
+    return _towards(middle, x, c, c_next), x, *answers[-order:]
+
+
+def _unipc_order(course: Course, n: int, order: int) -> int:
+    """The denoised images that the prediction of step n uses."""
+    left = len(course.times) - 1 - n
+    ends_at_data = course.coeffs(-1).s == 0
+    return min(n + 1, order, left if ends_at_data else order)
 
 
 # Of orders 1 to 4, the oldest value first.
@@ -136,7 +141,7 @@ _ADAMS_BASHFORTH = (
 )
 
 
-def ipndm(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int = 3) -> Trajectory:
+def ipndm(course: Course, n: int, x: Tensor, *values: Tensor, order: int = 3) -> Step:
     """iPNDM of that order, 1 to 4 (arXiv 2204.13902, section 4; the linear multistep formulas of
     arXiv 2202.09778, eq. 12), one call per step.
 
@@ -146,17 +151,15 @@ def ipndm(x: Tensor, schedule: Schedule, times: Times, noise: Noise, order: int 
     orders, and a step to t = 0 order 2. Exact where D is constant, or eps a polynomial on even
     steps; the order of accuracy is at most 2 because of uneven steps and of the first one.
     """
-    values: list[Tensor] = []  # of eps
-    for t, t_next in pairwise(times):
-        c, c_next = schedule(t), schedule(t_next)
-        denoised = yield x, t
-        values = [*values[-3:], (x - c.a * denoised) / c.s]
-        used = min(len(values), order, 2 if c_next.s == 0 else order)
-        x = _towards(denoised, x, c, c_next)  # the step of order 1, also where a = 0
-        if used > 1:
-            ahead = _weighted(_ADAMS_BASHFORTH[used - 1], values[-used:]) - values[-1]
-            x = x + (c_next.s - c_next.a * c.s / c.a) * ahead
-    return x
+    c, c_next = course.coeffs(n), course.coeffs(n + 1)
+    denoised = yield x, course.times[n]
+    values = (*values, (x - c.a * denoised) / c.s)[-order:]
+    used = min(len(values), 2 if c_next.s == 0 else order)
+    x = _towards(denoised, x, c, c_next)  # the step of order 1, also where a = 0
+    if used > 1:
+        ahead = _weighted(_ADAMS_BASHFORTH[used - 1], values[-used:]) - values[-1]
+        x = x + (c_next.s - c_next.a * c.s / c.a) * ahead
+    return x, *values
 
 
 def _lambda(c: Coeffs) -> Tensor:
@@ -201,28 +204,23 @@ def _exponential_moments(h: Tensor, count: int) -> Tensor:
     return torch.stack([math.factorial(n) * part / phi[0] for n, part in enumerate(phi)])
 
 
-def euler_maruyama(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+def euler_maruyama(course: Course, n: int, x: Tensor) -> Step:
     """Euler and Maruyama's method on the reverse SDE `dx = (f x - g^2 score) dt + g dW` (arXiv
     2011.13456, eq. 6).
 
     `f = da/a`, `g^2 = 2 s (ds - f s)`. A step to t = 0 is the denoised image.
     """
-    for n, (t, t_next) in enumerate(pairwise(times)):
-        c, c_next = schedule(t), schedule(t_next)
-        denoised = yield x, t
-        if c_next.s == 0:
-            return denoised
-        f, dt = c.da / c.a, t_next - t
-        g_square = 2 * c.s * (c.ds - f * c.s)
-        x = (
-            x
-            + dt * (f * x - g_square * _score(x, denoised, c))
-            + (-dt * g_square).sqrt() * noise(n)
-        )
-    return x
+    c, dt = course.coeffs(n), course.times[n + 1] - course.times[n]
+    denoised = yield x, course.times[n]
+    if course.coeffs(n + 1).s == 0:
+        return (denoised,)
+    f = c.da / c.a
+    g_square = 2 * c.s * (c.ds - f * c.s)
+    drift = f * x - g_square * _score(x, denoised, c)
+    return (x + dt * drift + (-dt * g_square).sqrt() * course.noise(n),)
 
 
-def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+def ddpm(course: Course, n: int, x: Tensor) -> Step:
     """DDPM, `Y' = (Y + beta score) / sqrt(1 - beta) + sqrt(beta) Z` (arXiv 2006.11239, algorithm
     2).
 
@@ -231,18 +229,16 @@ def ddpm(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajector
     `beta = s^2 - r^2 s'^2` the variance that the step adds to the noise. A step to t = 0 is the
     denoised image.
     """
-    for n, (t, t_next) in enumerate(pairwise(times)):
-        c, c_next = schedule(t), schedule(t_next)
-        denoised = yield x, t
-        if c_next.s == 0:
-            return denoised
-        r = c.a / c_next.a
-        beta = c.s**2 - (r * c_next.s) ** 2
-        x = (x + beta * _score(x, denoised, c)) / r + beta.sqrt() * noise(n)
-    return x
+    c, c_next = course.coeffs(n), course.coeffs(n + 1)
+    denoised = yield x, course.times[n]
+    if c_next.s == 0:
+        return (denoised,)
+    r = c.a / c_next.a
+    beta = c.s**2 - (r * c_next.s) ** 2
+    return ((x + beta * _score(x, denoised, c)) / r + beta.sqrt() * course.noise(n),)
 
 
-def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+def accelerated_ode(course: Course, n: int, x: Tensor) -> Step:
     """The accelerated ODE sampler of arXiv 2403.03852, eq. 12: DDIM, and a correction by the change
     of the score.
 
@@ -255,21 +251,21 @@ def accelerated_ode(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -
 
     The first step has no n + 1 and is Heun's; one to t = 0 is the denoised image.
     """
-    x = yield from _heun_step(x, schedule, times[0], times[1])
-    for t_last, t, t_next in zip(times, times[1:], times[2:], strict=False):
-        c_last, c, c_next = schedule(t_last), schedule(t), schedule(t_next)
-        denoised = yield x, t
-        if c_next.s == 0:
-            return denoised
-        r, r_last = c.a / c_next.a, c_last.a / c.a  # sqrt(alpha_n), sqrt(alpha_(n+1))
-        score = _score(x, denoised, c)
-        noisier = r_last * (x - (1 - r_last**2) / 2 * score)
-        change = score - r_last * _score(noisier, (yield noisier, t_last), c_last)
-        x = (x + (1 - r**2) / 2 * score + (1 - r**2) ** 2 / (4 * (1 - r_last**2)) * change) / r
-    return x
+    if n == 0:
+        return (yield from heun(course, n, x))
+    c_last, c, c_next = (course.coeffs(i) for i in (n - 1, n, n + 1))
+    denoised = yield x, course.times[n]
+    if c_next.s == 0:
+        return (denoised,)
+    r, r_last = c.a / c_next.a, c_last.a / c.a  # sqrt(alpha_n), sqrt(alpha_(n+1))
+    score = _score(x, denoised, c)
+    noisier = r_last * (x - (1 - r_last**2) / 2 * score)
+    change = score - r_last * _score(noisier, (yield noisier, course.times[n - 1]), c_last)
+    x = (x + (1 - r**2) / 2 * score + (1 - r**2) ** 2 / (4 * (1 - r_last**2)) * change) / r
+    return (x,)
 
 
-def accelerated_sde(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+def accelerated_sde(course: Course, n: int, x: Tensor) -> Step:
     """The accelerated SDE sampler of arXiv 2403.03852, eq. 15, with `alpha_n` the step's ratio of
     a^2 (no posterior).
 
@@ -279,15 +275,14 @@ def accelerated_sde(x: Tensor, schedule: Schedule, times: Times, noise: Noise) -
     Its distribution is of order 2 where the score is linear, and of order 1 elsewhere: the score at
     Y+ shifts the mean of the step by its curvature. A step to t = 0 is the denoised image.
     """
-    for n, (t, t_next) in enumerate(pairwise(times)):
-        c, c_next = schedule(t), schedule(t_next)
-        if c_next.s == 0:
-            return (yield x, t)
-        r = c.a / c_next.a
-        half = ((1 - r**2) / 2).sqrt()
-        x = x + half * noise(2 * n)
-        x = (x + (1 - r**2) * _score(x, (yield x, t), c) + half * noise(2 * n + 1)) / r
-    return x
+    c, c_next = course.coeffs(n), course.coeffs(n + 1)
+    if c_next.s == 0:
+        return ((yield x, course.times[n]),)
+    r = c.a / c_next.a
+    half = ((1 - r**2) / 2).sqrt()
+    x = x + half * course.noise(2 * n)
+    score = _score(x, (yield x, course.times[n]), c)
+    return ((x + (1 - r**2) * score + half * course.noise(2 * n + 1)) / r,)
 
 
 def _score(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
@@ -297,7 +292,7 @@ def _score(x: Tensor, denoised: Tensor, c: Coeffs) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: its generator, its order of accuracy in 1/N, and its denoiser calls per step.
+    """A sampler: its step, its order of accuracy in 1/N, and its denoiser calls per step.
 
     `order` is that of the trajectory's error for a deterministic sampler, and that of the
     distribution's for a stochastic one, on any smooth grid. `orders` are the values of the key
@@ -305,11 +300,19 @@ class Sampler:
     there is `signal` (a > 0), or where the variance is `preserved`, a^2 + s^2 = 1, as well.
     """
 
-    trajectory: Callable[..., Trajectory]  # of (x, schedule, times, noise)
+    step: Callable[..., Step]  # of (course, n, *carry)
     order: int
     orders: Sequence[int] = ()
     calls_per_step: int = 1
     needs: Literal["nothing", "signal", "preserved"] = "nothing"
+
+    def trajectory(self, x: Tensor, schedule: Schedule, times: Times, noise: Noise) -> Trajectory:
+        """All steps from `x` `[B, ...]` at the first time on."""
+        course = Course(schedule, times, noise)
+        carry: Carry = (x,)
+        for n in range(len(times) - 1):
+            carry = yield from self.step(course, n, *carry)
+        return carry[0]
 
     def lacks(self, schedule: Schedule, times: Tensor) -> str:
         """Why the sampler is not defined on the schedule at these times, in words; empty where it
@@ -354,8 +357,7 @@ def sampler(name: str, order: int = 3) -> Sampler:
         return found
     rule = f"be in [{found.orders[0]}, {found.orders[-1]}] for sampler={name}"
     require(order in found.orders, "order", rule, order)
-    trajectory = partial(found.trajectory, order=order)
-    return replace(found, trajectory=trajectory, order=min(order, found.order))
+    return replace(found, step=partial(found.step, order=order), order=min(order, found.order))
 
 
 def plan_steps(

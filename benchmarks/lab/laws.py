@@ -19,7 +19,7 @@ from benchmarks.lab.markdown import Rendered, axes, legend_below, steps_axis, ta
 from ddm.grids import time_grid
 from ddm.measures import power_law_fit
 from ddm.oracle import GaussianMixture
-from ddm.samplers import Denoiser, Noise, Trajectory, ddpm, drive, sampler
+from ddm.samplers import Denoiser, Noise, Trajectory, drive, sampler
 from ddm.schedules import Coeffs, Schedule, TwoPhase
 
 Walker = Callable[[Tensor, Schedule, Tensor, Noise], Trajectory]
@@ -140,7 +140,7 @@ def ddpm_as_proven(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -
     def larger(n: int) -> Tensor:
         return schedule(times[n + 1]).a / schedule(times[n]).a * noise(n)
 
-    return ddpm(x, schedule, times, larger)
+    return sampler("ddpm").trajectory(x, schedule, times, larger)
 
 
 def walker(name: str) -> Walker:

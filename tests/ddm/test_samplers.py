@@ -19,9 +19,9 @@ from ddm.oracle import GaussianMixture
 from ddm.rng import RngStream, normal
 from ddm.samplers import (
     SAMPLERS,
-    Noise,
+    Course,
     Sampler,
-    Trajectory,
+    Step,
     drive,
     drive_async,
     sample,
@@ -209,9 +209,9 @@ def test_awaited_denoisers_give_what_called_ones_give(name: str) -> None:
 def test_the_noise_of_a_step_is_that_of_seed_image_and_step(
     index: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def only_noise(x: Tensor, schedule: Schedule, times: Tensor, noise: Noise) -> Trajectory:
-        yield x, times[0]
-        return noise(4)
+    def only_noise(course: Course, n: int, x: Tensor) -> Step:
+        yield x, course.times[n]
+        return (course.noise(n),)
 
     monkeypatch.setattr(ddm.samplers, "sampler", lambda name, order: Sampler(only_noise, order=1))
     trajectory = start(
