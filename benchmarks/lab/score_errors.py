@@ -28,7 +28,8 @@ from ddm.measures import power_law_fit
 from ddm.oracle import GaussianMixture
 from ddm.samplers import Denoiser, sample
 from ddm.schedules import Schedule, TwoPhase, schedule
-from router.routing import RoutedDenoiser, Router
+from router.routing import RoutedDenoiser
+from router.step import Router
 
 SAMPLERS = ("ddpm as proven", "ddim", "accelerated_ode", "accelerated_sde")
 KINDS = ("shift", "slope")

@@ -76,7 +76,10 @@ class LastResiduals(RoutedDenoiser):
         means = self.testbed.means
         return means.expand(len(x), *means.shape)
 
-    def _mix(self, x: Tensor, t: Tensor, alpha: Tensor, chosen: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        denoised = super().__call__(x, t)
+        assert self._state is not None
+        alpha, chosen = self._state.alpha, self._state.chosen
         c = self.testbed.schedule(t)
         snr = float(c.a / c.s)
         rows = torch.arange(len(x))
@@ -87,7 +90,6 @@ class LastResiduals(RoutedDenoiser):
             self.residuals = torch.zeros_like(approximations)
         fading = (self.snr_then / snr).reshape(*alpha.shape, *trailing)
         estimates = approximations + fading * self.residuals
-        denoised = super()._mix(x, t, alpha, chosen)
         self.residuals[rows, expert] = denoised - approximations[rows, expert]
         self.snr_then[rows, expert] = snr
         mean = (alpha.reshape(*alpha.shape, *trailing) * estimates).sum(dim=1)

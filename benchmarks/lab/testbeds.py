@@ -17,8 +17,9 @@ from ddm.samplers import Denoiser, drive, plan_steps, sample, start
 from ddm.schedules import Schedule, schedule
 from ddm.training import to_float
 from router.policies import Policy
-from router.routing import ControlVariate, RoutedDenoiser, Router
+from router.routing import RoutedDenoiser
 from router.sources import Alpha, Source
+from router.step import ControlVariate, Router
 from train.data import DataConfig
 
 

@@ -17,8 +17,9 @@ from experts.denoiser import Denoiser, ExpertConfig
 from experts.unet import UNetConfig
 from router.networks import RouterConfig, RouterNetConfig
 from router.policies import policy
-from router.routing import RoutedDenoiser, Router
+from router.routing import RoutedDenoiser
 from router.sources import Alpha, Stateless
+from router.step import Router
 
 SHAPE = (3, 32, 32)
 COUNTS = (8, 64, 1, 2)  # of experts

@@ -31,6 +31,7 @@ from serve.engine.expert import (
 )
 from serve.engine.fair_queue import FairQueue
 from serve.engine.metrics import Metrics
+from serve.engine.rows import Row, stacked
 from serve.engine.state import ImageState, Request
 from serve.engine.step import advance
 
@@ -163,7 +164,7 @@ class Engine:
                 alive = None if everyone else torch.tensor(self.alive)
                 states, failed = await in_thread(advance, states, begun, alive)
                 self.metrics.observe("route_seconds", time.perf_counter() - started)
-            for request, error in failed:
+            for request, error in failed.items():
                 self._fail(request, error)
             for state in states:
                 if state.request in self.requests:  # it may have left meanwhile
@@ -176,12 +177,11 @@ class Engine:
         if record is None:
             return
         state.record = None
-        request.nfe += record.nfe
         if request.trace:
             request.records.setdefault(state.place, []).append(record)
         if request.on_step is not None and state.denoised is not None:
             try:
-                request.on_step(state.place, record, state.denoised[0])
+                request.on_step(state.place, record, state.denoised)
             except Exception as error:
                 self._fail(request, error)
 
@@ -206,11 +206,11 @@ class Engine:
                 verb = "are" if len(away) > 1 else "is"
                 request.fail(ExpertAwayError(f"{', '.join(away)} {verb} away"))
                 return
-        gone = [k for k in state.expert_weights if not self._available[k].alive]
+        gone = [k for k in state.experts if not self._available[k].alive]
         if gone:
             self._do_without(gone[0], [state])
             return
-        for k in state.expert_weights:
+        for k in state.experts:
             self._queues[k].push(state)
             self._wake_expert[k].set()
 
@@ -248,11 +248,11 @@ class Engine:
                 await self._lost(k, self._current(batch), began, lost)
                 continue
             available.answered()
-            answer = dict(zip((state for state, _ in batch), answers.split(1), strict=True))
+            place = {state: i for i, (state, _) in enumerate(batch)}
             for state in self._current(batch):
-                state.answers[k] = answer[state]
+                state.answers[k] = Row(answers, place[state])
                 state.failures.pop(k, None)
-                if len(state.answers) == len(state.expert_weights):
+                if len(state.answers) == len(state.experts):
                     self._ready.append(state)
             self._wake_routing.set()
 
@@ -275,12 +275,11 @@ class Engine:
 
     async def _call(self, k: int, states: list[ImageState]) -> Tensor:
         name = self.experts[k].name
-        x = torch.cat([state.x for state in states if state.x is not None])
-        t = torch.stack([state.t for state in states if state.t is not None])
+        call = stacked([state.call for state in states])
         started = time.perf_counter()
-        answers = await reach(self.experts[k](x, t), self.call_timeout_s)
-        if answers.shape != x.shape:
-            raise ValueError(f"answered {tuple(answers.shape)} to {tuple(x.shape)}")
+        answers = await reach(self.experts[k](call.x, call.t), self.call_timeout_s)
+        if answers.shape != call.x.shape:
+            raise ValueError(f"answered {tuple(answers.shape)} to {tuple(call.x.shape)}")
         self.metrics.observe("call_seconds", time.perf_counter() - started, expert=name)
         self.metrics.observe("batch_fill", len(states) / self.max_batch, expert=name)
         self.metrics.count("nfe", len(states), expert=name)
@@ -338,6 +337,6 @@ class Engine:
         self._remove(lambda state: state in leaving)
         for state in states:
             state.attempt += 1
-            state.memory, state.expert_weights, state.answers = state.previous_memory, {}, {}
+            state.memory, state.experts, state.answers = state.previous_memory, [], {}
         self._ready.extend(states)
         self._wake_routing.set()

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ddm.samplers import Trajectory
-from router.routing import RoutingState
+from ddm.samplers import Carry
+from router.step import Routed, RoutingState
 from serve.engine.expert import ServingError
+from serve.engine.rows import Row
 from serve.model.model import SamplingPlan
 
 
@@ -81,33 +82,53 @@ class Request:
             self.done.set_exception(error)
 
 
-class Row(NamedTuple):
-    """An image's routing state: a row of the batch in which it was routed."""
+class Path(NamedTuple):
+    """Where B images are on their trajectories.
 
-    memory: RoutingState
-    i: int
+    seed, image: int64 `[B]`. uniforms: the policy's, one per step, float64 `[B, N]`. carry: what
+    their step starts from. denoised: the images of the calls that their step has had, each
+    `[B, C, H, W]`.
+    """
+
+    seed: Tensor
+    image: Tensor
+    uniforms: Tensor
+    carry: Carry
+    denoised: tuple[Tensor, ...]
+
+
+class Call(NamedTuple):
+    """The denoiser call that B images need: x `[B, C, H, W]`, t `[B]`.
+
+    u: the policy's uniform numbers, float64 `[B]`. keep: whether their step has begun, so that they
+    keep their experts, bool `[B]`.
+    """
+
+    x: Tensor
+    t: Tensor
+    u: Tensor
+    keep: Tensor
 
 
 @dataclass(eq=False)
 class ImageState:
-    """One image under way. Independent of the rest of its batch."""
+    """One image under way: its rows of what was computed for many at once.
+
+    Independent of the other rows. `path` to `routed` are there once it has begun.
+    """
 
     request: Request
     place: int
-    trajectory: Trajectory
-    uniforms: list[float]  # the policy's, one per step
-    memory: Row
-    previous_memory: Row  # as before the last routing, to route again
-    x: Tensor | None = None  # [1, C, H, W]
-    t: Tensor | None = None  # []
-    calls: int = 0  # denoiser calls so far
-    alpha: Tensor | None = None  # [K]
-    chosen: Tensor | None = None  # bool [K]
-    expert_weights: dict[int, float] = field(default_factory=dict)  # of the experts to evaluate
-    answers: dict[int, Tensor] = field(default_factory=dict)  # by expert, [1, C, H, W]
-    control_term: Tensor | None = None  # added by the control variate, [1, C, H, W]
+    step: int = 0
+    path: Row[Path] = field(init=False)
+    call: Row[Call] = field(init=False)
+    memory: Row[RoutingState] = field(init=False)
+    previous_memory: Row[RoutingState] = field(init=False)  # before the last routing
+    routed: Row[Routed] = field(init=False)
+    experts: list[int] = field(default_factory=list)  # to be evaluated; none until routed
+    answers: dict[int, Row[Tensor]] = field(default_factory=dict)  # by expert
     attempt: int = 0  # changes when routed anew, so that late answers are recognized
     failures: dict[int, int] = field(default_factory=dict)  # by expert: failed calls in a row
-    record: StepRecord | None = None  # of the last denoiser call, until it is reported
-    denoised: Tensor | None = None  # by the last denoiser call, [1, C, H, W]
+    record: StepRecord | None = None  # of the last denoiser call, if asked for, until reported
+    denoised: Tensor | None = None  # by that call, [C, H, W]
     image: Tensor | None = None  # [C, H, W], when finished

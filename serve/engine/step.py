@@ -1,191 +1,177 @@
-"""The arithmetic of the engine: one routed step of many images."""
+"""The arithmetic of the engine: one denoiser call of many images, stacked."""
 
-from functools import reduce
-from operator import add
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
+from ddm.samplers import Step
 from router import policies
-from router.routing import RoutingState
-from serve.engine.state import ImageState, Request, Row, StepRecord
+from router.step import Routed, choose, combine
+from serve.engine.rows import Row, stacked
+from serve.engine.state import Call, ImageState, Path, Request, StepRecord
+from serve.model.model import SamplingPlan
+
+Work = Callable[[list[ImageState]], None]
 
 
 @torch.inference_mode()
 def advance(
     states: list[ImageState], begun: list[tuple[Request, range]], alive: Tensor | None
-) -> tuple[list[ImageState], list[tuple[Request, Exception]]]:
+) -> tuple[list[ImageState], dict[Request, Exception]]:
     """Take images one denoiser call further, begin new ones, and route all that are not finished.
 
     begun: places in their requests. alive: bool `[K]`, the experts to choose from, None for all.
     Returns the images that are finished or wait for experts, and the requests that failed, with
     their errors.
     """
-    states = list(states)
-    moved: list[ImageState] = []
-    failed: list[tuple[Request, Exception]] = []
-    arrivals = [(request, place) for request, places in begun for place in places]
-    starts: dict[int, list[tuple[Request, int]]] = {}
-    for request, place in arrivals:
-        starts.setdefault(id(request.plan), []).append((request, place))
-    fresh: dict[tuple[Request, int], ImageState] = {}
-    for start in starts.values():
-        begun_states, errors = _begin_or_isolate(start)
-        fresh |= {(state.request, state.place): state for state in begun_states}
-        failed += errors
-    states += [fresh[arrival] for arrival in arrivals if arrival in fresh]
+    fresh = [ImageState(request, place) for request, places in begun for place in places]
+    answered = [state for state in states if state.experts]
+    failed = _grouped(fresh, lambda state: id(state.request.plan), _begin)
+    failed |= _grouped(answered, _position, _move)
+    states = [state for state in [*states, *fresh] if state.request not in failed]
+    unfinished = [state for state in states if state.image is None]
+    failed |= _grouped(unfinished, _router, lambda group: _route(group, alive))
+    return [state for state in states if state.request not in failed], failed
+
+
+def _grouped(
+    states: list[ImageState], key: Callable[[ImageState], Hashable], work: Work
+) -> dict[Request, Exception]:
+    """Do the work for the images of each key together; if that fails, for each of their requests
+    alone, since one may be at fault.
+
+    Returns the requests that failed, with their errors.
+    """
+    groups: dict[Hashable, list[ImageState]] = {}
     for state in states:
-        try:
-            _move(state)
-            moved.append(state)
-        except Exception as error:
-            failed.append((state.request, error))
-    groups: dict[tuple[int, bool], list[ImageState]] = {}
-    for state in moved:
-        if state.image is None:
-            plan = state.request.plan
-            key = (id(plan.router), plan.control_variate is None)
-            groups.setdefault(key, []).append(state)
+        groups.setdefault(key(state), []).append(state)
+    failed: dict[Request, Exception] = {}
     for group in groups.values():
-        failed += _route_or_isolate(group, alive)
-    lost = {request for request, _ in failed}
-    return [state for state in moved if state.request not in lost], failed
+        try:
+            work(group)
+        except Exception as error:
+            if all(state.request is group[0].request for state in group):
+                failed[group[0].request] = error
+            else:
+                failed |= _grouped(group, lambda state: state.request, work)
+    return failed
 
 
-def _begin(places: list[tuple[Request, int]]) -> list[ImageState]:
-    """Images at t = 1, for places in requests that share a plan."""
-    plan = places[0][0].plan
-    index = torch.stack([request.index[place] for request, place in places])
-    seed = torch.tensor([request.seed for request, _ in places], device=index.device)
+def _position(state: ImageState) -> Hashable:
+    """Images of the same one take a step together."""
+    return id(state.request.plan), state.step, len(state.path.stack.denoised)
+
+
+def _router(state: ImageState) -> Hashable:
+    """Images of the same one are routed together."""
+    plan = state.request.plan
+    return id(plan.router), plan.control_variate is None
+
+
+def _begin(states: list[ImageState]) -> None:
+    """Begin images of one plan, at t = 1."""
+    plan = states[0].request.plan
+    index = torch.stack([state.request.index[state.place] for state in states])
+    seed = torch.tensor([state.request.seed for state in states], device=index.device)
     x = plan.start(seed, index)
     memory = plan.router.start(x, policies.first_uniforms(seed, index))
     times = torch.stack(list(plan.times))
     before = torch.cat([times[:1], times[:-1]])
     uniforms = plan.router.policy.uniforms(seed, index, torch.arange(len(times)), before, times)
-    return [
-        ImageState(
-            request,
-            place,
-            plan.trajectory(x[i : i + 1], request.seed, index[i : i + 1]),
-            uniforms[i].tolist(),
-            Row(memory, i),
-            Row(memory, i),
-        )
-        for i, (request, place) in enumerate(places)
-    ]
+    path = Path(seed, index, uniforms, (x,), ())
+    call = _call(path, 0, next(_step(plan, path, 0)))
+    for i, state in enumerate(states):
+        state.path, state.call, state.memory = Row(path, i), Row(call, i), Row(memory, i)
 
 
-def _begin_or_isolate(
-    places: list[tuple[Request, int]],
-) -> tuple[list[ImageState], list[tuple[Request, Exception]]]:
-    """`_begin`; if that fails, each request alone, since one may be at fault.
-
-    Also returns the requests that failed, with their errors.
-    """
+def _move(states: list[ImageState]) -> None:
+    """Send the sampler the denoised images, for images at the same call of the same step."""
+    plan, n = states[0].request.plan, states[0].step
+    path = stacked([state.path for state in states])
+    call = stacked([state.call for state in states])
+    routed = stacked([state.routed for state in states])
+    evaluated = sorted((k, row) for row, state in enumerate(states) for k in state.experts)
+    answers = stacked([states[row].answers[k] for k, row in evaluated])
+    expert, row = torch.tensor(evaluated, device=call.x.device).T
+    denoised = combine(routed, call.x, row, expert, answers, plan.config.clip)
+    step = _step(plan, path, n)
+    next(step)
+    for earlier in path.denoised:
+        step.send(earlier)
+    images: Tensor | None = None
     try:
-        return _begin(places), []
-    except Exception as error:
-        requests = {request: None for request, _ in places}
-        if len(requests) == 1:
-            return [], [(places[0][0], error)]
-    states: list[ImageState] = []
-    failed: list[tuple[Request, Exception]] = []
-    for one in requests:
-        alone = [(request, place) for request, place in places if request is one]
-        begun, errors = _begin_or_isolate(alone)
-        states += begun
-        failed += errors
-    return states, failed
-
-
-def _move(state: ImageState) -> None:
-    """Give the sampler the denoised image, if all answers are there; start a new sampler."""
-    if state.x is None or state.t is None:
-        state.x, state.t = next(state.trajectory)
-    elif state.expert_weights:
-        assert state.alpha is not None
-        assert state.chosen is not None
-        clip, x = state.request.plan.config.clip, state.x
-        denoised = reduce(
-            add, (weight * state.answers[k].to(x) for k, weight in state.expert_weights.items())
-        )
-        denoised = denoised if state.control_term is None else denoised + state.control_term
-        state.denoised = denoised.clamp(-1, 1) if clip else denoised
-        nfe = len(state.expert_weights)
-        state.record = StepRecord(float(state.t), state.alpha, state.chosen, nfe)
-        state.calls += 1
+        x, t = step.send(denoised)
+        path = path._replace(denoised=(*path.denoised, denoised))
+    except StopIteration as end:
+        n += 1
+        path = path._replace(carry=end.value, denoised=())
+        if n == len(plan.times) - 1:
+            images = _finished(path.carry[0], plan.config.clip)
+        else:
+            x, t = next(_step(plan, path, n))
+    after = call if images is not None else _call(path, n, (x, t))
+    _record(states, call, routed, denoised)
+    for i, state in enumerate(states):
+        state.request.nfe += len(state.experts)
+        state.step, state.path, state.call = n, Row(path, i), Row(after, i)
+        state.experts, state.answers = [], {}
         state.attempt += 1
-        try:
-            state.x, state.t = state.trajectory.send(state.denoised)
-        except StopIteration as end:
-            image = (end.value.clamp(-1, 1) if clip else end.value)[0].float().cpu()
-            if not image.isfinite().all():
-                raise ValueError(
-                    "it is not finite: the weights are damaged, or do not work with these settings"
-                ) from None
-            state.image = image
+        state.image = None if images is None else images[i]
 
 
-def _route_or_isolate(
-    states: list[ImageState], alive: Tensor | None
-) -> list[tuple[Request, Exception]]:
-    """`_route`; if that fails, each image alone, since one may be at fault.
+def _step(plan: SamplingPlan, path: Path, n: int) -> Step:
+    """The sampler's step n."""
+    return plan.method.step(plan.course(path.seed, path.image), n, *path.carry)
 
-    Returns the requests that failed, with their errors.
-    """
-    try:
-        _route(states, alive)
-    except Exception as error:
-        if len(states) == 1:
-            return [(states[0].request, error)]
-        return [failed for state in states for failed in _route_or_isolate([state], alive)]
-    return []
+
+def _call(path: Path, n: int, asked: tuple[Tensor, Tensor]) -> Call:
+    """The call that the sampler has asked for in step n."""
+    x, t = asked
+    begun = torch.full((len(x),), bool(path.denoised), device=x.device)
+    return Call(x, t.expand(len(x)), path.uniforms[:, n], begun)
+
+
+def _finished(x: Tensor, clip: bool) -> Tensor:
+    """The images at the end of their trajectories, on the CPU."""
+    images = (x.clamp(-1, 1) if clip else x).float().cpu()
+    if not images.isfinite().all():
+        raise ValueError(
+            "it is not finite: the weights are damaged, or do not work with these settings"
+        )
+    return images
+
+
+def _record(states: list[ImageState], call: Call, routed: Routed, denoised: Tensor) -> None:
+    """Note the call, for the images of whose calls a request asks to hear."""
+    heard = [
+        (i, state)
+        for i, state in enumerate(states)
+        if state.request.trace or state.request.on_step is not None
+    ]
+    if not heard:
+        return
+    alpha = routed.alpha.cpu()
+    for i, state in heard:
+        chosen = torch.zeros(alpha.shape[1], dtype=torch.bool)
+        chosen[state.experts] = True
+        state.record = StepRecord(float(call.t[i]), alpha[i], chosen, len(state.experts))
+        state.denoised = denoised[i]
 
 
 def _route(states: list[ImageState], alive: Tensor | None) -> None:
-    """Choose experts for images that share a router, and compute the control variate's term."""
+    """Choose experts for images that share a router."""
     plan = states[0].request.plan
-    # Step, and call within the step.
-    positions = [divmod(state.calls, state.request.plan.method.calls_per_step) for state in states]
-    x = torch.cat([state.x for state in states if state.x is not None])
-    t = torch.stack([state.t for state in states if state.t is not None])
-    memory = _gather([state.memory for state in states])
-    uniforms = torch.tensor(
-        [state.uniforms[step] for state, (step, _) in zip(states, positions, strict=True)],
-        dtype=torch.float64,
+    call = stacked([state.call for state in states])
+    before = stacked([state.memory for state in states])
+    alive = None if alive is None else alive.to(call.x.device)
+    routed, memory = choose(
+        plan.router, plan.control_variate, call.x, call.t, before, call.u, call.keep, alive
     )
-    held = torch.tensor([within > 0 for _, within in positions])
-    alive = None if alive is None else alive.to(x.device)
-    every_alpha = plan.control_variate is not None
-    alpha, after = plan.router.route(
-        x, t, memory, uniforms.to(x.device), held.to(x.device), alive, every_alpha
-    )
-    weight = policies.weights(alpha, after.chosen)
-    control_terms = (
-        None
-        if plan.control_variate is None
-        else plan.control_variate(x, t, alpha - weight).split(1)
-    )
-    chosen, weights, alphas = after.chosen.cpu(), weight.tolist(), alpha.cpu()
-    evaluated = after.evaluated.tolist()
+    # One transfer of both.
+    *chosen, evaluated = torch.cat([memory.chosen, memory.evaluated[:, None]], dim=1).T.tolist()
     for i, state in enumerate(states):
-        state.previous_memory, state.memory = state.memory, Row(after, i)
-        state.alpha, state.chosen = alphas[i], chosen[i]
+        state.previous_memory, state.memory = Row(before, i), Row(memory, i)
+        state.routed = Row(routed, i)
+        state.experts = [k for k, of in enumerate(chosen) if of[i]]
         state.request.router_nfe += evaluated[i]
-        experts = chosen[i].nonzero()[:, 0].tolist()
-        state.expert_weights = {k: weights[i][k] for k in experts}
-        state.answers = {}
-        state.control_term = None if control_terms is None else control_terms[i]
-
-
-def _gather(rows: list[Row]) -> RoutingState:
-    """The rows as one batch, in their order; one gather from each batch that holds some."""
-    batches: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        batches.setdefault(id(row.memory), []).append(place)
-    parts = [
-        [part[[rows[i].i for i in places]] for part in rows[places[0]].memory]
-        for places in batches.values()
-    ]
-    back = torch.tensor([place for places in batches.values() for place in places]).argsort()
-    return RoutingState(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))

@@ -14,12 +14,13 @@ from torch import Tensor
 from ddm.bundle import Bundle
 from ddm.errors import ArtifactError, ConfigError, one_of, require, within
 from ddm.rng import RngStream, normal
-from ddm.samplers import Sampler, Trajectory, drive, plan_steps
+from ddm.samplers import Course, Sampler, Trajectory, drive, plan_steps
 from ddm.schedules import Schedule
 from router.networks import DerivativeNet, PosteriorNet
 from router.policies import policy
-from router.routing import ControlVariate, RoutedDenoiser, Router
+from router.routing import RoutedDenoiser
 from router.sources import Alpha, Integrated, Source, Stateless, prior
+from router.step import ControlVariate, Router
 from router.targets import exact_posterior
 from serve.model.build import build_expert, build_gaussians, build_router, build_schedule
 from serve.model.params import SETTINGS, SampleConfig, SampleSettings, described
@@ -60,14 +61,17 @@ class SamplingPlan:
         """x at t = 1, `[B, C, H, W]`, of images `index` `[B]`; one seed or one per image `[B]`."""
         return normal(seed, RngStream.START, index, 0, self.shape) * self.schedule(self.times[0]).s
 
-    def trajectory(self, x: Tensor, seed: int, index: Tensor) -> Trajectory:
-        """The sampler, ready to be driven from `start`."""
-        return self.method.trajectory(
-            x,
+    def course(self, seed: int | Tensor, index: Tensor) -> Course:
+        """What the sampler's steps share, for images `index` `[B]` of one seed or one each `[B]`."""
+        return Course(
             self.schedule,
             self.times,
-            lambda step: normal(seed, RngStream.STEP, index, step, self.shape),
+            lambda n: normal(seed, RngStream.STEP, index, n, self.shape),
         )
+
+    def trajectory(self, x: Tensor, seed: int, index: Tensor) -> Trajectory:
+        """The sampler, ready to be driven from `start`."""
+        return self.method.trajectory(x, *self.course(seed, index))
 
 
 class Model:

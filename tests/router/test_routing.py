@@ -16,8 +16,9 @@ from ddm.rng import RngStream, normal
 from ddm.samplers import sample
 from ddm.schedules import schedule
 from router.policies import POLICIES, Policy, Switching, policy
-from router.routing import ControlVariate, RoutedDenoiser, Router, RoutingState
+from router.routing import RoutedDenoiser
 from router.sources import Integrated, Stateless, prior
+from router.step import ControlVariate, Router, RoutingState
 
 LINEAR = schedule("vp_linear")
 PI = torch.tensor([0.4, 0.3, 0.2, 0.1])

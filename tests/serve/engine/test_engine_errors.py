@@ -3,13 +3,13 @@
 import asyncio
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from router.routing import Router
+from ddm.samplers import Course, Step
+from router.step import Router
 from serve.engine.expert import ServingError
 from serve.engine.state import Request, StepRecord
 from serve.model.model import Model
@@ -96,7 +96,7 @@ def test_a_failing_router_ends_only_its_requests(model: Model) -> None:
 def test_a_failing_sampler_or_callback_ends_only_its_request(
     model: Model,
 ) -> None:
-    def short(x: Tensor, *_: Any) -> Any:
+    def short(course: Course, n: int, x: Tensor) -> Step:
         yield x, torch.ones(())
         raise ValueError("no way")
 
@@ -107,7 +107,7 @@ def test_a_failing_sampler_or_callback_ends_only_its_request(
         async with running(fakes(model)) as engine:
             lost = request_for(model, 2, seed=1, steps=3)
             lost.plan = dataclasses.replace(
-                lost.plan, method=dataclasses.replace(lost.plan.method, trajectory=short)
+                lost.plan, method=dataclasses.replace(lost.plan.method, step=short)
             )
             unheard = request_for(model, 2, seed=2, steps=3, on_step=deaf)
             good = request_for(model, 2, seed=3, steps=3)

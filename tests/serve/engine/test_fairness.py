@@ -19,7 +19,7 @@ def unplanned(n: int = 1) -> Request:
 
 
 def image(request: Request, place: int = 0) -> ImageState:
-    return ImageState(request, place, None, [], None, None)  # type: ignore[arg-type]
+    return ImageState(request, place)
 
 
 def begun(admission: Admission) -> list[list[int]]:
