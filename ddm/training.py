@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ddm.errors import require
 from ddm.rng import RngStream, derive_seed, normal, uniform
 
+_NAMED = 8  # images of a batch, in an error
+
 
 @dataclass
 class FitConfig:
@@ -114,6 +116,13 @@ class Batches:
             mirrored = mirrored < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
         return x0, place
+
+    def named(self, step: int) -> str:
+        """Which images a step has, in words, for who looks for a bad one."""
+        _, places = self.x0(step)
+        first, more = places[:_NAMED].tolist(), len(places) - _NAMED
+        others = f" and {more} more" if more > 0 else ""
+        return f"seed {self.seed} and step {step} (images {', '.join(map(str, first))}{others})"
 
     def times(self, step: int) -> Tensor:
         """Stratified uniform numbers in (0, 1), float32 `[B]`: one in each of B equal intervals,

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ddm.artifacts import naming, replaced
 from ddm.errors import DdmError
-from ddm.training import FitConfig
+from ddm.training import Batches, FitConfig
 from train import stopping
 from train.resume import NEWEST, ResumeFiles, read_resume
 from train.stopping import Stopped
@@ -25,6 +25,8 @@ from train.stopping import Stopped
 Report = Callable[[int, float], None]  # (steps done, mean loss since the last report)
 
 _REPORTS = 200  # in one training
+
+log = logging.getLogger(__name__)
 
 
 class NotFiniteError(DdmError):
@@ -48,6 +50,7 @@ class _Steps(Callback):
         self.on_sigterm = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.module = pl_module
         self.first_bad = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.on_sigterm)  # Lightning has put its own in front
@@ -77,7 +80,7 @@ class _Steps(Callback):
             self._report(step)
         if step % self.config.checkpoint_every == 0 or last or signum is not None:
             self._check_now()
-            check_finite(pl_module.parameters(), step)
+            check_finite(pl_module, step)
             trainer.save_checkpoint(self.folder / NEWEST)
         if signum is not None:
             raise Stopped(signum, [step])
@@ -90,7 +93,7 @@ class _Steps(Callback):
     def _check_now(self) -> None:
         assert self.first_bad is not None
         if (step := int(self.first_bad)) > 0:
-            raise _not_finite("the loss or its gradient", step)
+            raise _not_finite("the loss or its gradient", step, self.module)
 
     def _report(self, step: int) -> None:
         self._check_now()
@@ -102,16 +105,18 @@ class _Steps(Callback):
         self.sum, self.count = 0.0, 0
 
 
-def check_finite(tensors: Iterable[Tensor], step: int) -> None:
-    """Raise `NotFiniteError` if a number in the tensors is NaN or infinite."""
-    if not nn.utils.get_total_norm(list(tensors), torch.inf).isfinite():
-        raise _not_finite("a weight", step)
+def check_finite(module: pl.LightningModule, step: int) -> None:
+    """Raise `NotFiniteError` if a weight is NaN or infinite."""
+    if not nn.utils.get_total_norm([*module.parameters()], torch.inf).isfinite():
+        raise _not_finite("a weight", step, module)
 
 
-def _not_finite(what: str, step: int) -> NotFiniteError:
-    return NotFiniteError(
-        f"{what} is not finite at step {step} (NaN or infinite; its batch is a function of the seed and the step)"
-    )
+def _not_finite(what: str, step: int, module: pl.LightningModule) -> NotFiniteError:
+    batches = getattr(module, "batches", None)
+    batch = ""
+    if isinstance(batches, Batches):
+        batch = f", in the batch of {batches.named(getattr(module, 'done', 0) + step - 1)}"
+    return NotFiniteError(f"{what} is NaN or infinite at step {step}{batch}")
 
 
 class _Averaging(WeightAveraging):
@@ -161,6 +166,7 @@ def fit(
     done = 0 if saved is None else int(saved["global_step"])
     _cut_losses(folder / "losses.txt", done)
     if saved is not None:
+        log.info("%s resumes at step %d", folder, done)
         report(done, float("nan"))
         if done >= steps:
             module.load_state_dict(saved["state_dict"])  # the averaged weights, if there are any
@@ -195,7 +201,7 @@ def fit(
             ckpt_path=None if saved is None else folder / NEWEST,
             weights_only=True,
         )
-    check_finite(module.parameters(), steps)
+    check_finite(module, steps)
 
 
 def _cut_losses(path: Path, done: int) -> None:

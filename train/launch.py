@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -225,7 +226,8 @@ def _serve(pipe: Connection, work: Work[Any, Any], threads: int, gpu: str | None
     """The main function of a worker: receive a job, send its progress and its result, until the pipe is closed."""
     stopping.follow_parent()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    level = logging.WARNING if sys.stderr.isatty() else logging.INFO  # the parent has bars there
+    logging.basicConfig(level=level, format="%(message)s")
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when this process first uses CUDA
     torch.set_num_threads(threads)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import ablations, agreement, relaxation_rate
+from benchmarks import ablations, agreement, relaxation_rate, survival
 from benchmarks.lab import __main__ as lab
 from benchmarks.load import __main__ as load
 from benchmarks.speed import __main__ as speed
@@ -17,6 +17,7 @@ COMMANDS = {
     "load": load.main,
     "relaxation_rate": relaxation_rate.main,
     "speed": speed.main,
+    "survival": survival.main,
     "table": table.main,
 }
 
@@ -51,6 +52,7 @@ def test_help_is_shown(name: str, word: str, capsys: pytest.CaptureFixture[str])
         (relaxation_rate.main, ["one", "two"], "unrecognized arguments: two"),
         (speed.main, ["netwrok"], "name must be one of network training"),
         (speed.main, ["network", "--seconds=0"], "--seconds must be above 0, got 0"),
+        (survival.main, ["--folder=benchmarks"], "--folder must not exist yet, got benchmarks"),
         (table.main, [], "give one config"),
         (table.main, ["configs/digits.yaml", "--page=x.json"], "give one config"),
         (table.main, ["--page=nowhere.json"], "nowhere.json"),

@@ -1,5 +1,7 @@
 """Fitting: the average of the weights beside one by hand, and what is saved and refused."""
 
+import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddm.errors import ArtifactError
-from ddm.training import FitConfig
+from ddm.training import Batches, FitConfig
 from train.fit import NotFiniteError, fit
 from train.resume import read_resume
 
@@ -68,7 +70,7 @@ def test_training_stops_at_the_first_step_that_is_not_finite_and_keeps_a_good_ch
 ) -> None:
     config = FitConfig(ema_decay=0.5, gradient_clip=0.0, checkpoint_every=2)
     # Two reports in 400 steps: a step is named although it is found later.
-    with pytest.raises(NotFiniteError, match=f"is not finite at step {step} "):
+    with pytest.raises(NotFiniteError, match=f"is NaN or infinite at step {step}$"):
         fit(Diverging(step, what), 400, config, tmp_path, "cpu", lambda *_: None)
     saved = read_resume(tmp_path)
     assert saved is not None
@@ -81,7 +83,7 @@ def test_training_stops_at_the_first_step_that_is_not_finite_and_keeps_a_good_ch
 def test_float16_skips_steps_with_infinite_gradients_but_not_a_nan_loss(tmp_path: Path) -> None:
     config = FitConfig(ema_decay=0.0, gradient_clip=0.0, precision="16-mixed", checkpoint_every=2)
     fit(Diverging(3, "gradient"), 5, config, tmp_path / "skipped", "gpu", lambda *_: None)
-    with pytest.raises(NotFiniteError, match="step 3 "):
+    with pytest.raises(NotFiniteError, match="step 3$"):
         fit(Diverging(3, "nan"), 5, config, tmp_path / "nan", "gpu", lambda *_: None)
 
 
@@ -148,3 +150,31 @@ def test_a_checkpoint_that_cannot_be_renamed_leaves_the_one_before(
     saved = read_resume(tmp_path)
     assert saved is not None
     assert saved["global_step"] == 3
+
+
+def test_a_full_disk_is_named_and_training_goes_on_from_the_checkpoint_before(
+    tmp_path: Path,
+) -> None:
+    whole = _trained(tmp_path / "whole", 9)
+    folder = tmp_path / "full"
+    _trained(folder, 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the system refuses to write more
+    try:
+        with pytest.raises(ArtifactError, match=r"resume.ckpt cannot be written: File too large"):
+            _trained(folder, 9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(folder.glob("*.part"))
+    torch.testing.assert_close(_trained(folder, 9), whole, rtol=0, atol=0)
+
+
+def test_the_images_of_the_bad_batch_are_named(tmp_path: Path) -> None:
+    module = Diverging(3, "nan")
+    module.batches = Batches(torch.zeros(50, 1, 2, 2, dtype=torch.uint8), 12, seed=7)
+    places = module.batches.x0(2)[1].tolist()
+    said = (
+        f"at step 3, in the batch of seed 7 and step 2 (images {str(places[:8])[1:-1]} and 4 more)"
+    )
+    with pytest.raises(NotFiniteError, match=re.escape(said)):
+        fit(module, 5, FitConfig(gradient_clip=0.0), tmp_path, "cpu", lambda *_: None)

@@ -1,13 +1,15 @@
 """Running the stages of a run in their order."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from train.config import STAGES, Config
 from train.evaluation.classifier import check_classes, classes_of
+from train.lock import locked
 from train.run_folder import check_claim, read_partition
 from train.stages.bundle import make_bundle
 from train.stages.evaluate import evaluate_stage
-from train.stages.expert import train_experts
+from train.stages.expert import expert_stem, train_experts
 from train.stages.monolith import train_monoliths
 from train.stages.partition import make_partition
 from train.stages.router import train_router
@@ -31,11 +33,15 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
         "sample": sample_images,
         "evaluate": evaluate_stage,
     }
-    for stage in STAGES:
-        if stage in stages:
-            does[stage](config)
-        if stage == "partition" and "evaluate" in stages:
-            _check_classes(config)
+    # Several machines may each train one expert in a folder that they share; samples have names of their own.
+    index = config.expert.index if list(stages) == ["expert"] else None
+    part = None if index is None else expert_stem(config, index).parent
+    with nullcontext() if list(stages) == ["sample"] else locked(config.folder, part):
+        for stage in STAGES:
+            if stage in stages:
+                does[stage](config)
+            if stage == "partition" and "evaluate" in stages:
+                _check_classes(config)
 
 
 def _check_classes(config: Config) -> None:
