@@ -26,9 +26,17 @@ from train.lock import NAME as LOCK
 from train.resume import read_resume
 
 STAGES = ("partition", "expert", "router", "bundle")
-_CONFIG = ("digits", "expert.steps=400", "router.steps=240", "router.switch_step=80")
+_CONFIG = (
+    "digits",
+    "expert.steps=150",
+    "expert.batch=32",
+    "expert.checkpoint_every=10",
+    "router.steps=120",
+    "router.switch_step=40",
+    "router.batch=48",
+    "router.checkpoint_every=10",
+)
 _LEAVE_S = 30.0  # for the workers of a killed process
-_LONGEST_S = 8.0  # from the first change of a file to the kill
 _RESUMES = re.compile(r"^(.*) resumes at step (\d+)$", re.MULTILINE)
 
 
@@ -64,7 +72,10 @@ def _measure(arguments: argparse.Namespace) -> None:
     if base.exists():
         raise ConfigError(f"--folder must not exist yet, got {base}")
     delays, tally = random.Random(arguments.seed), Tally()
+    began = time.monotonic()
     _finished(_start(base / "whole", words), base / "whole")
+    whole_s = time.monotonic() - began
+    longest_s = 3 * whole_s / max(1, arguments.kills)  # from the first change to the kill
     expected = _outputs(base / "whole")
     folder = base / "0"
     while True:
@@ -73,7 +84,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         process = _start(folder, words)
         if tally.kills < arguments.kills:
             _wait_for_a_change(folder, process, began)
-            _wait(process, delays.uniform(0, _LONGEST_S))
+            _wait(process, delays.uniform(0, longest_s))
             process.kill()
         killed = process.wait() == -signal.SIGKILL
         _note_processes(process.pid, tally)
@@ -115,7 +126,11 @@ def _log(folder: Path) -> Path:
 
 
 def _finished(process: "subprocess.Popen[bytes]", folder: Path) -> None:
-    if process.wait() != 0:
+    try:
+        process.wait()
+    finally:
+        process.kill()  # ctrl-C does not reach its process group
+    if process.returncode != 0:
         raise DdmError(
             f"training ended with status {process.returncode}: {_log(folder).read_text()}"
         )
@@ -157,11 +172,8 @@ def _state(folder: Path) -> _State:
     for losses in folder.rglob("losses.txt"):
         lines = losses.read_text().splitlines()
         last[losses.parent] = int(lines[-1].split()[0]) if lines else 0
-    made = {
-        path: path.stat().st_mtime_ns
-        for path in folder.rglob("*/*.json")
-        if path.parent.name != "bundle"
-    }
+    networks = [*folder.glob("experts/*/expert.json"), *folder.glob("router/router.json")]
+    made = {path: path.stat().st_mtime_ns for path in networks}
     return _State(saved, last, made)
 
 

@@ -77,12 +77,16 @@ def test_experts_alone_share_a_run_but_not_an_expert(tmp_path: Path, hold: Hold)
     with locked(tmp_path, parts[2]):
         pass
     assert not parts[2].exists()
-    with pytest.raises(LockedError, match=f"01 is in use by process {holder.pid} on"):
-        with locked(tmp_path, parts[1]):
-            pass
-    with pytest.raises(LockedError, match=f"{tmp_path} is in use by process {holder.pid} on"):
-        with locked(tmp_path):
-            pass
+    with (
+        pytest.raises(LockedError, match=f"01 is in use by process {holder.pid} on"),
+        locked(tmp_path, parts[1]),
+    ):
+        pass
+    with (
+        pytest.raises(LockedError, match=f"{tmp_path} is in use by process {holder.pid} on"),
+        locked(tmp_path),
+    ):
+        pass
 
 
 def test_a_run_is_refused_before_its_first_output_and_sampling_is_not(

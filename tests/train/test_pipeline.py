@@ -12,10 +12,13 @@ from ddm.artifacts import read_artifact, read_tensors, sha256
 from ddm.errors import ArtifactError, DdmError
 from ddm.grids import time_grid
 from ddm.partition import Partition
+from ddm.rng import RngStream, derive_seed
 from ddm.schedules import schedule
+from experts.expert_module import ExpertLearning
 from serve import load
 from serve.model.images import to_uint8
 from train.config import Config
+from train.resume import read_resume
 from train.stages.expert import train_expert
 from train.stages.run import run
 
@@ -187,6 +190,30 @@ def test_an_expert_that_fails_costs_only_itself(
         run(small(copy), ["expert"])
     assert (copy / "experts" / "00" / "expert.json").exists()
     assert (copy / "experts" / "02" / "expert.json").exists()
+
+
+def test_an_expert_that_diverges_stops_at_its_last_good_state_and_the_others_go_on(
+    tmp_path: Path, small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(small(tmp_path), ["partition"])
+    bad = derive_seed(0, RngStream.EXPERT, 1)
+    real = ExpertLearning.training_step
+
+    def diverge(self: ExpertLearning, batch: object, index: int) -> torch.Tensor:
+        loss = real(self, batch, index)
+        return loss * torch.nan if (self.batches.seed, self.global_step) == (bad, 6) else loss
+
+    monkeypatch.setattr(ExpertLearning, "training_step", diverge)
+    said = f"expert 01 failed: the loss .* NaN or infinite at step 7, in the batch of seed {bad} "
+    with pytest.raises(DdmError, match=said):
+        run(small(tmp_path), ["expert"])
+    saved = read_resume(tmp_path / "experts" / "01")
+    assert saved is not None
+    assert saved["global_step"] == 4
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+    assert (tmp_path / "experts" / "02" / "expert.json").exists()
+    with pytest.raises(ArtifactError, match=r"expert.json is missing"):
+        run(small(tmp_path), ["bundle"])
 
 
 def test_a_changed_data_set_is_refused_not_partitioned_over(
