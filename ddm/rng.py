@@ -34,6 +34,7 @@ class RngStream(IntEnum):
     ROUTER = 9  # the seed of the router
     SWITCH = 10  # when image i changes its expert under the policy `switching`, and to which
     SEED_MODEL = 11  # the seed of the seed model
+    HELD_OUT = 12  # the noise of held-out images in a validation
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:

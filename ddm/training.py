@@ -3,6 +3,7 @@ functions of (seed, n).
 """
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,9 +24,12 @@ class FitConfig:
 
     steps: optimizer steps, at least 1.
     batch: images per step, at least 1.
+    accumulate: parts that a batch is split into, one after another, so that it fits into memory; at
+    least 1. A step is one update by the gradient of all `batch` images, whatever the parts.
     learning_rate: after the warm-up, above 0.
     warmup_steps: steps over which the learning rate rises linearly, at least 0.
-    cooldown: the last part of the steps, over which it falls linearly to 0; in [0, 1].
+    cooldown: the last part of the steps, over which it falls to 0; in [0, 1]; 0 keeps it constant.
+    cooldown_shape: how it falls: linear, or cosine (arXiv 1608.03983, equation 5).
     gradient_clip: the largest norm of the gradient, at least 0; 0 is no limit.
     ema_decay: of the averaged weights, per step, in [0, 1); 0 keeps the raw weights.
     precision: Lightning's: 32-true, bf16-mixed or 16-mixed; or auto, for an expert: the faster of
@@ -37,9 +41,11 @@ class FitConfig:
 
     steps: int = 1000
     batch: int = 128
+    accumulate: int = 1
     learning_rate: float = 2e-4
     warmup_steps: int = 0
     cooldown: float = 0.0
+    cooldown_shape: Literal["linear", "cosine"] = "linear"
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "auto"] = "32-true"
@@ -49,11 +55,13 @@ class FitConfig:
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
-        for key in ("steps", "batch", "checkpoint_every"):
+        for key in ("steps", "batch", "accumulate", "checkpoint_every"):
             require(getattr(self, key) >= 1, key, "be at least 1", getattr(self, key))
         require(self.learning_rate > 0, "learning_rate", "be above 0", self.learning_rate)
         require(self.warmup_steps >= 0, "warmup_steps", "be at least 0", self.warmup_steps)
         require(0 <= self.cooldown <= 1, "cooldown", "be in [0, 1]", self.cooldown)
+        if self.cooldown_shape == "cosine":
+            require(self.cooldown > 0, "cooldown", "be above 0 for cooldown_shape=cosine", 0)
         require(self.gradient_clip >= 0, "gradient_clip", "be at least 0", self.gradient_clip)
         require(0 <= self.ema_decay < 1, "ema_decay", "be in [0, 1)", self.ema_decay)
         require(0 < self.t_min < 1, "t_min", "be in (0, 1)", self.t_min)
@@ -76,6 +84,8 @@ class FitConfig:
         """The learning rate of a step, as a part of `learning_rate`; steps are counted from 0."""
         rising = (step + 1) / (self.warmup_steps + 1)
         falling = (self.steps - step) / (self.cooldown * self.steps + 1)
+        if self.cooldown_shape == "cosine":
+            falling = (1 - math.cos(math.pi * min(1.0, falling))) / 2
         return min(1.0, rising, falling)
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -94,22 +104,27 @@ def to_float(images: Tensor) -> Tensor:
 
 @dataclass
 class Batches:
-    """Training images, uint8 `[N, C, H, W]`, on the training device, and their batches."""
+    """Training images, uint8 `[N, C, H, W]`, on the training device, and their batches.
+
+    A batch of B images can be had in `parts`: part p has its rows p, p + parts, ... and of each row
+    the same image, time and noise as the whole batch.
+    """
 
     images: Tensor
     batch: int
     seed: int
     flip: bool = False  # mirror every image with probability 1/2
+    parts: int = 1
     _drawn: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Batches":
         return copy.copy(self)  # Lightning's EMA copies the module; the images stay shared
 
-    def x0(self, step: int) -> tuple[Tensor, Tensor]:
-        """The images of a step, `[B, C, H, W]` in [-1, 1], and their indices among all, int64
-        `[B]`.
+    def x0(self, step: int, part: int = 0) -> tuple[Tensor, Tensor]:
+        """The images of a part of a step, `[B / parts, C, H, W]` in [-1, 1], and their indices
+        among all, int64 `[B / parts]`.
         """
-        drawn, mirrored, _ = self._uniforms(step)
+        drawn, mirrored, _ = self._uniforms(step, part)
         place = (drawn * len(self.images)).long()
         x0 = to_float(self.images[place])
         if self.flip:
@@ -119,39 +134,39 @@ class Batches:
 
     def named(self, step: int) -> str:
         """Which images a step has, in words, for who looks for a bad one."""
-        _, places = self.x0(step)
-        first, more = places[:_NAMED].tolist(), len(places) - _NAMED
-        others = f" and {more} more" if more > 0 else ""
-        return f"seed {self.seed} and step {step} (images {', '.join(map(str, first))}{others})"
+        drawn, *_ = self._uniforms(step, 0)
+        first = (drawn[:_NAMED] * len(self.images)).long().tolist()
+        more = f" and {self.batch - len(first)} more" if len(first) < self.batch else ""
+        return f"seed {self.seed} and step {step} (images {', '.join(map(str, first))}{more})"
 
-    def times(self, step: int) -> Tensor:
-        """Stratified uniform numbers in (0, 1), float32 `[B]`: one in each of B equal intervals,
-        for less variance.
+    def times(self, step: int, part: int = 0) -> Tensor:
+        """Stratified uniform numbers in (0, 1), float32 `[B / parts]`: of all parts together one in
+        each of B equal intervals, for less variance.
         """
-        *_, u = self._uniforms(step)
-        return ((self._rows + u) / self.batch).float()
+        *_, u = self._uniforms(step, part)
+        return ((self._rows(part) + u) / self.batch).float()
 
-    def noise(self, step: int) -> Tensor:
-        """The noise of a step, `[B, C, H, W]`."""
-        return normal(self.seed, RngStream.NOISE, self._rows, step, self.images.shape[1:])
+    def noise(self, step: int, part: int = 0) -> Tensor:
+        """The noise of a part of a step, `[B / parts, C, H, W]`."""
+        return normal(self.seed, RngStream.NOISE, self._rows(part), step, self.images.shape[1:])
 
-    def seed_dropout(self, step: int) -> None:
-        """Seed torch's generator, which dropout uses, by (seed, step)."""
-        torch.manual_seed(derive_seed(self.seed, RngStream.DROPOUT, step))
+    def seed_dropout(self, step: int, part: int = 0) -> None:
+        """Seed torch's generator, which dropout uses, by (seed, step); later parts go on with it."""
+        if part == 0:
+            torch.manual_seed(derive_seed(self.seed, RngStream.DROPOUT, step))
 
-    def _uniforms(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The numbers of the streams BATCH, FLIP and TIME, float64 `[B]` each, drawn together: on a
-        GPU three draws would take three times the launches of one.
+    def _uniforms(self, step: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The numbers of the streams BATCH, FLIP and TIME, float64 `[B / parts]` each, drawn
+        together: on a GPU three draws would take three times the launches of one.
         """
         if self._drawn is None or self._drawn[0] != step:
-            rows = self._rows
+            rows = torch.arange(self.batch, device=self.images.device)
             kinds = RngStream.BATCH, RngStream.FLIP, RngStream.TIME
             stream = torch.cat([torch.full_like(rows, kind) for kind in kinds])
             u = uniform(self.seed, stream, rows.repeat(3), step)[:, 0]
             self._drawn = step, u.view(3, self.batch)
-        first, second, third = self._drawn[1]
+        first, second, third = self._drawn[1][:, part :: self.parts]
         return first, second, third
 
-    @property
-    def _rows(self) -> Tensor:
-        return torch.arange(self.batch, device=self.images.device)
+    def _rows(self, part: int) -> Tensor:
+        return torch.arange(part, self.batch, self.parts, device=self.images.device)

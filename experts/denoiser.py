@@ -16,6 +16,8 @@ Parameterization = Literal["raw", "preconditioned"]
 LossWeight = Literal["constant", "snr", "min_snr", "edm"]
 Times = Literal["uniform", "uniform_log_snr", "logit_normal", "log_normal"]
 
+_EMA_ALSO = "hold decays in (0, 1), and none where ema_decay is 0"
+
 
 @dataclass
 class ExpertConfig(FitConfig):
@@ -27,6 +29,8 @@ class ExpertConfig(FitConfig):
     loss_weight: of the squared error over t: constant, snr, min_snr or edm.
     min_snr_gamma: the bound of min_snr, above 0.
     times: the distribution of training times: uniform, uniform_log_snr, logit_normal or log_normal.
+    ema_also: further decays, in (0, 1), whose averages are kept as well. After training the average
+    with the least loss on held-out images is taken; that of ema_decay where none are held out.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -35,11 +39,16 @@ class ExpertConfig(FitConfig):
     loss_weight: LossWeight = "constant"
     min_snr_gamma: float = 5.0
     times: Times = "uniform"
+    ema_also: list[float] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
         super().check()
         require(0 < self.sigma_data <= 1000, "sigma_data", "be in (0, 1000]", self.sigma_data)
+        whole = self.batch % self.accumulate == 0
+        require(whole, "accumulate", f"divide batch = {self.batch}", self.accumulate)
+        for decay in self.ema_also:
+            require(0 < decay < 1 and self.ema_decay > 0, "ema_also", _EMA_ALSO, decay)
         require(self.min_snr_gamma > 0, "min_snr_gamma", "be above 0", self.min_snr_gamma)
 
     def build(self, shape: Sequence[int], schedule: Schedule) -> "Denoiser":

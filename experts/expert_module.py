@@ -57,7 +57,12 @@ def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 
 
 def denoising_loss(denoised: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
     """`mean_b weight_b mean |D_b - x0_b|^2`: a scalar, from `[B, C, H, W]` and `[B]`."""
-    return (weight * (denoised - x0).square().flatten(1).mean(dim=1)).mean()
+    return denoising_losses(denoised, x0, weight).mean()
+
+
+def denoising_losses(denoised: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
+    """`weight_b mean |D_b - x0_b|^2` of each image, `[B]`."""
+    return weight * (denoised - x0).square().flatten(1).mean(dim=1)
 
 
 class ExpertLearning(pl.LightningModule):
@@ -85,17 +90,21 @@ class ExpertLearning(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.batches.images = self.batches.images.to(self.device)
 
-    def training_step(self, _: Any, __: int) -> Tensor:
+    def training_step(self, _: Any, count: int) -> Tensor:
         n, batches = self.global_step, self.batches
-        batches.seed_dropout(n)
-        x0, _place = batches.x0(n)
-        t = self.at(batches.times(n))
+        part = count % batches.parts
+        batches.seed_dropout(n, part)
+        x0, _place = batches.x0(n, part)
+        return self.losses(x0, self.at(batches.times(n, part)), batches.noise(n, part)).mean()
+
+    def losses(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The loss of each image, `[B]`, at times `[B]`."""
         c = self.denoiser.schedule(t)
         a, s, _, _ = c.broadcast_to(x0)
-        denoised = self.denoiser(a * x0 + s * batches.noise(n), t)
+        denoised = self.denoiser(a * x0 + s * noise, t)
         cfg = self.config
         weight = loss_weight(cfg.loss_weight, c, cfg.min_snr_gamma, cfg.sigma_data)
-        return denoising_loss(denoised, x0, weight)
+        return denoising_losses(denoised, x0, weight)
 
     def configure_optimizers(self) -> Any:
         return self.config.adam(self.denoiser.parameters())

@@ -57,7 +57,8 @@ class RouterConfig(FitConfig):
     `steps` counts both stages.
 
     net: sizes of each network.
-    batch: images per step, at least; rounded up to a multiple of 3, a third for each band.
+    batch: images per step, at least; rounded up to a multiple of 3, a third for each band, and of
+    the parts of `accumulate`.
     switch_step: stage 1 ends here; in [1, steps).
     label_weight: stage 1: of the cross-entropy, at least 0.
     posterior_weight: stage 1: of the squared error to the exact posterior, at least 0.
@@ -106,8 +107,9 @@ class RouterConfig(FitConfig):
 
     @property
     def images_per_step(self) -> int:
-        """`batch`, rounded up to a multiple of 3: each band of t gets a third."""
-        return -(-self.batch // 3) * 3
+        """`batch`, rounded up: each band of t gets a third of each of the `accumulate` parts."""
+        least = 3 * self.accumulate
+        return -(-self.batch // least) * least
 
     def build(
         self, shape: Sequence[int], pi: Tensor, schedule: Schedule, gaussians: Gaussians

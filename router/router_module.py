@@ -53,11 +53,11 @@ class _RouterLearning(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.batches.images = self.batches.images.to(self.device)
 
-    def noisy(self, step: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x0, its cluster label, eps and x_t of a step, at the times `[B]`."""
-        self.batches.seed_dropout(step)
-        x0, place = self.batches.x0(step)
-        eps = self.batches.noise(step)
+    def noisy(self, step: int, part: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x0, its cluster label, eps and x_t of a part of a step, at the times `[B / parts]`."""
+        self.batches.seed_dropout(step, part)
+        x0, place = self.batches.x0(step, part)
+        eps = self.batches.noise(step, part)
         a, s, _, _ = self.posterior.scorer.schedule(t).broadcast_to(x0)
         return x0, self.cluster[place], eps, a * x0 + s * eps
 
@@ -71,9 +71,10 @@ class _RouterLearning(pl.LightningModule):
 class PosteriorLearning(_RouterLearning):
     """Stage 1: the posterior net, from labels and the exact posterior, t uniform in [t_min, 1]."""
 
-    def training_step(self, _: Any, __: int) -> Tensor:
-        t = self.config.t_min + (1 - self.config.t_min) * self.batches.times(self.global_step)
-        _x0, label, _eps, x = self.noisy(self.global_step, t)
+    def training_step(self, _: Any, count: int) -> Tensor:
+        step, part = self.global_step, count % self.batches.parts
+        t = self.config.t_min + (1 - self.config.t_min) * self.batches.times(step, part)
+        _x0, label, _eps, x = self.noisy(step, part, t)
         alpha = exact_posterior(
             x,
             t,
@@ -107,19 +108,20 @@ class RouterLearning(_RouterLearning):
                 lambda part: part.compile(dynamic=False) if isinstance(part, Scorer) else None
             )
 
-    def training_step(self, _: Any, __: int) -> Tensor:
+    def training_step(self, _: Any, count: int) -> Tensor:
         # Step numbers go on from stage 1, so that its batches do not come again.
         step = self.done + self.global_step
-        place = 3 * self.batches.times(step)
+        part = count % self.batches.parts
+        place = 3 * self.batches.times(step, part)
         band = place.long().clamp_max(2)
         t = self.edges[band] + (self.edges[band + 1] - self.edges[band]) * (place - band)
-        x0, label, eps, x = self.noisy(step, t)
+        x0, label, eps, x = self.noisy(step, part, t)
         schedule, k = self.posterior.scorer.schedule, len(self.posterior.log_pi)
         alpha, alpha_rate = exact_posterior_rate(
             x0, eps, t, self.batches.images, self.cluster, schedule, k
         )
-        # The times are stratified, row j in the j-th of B equal parts: the first third of the rows
-        # is band 0.
+        # The times are stratified and rise with the rows, in each part of a batch as well: the
+        # first third of the rows is band 0.
         thirds = zip(x.chunk(3), t.chunk(3), alpha_rate.chunk(3), strict=True)
         rates = [
             rate_loss(rate, target)

@@ -23,6 +23,7 @@ from train.data import DataConfig
 from train.evaluation.feature_files import script_files
 from train.evaluation.pixels import DIRECTIONS
 from train.evaluation.rows import METHODS, PAPER
+from train.watch_config import WatchConfig
 
 _SHIPPED = Path(configs.__path__[0])
 
@@ -260,6 +261,7 @@ class Config:
     partition: how they are cut into clusters
     schedule: `name` and the parameters of the forward process
     seed_model, expert, router, bundle, sample, evaluate: the stages
+    watch: what is seen of training while it goes on
     table: what `python -m benchmarks.table` measures
     """
 
@@ -273,6 +275,7 @@ class Config:
     expert: ExpertStageConfig = field(default_factory=ExpertStageConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     bundle: BundleConfig = field(default_factory=BundleConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     sample: SampleStageConfig = field(default_factory=SampleStageConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     table: TableConfig = field(default_factory=TableConfig)
@@ -292,6 +295,7 @@ class Config:
             self.expert.check()
         with within("router"):
             self.router.check()
+        self.watch.check(self.partition.holdout)
         self.sample.check()
         self.evaluate.check("evaluate")
         self.table.check("table")

@@ -1,6 +1,7 @@
 """Fitting one module with Lightning: averaged weights, checkpoints, progress, and no step on a loss that is not finite."""
 
 import logging
+import math
 import signal
 import threading
 import warnings
@@ -11,16 +12,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ddm.artifacts import naming, replaced
 from ddm.errors import DdmError
 from ddm.training import Batches, FitConfig
+from experts.expert_module import ExpertLearning
 from train import stopping
+from train.averaging import Averaging, put, weights
 from train.resume import NEWEST, ResumeFiles, read_resume
 from train.stopping import Stopped
+from train.watching import Watch, Watching, held_out_losses
 
 Report = Callable[[int, float], None]  # (steps done, mean loss since the last report)
 
@@ -39,8 +42,10 @@ class _Steps(Callback):
     The loss stays on the device between reports, so that no step waits for it.
     """
 
-    def __init__(self, folder: Path, steps: int, config: FitConfig, report: Report) -> None:
-        self.folder, self.config, self.report = folder, config, report
+    def __init__(
+        self, folder: Path, steps: int, config: FitConfig, report: Report, watching: Watching
+    ) -> None:
+        self.folder, self.config, self.report, self.watching = folder, config, report, watching
         self.report_every = max(1, steps // _REPORTS)
         self.sum: Tensor | float = 0.0
         self.count = 0
@@ -72,12 +77,16 @@ class _Steps(Callback):
         batch_idx: int,
     ) -> None:
         step, loss = trainer.global_step, outputs["loss"].detach()
-        self.sum, self.count = self.sum + loss, self.count + 1
+        self.sum = self.sum + loss  # Lightning has divided that of a part by the number of parts
+        if (batch_idx + 1) % self.config.accumulate:
+            self._check_later(loss, step + 1)
+            return
+        self.count += 1
         self._check_later(loss, step)
         last = step == trainer.max_steps
         signum = stopping.requested()
         if step % self.report_every == 0 or last:
-            self._report(step)
+            self._report(trainer, step)
         if step % self.config.checkpoint_every == 0 or last or signum is not None:
             self._check_now()
             check_finite(pl_module, step)
@@ -95,13 +104,17 @@ class _Steps(Callback):
         if (step := int(self.first_bad)) > 0:
             raise _not_finite("the loss or its gradient", step, self.module)
 
-    def _report(self, step: int) -> None:
+    def _report(self, trainer: pl.Trainer, step: int) -> None:
         self._check_now()
         mean = float(self.sum) / self.count
         path = self.folder / "losses.txt"
         with naming(path, "written"), path.open("a") as file:
             file.write(f"{step} {mean:.6g}\n")
         self.report(step, mean)
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        batches = getattr(self.module, "batches", None)
+        images = batches.batch if isinstance(batches, Batches) else 1
+        self.watching.show(step, images, {"loss": mean, "learning rate": rate})
         self.sum, self.count = 0.0, 0
 
 
@@ -119,32 +132,6 @@ def _not_finite(what: str, step: int, module: pl.LightningModule) -> NotFiniteEr
     return NotFiniteError(f"{what} is NaN or infinite at step {step}{batch}")
 
 
-class _Averaging(WeightAveraging):
-    """Lightning's average on the device that trains, without its per-step checks, each of which waits for the device."""
-
-    def __init__(self, decay: float) -> None:
-        super().__init__(use_buffers=False)
-        self.decay = decay
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._average_model is not None
-        self._average_model.to(pl_module.device)  # it was copied before Lightning moved the module
-        self.averages = [*self._average_model.parameters()]
-        self.current = [*pl_module.parameters()]
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        # The average starts from the weights after the first step.
-        decay = self.decay if trainer.global_step > 1 else 0.0
-        get_ema_multi_avg_fn(decay)(self.averages, self.current, 0)
-
-
 def fit(
     module: pl.LightningModule,
     steps: int,
@@ -152,27 +139,73 @@ def fit(
     folder: Path,
     accelerator: str,
     report: Report,
-) -> None:
+    watch: Watch | None = None,
+) -> float:
     """Fit `module` for `steps` steps, leaving the averaged weights in it; resumes from `folder/resume.ckpt`.
 
-    The mean losses are appended to `folder/losses.txt`, one line `step loss` per report.
+    The mean losses are appended to `folder/losses.txt`, one line `step loss` per report. Returns the decay of the
+    average: the best on held-out images if `watch` has several.
 
     Raises `NotFiniteError` at the first loss, gradient or weight that is not finite, `ArtifactError` if the checkpoints are
     damaged, and `Stopped` after a signal, with a checkpoint saved.
     """
-    assert config.precision != "auto"  # it is settled before a stage begins
+    watch = watch or Watch()
     folder.mkdir(parents=True, exist_ok=True)
     saved = read_resume(folder)
     done = 0 if saved is None else int(saved["global_step"])
-    _cut_losses(folder / "losses.txt", done)
+    for name in ("losses.txt", "validation.csv"):
+        _cut(folder / name, done)
+    averaging = None
+    if config.ema_decay > 0:
+        averaging = Averaging(config.ema_decay, watch.ema_also, config.accumulate)
     if saved is not None:
         log.info("%s resumes at step %d", folder, done)
         report(done, float("nan"))
-        if done >= steps:
-            module.load_state_dict(saved["state_dict"])  # the averaged weights, if there are any
-            return
-    callbacks: list[Callback] = [_Averaging(config.ema_decay)] if config.ema_decay > 0 else []
-    callbacks.append(_Steps(folder, steps, config, report))
+    if saved is None or done < steps:
+        _train(module, steps, config, folder, accelerator, report, watch, averaging, saved)
+    else:
+        module.load_state_dict(saved["state_dict"])  # the averaged weights, if there are any
+        if averaging is not None:
+            averaging.load_state_dict(saved["callbacks"][averaging.state_key])
+    check_finite(module, steps)
+    return config.ema_decay if averaging is None else _choose(module, averaging, watch)
+
+
+def _choose(module: pl.LightningModule, averaging: Averaging, watch: Watch) -> float:
+    """Leave the average with the least held-out loss in the module, which has the first; returns its decay."""
+    first = [p.detach().clone() for p in module.parameters()]
+    averages = dict(zip(averaging.decays, [first, *averaging.more], strict=True))
+    if len(averages) == 1 or not watch.validates:
+        return averaging.decays[0]
+    assert isinstance(module, ExpertLearning)
+    assert watch.held_out is not None
+    losses = {}
+    for decay, average in averages.items():
+        with weights(module, average):
+            losses[decay] = held_out_losses(module, watch.held_out)["loss"]
+    best = min(losses, key=lambda decay: losses[decay])
+    put(module, averages[best])
+    shown = ", ".join(f"{loss:.5g} with {decay:g}" for decay, loss in losses.items())
+    log.info("ema_also: held-out losses are %s", shown)
+    return best
+
+
+def _train(
+    module: pl.LightningModule,
+    steps: int,
+    config: FitConfig,
+    folder: Path,
+    accelerator: str,
+    report: Report,
+    watch: Watch,
+    averaging: Averaging | None,
+    saved: dict[str, Any] | None,
+) -> None:
+    assert config.precision != "auto"  # it is settled before a stage begins
+    done = 0 if saved is None else int(saved["global_step"])
+    watching = Watching(folder, watch, averaging, done)
+    steps_of = _Steps(folder, steps, config, report, watching)
+    callbacks: list[Callback] = [*([] if averaging is None else [averaging]), watching, steps_of]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings(), stopping.deferred():
         warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")
@@ -186,6 +219,7 @@ def fit(
             max_steps=steps,
             max_epochs=-1,
             precision=config.precision,
+            accumulate_grad_batches=config.accumulate,
             # One process trains one network, also where srun or torchrun have started several.
             plugins=[LightningEnvironment(), ResumeFiles(saved)],
             callbacks=callbacks,
@@ -197,18 +231,24 @@ def fit(
         # The loader only counts: a module makes the batch of step n from (seed, n).
         trainer.fit(
             module,
-            range(steps),
+            range(steps * config.accumulate),
             ckpt_path=None if saved is None else folder / NEWEST,
             weights_only=True,
         )
-    check_finite(module, steps)
 
 
-def _cut_losses(path: Path, done: int) -> None:
-    """Remove the lines of steps after `done`, which will be trained again."""
+def _cut(path: Path, done: int) -> None:
+    """Remove the lines of steps after `done`, which will be trained again; a line of words stays."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.split()[:1] and int(line.split()[0]) <= done]
+        kept = [line for line in lines if _step_of(line) <= done]
         if len(kept) < len(lines):
             with replaced(path) as scratch:
                 scratch.write_text("".join(kept))
+
+
+def _step_of(line: str) -> float:
+    first = line.replace(",", " ").split()[:1]
+    if not first or not line.endswith("\n"):
+        return math.inf  # cut off by a kill
+    return int(first[0]) if first[0].isdigit() else 0

@@ -24,12 +24,13 @@ _FREE = {
     "expert.checkpoint_every",
     "router.checkpoint_every",
 }
-_FREE_SECTIONS = ("sample", "evaluate", "table")
+_FREE_SECTIONS = ("watch", "sample", "evaluate", "table")
 
 
 def settled(config: Config) -> dict[str, Any]:
     """What of a config decides what is learned and what `table` measures, flat: `expert.steps` ..."""
-    flat = _flat({key: value for key, value in plain(config).items() if key != "evaluate"})
+    kept = {key: value for key, value in plain(config).items() if key not in ("evaluate", "watch")}
+    flat = _flat(kept)
     free = {*_FREE, "sample.n", "sample.seed", "sample.first_index", "sample.format"}
     return {key: value for key, value in flat.items() if key not in free}
 

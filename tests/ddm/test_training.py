@@ -1,6 +1,7 @@
 """What a training step is made of: functions of (seed, n) and of nothing else."""
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -19,6 +20,15 @@ def images(n: int = 10) -> Tensor:
 
 def parts(batches: Batches, step: int) -> list[Tensor]:
     return [*batches.x0(step), batches.times(step), batches.noise(step)]
+
+
+def test_the_parts_of_a_batch_are_its_rows() -> None:
+    whole = Batches(images(), 12, seed=3, flip=True)
+    split = Batches(images(), 12, seed=3, flip=True, parts=3)
+    for part in range(3):
+        found = [*split.x0(5, part), split.times(5, part), split.noise(5, part)]
+        for one, other in zip(parts(whole, 5), found, strict=True):
+            assert torch.equal(one[part::3], other)
 
 
 def test_bytes_are_scaled_to_minus_one_to_one() -> None:
@@ -113,6 +123,12 @@ def test_the_learning_rate_falls_linearly_over_the_last_part_of_the_steps(
     assert found == pytest.approx(expected)
 
 
+def test_the_learning_rate_falls_as_a_cosine() -> None:
+    config = FitConfig(steps=100, cooldown=0.4, cooldown_shape="cosine")
+    for step, part in [(0, 0), (59, 0), (70, 11 / 41), (80, 21 / 41), (99, 40 / 41)]:
+        assert config.rate(step) == pytest.approx((1 + math.cos(math.pi * part)) / 2)
+
+
 @pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1, 1]), (3, [0.25, 0.5, 0.75, 1, 1])])
 def test_the_learning_rate_warms_up_linearly(warmup: int, expected: list[float]) -> None:
     weight = nn.Parameter(torch.zeros(1))
@@ -140,6 +156,8 @@ def test_the_learning_rate_warms_up_linearly(warmup: int, expected: list[float])
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"cooldown": 1.5}, "cooldown must be in [0, 1], got 1.5"),
+        ({"cooldown_shape": "cosine"}, "cooldown must be above 0 for cooldown_shape=cosine, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"gradient_clip": -0.5}, "gradient_clip must be at least 0, got -0.5"),
         ({"ema_decay": 1.0}, "ema_decay must be in [0, 1), got 1.0"),

@@ -22,6 +22,7 @@ from train.fit import NotFiniteError, Report, fit
 from train.launch import cores
 from train.resume import drop_resume
 from train.run_folder import read_partition
+from train.watching import Watch
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +90,12 @@ def train_denoiser(
     report: Report,
     start: Path | None = None,
     with_moments: bool = False,
+    held_out: Tensor | None = None,
 ) -> None:
     """Train a denoiser on the images, uint8 `[N, C, H, W]`, and write it to `stem` with the `facts` and those of its training.
 
     start: the artifact, without a suffix, whose weights it starts from. with_moments: also write the images' mean and
-    variance, which an expert gives away and a seed model does not.
+    variance, which an expert gives away and a seed model does not. held_out: images for validation, likewise.
     """
     partition = read_partition(config)
     torch.manual_seed(seed)
@@ -105,16 +107,30 @@ def train_denoiser(
         denoiser.load_state_dict(weights)
         seen = first.facts["images_seen"] + first.facts.get("init", {}).get("images_seen", 0)
         facts["init"] = {"sha256": first.facts["sha256"], "images_seen": seen}
-    learning = ExpertLearning(denoiser, Batches(images, cfg.batch, seed, config.data.flip), cfg)
+    batches = Batches(images, cfg.batch, seed, config.data.flip, cfg.accumulate)
+    learning = ExpertLearning(denoiser, batches, cfg)
+    watch = Watch(config.watch, held_out, cfg.ema_also)
     try:
-        fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report)
+        decay = fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report, watch)
     except NotFiniteError as error:
         raise diverged(error, "expert") from error
+    if cfg.ema_also:
+        facts["ema_decay"] = decay
     tensors = denoiser.state_dict()
     if with_moments:
         tensors |= dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
     write_artifact(stem, tensors, facts)
     drop_resume(stem.parent)
+
+
+def validation_images(config: Config, partition: Partition, k: int | None) -> Tensor | None:
+    """The held-out images of cluster k, or of all for None; None if there are none or nothing asks for them."""
+    asked = config.watch.validate_every > 0 or config.expert.ema_also
+    if not asked or not partition.holdout_sizes:
+        return None
+    folder = config.folder / "partition"
+    held = partition.holdout(folder) if k is None else partition.cluster_holdout(folder, k)
+    return held["images"]
 
 
 def _matching(stem: Path, facts: dict[str, Any]) -> Artifact:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from math import isnan
 from pathlib import Path
 
 from ddm.artifacts import digest
@@ -24,6 +25,7 @@ from train.stages.denoiser import (
     initial,
     threads_per_expert,
     train_denoiser,
+    validation_images,
 )
 
 log = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def _train(config: Config, partition: Partition, todo: Sequence[int]) -> list[Ex
 
         def on_progress(news: tuple[int, int, float]) -> None:
             k, step, loss = news
-            progress.update(tasks[k], completed=step, note=f"loss {loss:.4f}")
+            note = "resumed" if isnan(loss) else f"loss {loss:.4f}"
+            progress.update(tasks[k], completed=step, note=note)
 
         # One expert alone needs no second process.
         asked = cfg.workers if cfg.index is None else 0
@@ -144,4 +147,5 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
         report,
         initial(config),
         with_moments=True,
+        held_out=validation_images(config, partition, k),
     )

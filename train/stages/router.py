@@ -75,7 +75,7 @@ def _train(
     seed = derive_seed(config.seed, RngStream.ROUTER, 0)
     torch.manual_seed(seed)
     posterior, _ = cfg.build(cut.shape, cut.pi, gaussians.schedule, gaussians)
-    batches = Batches(images, cfg.images_per_step, seed)
+    batches = Batches(images, cfg.images_per_step, seed, parts=cfg.accumulate)
     if batches.batch != cfg.batch:
         log.info("router     router.batch=%d rounded up to %d", cfg.batch, batches.batch)
     done = 0

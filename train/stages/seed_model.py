@@ -25,6 +25,7 @@ from train.stages.denoiser import (
     expert_config,
     seed_stem,
     train_denoiser,
+    validation_images,
 )
 
 log = logging.getLogger(__name__)
@@ -71,14 +72,16 @@ def _train(config: Config, images: Tensor, key: str, on_progress: OnProgress) ->
     def report(step: int, loss: float) -> None:
         on_progress((step, loss))
 
-    train_denoiser(config, _config(config), images, seed, seed_stem(config), facts, report)
+    cfg, stem = _config(config), seed_stem(config)
+    held_out = validation_images(config, read_partition(config), None)
+    train_denoiser(config, cfg, images, seed, stem, facts, report, held_out=held_out)
 
 
 def _config(config: Config) -> ExpertConfig:
     """An expert's config with the seed model's steps and times."""
     cfg, asked = expert_config(config), config.seed_model
     t_min = cfg.t_min if asked.t_min is None else asked.t_min
-    return replace(cfg, steps=asked.steps, cooldown=0.0, t_min=t_min)
+    return replace(cfg, steps=asked.steps, cooldown=0.0, cooldown_shape="linear", t_min=t_min)
 
 
 def _others(config: Config, partition: Partition) -> ImageSet | None:
