@@ -1,9 +1,10 @@
-"""python -m train [CONFIG] [stage ...] [key=value ...]
+"""python -m train [CONFIG] [stage ...] [key=value ...] [--dry-run]
 
 Stages: partition seed_model expert router bundle monolith sample evaluate, in this order; all of them if none is named. A
 stage is skipped if its output exists and its inputs are unchanged; an interrupted one resumes. CONFIG is a YAML file or the
 name of one of the shipped ones, such as cifar10_tiny; by default the built-in digits. Every key of it can be given a value:
-expert.steps=1000 sample.policy=stochastic run=runs/another. One expert alone: expert expert.index=3.
+expert.steps=1000 sample.policy=stochastic run=runs/another. One expert alone: expert expert.index=3. With --dry-run nothing
+is written: each stage's parameters, memory, time and disk are printed, and what would be refused is refused.
 """
 
 import gc
@@ -48,7 +49,8 @@ def _run(words: list[str]) -> None:
     gc.freeze()  # torch stays: collections, such as the one at exit, need not look at it
     overrides = [word for word in words if "=" in word]
     stages = [word for word in words if word in STAGES]
-    named = [word for word in words if "=" not in word and word not in STAGES]
+    known = (*STAGES, "--dry-run")
+    named = [word for word in words if "=" not in word and word not in known]
     unknown = [word for word in named if config_file(word) is None]
     if unknown or len(named) > 1:
         raise ConfigError(
@@ -56,7 +58,10 @@ def _run(words: list[str]) -> None:
             f"or key=value, got {(unknown or named[1:])[0]!r}"
         )
     config = load_config(config_file(named[0]) if named else None, overrides)
-    from train.stages.run import run  # here: it imports Lightning, which takes seconds
+    if "--dry-run" in words:
+        from train.dry_run import dry_run as run  # here: it imports Lightning, which takes seconds
+    else:
+        from train.stages.run import run
 
     run(config, stages or STAGES)
 

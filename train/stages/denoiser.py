@@ -72,12 +72,12 @@ def hash_of(stem: Path | None) -> list[str]:
     return [read_facts(stem)["sha256"]]
 
 
-def check_networks(config: Config, partition: Partition) -> None:
+def check_networks(config: Config, shape: list[int]) -> None:
     """Raise `ConfigError` naming a size that cannot be: before the first network is trained, not after days."""
     with within("expert.unet"):
-        config.expert.unet.check(partition.shape)
+        config.expert.unet.check(shape)
     with within("router.net"):
-        config.router.net.check(partition.shape)
+        config.router.net.check(shape)
 
 
 def train_denoiser(

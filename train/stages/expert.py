@@ -57,7 +57,7 @@ def train_experts(config: Config) -> None:
     An expert that fails costs only itself: the others are trained first, then `DdmError` names it.
     """
     partition = read_partition(config)
-    check_networks(config, partition)
+    check_networks(config, partition.shape)
     asked, config = config, with_precision(config)
     index, k = config.expert.index, partition.k
     if index is not None and index >= k:

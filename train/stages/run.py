@@ -19,10 +19,7 @@ from train.stages.seed_model import train_seed_model
 
 def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     """Run the stages in their order. Raises a `DdmError` that says what to change."""
-    if "evaluate" in stages:
-        config.evaluate.check_files("evaluate")
-        config.samplers(config.evaluate, "evaluate")
-    check_claim(config)
+    check_before(config, stages)
     does: dict[str, Callable[[Config], object]] = {
         "partition": make_partition,
         "seed_model": train_seed_model,
@@ -42,6 +39,14 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
                 does[stage](config)
             if stage == "partition" and "evaluate" in stages:
                 _check_classes(config)
+
+
+def check_before(config: Config, stages: Sequence[str]) -> None:
+    """Raise `DdmError` for what can be refused before any stage."""
+    if "evaluate" in stages:
+        config.evaluate.check_files("evaluate")
+        config.samplers(config.evaluate, "evaluate")
+    check_claim(config)
 
 
 def _check_classes(config: Config) -> None:

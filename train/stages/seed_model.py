@@ -41,7 +41,7 @@ def train_seed_model(config: Config) -> None:
         )
     asked, config = config, with_precision(config)
     partition, stem = read_partition(config), seed_stem(config)
-    check_networks(config, partition)
+    check_networks(config, partition.shape)
     others = _others(config, partition)
     key = _key(config, partition.hash if others is None else others.hash)
     if artifact_is_made(stem, key, "seed_model"):
