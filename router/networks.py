@@ -251,10 +251,9 @@ class DerivativeNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if t.ndim == 0:
             return self.band(int(sum(t >= edge for edge in self.edges)), x, t)[0]
-        t = t.to(x.device)  # where the rows are picked
-        band = torch.bucketize(
-            t.contiguous(), torch.tensor(self.edges, device=t.device, dtype=t.dtype), right=True
-        )
+        edges = torch.tensor(self.edges, device=t.device, dtype=t.dtype)
+        band = torch.bucketize(t.contiguous(), edges, right=True)
         rows = [(band == b).nonzero()[:, 0] for b in range(len(self.scorers))]
-        rates = [self.band(b, x[r], t[r])[0] for b, r in enumerate(rows) if len(r)]
-        return torch.empty_like(torch.cat(rates)).index_copy_(0, torch.cat(rows), torch.cat(rates))
+        rates = [self.band(b, x[r.to(x.device)], t[r])[0] for b, r in enumerate(rows) if len(r)]
+        order = torch.cat(rows).to(x.device)
+        return torch.empty_like(torch.cat(rates)).index_copy_(0, order, torch.cat(rates))

@@ -77,10 +77,13 @@ class RoutedDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         routed, chosen = self._route(x, t)
+        chosen = chosen.cpu()  # for the sizes of the calls: all that a step waits for
         expert, row = chosen.T.nonzero(as_tuple=True)  # sorted by expert
-        answers = self._call(x, t, expert, row)
+        counts = torch.bincount(expert, minlength=len(self.experts)).tolist()
+        expert, row = expert.to(x.device), row.to(x.device)
+        answers = self._call(x, t, counts, row)
         if self.trace:
-            self.steps.append(Step(float(t), routed.alpha.cpu(), chosen.cpu()))
+            self.steps.append(Step(float(t), routed.alpha.cpu(), chosen))
         return combine(routed, x, row, expert, answers, self.clip)
 
     @property
@@ -111,18 +114,12 @@ class RoutedDenoiser:
         self._router_calls = self._router_calls + self._state.evaluated.sum()
         return routed, self._state.chosen
 
-    def _call(self, x: Tensor, t: Tensor, expert: Tensor, row: Tensor) -> Tensor:
-        """The answers `[M, ...]` of the experts `[M]`, sorted, for the images `row` `[M]`: one call
-        to each expert.
+    def _call(self, x: Tensor, t: Tensor, counts: list[int], row: Tensor) -> Tensor:
+        """The experts' answers `[M, ...]` for the images `row` `[M]`, the first `counts[0]` of which
+        are the first expert's, and so on: one call to each expert.
         """
-        counts = torch.bincount(expert, minlength=len(self.experts)).tolist()
-        images = x[row].split(counts)
-        times = t.expand(len(x))[row.to(t.device)].split(counts)
         self.calls += len(row)
-        return torch.cat(
-            [
-                self.experts[k](images[k], times[k] if t.ndim else t)
-                for k in range(len(counts))
-                if counts[k]
-            ]
-        )
+        images = x[row].split(counts)
+        times = t[row.to(t.device)].split(counts) if t.ndim else [t] * len(counts)
+        calls = zip(self.experts, images, times, strict=True)
+        return torch.cat([expert(*call) for expert, *call in calls if len(call[0])])

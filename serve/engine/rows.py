@@ -24,22 +24,26 @@ def stacked(rows: Sequence[Row[S]]) -> S:
     for place, row in enumerate(rows):
         places.setdefault(id(row.stack), []).append(place)
     stacks = [rows[of[0]].stack for of in places.values()]
-    indices = [torch.tensor([rows[place].i for place in of]) for of in places.values()]
-    order = torch.tensor([place for of in places.values() for place in of])
-    return _gathered(stacks, [_Index(index) for index in indices], _Index(order.argsort()))
+    indices = [_Index([rows[place].i for place in of]) for of in places.values()]
+    order = [place for of in places.values() for place in of]
+    inverse = [0] * len(order)
+    for i, place in enumerate(order):
+        inverse[place] = i
+    return _gathered(stacks, indices, _Index(inverse))
 
 
 class _Index:
-    """Rows to take from a tensor."""
+    """Rows to take from tensors."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self.in_order = rows.equal(torch.arange(len(rows)))
+    def __init__(self, rows: list[int]) -> None:
+        self.length = len(rows)
+        self.all = rows == list(range(len(rows)))  # of a tensor of that length
+        self.rows = torch.tensor(rows)
 
     def of(self, tensor: Tensor) -> Tensor:
-        if self.in_order and len(tensor) == len(self.rows):
+        if self.all and tensor.shape[0] == self.length:
             return tensor
-        return tensor[self.rows.to(tensor.device)]
+        return tensor.index_select(0, self.rows.to(tensor.device))
 
 
 def _gathered(stacks: list[Any], indices: list[_Index], order: _Index) -> Any:

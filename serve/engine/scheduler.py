@@ -68,6 +68,7 @@ class Engine:
         self.degraded = degraded
         self.metrics = metrics or Metrics()
         self.requests: dict[Request, None] = {}  # in order of arrival
+        self._cost = 0.0  # of what they have left
         self._admission = Admission(max_active)
         self._available = [Availability(expert, retry_s, call_timeout_s) for expert in experts]
         self._ready: list[ImageState] = []  # to be moved and routed
@@ -101,8 +102,8 @@ class Engine:
 
     @property
     def cost(self) -> int:
-        """Expert evaluations that are accepted and not done."""
-        return sum(request.cost for request in self.requests)
+        """About how many expert evaluations the requests under way have left."""
+        return round(self._cost)
 
     def waiting(self, k: int) -> int:
         """Images that wait for expert k."""
@@ -116,12 +117,14 @@ class Engine:
         if self._closed:
             raise ServingError("the server is stopping")
         self.requests[request] = None
+        self._cost += request.cost
         self._admission.add(request)
         self._wake_routing.set()
         try:
             await request.done
         finally:
             del self.requests[request]
+            self._cost -= request.cost
             self._admission.remove(request)
             if len(request.images) < len(request.index):
                 self._remove(lambda state: state.request is request)
@@ -217,6 +220,7 @@ class Engine:
     def _finish(self, state: ImageState, image: Tensor) -> None:
         request = state.request
         request.images[state.place] = image
+        self._cost -= request.nfe_per_image
         self._admission.image_ended()
         self._wake_routing.set()  # there is room for another
         self.metrics.count("images")

@@ -60,7 +60,7 @@ class SamplingParams:
 
 @dataclass(eq=False)
 class Version:
-    """A bundle in service, and the requests that were admitted to it and are not done.
+    """A bundle in service, and the requests that were admitted to it and do not run yet.
 
     A request that is dropped before it runs disappears from `admitted`.
     """
@@ -125,7 +125,8 @@ class Service:
     @property
     def pending(self) -> int:
         """Expert evaluations that are accepted and not done."""
-        return sum(each.request.cost for version in self.versions for each in version.admitted)
+        waiting = sum(each.request.cost for version in self.versions for each in version.admitted)
+        return round(waiting) + sum(version.engine.cost for version in self.versions)
 
     async def start(self) -> None:
         """Start the engine."""
@@ -208,7 +209,7 @@ class Service:
         seed = secrets.randbits(53) if params.seed is None else params.seed
         index = torch.arange(params.first_index, params.first_index + params.n, device=model.device)
         request = Request(plan, seed, index, on_step, params.trace)
-        self._require_room(request.cost)
+        self._require_room(round(request.cost))
         admitted = AdmittedRequest(self.current, request, seed)
         self.current.admitted.add(admitted)
         return admitted
@@ -230,14 +231,14 @@ class Service:
 
         Raises `ServingError`; `TimeoutError` after `serve.limits.deadline_s`.
         """
-        started, cost = time.perf_counter(), admitted.request.cost
+        started, cost, version = time.perf_counter(), admitted.request.cost, admitted.version
+        version.admitted.discard(admitted)
         try:
             async with asyncio.timeout(self.settings.serve.limits.deadline_s):
-                await admitted.version.engine.run(admitted.request)
+                await version.engine.run(admitted.request)
             pace = cost / (time.perf_counter() - started)
             self._pace = max(pace, 0.9 * self._pace)
         finally:
-            admitted.version.admitted.discard(admitted)
             await self._retire()
 
     async def _retire(self) -> None:
@@ -245,7 +246,7 @@ class Service:
         idle = [
             version
             for version in self.versions
-            if version is not self.current and not version.admitted
+            if version is not self.current and not (version.admitted or version.engine.requests)
         ]
         self.versions = [version for version in self.versions if version not in idle]
         for version in idle:

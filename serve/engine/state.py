@@ -1,7 +1,6 @@
 """Requests and the images under way."""
 
 import asyncio
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,15 +57,13 @@ class Request:
         return (len(self.plan.times) - 1) * self.plan.method.calls_per_step
 
     @property
-    def cost(self) -> int:
+    def cost(self) -> float:
         """About how many expert evaluations the images need that are not finished."""
-        return math.ceil((len(self.index) - len(self.images)) * self.nfe_per_image)
+        return (len(self.index) - len(self.images)) * self.nfe_per_image
 
     @cached_property
     def nfe_per_image(self) -> float:
-        """About how many expert evaluations an image needs; cached, because what is pending is
-        summed over all requests for each new one.
-        """
+        """About how many expert evaluations an image needs."""
         router = self.plan.router
         assert router.pi is not None
         return self.denoiser_calls * router.policy.nfe_per_step(len(router.pi))
