@@ -12,8 +12,14 @@ which is DESIGN's `g_i` after its terms in |eps|^2, equal for all i, have cancel
 than in floating point. The sums run over chunks of the images with an online softmax, in float64:
 where |dalpha| is 30, float32 products of 3072 coordinates leave an error of 4e-4 (TF32 far more),
 and float64 is neither subject to TF32 settings nor to autocast.
+
+A GPU that multiplies float64 at a 32nd of its float32 or less takes the products of uint8 images
+apart instead (Ozaki's scheme, arXiv 2306.11975, with float32): the queries into digits of 9 bits,
+the coordinates into blocks, so small that every sum is a whole number below 2^24, which float32,
+TF32 and bfloat16 with float32 sums add without an error.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +29,11 @@ from torch import Tensor
 from ddm.schedules import Schedule
 from ddm.training import to_float
 
-_CHUNK = 4096  # images at a time
+_CHUNK_BYTES = defaultdict(lambda: 2**27, cpu=2**25)  # of float64 images at a time
+_DIGITS = 4  # of a query, together 35 bits below the largest coordinate of its row
+_BLOCK = 512  # coordinates: sums of 512 products of at most 256 and 128 are at most 2^24
+# Compute capabilities with float64 at half of float32 or more.
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 class _Chunk(NamedTuple):
@@ -72,9 +82,11 @@ def exact_posterior_rate(
     own_dot = (x0.double() * eps.double()).flatten(1).sum(dim=1, keepdim=True)
 
     def log_weight(chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        u_square = own_square - 2 * chunk.dots[0] + chunk.square
+        u_square = (own_square + chunk.square).sub_(chunk.dots[0], alpha=2)
         u_eps = own_dot - chunk.dots[1]
-        return -q * (q / 2 * u_square + u_eps), -dq * (q * u_square + u_eps)
+        q_u_square = u_square.mul_(q)
+        log_w = torch.add(u_eps, q_u_square, alpha=0.5).mul_(-q)
+        return log_w, u_eps.add_(q_u_square).mul_(-dq)
 
     return _online([x0, eps], images, labels, k, log_weight)
 
@@ -97,23 +109,90 @@ def _online(
     Returns alpha and `sum_{i in k} r_i (g_i - sum_j r_j g_j)`.
     """
     count = int(labels.max()) + 1 if k is None else k
-    flat = [query.double().flatten(1) for query in queries]
-    best = flat[0].new_full((len(flat[0]), 1), -torch.inf)
+    flat = torch.cat([query.double().flatten(1) for query in queries])
+    multiply = _multiplier(flat, images)
+    best = flat.new_full((len(queries[0]), 1), -torch.inf)
     mass = best.new_zeros(len(best), count)
     moment = torch.zeros_like(mass)
-    for chunk, label in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
-        points = to_float(chunk.to(best.device)).double().flatten(1)
+    size = _chunk(flat)
+    for chunk, label in zip(images.split(size), labels.split(size), strict=True):
         member = torch.nn.functional.one_hot(label.to(best.device), count).double()
-        log_w, g = log_weight(
-            _Chunk(points.square().sum(dim=1), [query @ points.T for query in flat])
-        )
-        new_best = torch.maximum(best, log_w.max(dim=1, keepdim=True).values)
-        decay, w = (best - new_best).exp(), (log_w - new_best).exp()
+        square, dots = multiply(chunk.to(best.device).flatten(1))
+        log_w, g = log_weight(_Chunk(square, [*dots.split(len(best))]))
+        new_best = torch.maximum(best, log_w.amax(dim=1, keepdim=True))
+        decay, w = (best - new_best).exp(), log_w.sub_(new_best).exp_()
         mass = mass * decay + w @ member
         if g is not None:
-            moment = moment * decay + (w * g) @ member
+            moment = moment * decay + g.mul_(w) @ member
         best = new_best
     total = mass.sum(dim=1, keepdim=True)
     alpha = mass / total
     rate = moment / total - alpha * (moment.sum(dim=1, keepdim=True) / total)
     return alpha.float(), rate.float()
+
+
+def _chunk(queries: Tensor) -> int:
+    """How many images at a time: enough for large products, and memory that does not grow with the
+    images' size.
+    """
+    return max(64, _CHUNK_BYTES[queries.device.type] // (8 * queries.shape[1]))
+
+
+_Multiply = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _multiplier(queries: Tensor, images: Tensor) -> _Multiply:
+    """What gives `|x_i|^2` `[M]` and the products with the queries `[R, M]` of M flat images."""
+    if images.dtype != torch.uint8 or not _slow_float64(queries.device):
+
+        def plain(images: Tensor) -> tuple[Tensor, Tensor]:
+            points = to_float(images).double()
+            return torch.linalg.vector_norm(points, dim=1).square(), queries @ points.T
+
+        return plain
+    scaled = queries / 127.5
+    digits, weights = _digits(scaled)
+    half = scaled.sum(dim=1, keepdim=True) / 2
+    rough = queries.float()
+
+    def apart(images: Tensor) -> tuple[Tensor, Tensor]:
+        points = to_float(images).double()
+        levels = images.float() - 128
+        # An image is (level + 1/2) / 127.5, but for float32's rounding, which near twins show.
+        rounding = (points - (levels.double() + 0.5) / 127.5).float()
+        with torch.autocast(images.device.type, enabled=False):  # it would round the sums
+            dots = _exact_products(digits, weights, levels) + half + rough @ rounding.T
+        return torch.linalg.vector_norm(points, dim=1).square(), dots
+
+    return apart
+
+
+def _slow_float64(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) not in _FAST_FLOAT64
+
+
+def _digits(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers in [-256, 256], float32 `[digits, R, D]`, and their weights `[digits, R, 1]`:
+    the sum of their products is the queries.
+    """
+    # A power of two, by which nothing is rounded.
+    weight = torch.exp2(queries.abs().amax(dim=1, keepdim=True).log2().ceil().clamp_min(-1000))
+    rest = queries / weight
+    digits, weights = [], []
+    for base in (256, *[512] * (_DIGITS - 1)):
+        rest, weight = rest * base, weight / base
+        digits.append(rest.round())
+        weights.append(weight)
+        rest = rest - digits[-1]
+    return torch.stack(digits).float(), torch.stack(weights)
+
+
+def _exact_products(digits: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+    """The products of the queries that the digits stand for with whole numbers, float64 `[R, M]`."""
+    rows = digits.shape[1]
+    total = weights.new_zeros(rows, len(levels))
+    blocks = levels.split(_BLOCK, dim=1)
+    for part, block in zip(digits.flatten(0, 1).split(_BLOCK, dim=1), blocks, strict=True):
+        for exact, weight in zip((part @ block.T).split(rows), weights, strict=True):
+            total.addcmul_(exact.double(), weight)
+    return total

@@ -3,15 +3,20 @@ The posterior is one product of queries and images, its rate two; the share is t
 matrix product in the same run, and the memory the peak beyond what the process held before. The
 accuracy is the largest difference from an independent float64 computation over 10,000 images, those
 of CIFAR-10 if the folder of $DDM_DATA (default: data) has them, at 14 times from 1e-3 to 1.
+`apart`: float32 products of digits, as where float64 is slow; they cost five products, and their
+share is of one.
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+import router.targets
 from benchmarks.speed.timing import Call, Ceiling, Figures, Variant, alternate
 from ddm.errors import DdmError
 from ddm.schedules import Schedule, schedule
@@ -34,7 +39,19 @@ def variants(device: str) -> list[Variant]:
         Variant("rate: memory", partial(memory, IMAGES), 1, needs_s=20),
         Variant("rate: memory, a fifth of the images", partial(memory, IMAGES // 5), 2),
         Variant("accuracy", partial(_accuracy, device), 2, needs_s=20),
+        Variant("apart: rate", _apart(partial(_measured, device, "rate")), 3, needs_s=30),
+        Variant("apart: accuracy", _apart(partial(_accuracy, device)), 2, needs_s=20),
     ]
+
+
+def _apart(measure: Callable[[], Figures]) -> Callable[[], Figures]:
+    """Measure with products taken apart, whatever the device."""
+
+    def measured() -> Figures:
+        with mock.patch.object(router.targets, "_slow_float64", return_value=True):
+            return measure()
+
+    return measured
 
 
 def _made_up(count: int) -> tuple[Tensor, Tensor]:

@@ -124,8 +124,17 @@ def test_both_targets_equal_brute_force_on_smooth_images_of_3072_numbers() -> No
     assert check_against_brute_force(*smooth_images()).abs().max() > 0.5
 
 
+def products_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router.targets, "_slow_float64", lambda _: True)
+
+
 @pytest.mark.data
-def test_both_targets_equal_brute_force_on_real_images() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_both_targets_equal_brute_force_on_real_images(
+    apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if apart:
+        products_apart(monkeypatch)
     folder = (
         Path(os.environ.get("DDM_DATA", Path(__file__).parents[2] / "data")) / "cifar-10-batches-py"
     )
@@ -211,7 +220,7 @@ def test_the_size_of_the_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch)
         *exact_posterior_rate(x0, eps, t, images, labels, LINEAR),
     )
     for chunk in (1, 7):
-        monkeypatch.setattr(router.targets, "_CHUNK", chunk)
+        monkeypatch.setattr(router.targets, "_chunk", lambda _, chunk=chunk: chunk)
         parts = (
             exact_posterior(x0 + eps, t, images, labels, LINEAR),
             *exact_posterior_rate(x0, eps, t, images, labels, LINEAR),
@@ -284,6 +293,37 @@ def test_one_time_for_all_gives_what_the_same_time_for_each_gives() -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_products_taken_apart_equal_brute_force_on_near_twins(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products_apart(monkeypatch)
+    check_against_brute_force(*noise_images(), name)
+
+
+def test_products_taken_apart_equal_brute_force_on_3072_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    products_apart(monkeypatch)
+    assert check_against_brute_force(*smooth_images()).abs().max() > 0.5
+
+
+def test_products_taken_apart_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To 1e-9, though the sums are float32: none of them is rounded, even under autocast."""
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(256, (40, 1700), dtype=torch.uint8, generator=generator)
+    images[0], images[1] = 0, 255
+    queries = torch.randn(9, 1700, dtype=torch.float64, generator=generator)
+    queries[0], queries[1, 1:], queries[2] = 0.0, 1e-6, 1e6
+    square, dots = router.targets._multiplier(queries, images)(images)
+    products_apart(monkeypatch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        split_square, split_dots = router.targets._multiplier(queries, images)(images)
+    torch.testing.assert_close(split_square, square, rtol=1e-14, atol=0)
+    largest = queries.abs().amax(dim=1, keepdim=True).clamp_min(1)
+    torch.testing.assert_close(split_dots / largest, dots / largest, rtol=0, atol=2e-8)
 
 
 def test_autocast_to_bf16_around_the_call_changes_nothing() -> None:
