@@ -1,4 +1,5 @@
-"""Ray Serve: a deployment per expert, and the sampling service (router, engine, HTTP) as ingress.
+"""Ray Serve: a deployment per expert or group of experts, and the sampling service (router, engine,
+HTTP) as ingress.
 
 `serve deploy docker/serve.yaml` and `python -m serve RUN serve.placement=ray` both use `build`. An
 expert's step is a pure function of (x, t), so the engine repeats a call that was lost with its
@@ -12,7 +13,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -67,64 +68,89 @@ _QUEUED_CALLS = 8  # per replica: computed one after another, without waiting fo
 
 
 class ExpertReplica:
-    """One expert in one process. Loads a version of the bundle when a call first asks for it."""
+    """One or several experts in one process, which computes one call after another. Loads a version
+    of the bundle when a call first asks for it.
+    """
 
     def __init__(
-        self, k: int, folder: str, device: str, precision: ServePrecision, compiled: bool
+        self,
+        experts: Sequence[int],
+        folder: str,
+        device: str,
+        precision: ServePrecision,
+        compiled: bool,
     ) -> None:
-        self.k = k
+        self.experts = experts
         self.device = torch.device(pick_device(device))
         self.precision, self.compiled = precision, compiled
-        self.runners: dict[str, Runner] = {}
+        self.runners: dict[str, dict[int, Runner]] = {}  # by version and expert
         self.turn = ThreadPoolExecutor(1)
         self._load(folder)
 
-    async def denoise(self, folder: str, version: str, x: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """Denoise x float32 `[B, C, H, W]` at t `[B]` by this version of the bundle in `folder`."""
+    async def denoise(
+        self, k: int, folder: str, version: str, x: np.ndarray, t: np.ndarray
+    ) -> np.ndarray:
+        """Denoise x float32 `[B, C, H, W]` at t `[B]` by expert k of this version of the bundle in
+        `folder`.
+        """
         return await asyncio.get_running_loop().run_in_executor(
-            self.turn, self._denoise, folder, version, x, t
+            self.turn, self._denoise, k, folder, version, x, t
         )
 
     async def where(self) -> tuple[int, str]:
         """The process and the node of this replica. An answer means that it is alive."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
-    def _denoise(self, folder: str, version: str, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    def _denoise(
+        self, k: int, folder: str, version: str, x: np.ndarray, t: np.ndarray
+    ) -> np.ndarray:
         if version not in self.runners and self._load(folder) != version:
             raise ArtifactError(
                 f"{folder} no longer holds version {version}: "
                 "keep a bundle until the requests that use it are done"
             )
         # torch.tensor copies: the arrays that arrive may be read-only.
-        return self.runners[version](torch.tensor(x), torch.tensor(t)).numpy()
+        return self.runners[version][k](torch.tensor(x), torch.tensor(t)).numpy()
 
     def _load(self, folder: str) -> str:
-        denoiser, shape, version = load_expert(folder, self.k, self.device)
-        runner = Runner(denoiser, self.device, self.precision, self.compiled)
-        runner.warm_up(shape)
-        self.runners[version] = runner
+        found = {k: load_expert(folder, k, self.device) for k in self.experts}
+        versions = [version for _, _, version in found.values()]
+        if len(set(versions)) > 1:
+            raise ArtifactError(f"{folder} changed while its experts were read")
+        runners = {}
+        for k, (denoiser, shape, _) in found.items():
+            runners[k] = Runner(denoiser, self.device, self.precision, self.compiled)
+            runners[k].warm_up(shape)
+        self.runners[versions[0]] = runners
         for old in list(self.runners)[:-_KEPT_VERSIONS]:
             del self.runners[old]
-        return version
+        return versions[0]
 
 
 class RayExpert:
-    """An expert's deployment, as the engine calls it."""
+    """Expert k, as the engine calls it. turn: of its deployment, with its other experts."""
 
     def __init__(
-        self, name: str, handle: DeploymentHandle[Any], folder: Path, version: str, calls: int
+        self,
+        k: int,
+        handle: DeploymentHandle[Any],
+        folder: Path,
+        version: str,
+        calls: int,
+        turn: asyncio.Semaphore,
     ) -> None:
-        self.name = name
+        self.name = _name(k)
+        self.k = k
         self.handle = handle
         self.folder = str(folder)
         self.version = version
         self.calls = calls
-        self.turn = asyncio.Semaphore(calls)
+        self.turn = turn
 
     async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         x_array = x.cpu().numpy()
         t_array = t.to("cpu", torch.float32).numpy()
-        response = self.handle.denoise.remote(self.folder, self.version, x_array, t_array)
+        response = self.handle.denoise.remote(self.k, self.folder, self.version, x_array, t_array)
         return torch.tensor(await _result(response))
 
     async def check(self) -> None:
@@ -151,7 +177,7 @@ class Sampling:
     Raises `ConfigError` if Serve's proxy listens beyond loopback without a token or `serve.open`.
     """
 
-    def __init__(self, tree: dict[str, Any], experts: dict[str, DeploymentHandle[Any]]) -> None:
+    def __init__(self, tree: dict[str, Any], experts: list[DeploymentHandle[Any]]) -> None:
         logging.getLogger("serve").setLevel(logging.INFO)
         self.settings = settings(tree)
         self.started = False
@@ -166,10 +192,13 @@ class Sampling:
                 )
             ray_config = self.settings.serve.ray
             calls = ray_config.max_replicas or ray_config.replicas
-            return [
-                RayExpert(name, handle, folder, model.version, calls)
-                for name, handle in experts.items()
-            ]
+            found = []
+            for group in _groups(len(experts), ray_config.experts_per_replica):
+                # Of several experts, one's call is on its way while another's is computed.
+                turn = asyncio.Semaphore(calls * min(2, len(group)))
+                for k in group:
+                    found.append(RayExpert(k, experts[k], folder, model.version, calls, turn))
+            return found
 
         self.service = Service(self.settings, RayMetrics(), connect)
 
@@ -274,7 +303,9 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     config = settings(args)
     ray_config = config.serve.ray
     k_experts = read_bundle(bundle_folder(config.run), only=()).partition.k
-    experts = {name: _expert(config, k, name) for k, name in enumerate(_names(k_experts))}
+    experts = []  # for each expert, the deployment that it is in
+    for group in _groups(k_experts, ray_config.experts_per_replica):
+        experts += [_deployed(config, group)] * len(group)
     return (
         _deployment(Sampling, name="sampling")
         .options(
@@ -289,12 +320,19 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     )
 
 
-def _names(k_experts: int) -> list[str]:
-    return [f"expert-{k:02d}" for k in range(k_experts)]
+def _name(k: int) -> str:
+    return f"expert-{k:02d}"
 
 
-def _expert(config: Settings, k: int, name: str) -> ray_serve.Application:
+def _groups(k_experts: int, size: int) -> list[range]:
+    """The experts of each deployment: so many at a time, in the order of the clusters."""
+    return [range(k, min(k + size, k_experts)) for k in range(0, k_experts, size)]
+
+
+def _deployed(config: Settings, group: range) -> ray_serve.Application:
     ray_config = config.serve.ray
+    first, last = group[0], group[-1]
+    name = _name(first) if first == last else f"experts-{first:02d}-{last:02d}"
     return (
         _deployment(ExpertReplica, name=name)
         .options(
@@ -310,7 +348,7 @@ def _expert(config: Settings, k: int, name: str) -> ray_serve.Application:
             **_scale(ray_config.replicas, ray_config.max_replicas),
         )
         .bind(
-            k,
+            list(group),
             config.run,
             config.serve.device,
             config.serve.precision,
@@ -445,6 +483,7 @@ def _claimed_cpus(config: Settings) -> int:
     """CPUs that Ray here claims: as many as the deployments ask for, which share the real ones."""
     ray_config = config.serve.ray
     k_experts = read_bundle(bundle_folder(config.run), only=()).partition.k
-    replicas = k_experts * (ray_config.max_replicas or ray_config.replicas)
+    deployments = len(_groups(k_experts, ray_config.experts_per_replica))
+    replicas = deployments * (ray_config.max_replicas or ray_config.replicas)
     wanted = replicas * ray_config.cpus + ray_config.services * ray_config.service_cpus
     return max(os.cpu_count() or 1, math.ceil(wanted))

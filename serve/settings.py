@@ -45,17 +45,20 @@ class LimitsConfig:
 
 @dataclass
 class RayConfig:
-    """Placement `ray`: one deployment per expert.
+    """Placement `ray`: a deployment per expert, or per group of experts.
 
     address: of a Ray cluster; null starts one on this machine
-    gpus, cpus, resources: of each expert replica, at least 0
-    replicas: of each expert, at least 1; the minimum if max_replicas is given
+    experts_per_replica: in one process, in the order of the clusters, at least 1; the last
+        deployment has those that remain
+    gpus, cpus, resources: of each replica, at least 0
+    replicas: of each deployment of experts, at least 1; the minimum if max_replicas is given
     max_replicas: the maximum of autoscaling, at least replicas; null for no autoscaling
     services: replicas of the sampling service, at least 1
     service_cpus: of each of them, at least 0
     """
 
     address: str | None = None
+    experts_per_replica: int = 1
     gpus: float = 0.0
     cpus: float = 1.0
     resources: dict[str, float] = field(default_factory=dict)
@@ -189,7 +192,7 @@ def _check_serve(serve: ServeConfig) -> None:
 
 
 def _check_ray(ray: RayConfig) -> None:
-    _check_positive(ray, "replicas", "services")
+    _check_positive(ray, "experts_per_replica", "replicas", "services")
     for key in ("gpus", "cpus", "service_cpus"):
         value = getattr(ray, key)
         require(value >= 0, key, "be at least 0", value)

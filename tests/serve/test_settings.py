@@ -61,6 +61,11 @@ def test_the_defaults_are_safe_and_make_sense_themselves() -> None:
         ("serve.limits.pending=0", "serve.limits.pending", "must be above 0, got 0"),
         ("serve.limits.deadline_s=-2", "serve.limits.deadline_s", "must be above 0, got -2"),
         ("serve.ray.replicas=0", "serve.ray.replicas", "must be above 0, got 0"),
+        (
+            "serve.ray.experts_per_replica=0",
+            "serve.ray.experts_per_replica",
+            "must be above 0, got 0",
+        ),
         ("serve.ray.services=0", "serve.ray.services", "must be above 0, got 0"),
         ("serve.ray.gpus=-1", "serve.ray.gpus", "must be at least 0, got -1"),
         ("serve.ray.cpus=-1", "serve.ray.cpus", "must be at least 0, got -1"),

@@ -1,0 +1,71 @@
+"""Several experts in one replica on Ray: `serve.ray.experts_per_replica`."""
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.load.client import Reply, closed
+from benchmarks.load.cluster import Deployed, deployed
+from benchmarks.load.drill import differences
+from ddm.errors import ArtifactError
+from serve import load
+from serve.model.images import to_uint8
+from serve.model.loading import load_expert
+from serve.ray_app import ExpertReplica
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Ray's own, which are many
+]
+
+
+@pytest.fixture(scope="module")
+def service(small_run: Path) -> Iterator[Deployed]:
+    with deployed(str(small_run), nodes=2, slots=1, ray={"experts_per_replica": 2}) as found:
+        yield found
+
+
+def test_a_group_of_experts_is_one_deployment_and_gives_the_same_images(
+    service: Deployed, small_run: Path
+) -> None:
+    """Also when its replica is killed, which takes both of its experts."""
+    found = service.replicas()
+    assert sorted(found) == ["expert-02", "experts-00-01", "sampling"]
+    assert [len(replicas) for replicas in found.values()] == [1, 1, 1]
+    model = load(small_run)
+    wanted = {model.version: to_uint8(model.sample(48, steps=40)).permute(0, 2, 3, 1)}
+
+    async def work() -> list[Reply]:
+        loading = asyncio.create_task(closed(service.url, 16, 48, {"steps": 40}))
+        await asyncio.sleep(0.5)
+        os.kill(found["experts-00-01"][0][0], signal.SIGKILL)
+        return (await loading).replies
+
+    replies = asyncio.run(work())
+    assert [reply.said for reply in replies if reply.status != 200] == []
+    assert len(replies) == 48
+    assert max(differences(replies, wanted)) <= 1
+    assert service.replicas()["expert-02"] == found["expert-02"]
+
+
+def test_a_replica_answers_as_each_of_its_experts(small_run: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(small_run / "bundle", tmp_path / "bundle"))
+    replica = ExpertReplica([1, 2], str(bundle), "cpu", "float32", False)
+    x, t = np.random.default_rng(0).normal(size=(2, 1, 8, 8)), np.array([0.3, 0.7], np.float32)
+    x = x.astype(np.float32)
+    answers = []
+    for k in (1, 2):
+        denoiser, _, version = load_expert(bundle, k, "cpu")
+        answers.append(asyncio.run(replica.denoise(k, str(bundle), version, x, t)))
+        with torch.inference_mode():
+            expected = denoiser(torch.tensor(x), torch.tensor(t))
+        torch.testing.assert_close(torch.tensor(answers[-1]), expected)
+    assert np.abs(answers[0] - answers[1]).max() > 1e-3
+    with pytest.raises(ArtifactError, match="no longer holds version other"):
+        asyncio.run(replica.denoise(1, str(bundle), "other", x, t))
