@@ -1,6 +1,6 @@
 """The arithmetic of the engine: one denoiser call of many images, stacked."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def _move(states: list[ImageState]) -> None:
     next(step)
     for earlier in path.denoised:
         step.send(earlier)
-    images: Tensor | None = None
+    images: Sequence[Tensor] | None = None
     try:
         x, t = step.send(denoised)
         path = path._replace(denoised=(*path.denoised, denoised))
@@ -132,14 +132,14 @@ def _call(path: Path, n: int, asked: tuple[Tensor, Tensor]) -> Call:
     return Call(x, t.expand(len(x)), path.uniforms[:, n], begun)
 
 
-def _finished(x: Tensor, clip: bool) -> Tensor:
+def _finished(x: Tensor, clip: bool) -> Sequence[Tensor]:
     """The images at the end of their trajectories, on the CPU."""
     images = (x.clamp(-1, 1) if clip else x).float().cpu()
     if not images.isfinite().all():
         raise ValueError(
             "it is not finite: the weights are damaged, or do not work with these settings"
         )
-    return images
+    return images.unbind()
 
 
 def _record(states: list[ImageState], call: Call, routed: Routed, denoised: Tensor) -> None:
