@@ -17,9 +17,9 @@ from ddm.artifacts import (
     read_tensors,
     sha256,
     write_json,
-    write_tensors,
 )
 from ddm.errors import ArtifactError, DataError, shown
+from ddm.row_file import write_rows
 
 MAX_CLUSTERS = 10_000
 
@@ -77,9 +77,11 @@ class Partition:
         names: Sequence[str],
         labels: Tensor | None,
         held_out: Tensor | None = None,
+        release: Callable[[], object] = lambda: None,
     ) -> "Partition":
         """Split `images` (uint8 `[N, C, H, W]`) by `cluster` (int64 `[N]`, values below
         `len(names)`) into a folder; those that are `held_out` (bool `[N]`) into their own files.
+        `release` is called after every few images: `images` may be a mapped file.
 
         Raises `DataError` naming a cluster without images, `ArtifactError` naming a file that
         cannot be written.
@@ -97,11 +99,10 @@ class Partition:
                 )
 
         def written(path: Path, chosen: Tensor) -> str:
-            index = chosen.nonzero()[:, 0]
-            tensors = {"images": images[index], "index": index}
+            tensors = {"images": images, "index": torch.arange(len(images))}
             if labels is not None:
-                tensors["labels"] = labels[index]
-            write_tensors(path, tensors)
+                tensors["labels"] = labels
+            write_rows(path, tensors, chosen.nonzero()[:, 0], release)
             return sha256(path)
 
         hashes = [

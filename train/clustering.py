@@ -10,12 +10,9 @@ from torch import Tensor
 
 from ddm.errors import ConfigError, DataError, require
 from train.data import ImageSet
-from train.evaluation.feature_network import script_network
-from train.progress import bar
+from train.kmeans import kmeans, points
 
 log = logging.getLogger(__name__)
-
-_RESTARTS = 10  # of k-means: on the digits 3 end in a poor optimum for 4 of 10 seeds, 10 for none
 
 
 @dataclass
@@ -30,6 +27,10 @@ class PartitionConfig:
     - `attributes`: for by=attribute: every combination of their values is a cluster.
     - `features`: for by=kmeans: a TorchScript file, uint8 `[B, 3, H, W]` -> `[B, d]`; null is
       pixels.
+    - `fine`: for by=kmeans: two levels. Mini-batch k-means finds so many fine centres, at least k,
+      and k-means over these the clusters: for any number of images. null is one level, over all
+      images at once, or 1024 where their points would take more than 1 GiB.
+    - `balanced`: for by=kmeans: clusters of equally many images, but for one.
     - `holdout`: the fraction of the images, in [0, 1), that no training sees, nor k-means when it
       fits: for validation. Which ones depends on `seed` and the number of images alone. They get
       a cluster by the same rule, and are written in files of their own.
@@ -39,6 +40,8 @@ class PartitionConfig:
     k: int | None = None
     attributes: list[str] = field(default_factory=list)
     features: str | None = None
+    fine: int | None = None
+    balanced: bool = False
     holdout: float = 0.0
 
     def check(self) -> None:
@@ -47,6 +50,13 @@ class PartitionConfig:
         require(0 <= self.holdout < 1, "partition.holdout", "be in [0, 1)", self.holdout)
         if self.by == "kmeans":
             require(self.k is not None, "partition.k", "be given for partition.by=kmeans", self.k)
+        rule = f"be null where partition.by={self.by}"
+        require(self.by == "kmeans" or self.fine is None, "partition.fine", rule, self.fine)
+        rule = f"be false where partition.by={self.by}"
+        require(self.by == "kmeans" or not self.balanced, "partition.balanced", rule, True)
+        rule = "be at least partition.k"
+        least = self.k or 1
+        require(self.fine is None or self.fine >= least, "partition.fine", rule, self.fine)
         if self.by == "attribute":
             require(
                 len(self.attributes) > 0,
@@ -106,8 +116,8 @@ def assign(
     match config.by:
         case "kmeans":
             assert config.k is not None
-            points = _features(images.images, config.features)
-            cluster = _kmeans(points, ~held, config.k, seed)
+            with points(images, config.features) as found:
+                cluster = kmeans(found, ~held, config.k, seed, config.fine, config.balanced)
             return cluster, [f"cluster {k}" for k in range(config.k)]
         case "label":
             return _merged(*_labels(images), config.k)
@@ -159,23 +169,3 @@ def _merged(group: Tensor, names: list[str], k: int | None) -> tuple[Tensor, lis
     for name, cluster in zip(names, cluster_of.tolist(), strict=True):
         merged[cluster].append(name)
     return cluster_of[group], [" + ".join(members) for members in merged]
-
-
-def _kmeans(points: Tensor, fitted: Tensor, k: int, seed: int) -> Tensor:
-    """The cluster of every point, by the centres of those that are `fitted`, bool `[N]`."""
-    from sklearn.cluster import KMeans
-
-    kmeans = KMeans(k, n_init=_RESTARTS, random_state=seed % 2**32)
-    cluster = torch.empty(len(points), dtype=torch.int64)
-    cluster[fitted] = torch.from_numpy(kmeans.fit_predict(points[fitted].numpy())).long()
-    if not fitted.all():
-        cluster[~fitted] = torch.from_numpy(kmeans.predict(points[~fitted].numpy())).long()
-    return cluster
-
-
-def _features(images: Tensor, network: str | None) -> Tensor:
-    """Points to cluster, float32 `[N, d]`: pixels, or a TorchScript network's features."""
-    if network is None:
-        return images.flatten(1).float()
-    with bar("features for k-means", len(images)) as advance:
-        return script_network("partition.features", network, "cpu")(images, advance).features

@@ -1,7 +1,7 @@
 """Images with their labels or attributes, and how a part of them is chosen."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +9,16 @@ from torch import Tensor
 
 from ddm.artifacts import digest
 
+_CHUNK = 2000  # images that are read at a time
+
 
 @dataclass(frozen=True)
 class ImageSet:
     """Images in memory.
 
     `images` uint8 `[N, C, H, W]`; `labels` int64 `[N]` and the names of the classes;
-    `attributes` bool `[N, A]` and their names.
+    `attributes` bool `[N, A]` and their names. `images` may be a mapped file: `release`, called after
+    reading some of them, gives their memory back.
     """
 
     images: Tensor
@@ -23,12 +26,20 @@ class ImageSet:
     label_names: Sequence[str] = ()
     attributes: Tensor | None = None
     attribute_names: Sequence[str] = ()
+    release: Callable[[], object] = lambda: None
 
     @property
     def hash(self) -> str:
         """The content hash of images, labels and attributes."""
         parts = [self.images, self.labels, self.attributes]
-        return digest([None if p is None else [list(p.shape), _digest_bytes(p)] for p in parts])
+        return digest([None if p is None else [list(p.shape), self._digest(p)] for p in parts])
+
+    def _digest(self, tensor: Tensor) -> str:
+        found = hashlib.sha256()
+        for part in tensor.split(_CHUNK):
+            found.update(part.contiguous().numpy().tobytes())
+            self.release()
+        return found.hexdigest()
 
 
 def stratified(labels: Tensor, limit: int | None) -> Tensor:
@@ -56,7 +67,3 @@ def _largest_remainder(sizes: Tensor, seats: int) -> Tensor:
     first = remainder.argsort(descending=True, stable=True)[: seats - int(whole.sum())]
     whole[first] += 1
     return whole
-
-
-def _digest_bytes(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

@@ -5,10 +5,13 @@ import shutil
 import time
 from pathlib import Path
 
+from torch import Tensor
+
 from ddm.artifacts import digest, flush, read_json, scratch_beside, sha256, write_json
 from ddm.errors import ArtifactError
 from ddm.partition import Partition
 from serve.model.images import contact_sheet, write_png
+from train.cluster_report import quality, write_sheets
 from train.clustering import assign, check_left, held_out
 from train.config import Config, changed
 from train.data import ImageSet
@@ -16,11 +19,11 @@ from train.run_folder import claim
 
 log = logging.getLogger(__name__)
 
-_SHEET, _DESCRIPTION = "clusters.png", "partition.json"
+_SHEET, _QUALITY, _DESCRIPTION = "clusters.png", "quality.json", "partition.json"
 
 
 def make_partition(config: Config) -> None:
-    """Cut the data set into clusters, and write a contact sheet of each cluster's images."""
+    """Cut the data set into clusters, and write how good they are and contact sheets of their images."""
     began = time.monotonic()
     folder = config.folder / "partition"
     images = config.data.build()
@@ -28,10 +31,16 @@ def make_partition(config: Config) -> None:
     if _is_made(folder, key):
         log.info("partition  up to date")
         return
-    cut = _cut(config, folder, images)
-    sheet = folder / _SHEET
-    write_png(sheet, contact_sheet([cut.cluster(folder, k)["images"][:16] for k in range(cut.k)]))
-    write_json(folder / "stage.json", {"key": key, "sheet": sha256(sheet)})
+    cut, cluster = _cut(config, folder, images)
+    network = config.partition.features if config.partition.by == "kmeans" else None
+    measures = quality(images, cluster, network, config.seed)
+    write_json(folder / _QUALITY, {"sizes": cut.sizes, **measures})
+    firsts = [cut.cluster(folder, k)["images"][:16] for k in range(cut.k)]
+    write_png(folder / _SHEET, contact_sheet(firsts))
+    sheets = write_sheets(folder / "clusters", images, cluster, config.seed)
+    shown = [folder / _QUALITY, folder / _SHEET, *sheets]
+    hashes = {str(path.relative_to(folder)): sha256(path) for path in shown}
+    write_json(folder / "stage.json", {"key": key, "shown": hashes})
     sizes = ", ".join(f"{name} {size}" for name, size in zip(cut.names, cut.sizes, strict=True))
     apart = f", {sum(cut.holdout_sizes)} held out" if cut.holdout_sizes else ""
     log.info(
@@ -49,15 +58,16 @@ def _is_made(folder: Path, key: str) -> bool:
     if not (folder / "stage.json").exists() or not (folder / _DESCRIPTION).exists():
         return False
     made = read_json(folder / "stage.json")
-    cut = Partition.read(folder)
-    hashes = {**cut.files(folder), folder / _SHEET: str(made.get("sheet"))}
-    return made.get("key") == key and all(
-        path.exists() and sha256(path) == expected for path, expected in hashes.items()
-    )
+    shown = made.get("shown")
+    if made.get("key") != key or not isinstance(shown, dict):
+        return False
+    hashes = Partition.read(folder).files(folder)
+    hashes |= {folder / name: found for name, found in shown.items()}
+    return all(path.exists() and sha256(path) == expected for path, expected in hashes.items())
 
 
-def _cut(config: Config, folder: Path, images: ImageSet) -> Partition:
-    """Write the clusters' files and their description.
+def _cut(config: Config, folder: Path, images: ImageSet) -> tuple[Partition, Tensor]:
+    """Write the clusters' files and their description; returns also the cluster of every image, int64 `[N]`.
 
     Raises `ArtifactError` if the folder holds another partition, on which experts may have been trained.
     """
@@ -66,7 +76,9 @@ def _cut(config: Config, folder: Path, images: ImageSet) -> Partition:
     check_left(cluster, names, held, config.partition)
     scratch = scratch_beside(folder)
     try:
-        cut = Partition.write(scratch, images.images, cluster, names, images.labels, held)
+        cut = Partition.write(
+            scratch, images.images, cluster, names, images.labels, held, images.release
+        )
         if (folder / _DESCRIPTION).exists() and Partition.read(folder) != cut:
             raise ArtifactError(
                 f"{folder} was cut from other images than data.root={config.data.root} holds now: "
@@ -80,4 +92,4 @@ def _cut(config: Config, folder: Path, images: ImageSet) -> Partition:
         flush(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return cut
+    return cut, cluster
