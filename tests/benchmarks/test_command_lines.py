@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import ablations, agreement, relaxation_rate, survival
+from benchmarks import ablations, agreement, clusters, relaxation_rate, survival
 from benchmarks.lab import __main__ as lab
 from benchmarks.load import __main__ as load
 from benchmarks.speed import __main__ as speed
@@ -13,6 +13,7 @@ from benchmarks.table import __main__ as table
 COMMANDS = {
     "ablations": ablations.main,
     "agreement": agreement.main,
+    "clusters": clusters.main,
     "lab": lab.main,
     "load": load.main,
     "relaxation_rate": relaxation_rate.main,
@@ -42,6 +43,7 @@ def test_help_is_shown(name: str, word: str, capsys: pytest.CaptureFixture[str])
         (agreement.main, ["nowhere", "steps=3"], "give steps as a word of its own or as --steps"),
         (agreement.main, ["nowhere", "souce=prior"], "souce"),
         (agreement.main, ["nowhere", "--n=0"], "--n must be at least 1, got 0"),
+        (clusters.main, ["--images=9"], "--images must be at least --classes, got 9"),
         (lab.main, ["lawz"], "name must be one of orders few_steps laws"),
         (lab.main, ["--draw"], "unrecognized arguments: --draw"),
         (lab.main, ["laws", "--render", "--out=nowhere"], "--out must hold laws.json"),
