@@ -7,20 +7,21 @@ takes 6 GB of disk, and about ten minutes on two cores.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cli import Parser, run
 from ddm.artifacts import read_json
 from ddm.errors import ConfigError, DdmError
+from ddm.row_file import Rows, write_streamed
 
 _SHAPE = (3, 32, 32)
 _CHUNK = 10_000
@@ -76,25 +77,14 @@ def _make_up(path: Path, count: int, classes: int) -> None:
     coarse = torch.rand(classes, 3, 4, 4, generator=generator) * 255
     smooth = F.interpolate(coarse, _SHAPE[1:], mode="bicubic")
     labels = torch.randint(classes, (count,), generator=generator)
-    size = count * smooth[0].numel()
-    header = {
-        "labels": {"dtype": "I64", "shape": [count], "data_offsets": [0, 8 * count]},
-        "images": {
-            "dtype": "U8",
-            "shape": [count, *_SHAPE],
-            "data_offsets": [8 * count, 8 * count + size],
-        },
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    scratch = path.with_suffix(".part")
-    with scratch.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(labels.numpy().tobytes())
+
+    def noisy() -> Iterator[Tensor]:
         for some in labels.split(_CHUNK):
             noise = _NOISE * torch.randn(len(some), *_SHAPE, generator=generator)
-            file.write((smooth[some] + noise).clamp(0, 255).to(torch.uint8).numpy().tobytes())
-    scratch.replace(path)
+            yield (smooth[some] + noise).clamp(0, 255).to(torch.uint8)
+
+    images = Rows(torch.uint8, [count, *_SHAPE], noisy())
+    write_streamed(path, {"images": images, "labels": Rows(torch.int64, [count], [labels])})
 
 
 if __name__ == "__main__":

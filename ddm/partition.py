@@ -19,7 +19,7 @@ from ddm.artifacts import (
     write_json,
 )
 from ddm.errors import ArtifactError, DataError, shown
-from ddm.row_file import write_rows
+from ddm.row_file import Release, write_rows
 
 MAX_CLUSTERS = 10_000
 
@@ -77,7 +77,7 @@ class Partition:
         names: Sequence[str],
         labels: Tensor | None,
         held_out: Tensor | None = None,
-        release: Callable[[], object] = lambda: None,
+        release: Release = lambda: None,
     ) -> "Partition":
         """Split `images` (uint8 `[N, C, H, W]`) by `cluster` (int64 `[N]`, values below
         `len(names)`) into a folder; those that are `held_out` (bool `[N]`) into their own files.

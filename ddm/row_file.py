@@ -1,40 +1,42 @@
-"""A safetensors file written some rows at a time, so that it may be larger than the memory."""
+"""Safetensors files that are written a few rows at a time, so that they may be larger than the memory."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddm.artifacts import replaced
 
+Release = Callable[[], object]  # gives the memory of a mapped file back, after some of it was read
+
 _CHUNK_BYTES = 2**24
-# In the order of a file: safetensors puts the most aligned first.
-_DTYPES = {torch.int64: "I64", torch.uint8: "U8"}
+_DTYPES = {torch.int64: "I64", torch.uint8: "U8"}  # in the order of a file: the most aligned first
 
 
-def write_rows(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    rows: Tensor,
-    release: Callable[[], object] = lambda: None,
-) -> None:
-    """Write `rows` (int64 `[n]`) of tensors (int64 or uint8), whole or not at all.
+class Rows(NamedTuple):
+    """A tensor of a file: int64 or uint8, its shape, and its rows, several at a time."""
 
-    The file is, byte for byte, that of `write_tensors` for `tensor[rows]`. `release` is called after
-    every few rows, to give the memory of mapped sources back.
+    dtype: torch.dtype
+    shape: Sequence[int]
+    parts: Iterable[Tensor]
+
+
+def write_streamed(path: Path, tensors: Mapping[str, Rows]) -> None:
+    """Write tensors, whole or not at all: byte for byte the file of `write_tensors`.
 
     Raises `ArtifactError` naming a file that cannot be written.
     """
     order = sorted(tensors, key=lambda name: ([*_DTYPES].index(tensors[name].dtype), name))
     header, end = {}, 0
     for name in order:
-        tensor = tensors[name]
-        start, end = end, end + len(rows) * _row_bytes(tensor)
+        dtype, shape, _ = tensors[name]
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": [len(rows), *tensor.shape[1:]],
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -42,12 +44,25 @@ def write_rows(
     with replaced(path) as scratch, scratch.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = tensors[name]
-            count = max(1, _CHUNK_BYTES // max(1, _row_bytes(tensor)))
-            for some in rows.split(count):
-                file.write(tensor[some].numpy().tobytes())
-                release()
+            for part in tensors[name].parts:
+                assert part.dtype == tensors[name].dtype
+                file.write(part.contiguous().numpy().tobytes())
+        assert file.tell() == 8 + len(text) + end
 
 
-def _row_bytes(tensor: Tensor) -> int:
-    return tensor[:1].numel() // max(1, len(tensor[:1])) * tensor.element_size()
+def write_rows(
+    path: Path, tensors: Mapping[str, Tensor], rows: Tensor, release: Release = lambda: None
+) -> None:
+    """Write `rows` (int64 `[n]`) of tensors, as `write_streamed`; `release` is called after some of them."""
+
+    def parts(tensor: Tensor) -> Iterator[Tensor]:
+        row_bytes = torch.Size(tensor.shape[1:]).numel() * tensor.element_size()
+        for some in rows.split(max(1, _CHUNK_BYTES // row_bytes)):
+            yield tensor[some]
+            release()
+
+    streams = {
+        name: Rows(tensor.dtype, [len(rows), *tensor.shape[1:]], parts(tensor))
+        for name, tensor in tensors.items()
+    }
+    write_streamed(path, streams)

@@ -41,10 +41,11 @@ def load_celeba_hq(root: str, size: int, limit: int | None) -> ImageSet:
     files = attributes.listed(find_images(folders[0], passed_over), passed_over)
     if not files:
         raise DataError(f"{folders[0]} holds no image that {base / LIST} lists")
-    images, notes = resized(files[:limit], size)
+    images, notes, release = resized(files[:limit], size)
     log_read(len(images), len(files), folders[0], passed_over, notes)
     rows = torch.tensor([attributes.rows[_stem(path.name)] for path in files[:limit]])
-    return ImageSet(images, attributes=rows, attribute_names=attributes.names)
+    names = attributes.names
+    return ImageSet(images, attributes=rows, attribute_names=names, release=release)
 
 
 class AttributeList:

@@ -34,9 +34,10 @@ def load_folder(root: str, size: int, limit: int | None) -> ImageSet:
             f"({' '.join(sorted(image_suffixes()))}) in it; passed over: {passed_over}"
         )
     chosen = stratified(torch.tensor(labels), limit)
-    images, notes = resized([files[place] for place in chosen.tolist()], size)
+    images, notes, release = resized([files[place] for place in chosen.tolist()], size)
     log_read(len(images), len(files), root, passed_over, notes)
-    return ImageSet(images, torch.tensor(labels)[chosen], [_utf8(folder) for folder in folders])
+    names = [_utf8(folder) for folder in folders]
+    return ImageSet(images, torch.tensor(labels)[chosen], names, release=release)
 
 
 def log_read(read: int, found: int, root: str | Path, passed_over: Tally, notes: Tally) -> None:

@@ -1,13 +1,14 @@
 """Images with their labels or attributes, and how a part of them is chosen."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ddm.artifacts import digest
+from ddm.row_file import Release
 
 _CHUNK = 2000  # images that are read at a time
 
@@ -26,7 +27,7 @@ class ImageSet:
     label_names: Sequence[str] = ()
     attributes: Tensor | None = None
     attribute_names: Sequence[str] = ()
-    release: Callable[[], object] = lambda: None
+    release: Release = lambda: None
 
     @property
     def hash(self) -> str:

@@ -134,6 +134,31 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
         assert kept.read_bytes() == whole
 
 
+def test_large_sets_are_written_as_they_are_read_and_mapped(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, data_log: DataLog
+) -> None:
+    for n in range(7):
+        save(tmp_path / "set" / "a" / f"{n}.png", 30 * n)
+    whole = load(tmp_path / "set")
+    (kept,) = cache.glob("*.safetensors")
+    before = kept.read_bytes()
+    for file in cache.iterdir():
+        file.unlink()
+    monkeypatch.setattr("train.data.resized._LARGE_BYTES", 0)
+    monkeypatch.setattr("train.data.resized._BATCH", 3)
+    found = load(tmp_path / "set")
+    assert kept.read_bytes() == before
+    found.release()
+    assert torch.equal(found.images, whole.images)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert torch.equal(load(tmp_path / "set").images, whole.images)
+    assert any("images are read into memory" in line for line in data_log())
+    (tmp_path / "set" / "a" / "3.png").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"3.png"):
+        load(tmp_path / "set")
+
+
 def test_images_are_read_without_a_cache_that_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_log: DataLog
 ) -> None:
