@@ -41,7 +41,7 @@ from train.config import Config, load_config
         (["expert.index=7"], "expert.index must be in [0, 2]"),
         (
             ["data.name=imagenet"],
-            "data.name: Invalid value 'imagenet', expected one of ['digits', 'cifar10', 'celeba_hq', 'folder']",
+            "data.name: Invalid value 'imagenet', expected one of ['digits', 'cifar10', 'celeba_hq', 'folder', 'tensors']",
         ),
         (["data.name=cifar10", "data.root=nowhere"], "CIFAR-10 is not in nowhere"),
         (
