@@ -106,11 +106,13 @@ def to_float(images: Tensor) -> Tensor:
 class Batches:
     """Training images, uint8 `[N, C, H, W]`, on the training device, and their batches.
 
+    They are a tensor, or what has its length, shape, device and `to` and is indexed like one.
+
     A batch of B images can be had in `parts`: part p has its rows p, p + parts, ... and of each row
     the same image, time and noise as the whole batch.
     """
 
-    images: Tensor
+    images: Any
     batch: int
     seed: int
     flip: bool = False  # mirror every image with probability 1/2

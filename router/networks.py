@@ -66,8 +66,9 @@ class RouterConfig(FitConfig):
     bands: the two times between the three bands, rising in (t_min, 1).
     gaussians: blend the logits and rates of the clusters' Gaussians with the networks', by
     learned functions of t; a fresh router is then that of the Gaussians.
-    data: what it is trained on: `pooled`, the images of all clusters, or `experts`, images sampled
-    from the experts, so that it needs no owner's images.
+    data: what it is trained on: `pooled`, the images of all clusters; `shards`, the same by asking
+    each owner for sums over its own (`router.owners`); or `experts`, images sampled from the
+    experts, so that it needs no owner's images.
     samples: how many images the experts sample together, at least one each.
     """
 
@@ -79,7 +80,7 @@ class RouterConfig(FitConfig):
     rate_weight: float = 1.0
     bands: list[float] = field(default_factory=lambda: [0.3, 0.7])
     gaussians: bool = True
-    data: Literal["pooled", "experts"] = "pooled"
+    data: Literal["pooled", "shards", "experts"] = "pooled"
     samples: int = 10_000
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ddm.training import Batches
 from router.networks import DerivativeNet, PosteriorNet, RouterConfig, Scorer
+from router.owners import Owners
 from router.targets import exact_posterior, exact_posterior_rate
 
 
@@ -34,7 +35,8 @@ def rate_loss(rate: Tensor, target: Tensor) -> Tensor:
 
 
 class _RouterLearning(pl.LightningModule):
-    """What both stages share: the training set on the device, and the noisy images of step n.
+    """What both stages share: the training set on the device or with its owners, the noisy images
+    of step n, and the targets.
 
     done: the steps of the stage before.
     """
@@ -61,6 +63,21 @@ class _RouterLearning(pl.LightningModule):
         a, s, _, _ = self.posterior.scorer.schedule(t).broadcast_to(x0)
         return x0, self.cluster[place], eps, a * x0 + s * eps
 
+    def alpha(self, x: Tensor, t: Tensor) -> Tensor:
+        """The exact posterior at x `[B, C, H, W]` and t `[B]`: `[B, K]`."""
+        images, k = self.batches.images, len(self.posterior.log_pi)
+        if isinstance(images, Owners):
+            return images.posterior(x, t)
+        return exact_posterior(x, t, images, self.cluster, self.posterior.scorer.schedule, k)
+
+    def alpha_and_rate(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The exact posterior and its derivative at `x_t = a x0 + s eps`: `[B, K]` each."""
+        images, k = self.batches.images, len(self.posterior.log_pi)
+        if isinstance(images, Owners):
+            return images.rate(x0, eps, t)
+        schedule = self.posterior.scorer.schedule
+        return exact_posterior_rate(x0, eps, t, images, self.cluster, schedule, k)
+
     def configure_optimizers(self) -> Any:
         return self.config.adam(self.parameters(), self.done)
 
@@ -75,14 +92,7 @@ class PosteriorLearning(_RouterLearning):
         step, part = self.global_step, count % self.batches.parts
         t = self.config.t_min + (1 - self.config.t_min) * self.batches.times(step, part)
         _x0, label, _eps, x = self.noisy(step, part, t)
-        alpha = exact_posterior(
-            x,
-            t,
-            self.batches.images,
-            self.cluster,
-            self.posterior.scorer.schedule,
-            len(self.posterior.log_pi),
-        )
+        alpha = self.alpha(x, t)
         weights = self.config.label_weight, self.config.posterior_weight
         logits = self.posterior.logits(x, t)
         return torch.stack([posterior_loss(each, alpha, label, *weights) for each in logits]).sum()
@@ -116,10 +126,7 @@ class RouterLearning(_RouterLearning):
         band = place.long().clamp_max(2)
         t = self.edges[band] + (self.edges[band + 1] - self.edges[band]) * (place - band)
         x0, label, eps, x = self.noisy(step, part, t)
-        schedule, k = self.posterior.scorer.schedule, len(self.posterior.log_pi)
-        alpha, alpha_rate = exact_posterior_rate(
-            x0, eps, t, self.batches.images, self.cluster, schedule, k
-        )
+        alpha, alpha_rate = self.alpha_and_rate(x0, eps, t)
         # The times are stratified and rise with the rows, in each part of a batch as well: the
         # first third of the rows is band 0.
         thirds = zip(x.chunk(3), t.chunk(3), alpha_rate.chunk(3), strict=True)

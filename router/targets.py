@@ -45,6 +45,17 @@ class _Chunk(NamedTuple):
     dots: list[Tensor]
 
 
+class Sums(NamedTuple):
+    """What K clusters add to the posterior at B queries, float64 `[B, K]`.
+
+    log_mass: the logarithm of the sum of a cluster's w_i, but for a term that all clusters share.
+    rate: the mean of its g_i weighted by w_i; 0 where it was not asked for.
+    """
+
+    log_mass: Tensor
+    rate: Tensor
+
+
 def exact_posterior(
     x: Tensor, t: Tensor, images: Tensor, labels: Tensor, schedule: Schedule, k: int | None = None
 ) -> Tensor:
@@ -53,12 +64,19 @@ def exact_posterior(
     x `[B, ...]`; t `[]` or `[B]` in (0, 1]; images `[N, ...]` uint8 or float in [-1, 1]; labels
     int64 `[N]` in 0 ... K-1; `k` the number of clusters, default `labels.max() + 1`.
     """
+    return merged(posterior_sums(x, t, images, labels, schedule, k))[0]
+
+
+def posterior_sums(
+    x: Tensor, t: Tensor, images: Tensor, labels: Tensor, schedule: Schedule, k: int | None = None
+) -> Sums:
+    """The sums of `exact_posterior`, without the derivative's."""
     a, s, _, _ = (c[:, None] for c in schedule(_times(x, t)))
 
     def log_weight(chunk: _Chunk) -> tuple[Tensor, None]:
         return a / s**2 * (chunk.dots[0] - a / 2 * chunk.square), None
 
-    return _online([x], images, labels, k, log_weight)[0]
+    return _online([x], images, labels, k, log_weight)
 
 
 def exact_posterior_rate(
@@ -76,6 +94,19 @@ def exact_posterior_rate(
     alpha . v`, the total derivative along the probability-flow ODE, because `E[da x0 + ds eps |
     x_t] = v`.  Arguments as in `exact_posterior`.
     """
+    return merged(rate_sums(x0, eps, t, images, labels, schedule, k))
+
+
+def rate_sums(
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    schedule: Schedule,
+    k: int | None = None,
+) -> Sums:
+    """The sums of `exact_posterior_rate`."""
     a, s, da, ds = (c[:, None] for c in schedule(_times(x0, t)))
     q, dq = a / s, (da * s - a * ds) / s**2
     own_square = x0.double().flatten(1).square().sum(dim=1, keepdim=True)
@@ -91,6 +122,13 @@ def exact_posterior_rate(
     return _online([x0, eps], images, labels, k, log_weight)
 
 
+def merged(sums: Sums) -> tuple[Tensor, Tensor]:
+    """`(alpha, dalpha)`, float32 `[B, K]` each, of the sums of all clusters."""
+    alpha = sums.log_mass.softmax(dim=1)
+    rate = alpha * (sums.rate - (alpha * sums.rate).sum(dim=1, keepdim=True))
+    return alpha.float(), rate.float()
+
+
 def _times(x: Tensor, t: Tensor) -> Tensor:
     return t.to(x.device, torch.float64).expand(len(x))
 
@@ -102,12 +140,8 @@ def _online(
     labels: Tensor,
     k: int | None,
     log_weight: Callable[[_Chunk], tuple[Tensor, Tensor | None]],
-) -> tuple[Tensor, Tensor]:
-    """Softmax over all images, summed by cluster, in one pass over the chunks; and with it each
-    weight's log-derivative g.
-
-    Returns alpha and `sum_{i in k} r_i (g_i - sum_j r_j g_j)`.
-    """
+) -> Sums:
+    """The sums of each cluster, in one pass over the chunks."""
     count = int(labels.max()) + 1 if k is None else k
     flat = torch.cat([query.double().flatten(1) for query in queries])
     multiply = _multiplier(flat, images)
@@ -125,10 +159,7 @@ def _online(
         if g is not None:
             moment = moment * decay + g.mul_(w) @ member
         best = new_best
-    total = mass.sum(dim=1, keepdim=True)
-    alpha = mass / total
-    rate = moment / total - alpha * (moment.sum(dim=1, keepdim=True) / total)
-    return alpha.float(), rate.float()
+    return Sums(best + mass.log(), (moment / mass).nan_to_num(0))  # far clusters have no mass
 
 
 def _chunk(queries: Tensor) -> int:
