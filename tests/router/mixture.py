@@ -1,0 +1,39 @@
+"""A Gaussian mixture of four clusters, and its routed denoiser."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddm.oracle import GaussianMixture
+from ddm.rng import RngStream, normal
+from ddm.schedules import schedule
+from router.policies import Policy
+from router.routing import RoutedDenoiser
+from router.sources import prior
+
+LINEAR = schedule("vp_linear")
+
+
+PI = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+def mixture(dtype: torch.dtype = torch.float32) -> GaussianMixture:
+    generator = torch.Generator().manual_seed(1)
+    means, spread = (
+        3 * torch.randn(4, 8, generator=generator),
+        torch.rand(4, 8, generator=generator),
+    )
+    return GaussianMixture(PI.to(dtype), means.to(dtype), (0.3 + 0.7 * spread).to(dtype), LINEAR)
+
+
+def noise(n: int, seed: int = 5) -> Tensor:
+    return normal(seed, RngStream.START, torch.arange(n), 0, (8,))
+
+
+def routed(oracle: GaussianMixture, rule: str | Policy, **settings: object) -> RoutedDenoiser:
+    return RoutedDenoiser([oracle.expert(k) for k in range(4)], oracle.posterior, rule, **settings)  # type: ignore[arg-type]
+
+
+def fixed_alpha(*alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return prior(torch.tensor(alpha))
