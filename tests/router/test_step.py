@@ -11,7 +11,6 @@ from router.sources import Integrated, Stateless
 from router.step import Router, RoutingState
 from tests.router.mixture import LINEAR, PI, fixed_alpha, mixture, noise, routed
 
-
 RULES = list(POLICIES)
 
 
