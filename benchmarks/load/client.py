@@ -5,7 +5,7 @@ import base64
 import io
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,9 @@ class Reply:
     image: np.ndarray | None = None  # uint8 [H, W] or [H, W, C]
     version: str = ""
     said: str = ""
+
+
+Send = Callable[[int], Awaitable[Reply]]  # image `index`
 
 
 @dataclass
@@ -82,20 +85,29 @@ async def request_image(
     return reply
 
 
-async def closed(url: str, clients: int, requests: int, settings: dict[str, Any]) -> Tally:
-    """A closed loop: each client requests one image as soon as it has the last."""
+async def closed_loop(send: Send, clients: int, requests: int) -> Tally:
+    """A closed loop: each client sends its next request as soon as it has the last."""
     numbers: Iterator[int] = iter(range(requests))
     tally = Tally()
 
-    async def one(client: aiohttp.ClientSession) -> None:
+    async def one() -> None:
         for index in numbers:
-            tally.replies.append(await request_image(client, index, settings))
+            tally.replies.append(await send(index))
 
-    async with session(url) as client:
-        started = time.perf_counter()
-        await asyncio.gather(*(one(client) for _ in range(clients)))
-        tally.seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(clients)))
+    tally.seconds = time.perf_counter() - started
     return tally
+
+
+async def closed(url: str, clients: int, requests: int, *settings: dict[str, Any]) -> Tally:
+    """A closed loop of requests for one image, with the settings in turn."""
+    async with session(url) as client:
+
+        async def send(index: int) -> Reply:
+            return await request_image(client, index, settings[index % len(settings)])
+
+        return await closed_loop(send, clients, requests)
 
 
 async def opened(url: str, rate_per_s: float, requests: int, settings: dict[str, Any]) -> Tally:

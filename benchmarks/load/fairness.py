@@ -6,6 +6,8 @@ import asyncio
 import json
 import socket
 import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,10 +18,12 @@ from benchmarks.load.child import server
 from benchmarks.load.client import request_image, session
 
 GIANTS = 6
-GIANT = {"n": 64, "steps": 250, "format": "npz"}
-SMALL = {"steps": 3, "format": "b64_json"}
+GIANT_IMAGES = 64
+GIANT_STEPS = 250
+SMALL_STEPS = 3
 STALLED = 20
 LONGEST_S = 60.0
+GIANTS_START_S = 3.0
 
 
 def fairness_mode(run: str, repeats: int = 30) -> list[dict[str, Any]]:
@@ -28,43 +32,63 @@ def fairness_mode(run: str, repeats: int = 30) -> list[dict[str, Any]]:
     One after another. Those behind the giants are given up after a minute and count as that long.
     """
     with server(run, "serve.limits.deadline_s=600") as (url, _):
-        return asyncio.run(_fairness(url, repeats))
-
-
-async def _fairness(url: str, repeats: int) -> list[dict[str, Any]]:
-    async with session(url) as client:
-
-        async def small(index: int) -> float:
-            started = time.perf_counter()
-            try:
-                async with asyncio.timeout(LONGEST_S):
-                    await request_image(client, index, SMALL)
-            except TimeoutError:
-                pass
-            return time.perf_counter() - started
-
-        async def giant(seed: int) -> None:
-            async with client.post("/v1/samples", json={**GIANT, "seed": seed}) as response:
-                await response.read()
-
-        alone = [await small(i) for i in range(repeats)]
-        giants = [asyncio.create_task(giant(seed)) for seed in range(GIANTS)]
-        await asyncio.sleep(3)
-        behind: list[float] = []
-        started = time.perf_counter()
-        while len(behind) < repeats and time.perf_counter() - started < 2 * LONGEST_S:
-            if any(task.done() for task in giants):
-                break
-            behind.append(await small(len(behind)))
-        for task in giants:
-            task.cancel()
-        await asyncio.gather(*giants, return_exceptions=True)
+        alone, behind = asyncio.run(small_over_http(url, repeats, GIANTS))
     return [_row("alone", alone), _row(f"behind {GIANTS} giants", behind)]
 
 
+async def small_over_http(url: str, repeats: int, giants: int) -> tuple[list[float], list[float]]:
+    """`alone_and_behind` of a server's requests."""
+    async with session(url) as client:
+
+        async def small(index: int) -> None:
+            await request_image(client, index, {"steps": SMALL_STEPS})
+
+        async def giant(seed: int) -> None:
+            body = {"n": GIANT_IMAGES, "steps": GIANT_STEPS, "seed": seed, "format": "npz"}
+            async with client.post("/v1/samples", json=body) as response:
+                await response.read()
+
+        return await alone_and_behind(small, giant, repeats, giants)
+
+
+Run = Callable[[int], Coroutine[Any, Any, None]]  # a request by its number
+
+
+async def alone_and_behind(
+    small: Run, giant: Run, repeats: int, giants: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of small requests, one after another: alone, and while giant ones are under way."""
+
+    async def timed(index: int) -> float:
+        started = time.perf_counter()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LONGEST_S):
+                await small(index)
+        return time.perf_counter() - started
+
+    alone = [await timed(i) for i in range(repeats)]
+    tasks = [asyncio.create_task(giant(seed)) for seed in range(giants)]
+    await asyncio.sleep(GIANTS_START_S)
+    behind: list[float] = []
+    started = time.perf_counter()
+    while len(behind) < repeats and time.perf_counter() - started < 2 * LONGEST_S:
+        if any(task.done() for task in tasks):
+            break
+        behind.append(await timed(len(behind)))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return alone, behind
+
+
+def percentiles_ms(seconds: list[float]) -> tuple[float, float]:
+    """The median and the 99th percentile, in ms; not a number if there are none."""
+    p50, p99 = np.percentile(np.array(seconds or [np.nan]) * 1000, (50, 99))
+    return float(p50), float(p99)
+
+
 def _row(what: str, seconds: list[float]) -> dict[str, Any]:
-    took = np.array(seconds or [np.nan]) * 1000
-    p50, p99 = np.percentile(took, (50, 99))
+    p50, p99 = percentiles_ms(seconds)
     return {"what": what, "requests": len(seconds), "p50_ms": p50, "p99_ms": p99}
 
 

@@ -22,6 +22,7 @@ SUBJECTS = {  # name -> module
     "training": "expert_training",
     "routing": "routed_sampling",
     "targets": "exact_targets",
+    "serving": "serving",
     "startup": "startup",
     "shapes": "shapes",
 }
