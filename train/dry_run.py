@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddm.artifacts import file_of
-from ddm.errors import ConfigError, DataError
+from ddm.errors import ConfigError, DataError, require
 from train.clustering import assign, check_left, held_out
 from train.config import Config, EvaluateConfig
 from train.costs import FLOAT_BYTES, expert_cost, forward_s, router_cost, states
@@ -70,14 +70,16 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
 def _data(config: Config) -> Data:
     if (config.folder / "partition" / "partition.json").exists():
         cut = read_partition(config)
-        own = cut.cluster(config.folder / "partition", config.expert.index or 0)
+        index = config.expert.index or 0
+        require(index < cut.k, "expert.index", f"be in [0, {cut.k - 1}]", index)
+        own = cut.cluster(config.folder / "partition", index)
         return Data(own["images"], cut.names, cut.sizes, is_guess=False, is_cut=True)
     whole = config.data.build()
     held = held_out(len(whole.images), config.partition, config.seed)
     k = config.partition.k
     if config.partition.by == "kmeans" and k is not None and k > 1:
         size = int((~held).sum()) // k
-        first = whole.images[~held][: max(1, size)]
+        first = whole.images[(~held).nonzero()[: max(1, size), 0]]
         names = [f"cluster {i}" for i in range(k)]
         return Data(first, names, [size] * k, is_guess=True, is_cut=False)
     cluster, names = assign(whole, config.partition, config.seed, held)

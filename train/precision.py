@@ -78,7 +78,8 @@ def _step(config: Config, shape: list[int], name: Choice) -> Callable[[], None]:
     cfg = config.expert
     device = config.device
     denoiser = cfg.build(shape, schedule(**config.schedule)).to(device)
-    batches = Batches(torch.zeros(1, *shape, dtype=torch.uint8, device=device), cfg.batch, 0)
+    images = torch.zeros(1, *shape, dtype=torch.uint8, device=device)
+    batches = Batches(images, cfg.batch // cfg.accumulate, 0)
     x0, t, noise = batches.x0(0)[0], batches.times(0), batches.noise(0)
 
     def step() -> None:

@@ -9,14 +9,14 @@ from ddm.errors import ConfigError, require
 
 @dataclass
 class WatchConfig:
-    """What is seen of the experts, the seed model and the monoliths while they learn. It changes no
-    weight, and may change between two calls.
+    """What is seen of networks while they learn. It changes no weight, and may change between two calls.
 
     logger: where losses, learning rates and speeds go besides losses.txt: `none`, or one of
         Lightning's loggers, into the folder `log` of each network
-    validate_every: steps between validations on the held-out images, raw and averaged, by band of t,
-        into validation.csv; 0 for none
-    sheet_every: steps between contact sheets of the same 16 images, into the folder `sheets`; 0 for none
+    validate_every: but for the router: steps between validations on the held-out images, raw and averaged,
+        by band of t, into validation.csv; 0 for none
+    sheet_every: likewise: steps between contact sheets of the same 16 images, into the folder `sheets`; 0
+        for none
     """
 
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"

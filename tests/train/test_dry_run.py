@@ -62,6 +62,13 @@ def test_what_is_made_takes_no_time(small_run: Path, capsys: pytest.CaptureFixtu
     assert plan["all"][3] == ""
 
 
+def test_an_expert_that_there_is_not_is_named(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, f"run={small_run}", "expert", "expert.index=3", "--dry-run"]) == 2
+    assert "expert.index must be in [0, 2], got 3" in capsys.readouterr().err
+
+
 def test_k_means_is_not_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["partition.by=kmeans", "partition.holdout=0.1", "partition", "expert"]
     assert main([*SMALL, f"run={tmp_path / 'run'}", *words, "--dry-run"]) == 0

@@ -108,7 +108,7 @@ def test_held_out_losses_are_those_by_hand() -> None:
 
 def test_watching_changes_no_weight_and_shows_every_network(tmp_path: Path, small: Small) -> None:
     words = ("partition.holdout=0.2", "seed_model.steps=6")
-    stages = ["partition", "seed_model", "expert"]
+    stages = ["partition", "seed_model", "expert", "router"]
     run(small(tmp_path / "plain", *words), stages)
     watched = ("watch={logger: csv, validate_every: 5, sheet_every: 8}", *words)
     run(small(tmp_path / "watched", *watched), stages)
@@ -126,6 +126,13 @@ def test_watching_changes_no_weight_and_shows_every_network(tmp_path: Path, smal
         metrics = rows(folder / "log" / "from-00000000" / "metrics.csv")
         assert float(metrics[0]["loss"]) > 0
         assert {"learning rate", "images per second", "held out/raw/loss"} <= metrics[0].keys()
+    file = "router/router.safetensors"
+    assert sha256(tmp_path / "plain" / file) == sha256(tmp_path / "watched" / file)
+    for stage, last in (("stage-1", 4), ("stage-2", 6)):
+        folder = tmp_path / "watched" / "router" / stage
+        metrics = rows(folder / "log" / "from-00000000" / "metrics.csv")
+        assert [int(row["step"]) for row in metrics] == [*range(1, last + 1)]
+        assert not (folder / "validation.csv").exists()
 
 
 def test_an_expert_s_held_out_images_are_its_own(

@@ -31,6 +31,7 @@ from train.resume import drop_resume
 from train.run_folder import claim, read_partition
 from train.stages.denoiser import artifact_is_made, diverged, fitted_facts
 from train.stages.expert import expert_stem
+from train.watching import Watch
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +89,14 @@ def _train(
     def report_second(step: int, loss: float) -> None:
         report(cfg.switch_step + step, loss)
 
+    watch = Watch(config.watch)
     try:
         first = PosteriorLearning(posterior, batches, cluster, cfg)
-        fit(first, cfg.switch_step, cfg, stages[0], config.accelerator, report)
+        fit(first, cfg.switch_step, cfg, stages[0], config.accelerator, report, watch)
         derivative = DerivativeNet.from_trunk(posterior, cfg.bands)
         second = RouterLearning(posterior, derivative, batches, cluster, cfg)
         rest = cfg.steps - cfg.switch_step
-        fit(second, rest, cfg, stages[1], config.accelerator, report_second)
+        fit(second, rest, cfg, stages[1], config.accelerator, report_second, watch)
     except NotFiniteError as error:
         raise diverged(error, "router") from error
     return torch.nn.ModuleDict({"posterior": posterior, "derivative": derivative})
