@@ -63,6 +63,7 @@ class _Steps(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
+        self.rate = optimizer.param_groups[0]["lr"]
         if trainer.precision == "16-mixed":
             return  # an infinite gradient is how the scale of the loss is found: the step is skipped
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
@@ -86,7 +87,7 @@ class _Steps(Callback):
         last = step == trainer.max_steps
         signum = stopping.requested()
         if step % self.report_every == 0 or last:
-            self._report(trainer, step)
+            self._report(step)
         if step % self.config.checkpoint_every == 0 or last or signum is not None:
             self._check_now()
             check_finite(pl_module, step)
@@ -104,17 +105,16 @@ class _Steps(Callback):
         if (step := int(self.first_bad)) > 0:
             raise _not_finite("the loss or its gradient", step, self.module)
 
-    def _report(self, trainer: pl.Trainer, step: int) -> None:
+    def _report(self, step: int) -> None:
         self._check_now()
         mean = float(self.sum) / self.count
         path = self.folder / "losses.txt"
         with naming(path, "written"), path.open("a") as file:
             file.write(f"{step} {mean:.6g}\n")
         self.report(step, mean)
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
         batches = getattr(self.module, "batches", None)
         images = batches.batch if isinstance(batches, Batches) else 1
-        self.watching.show(step, images, {"loss": mean, "learning rate": rate})
+        self.watching.show(step, images, {"loss": mean, "learning rate": self.rate})
         self.sum, self.count = 0.0, 0
 
 

@@ -108,9 +108,11 @@ class Watching(Callback):
         if _is_due(step, config.sheet_every, last):
             self._write_sheet(pl_module, step)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.logger is not None:
             self.logger.finalize("success")
+        if isinstance(self.logger, WandbLogger):
+            self.logger.experiment.finish()  # the next network of this process has a run of its own
 
     def show(self, step: int, images_per_step: int, metrics: dict[str, float]) -> None:
         """Log metrics at a step, and the images per second since the last time."""

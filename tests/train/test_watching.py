@@ -41,9 +41,9 @@ def learning(**settings: Any) -> ExpertLearning:
     return ExpertLearning(config.build([1, 8, 8], schedule("vp_linear")), batches, config)
 
 
-def fitted(folder: Path, steps: int, watch: Watch | None = None, **settings: Any) -> list[Tensor]:
+def fitted(folder: Path, until: int, watch: Watch | None = None, **settings: Any) -> list[Tensor]:
     module = learning(**settings)
-    fit(module, steps, module.config, folder, "cpu", lambda *_: None, watch)
+    fit(module, until, module.config, folder, "cpu", lambda *_: None, watch)
     return [p.detach() for p in module.parameters()]
 
 
@@ -174,10 +174,12 @@ def test_tensorboard_has_the_losses_of_a_resumed_training_once(tmp_path: Path) -
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     watch = Watch(WatchConfig(logger="tensorboard"))
     for steps in (4, 8):
-        fitted(tmp_path, steps, watch)
+        fitted(tmp_path, steps, watch, steps=8, cooldown=0.25)
     found = accumulator.EventAccumulator(str(tmp_path / "log"))
     found.Reload()
     assert [event.step for event in found.Scalars("loss")] == list(range(1, 9))
+    rates = [event.value for event in found.Scalars("learning rate")]
+    assert rates == pytest.approx([0.01] * 6 + [0.02 / 3, 0.01 / 3])
     lines = (tmp_path / "losses.txt").read_text().splitlines()
     assert [event.value for event in found.Scalars("loss")] == pytest.approx(
         [float(line.split()[1]) for line in lines], rel=1e-4
