@@ -12,7 +12,8 @@ from ddm.artifacts import replaced
 
 Release = Callable[[], object]  # gives the memory of a mapped file back, after some of it was read
 
-_CHUNK_BYTES = 2**24
+# Rows that are read at a time: those of a mapped file may each bring a megabyte of their neighbours.
+CHUNK = 128
 _DTYPES = {torch.int64: "I64", torch.uint8: "U8"}  # in the order of a file: the most aligned first
 
 
@@ -53,11 +54,10 @@ def write_streamed(path: Path, tensors: Mapping[str, Rows]) -> None:
 def write_rows(
     path: Path, tensors: Mapping[str, Tensor], rows: Tensor, release: Release = lambda: None
 ) -> None:
-    """Write `rows` (int64 `[n]`) of tensors, as `write_streamed`; `release` is called after some of them."""
+    """Write `rows` (int64 `[n]`) of tensors, as `write_streamed`; `release` is called after every few."""
 
     def parts(tensor: Tensor) -> Iterator[Tensor]:
-        row_bytes = torch.Size(tensor.shape[1:]).numel() * tensor.element_size()
-        for some in rows.split(max(1, _CHUNK_BYTES // row_bytes)):
+        for some in rows.split(CHUNK):
             yield tensor[some]
             release()
 

@@ -32,7 +32,7 @@ def quality(images: ImageSet, cluster: Tensor, network: str | None, seed: int) -
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     some = order[:_SAMPLE].sort().values
     if 2 <= len(cluster[some].unique()) < len(some):
-        with points(ImageSet(images.images[some]), network) as sampled:
+        with points(ImageSet(images.at(some)), network) as sampled:
             score = silhouette_score(sampled.at(torch.arange(len(some))), cluster[some].numpy())
             found |= {"silhouette": float(score), "silhouette_images": len(some)}
             found["silhouette_of"] = sampled.what
@@ -55,8 +55,7 @@ def write_sheets(folder: Path, images: ImageSet, cluster: Tensor, seed: int) -> 
     for k in range(int(cluster.max()) + 1):
         own = (cluster == k).nonzero()[:, 0]
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed + k))
-        shown = images.images[own[order[:_SHEET]].sort().values]
-        images.release()
+        shown = images.at(own[order[:_SHEET]].sort().values)
         path = folder / f"{k:02d}.png"
         write_png(path, contact_sheet(shown.split(max(1, round(len(shown) ** 0.5)))))
         files.append(path)

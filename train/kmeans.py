@@ -53,9 +53,7 @@ def points(images: ImageSet, network: str | None) -> Iterator[Points]:
     pixels, count = images.images, len(images.images)
 
     def flat(rows: Tensor) -> Tensor:
-        found = pixels[rows].flatten(1).float()
-        images.release()
-        return found
+        return images.at(rows).flatten(1).float()
 
     if network is None:
         yield Points(count, pixels[0].numel(), flat, "pixels")
@@ -66,8 +64,7 @@ def points(images: ImageSet, network: str | None) -> Iterator[Points]:
         stored = _store(4 * count * width, Path(folder) / "features", (count, width))
         with bar("features for k-means", count) as advance:
             for rows in torch.arange(count).split(2500):
-                stored[rows[0] : rows[-1] + 1] = features(pixels[rows], advance).features.numpy()
-                images.release()
+                stored[rows[0] : rows[-1] + 1] = features(images.at(rows), advance).features.numpy()
                 if isinstance(stored, np.memmap):
                     stored.flush()
 

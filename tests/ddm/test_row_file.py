@@ -14,7 +14,7 @@ from ddm.row_file import write_rows
 def test_the_bytes_are_those_of_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[int]
 ) -> None:
-    monkeypatch.setattr(row_file, "_CHUNK_BYTES", 40)
+    monkeypatch.setattr(row_file, "CHUNK", 3)
     index = torch.tensor(rows, dtype=torch.int64)
     tensors = {
         "images": torch.arange(9 * 12).reshape(9, 3, 2, 2).to(torch.uint8),

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from ddm.artifacts import digest
-from ddm.row_file import Release
-
-_CHUNK = 2000  # images that are read at a time
+from ddm.row_file import CHUNK, Release
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,14 @@ class ImageSet:
     attribute_names: Sequence[str] = ()
     release: Release = lambda: None
 
+    def at(self, rows: Tensor) -> Tensor:
+        """The images of these rows, int64 `[n]`, read a few at a time."""
+        found = torch.empty(len(rows), *self.images.shape[1:], dtype=torch.uint8)
+        for part, some in zip(found.split(CHUNK), rows.split(CHUNK), strict=True):
+            torch.index_select(self.images, 0, some, out=part)
+            self.release()
+        return found
+
     @property
     def hash(self) -> str:
         """The content hash of images, labels and attributes."""
@@ -37,7 +43,7 @@ class ImageSet:
 
     def _digest(self, tensor: Tensor) -> str:
         found = hashlib.sha256()
-        for part in tensor.split(_CHUNK):
+        for part in tensor.split(CHUNK):
             found.update(part.contiguous().numpy().tobytes())
             self.release()
         return found.hexdigest()
