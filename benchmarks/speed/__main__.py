@@ -23,6 +23,7 @@ SUBJECTS = {  # name -> module
     "routing": "routed_sampling",
     "targets": "exact_targets",
     "serving": "serving",
+    "scaling": "scaling",
     "startup": "startup",
     "shapes": "shapes",
 }

@@ -10,13 +10,13 @@ share is of one.
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import router.targets
+from benchmarks.speed.memory import peak_beyond
 from benchmarks.speed.timing import Call, Ceiling, Figures, Variant, alternate
 from ddm.errors import DdmError
 from ddm.schedules import Schedule, schedule
@@ -98,24 +98,8 @@ def _measured(device: str, name: str) -> Figures:
 def _memory(device: str, images: int) -> Figures:
     call = _call(device, "rate", images)
     call()
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-        before = _status("VmRSS")
-        call()
-        peak = _status("VmHWM")
-    return {"images": float(images), "peak memory beyond the data GiB": (peak - before) / 2**30}
-
-
-def _status(key: str) -> int:
-    """Bytes, as Linux counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = next(line for line in lines if line.startswith(key))
-    return 1024 * int(found.split()[1])
+    gib = peak_beyond(call, device) / 2**30
+    return {"images": float(images), "peak memory beyond the data GiB": gib}
 
 
 def _accuracy(device: str) -> Figures:

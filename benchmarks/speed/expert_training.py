@@ -59,14 +59,15 @@ class Training:
     config: ExpertConfig
     device: str
     images: int = 50_000
+    shape: tuple[int, int, int] = SHAPE
 
     def learning(self, kind: type[ExpertLearning] = ExpertLearning) -> ExpertLearning:
         """A fresh expert that learns."""
         config = self.config
         torch.manual_seed(0)
-        images = torch.randint(0, 256, (self.images, *SHAPE), dtype=torch.uint8)
+        images = torch.randint(0, 256, (self.images, *self.shape), dtype=torch.uint8)
         batches = Batches(images, config.batch, seed=0)
-        return kind(config.build(SHAPE, schedule("vp_linear")), batches, config)
+        return kind(config.build(self.shape, schedule("vp_linear")), batches, config)
 
     def fit(self, steps: int) -> float:
         """Seconds per step through Lightning, after a quarter of the steps."""

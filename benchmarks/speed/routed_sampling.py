@@ -67,7 +67,7 @@ def measured(device: str, size: Sizes, k: int, source: str) -> Figures:
     config = ExpertConfig(unet=size.unet, parameterization="preconditioned")
     torch.manual_seed(0)
     experts = [config.build(SHAPE, process).to(device).eval() for _ in range(k)]
-    pi, alpha = _router(device, size, k, source, process)
+    pi, alpha = router_of(device, size, k, source, process)
     x = torch.randn(size.images, *SHAPE, device=device)
     half = device != "cpu"
 
@@ -93,15 +93,20 @@ def measured(device: str, size: Sizes, k: int, source: str) -> Figures:
     }
 
 
-def _router(
-    device: str, size: Sizes, k: int, source: str, process: Schedule
+def router_of(
+    device: str,
+    size: Sizes,
+    k: int,
+    source: str,
+    process: Schedule,
+    shape: tuple[int, int, int] = SHAPE,
 ) -> tuple[Tensor, Alpha]:
     """pi, and alpha near it: all experts are in use at every step, which is the worst case."""
     pi = torch.full((k,), 1 / k, device=device)
-    means = 1e-3 * torch.randn(k, *SHAPE, device=device)
+    means = 1e-3 * torch.randn(k, *shape, device=device)
     gaussians = Gaussians(means, torch.full_like(means, 0.25), process)
     if source == "gaussian":
         return pi, lambda x, t: gaussians.posterior(x, t, pi)
     config = RouterConfig(net=size.router)
-    posterior, _ = config.build(SHAPE, pi, process, gaussians)
+    posterior, _ = config.build(shape, pi, process, gaussians)
     return pi, posterior.to(device).eval()
