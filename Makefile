@@ -2,10 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format setup
+.PHONY: demo test lint format setup weights
 
 demo: setup  ## train on the built-in digits, draw samples, print the table: about 4 minutes on 2 cores
 	$(BIN)/python -m train
+
+weights: setup  ## train, measure and put in place the digits that come with the program, serve/demo
+	$(BIN)/python -m train run=runs/demo bundle.half=true
+	rm -rf serve/demo
+	cp -r runs/demo/bundle-half serve/demo
 
 test: setup  ## the tests, in up to 4 processes
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

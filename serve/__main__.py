@@ -1,8 +1,8 @@
 """python -m serve RUN [key=value ...]
 
-Serves a run's folder or a bundle's over HTTP on 127.0.0.1:8000: a page for people at /, the API
-at /docs. ctrl-C or SIGTERM lets requests under way finish (serve.drain_s), a second one does not;
-SIGHUP loads new weights from the same folder.
+Serves a run's folder, a bundle's, or `demo`, the digits that come with the program, over HTTP on
+127.0.0.1:8000: a page for people at /, the API at /docs. ctrl-C or SIGTERM lets requests under way
+finish (serve.drain_s), a second one does not; SIGHUP loads new weights from the same folder.
 Keys: serve.port=8123 serve.placement=ray serve.limits.n=16 sample.steps=50 (docs/serving.md).
 """
 
@@ -42,7 +42,7 @@ def _serve(words: list[str]) -> None:
     runs = [word for word in words if "=" not in word]
     if len(runs) != 1:
         raise ConfigError(
-            "give the folder of one run or bundle, such as runs/digits, and key=value words; "
+            "give the folder of one run or bundle, such as runs/digits, or demo, and key=value words; "
             f"got {' '.join(runs) or 'none'}"
         )
     config = settings({"run": runs[0]}, [word for word in words if "=" in word])

@@ -121,7 +121,7 @@ class ServeConfig:
 class Settings:
     """A whole service.
 
-    run: the folder of a run or of a bundle
+    run: the folder of a run or of a bundle, or demo: the digits that come with the program
     sample: the settings of sampling that requests leave out
     """
 

@@ -72,10 +72,18 @@ def test_it_trains_and_serves(
     )
     assert trained.returncode == 0, trained.stderr
     assert (hostile / "mine" / "bundle" / "manifest.json").is_file()
+    serves(installed_ddm, hostile, "mine")
 
+
+def test_it_serves_the_demo_before_anything_is_trained(installed_ddm: Path, hostile: Path) -> None:
+    serves(installed_ddm, hostile, "demo")
+
+
+def serves(installed_ddm: Path, hostile: Path, run: str) -> None:
+    """`ddm serve RUN` in the hostile folder gives an image and the page."""
     port = free_port()
     child = subprocess.Popen(
-        [installed_ddm, "serve", "mine", f"serve.port={port}"],
+        [installed_ddm, "serve", run, f"serve.port={port}"],
         cwd=hostile,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(hostile)},
         stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Loading the folder of a run or of a bundle: everything, or one expert."""
+"""Loading the folder of a run or of a bundle, or the demo: everything, or one expert."""
 
 from pathlib import Path
 
@@ -13,10 +13,13 @@ from experts.denoiser import Denoiser
 from serve.model.build import build_expert, build_schedule
 from serve.model.model import Model
 
+DEMO = "demo"  # what the digits that come with the program are called
+_SHIPPED = Path(__file__).parents[1] / "demo"
+
 
 def load(folder: str | Path, device: str | torch.device = "auto", experts: bool = True) -> Model:
     """Load the folder of a run or of a bundle, checking every hash; `experts=False` leaves their
-    networks out.
+    networks out. `demo` is the bundle of digits that comes with the program.
 
     device: a torch device, or `auto`: cuda if there is one, else cpu.
 
@@ -29,20 +32,22 @@ def load(folder: str | Path, device: str | torch.device = "auto", experts: bool 
     def images() -> dict[str, Tensor]:
         return Partition.read(clusters).all(clusters)
 
-    of_run = inner != Path(folder)
+    of_run = inner == Path(folder) / "bundle"
     device = pick_device(str(device))
     return Model(read_bundle(inner), device, images if of_run else None, experts)
 
 
 def bundle_folder(folder: str | Path) -> Path:
-    """The bundle of a run, or the folder itself.
+    """The bundle of a run, or the folder itself; that of `demo` unless there is a folder so named.
 
     Raises `ArtifactError` if there is no such folder.
     """
     folder = Path(folder)
+    if str(folder) == DEMO and not folder.exists():
+        return _SHIPPED
     if not folder.is_dir():
         raise ArtifactError(
-            f"{folder} is not a folder: give a run or a bundle, such as runs/digits"
+            f"{folder} is not a folder: give a run or a bundle, such as runs/digits, or {DEMO}"
         )
     inner = folder / "bundle"
     restore_bundle(inner)
