@@ -113,7 +113,8 @@ def _router(config: Config, of_seed: Config, gaussians: Gaussians) -> Alpha:
             link.symlink_to((of_seed.folder / name).resolve())
     run_stages(config, ["router"])
     cut = Partition.read(config.folder / "partition")
-    artifact = read_artifact(config.folder / "router" / "router", None, {"partition": cut.hash})
+    belongs = {"mixture": cut.mixture.hash}
+    artifact = read_artifact(config.folder / "router" / "router", None, belongs)
     device = torch.device(pick_device(config.accelerator))
     return build_router(artifact, cut.shape, cut.pi, gaussians, device)[0]
 

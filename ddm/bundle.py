@@ -1,12 +1,9 @@
 """A bundle: a folder with everything that sampling needs, and a manifest that names each artifact
-by its SHA-256.
+by its SHA-256. `ddm/bundle_writing.py` writes it.
 """
 
-import errno
-import itertools
-import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,26 +14,25 @@ from torch import Tensor
 
 from ddm.artifacts import (
     Layout,
-    check_sha256,
     file_of,
-    flush,
     is_sha256,
     naming,
     read_facts,
     read_json,
     read_layout,
     read_tensors,
-    scratch_beside,
     sha256,
-    write_artifact,
-    write_json,
 )
-from ddm.errors import ArtifactError, shown
-from ddm.gaussian import MOMENTS
-from ddm.partition import Partition
+from ddm.conversion import check_conversion
+from ddm.errors import ArtifactError, ConfigError, shown
+from ddm.mixture import Mixture
+from ddm.schedules import Schedule, schedule
 
-FORMAT = "ddm-bundle-1"
+FORMAT = "ddm-bundle-2"
 MANIFEST = "manifest.json"
+ROUTER, OLD_ROUTER = "router", "old-router"
+IMAGE_RANGE = [-1, 1]  # of the images that the networks see
+_EXPERT = re.compile("expert-([0-9]{2,6})")
 
 
 @dataclass(frozen=True)
@@ -80,117 +76,35 @@ def _is_finite(tensor: Tensor) -> bool:
 class Bundle:
     """A bundle as read and checked.
 
-    experts: those that were asked for, in the order of their clusters
+    mixture: what its experts are of
+    schedule: what it samples on; an expert of another is converted to it
+    files: the names of the experts' files, without suffix, in the order of their clusters
+    experts: those that were asked for, in that order
     router: None if the bundle has none or it was not asked for
+    old_router: one that was trained for other experts, from which the next can start
+    old_names: the names of the clusters that its outputs belong to
     version: the SHA-256 of the manifest, which changes with any weight
     manifest: its file
     """
 
-    partition: Partition
+    mixture: Mixture
     schedule: dict[str, Any]
+    files: list[str]
     experts: list[Artifact]
     router: Artifact | None
+    old_router: Artifact | None
+    old_names: list[str]
     version: str
     manifest: Path
 
     @property
     def artifacts(self) -> list[Artifact]:
-        """The experts, then the router."""
-        return [*self.experts, *([self.router] if self.router else [])]
+        """The experts, then the routers."""
+        routers = [self.router, self.old_router]
+        return [*self.experts, *(router for router in routers if router)]
 
 
-def write_bundle(
-    folder: Path, partition: Partition, experts: list[Path], router: Path | None
-) -> None:
-    """Copy artifacts (stems, the experts in the order of their clusters) into `folder` and write
-    its manifest.
-
-    The old bundle stays until the new one is whole and checked; concurrent writers do not disturb
-    each other. After a kill at any moment, `read_bundle` finds the old bundle or the new one.
-
-    Raises `ArtifactError` if the artifacts do not belong together or the system refuses, and keeps
-    the old bundle.
-    """
-    stems = {_name(k): stem for k, stem in enumerate(experts)}
-    if router:
-        stems["router"] = router
-    schedule = read_facts(experts[0]).get("schedule")
-    for name, stem in stems.items():
-        read_artifact(stem, None, _expected_facts(name, partition, schedule))
-    folder = folder.resolve()  # a link's target is replaced, not the link
-    with _scratch_folder(folder) as scratch, naming(folder, "written"):
-        for name, stem in stems.items():
-            for suffix in (".json", ".safetensors"):
-                copy = scratch / f"{name}{suffix}"
-                shutil.copyfile(file_of(stem, suffix), copy)
-                flush(copy)
-        manifest = {
-            "format": FORMAT,
-            "schedule": schedule,
-            "partition": {**partition.facts, "hash": partition.hash},
-            "artifacts": {name: sha256(scratch / f"{name}.json") for name in stems},
-        }
-        write_json(scratch / MANIFEST, manifest)
-        for artifact in read_bundle(scratch).artifacts:
-            check_sha256(artifact.weights, artifact.facts["sha256"])
-        _replace_folder(folder, scratch)
-
-
-def write_half(bundle: Path, folder: Path) -> None:
-    """Write a bundle to `folder` with the weights of another in half precision: half the size, for
-    download.
-
-    Only the networks' matrices and kernels are halved; norms, biases, mixture weights and the
-    clusters' Gaussians are copied. Raises `ArtifactError`.
-    """
-    whole = read_bundle(bundle)
-    with _scratch_folder(folder) as scratch:
-        stems = []
-        for artifact in whole.artifacts:
-            tensors = {name: _halved(name, tensor) for name, tensor in artifact.tensors.items()}
-            stem = scratch / artifact.stem.name
-            write_artifact(stem, tensors, {**artifact.facts, "half_of": whole.version})
-            stems.append(stem)
-        k = whole.partition.k
-        write_bundle(folder, whole.partition, stems[:k], stems[k] if whole.router else None)
-
-
-def _halved(name: str, tensor: Tensor) -> Tensor:
-    matrix = tensor.ndim > 1 and tensor.is_floating_point() and name not in MOMENTS
-    return tensor.half() if matrix else tensor
-
-
-@contextmanager
-def _scratch_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, removed at the end unless it has been renamed."""
-    scratch = scratch_beside(folder)
-    with naming(folder, "written"):
-        scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _replace_folder(folder: Path, scratch: Path) -> None:
-    """Rename `scratch` to `folder`; the old folder is moved aside first and removed afterwards."""
-    flush(scratch)
-    for attempt in itertools.count():  # a name per attempt: other writers may come between
-        aside = scratch.with_suffix(f".{attempt}.old")
-        try:
-            scratch.rename(folder)
-            break
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        with suppress(FileNotFoundError):  # another writer was faster
-            folder.rename(aside)
-    flush(folder.parent)
-    for old in _moved_aside(folder):
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _moved_aside(folder: Path) -> list[Path]:
+def moved_aside(folder: Path) -> list[Path]:
     """Old bundles that writers of `folder` have moved aside and not yet removed."""
     prefix = f".{folder.name[:40]}."
     if not folder.parent.is_dir():
@@ -207,7 +121,7 @@ def restore_bundle(folder: Path) -> None:
     if folder.exists():
         return
     with naming(folder, "written"):
-        asides = _moved_aside(folder)
+        asides = moved_aside(folder)
         if not asides:
             return
         newest = max(asides, key=lambda path: path.lstat().st_mtime)
@@ -220,7 +134,7 @@ def restore_bundle(folder: Path) -> None:
 
 def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
     """Read a bundle, or `only` the artifacts named, and check that hashes, schedules, shapes and
-    partitions agree.
+    clusters agree.
 
     The weights themselves are read, and their hashes checked, when `Artifact.tensors` is first
     used.
@@ -232,40 +146,53 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise ArtifactError(
-            f"{path} is not the manifest of a bundle: its format must be {FORMAT!r}"
+            f"{path} is not the manifest of a bundle: its format must be {FORMAT!r}, "
+            f"got {shown(manifest.get('format'))}"
         )
-    partition = Partition.from_facts(manifest.get("partition"), path)
-    schedule = manifest.get("schedule")
-    if not (isinstance(schedule, dict) and all(map(_is_plain, schedule.values()))):
+    mixture = Mixture.from_facts(manifest.get("mixture"), path)
+    process = manifest.get("schedule")
+    if not (isinstance(process, dict) and all(map(_is_plain, process.values()))):
         raise ArtifactError(
             f"{path} is damaged: schedule must be an object with a name and numbers, "
-            f"got {shown(schedule)}"
+            f"got {shown(process)}"
         )
-    listed = _listed(path, manifest.get("artifacts"), partition.k)
+    listed = _listed(path, manifest.get("artifacts"), mixture.k)
+    old_names = manifest.get("old_router_names", [])
+    if not (isinstance(old_names, list) and all(isinstance(name, str) for name in old_names)):
+        raise ArtifactError(f"{path} is damaged: old_router_names must be names of clusters")
+    files = _experts(listed)
     found = {
-        name: read_artifact(folder / name, expected, _expected_facts(name, partition, schedule))
-        for name, expected in listed.items()
+        name: read_artifact(
+            folder / name, value, expected_facts(name, mixture, process, files), process
+        )
+        for name, value in listed.items()
         if only is None or name in only
     }
-    experts = [found[_name(k)] for k in range(partition.k) if _name(k) in found]
-    return Bundle(partition, schedule, experts, found.get("router"), sha256(path), path)
+    experts = [found[name] for name in files if name in found]
+    routers = found.get(ROUTER), found.get(OLD_ROUTER)
+    return Bundle(mixture, process, files, experts, *routers, old_names, sha256(path), path)
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float)
 
 
+def _experts(listed: Collection[str]) -> list[str]:
+    """Of the names of artifacts, those of experts, by number."""
+    numbers = {name: _EXPERT.fullmatch(name) for name in listed}
+    return sorted((name for name, found in numbers.items() if found), key=lambda n: int(n[7:]))
+
+
 def _listed(path: Path, listed: Any, k: int) -> dict[str, str]:
-    """The artifacts that a manifest lists: all experts, a router at most, and nothing else, each
+    """The artifacts that a manifest lists: k experts, the routers at most, and nothing else, each
     with a hash.
     """
     if not isinstance(listed, dict):
         raise ArtifactError(f"{path} is damaged: artifacts must be an object, got {shown(listed)}")
-    wanted = [_name(i) for i in range(k)]
-    for name in wanted:
-        if name not in listed:
-            raise ArtifactError(f"{path} lists no {name}, but has {k} clusters")
-    for name in listed.keys() - {*wanted, "router"}:
+    experts = _experts(listed)
+    if len(experts) != k:
+        raise ArtifactError(f"{path} lists {len(experts)} experts, but has {k} clusters")
+    for name in listed.keys() - {*experts, ROUTER, OLD_ROUTER}:
         raise ArtifactError(f"{path} lists an artifact that no cluster has: {shown(name)}")
     for name, value in listed.items():
         if not is_sha256(value):
@@ -275,17 +202,32 @@ def _listed(path: Path, listed: Any, k: int) -> dict[str, str]:
     return listed
 
 
-def _expected_facts(name: str, partition: Partition, schedule: Any) -> dict[str, Any]:
-    """What the facts of an artifact must say to belong to a bundle."""
-    facts = {"shape": partition.shape, "schedule": schedule, "partition": partition.hash}
-    if name == "router":
-        return facts
-    return {**facts, "index": int(name.removeprefix("expert-"))}
+def expected_facts(
+    name: str, mixture: Mixture, process: dict[str, Any], files: list[str]
+) -> dict[str, Any]:
+    """What the facts of an artifact must say to belong to a bundle; an expert has a process of its
+    own.
+    """
+    facts: dict[str, Any] = {"shape": mixture.shape, "range": IMAGE_RANGE}
+    match name:
+        case "router":
+            return {"kind": "router", **facts, "schedule": process, "mixture": mixture.hash}
+        case "old-router":
+            return {"kind": "router", **facts, "schedule": process}
+        case _:
+            return {"kind": "expert", **facts, "cluster": mixture.clusters[files.index(name)]}
 
 
-def read_artifact(stem: Path, expected: str | None, belongs: dict[str, Any]) -> Artifact:
+def read_artifact(
+    stem: Path,
+    expected: str | None,
+    belongs: dict[str, Any],
+    process: dict[str, Any] | None = None,
+) -> Artifact:
     """An artifact whose facts must have the values of `belongs`; `expected` is the hash of its
-    JSON, None for no check.
+    JSON, None for no check; `process` that of the bundle, to which its own must be convertible.
+
+    Raises `ArtifactError` naming the file, the fact and both values.
     """
     facts = read_facts(stem, expected)
     for key, value in belongs.items():
@@ -294,8 +236,26 @@ def read_artifact(stem: Path, expected: str | None, belongs: dict[str, Any]) -> 
                 f"{stem}.json does not belong to this bundle: "
                 f"its {key} is {shown(facts.get(key))}, expected {shown(value)}"
             )
+    if process is not None and facts.get("schedule") != process:
+        try:
+            check_conversion(
+                schedule(**process), as_schedule(facts.get("schedule"), file_of(stem, ".json"))
+            )
+        except ConfigError as error:
+            raise ArtifactError(f"{stem}.json does not belong to this bundle: {error}") from error
     return Artifact(stem, facts, read_layout(file_of(stem, ".safetensors")))
 
 
-def _name(k: int) -> str:
-    return f"expert-{k:02d}"
+def as_schedule(facts: Any, path: Path) -> Schedule:
+    """The forward process that plain data describes. Raises `ArtifactError` naming their file."""
+    try:
+        found = schedule(**facts)
+    except (ConfigError, TypeError) as error:
+        raise ArtifactError(f"{path} does not describe a schedule: {error}") from error
+    coefficients = torch.stack(list(found(torch.linspace(1e-3, 1, 101))))
+    if not coefficients.isfinite().all():
+        raise ArtifactError(
+            f"{path} does not describe a schedule: "
+            f"a, s and their derivatives must be finite for t in [0.001, 1], got {shown(facts)}"
+        )
+    return found

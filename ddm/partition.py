@@ -2,7 +2,7 @@
 and nothing else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,23 @@ from torch import Tensor
 
 from ddm.artifacts import (
     digest,
-    is_sha256,
     read_json,
     read_tensors,
     sha256,
     write_json,
 )
 from ddm.errors import ArtifactError, DataError, shown
+from ddm.mixture import (
+    HASHES_RULE,
+    MAX_CLUSTERS,
+    NAMES_RULE,
+    SHAPE_RULE,
+    Mixture,
+    Rules,
+    is_whole,
+    list_fault,
+)
 from ddm.row_file import Release, write_rows
-
-MAX_CLUSTERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,12 @@ class Partition:
     @property
     def pi(self) -> Tensor:
         """Mixture weights: each cluster's fraction of the images, float32 `[K]`."""
-        return torch.tensor(self.sizes) / sum(self.sizes)
+        return self.mixture.pi
+
+    @property
+    def mixture(self) -> Mixture:
+        """The clusters, weighted by their numbers of images."""
+        return Mixture(self.shape, self.names, self.sizes, self.hashes)
 
     @property
     def hash(self) -> str:
@@ -118,8 +130,27 @@ class Partition:
             ]
         shape = list(images.shape[1:])
         partition = Partition(shape, list(names), sizes, hashes, holdout_sizes, holdout_hashes)
-        write_json(folder / "partition.json", {**partition.facts, "hash": partition.hash})
+        partition.describe(folder)
         return partition
+
+    def describe(self, folder: Path) -> None:
+        """Write `partition.json`, with which a folder that has the clusters' files is complete.
+
+        Raises `ArtifactError` naming the file.
+        """
+        write_json(folder / "partition.json", {**self.facts, "hash": self.hash})
+
+    def only(self, k: int) -> "Partition":
+        """Cluster k alone, a shard: its file is that of this partition, under the name of cluster 0."""
+        held = self.holdout_sizes[k : k + 1] if any(self.holdout_sizes[k : k + 1]) else []
+        return Partition(
+            self.shape,
+            [self.names[k]],
+            [self.sizes[k]],
+            [self.hashes[k]],
+            held,
+            self.holdout_hashes[k : k + 1] if held else [],
+        )
 
     @staticmethod
     def read(folder: Path) -> "Partition":
@@ -176,6 +207,16 @@ class Partition:
         """
         return _joined([self.cluster(folder, k) for k in range(self.k)])
 
+    def those(self, folder: Path, clusters: Sequence[str]) -> dict[str, Tensor]:
+        """As `all`, of the clusters with these hashes, in their order.
+
+        Raises `ArtifactError` naming the one that this partition does not have.
+        """
+        for cluster in clusters:
+            if cluster not in self.hashes:
+                raise ArtifactError(f"{folder} does not hold the images of cluster {cluster}")
+        return _joined([self.cluster(folder, self.hashes.index(one)) for one in clusters])
+
     def cluster_holdout(self, folder: Path, k: int) -> dict[str, Tensor]:
         """The tensors of the held-out images of cluster k, as in `cluster`.
 
@@ -205,16 +246,8 @@ def _joined(clusters: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _fault(facts: Any) -> str | None:
     """What is wrong with the description of a partition, or None."""
-    if not isinstance(facts, dict):
-        return f"it must be an object, got {shown(facts)}"
-    for key, (rule, holds) in _RULES.items():
-        value = facts.get(key)
-        if not (isinstance(value, list) and len(value) <= MAX_CLUSTERS and holds(value)):
-            return f"{key} must be {rule}, got {shown(value)}"
-    lengths = {key: len(facts[key]) for key in ("names", "sizes", "hashes")}
-    if len(set(lengths.values())) > 1:
-        return f"names, sizes and hashes must have one length, got {lengths}"
-    return _holdout_fault(facts, lengths["sizes"])
+    fault = list_fault(facts, _RULES, ("names", "sizes", "hashes"))
+    return fault or _holdout_fault(facts, len(facts["sizes"]))
 
 
 def _holdout_fault(facts: dict[str, Any], k: int) -> str | None:
@@ -230,30 +263,8 @@ def _holdout_fault(facts: dict[str, Any], k: int) -> str | None:
     return None
 
 
-def _whole(value: Any, most: int) -> bool:
-    return type(value) is int and 1 <= value <= most
-
-
-def _is_name(value: Any) -> bool:
-    """A string of at most 255 bytes in UTF-8, which cannot encode half a surrogate pair."""
-    try:
-        return isinstance(value, str) and len(value.encode()) <= 255
-    except UnicodeEncodeError:
-        return False
-
-
-def _are_names(names: list[Any]) -> bool:
-    return all(_is_name(name) for name in names) and len(set(names)) == len(names)
-
-
-def _is_shape(shape: list[Any]) -> bool:
-    return (
-        len(shape) == 3 and _whole(shape[0], 64) and all(_whole(side, 4096) for side in shape[1:])
-    )
-
-
 def _are_sizes(sizes: list[Any]) -> bool:
-    return len(sizes) > 0 and all(_whole(size, 2**40) for size in sizes)
+    return len(sizes) > 0 and all(is_whole(size, 2**40) for size in sizes)
 
 
 def _are_counts(counts: list[Any]) -> bool:
@@ -261,17 +272,13 @@ def _are_counts(counts: list[Any]) -> bool:
     return whole and sum(counts) > 0
 
 
-def _are_hashes(hashes: list[Any]) -> bool:
-    return all(is_sha256(value) for value in hashes)
-
-
-_RULES: dict[str, tuple[str, Callable[[list[Any]], bool]]] = {
-    "shape": ("[C, H, W], C in [1, 64], H and W in [1, 4096]", _is_shape),
-    "names": (f"at most {MAX_CLUSTERS} different strings of at most 255 bytes", _are_names),
+_RULES: Rules = {
+    "shape": SHAPE_RULE,
+    "names": NAMES_RULE,
     "sizes": ("whole numbers in [1, 2^40]", _are_sizes),
-    "hashes": ("SHA-256 in hex", _are_hashes),
+    "hashes": HASHES_RULE,
 }
-_HOLDOUT_RULES: dict[str, tuple[str, Callable[[list[Any]], bool]]] = {
+_HOLDOUT_RULES: Rules = {
     "holdout_sizes": ("a whole number in [0, 2^40], not all 0,", _are_counts),
-    "holdout_hashes": ("a SHA-256 in hex", _are_hashes),
+    "holdout_hashes": ("a SHA-256 in hex", HASHES_RULE[1]),
 }

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ddm.conversion import Conversion
 from ddm.errors import require, within
 from ddm.schedules import Schedule
 from ddm.training import FitConfig
@@ -51,14 +52,16 @@ class ExpertConfig(FitConfig):
             require(0 < decay < 1 and self.ema_decay > 0, "ema_also", _EMA_ALSO, decay)
         require(self.min_snr_gamma > 0, "min_snr_gamma", "be above 0", self.min_snr_gamma)
 
-    def build(self, shape: Sequence[int], schedule: Schedule) -> "Denoiser":
-        """A fresh expert for images `[C, H, W]`.
+    def build(
+        self, shape: Sequence[int], schedule: Schedule, conversion: Conversion | None = None
+    ) -> "Denoiser":
+        """A fresh expert for images `[C, H, W]`; `conversion` as in `Denoiser`.
 
         Raises `ConfigError` naming the key of a size that cannot be.
         """
         with within("unet"):
             network = self.unet.build(shape)
-        return Denoiser(network, schedule, self.parameterization, self.sigma_data)
+        return Denoiser(network, schedule, self.parameterization, self.sigma_data, conversion)
 
 
 class Denoiser(nn.Module):
@@ -71,6 +74,9 @@ class Denoiser(nn.Module):
 
         v = sigma_data^2    c_in = 1 / sqrt(a^2 v + s^2)    c_skip = a v / (a^2 v + s^2)
                             c_out = s sqrt(v) / sqrt(a^2 v + s^2)
+
+    schedule: the process that the network is trained on. conversion: to it from the process of x
+    and t, where that is another one.
     """
 
     def __init__(
@@ -79,14 +85,18 @@ class Denoiser(nn.Module):
         schedule: Schedule,
         parameterization: Parameterization,
         sigma_data: float,
+        conversion: Conversion | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.schedule = schedule
         self.parameterization = parameterization
         self.sigma_data = sigma_data
+        self.conversion = conversion
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.conversion is not None:
+            x, t = self.conversion(x, t)
         t = t.to(x)
         if self.parameterization == "raw":
             return self.network(x, t).to(x.dtype)

@@ -302,7 +302,7 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     """
     config = settings(args)
     ray_config = config.serve.ray
-    k_experts = read_bundle(bundle_folder(config.run), only=()).partition.k
+    k_experts = read_bundle(bundle_folder(config.run), only=()).mixture.k
     experts = []  # for each expert, the deployment that it is in
     for group in _groups(k_experts, ray_config.experts_per_replica):
         experts += [_deployed(config, group)] * len(group)
@@ -482,7 +482,7 @@ def _ray(config: Settings) -> Iterator[None]:
 def _claimed_cpus(config: Settings) -> int:
     """CPUs that Ray here claims: as many as the deployments ask for, which share the real ones."""
     ray_config = config.serve.ray
-    k_experts = read_bundle(bundle_folder(config.run), only=()).partition.k
+    k_experts = read_bundle(bundle_folder(config.run), only=()).mixture.k
     deployments = len(_groups(k_experts, ray_config.experts_per_replica))
     replicas = deployments * (ray_config.max_replicas or ray_config.replicas)
     wanted = replicas * ray_config.cpus + ray_config.services * ray_config.service_cpus

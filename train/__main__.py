@@ -5,13 +5,22 @@ stage is skipped if its output exists and its inputs are unchanged; an interrupt
 name of one of the shipped ones, such as cifar10_tiny; by default the built-in digits. Every key of it can be given a value:
 expert.steps=1000 sample.policy=stochastic run=runs/another. One expert alone: expert expert.index=3. With --dry-run nothing
 is written: each stage's parameters, memory, time and disk are printed, and what would be refused is refused.
+
+Commands, which run only if they are named (docs/owners.md):
+  export   write each cluster of the partition as a shard, a folder that holds all that its owner needs
+  shard    make a shard from images of one's own: shard.images=FOLDER shard.name=NAME
+  grow     add an expert to the bundle: update.expert=PATH, or one trained here from expert.shard=FOLDER
+  retrain  put one in the place of another: update.cluster=NAME and the same
+  remove   take one out: update.cluster=NAME
+  reroute  train the bundle's router on for the experts that it now has
+An owner trains from one with expert expert.shard=FOLDER; bundle bundle.experts=[PATH, PATH] takes the artifacts of anyone.
 """
 
 import gc
 import logging
 import sys
 
-from ddm.errors import ConfigError, DdmError
+from ddm.errors import ConfigError, DdmError, require
 from train import stopping
 
 log = logging.getLogger(__name__)
@@ -44,21 +53,29 @@ def main(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> None:
-    from train.config import STAGES, config_file, load_config, shipped_configs  # imports torch
+    from train.config import (  # imports torch
+        COMMANDS,
+        STAGES,
+        config_file,
+        load_config,
+        shipped_configs,
+    )
 
     gc.freeze()  # torch stays: collections, such as the one at exit, need not look at it
     overrides = [word for word in words if "=" in word]
-    stages = [word for word in words if word in STAGES]
-    known = (*STAGES, "--dry-run")
+    stages = [word for word in words if word in (*STAGES, *COMMANDS)]
+    known = (*STAGES, *COMMANDS, "--dry-run")
     named = [word for word in words if "=" not in word and word not in known]
     unknown = [word for word in named if config_file(word) is None]
     if unknown or len(named) > 1:
         raise ConfigError(
-            f"a word must be a config (*.yaml, or one of {' '.join(shipped_configs())}), a stage ({' '.join(STAGES)}) "
-            f"or key=value, got {(unknown or named[1:])[0]!r}"
+            f"a word must be a config (*.yaml, or one of {' '.join(shipped_configs())}), a stage ({' '.join(STAGES)}), "
+            f"a command ({' '.join(COMMANDS)}) or key=value, got {(unknown or named[1:])[0]!r}"
         )
     config = load_config(config_file(named[0]) if named else None, overrides)
     if "--dry-run" in words:
+        for word in stages:
+            require(word in STAGES, "--dry-run", f"be of stages ({' '.join(STAGES)})", word)
         from train.dry_run import dry_run as run  # here: it imports Lightning, which takes seconds
     else:
         from train.stages.run import run

@@ -28,6 +28,14 @@ from train.watch_config import WatchConfig
 _SHIPPED = Path(configs.__path__[0])
 
 STAGES = ("partition", "seed_model", "expert", "router", "bundle", "monolith", "sample", "evaluate")
+COMMANDS = (
+    "shard",
+    "export",
+    "grow",
+    "retrain",
+    "remove",
+    "reroute",
+)  # are run only if they are named
 
 
 @dataclass
@@ -58,12 +66,16 @@ class ExpertStageConfig(ExpertConfig):
     """The stage `expert`: which of the experts, and how many at a time on this machine.
 
     index: train only this expert, in this process; null for all
-    init: the file of an artifact whose weights the experts start from; null for the seed model's, if there is one
+    shard: the folder of one cluster (`export` or `shard` makes it), from which one expert is trained and nothing else
+        is read; null for the run's partition
+    init: an artifact whose weights the experts start from: an expert's or a seed model's, its folder, its file, or the
+        run of a single model; null for the run's seed model, if there is one
     workers: processes; null for one per core on a CPU, one per GPU; 0 for none besides this one
     threads: CPU threads per expert; null for the cores divided by the experts. Bits of the weights depend on it
     """
 
     index: int | None = None
+    shard: str | None = None
     init: str | None = None
     workers: int | None = None
     threads: int | None = None
@@ -81,9 +93,49 @@ class BundleConfig:
     """The stage `bundle`.
 
     half: also write `bundle-half/`, in half precision, for download
+    experts: artifacts from anywhere, their folders or files; empty for the experts of this run's partition
+    names: of their clusters; empty for those that the artifacts carry
+    weights: of the mixture, above 0, one per expert; empty for the number of images that each was trained on
     """
 
     half: bool = False
+    experts: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+@dataclass
+class ShardConfig:
+    """`shard`: one cluster's folder, from images of one's own.
+
+    images: a folder of images, in it or in folders inside it; null for all images of `data`
+    name: of the cluster; null for the folder's, or the data set's
+    grey: read them as grey images, with one channel; for `images`
+    out: the folder that is written; null for `shard` in the run's folder
+    """
+
+    images: str | None = None
+    name: str | None = None
+    grey: bool = False
+    out: str | None = None
+
+
+@dataclass
+class UpdateConfig:
+    """`grow`, `retrain`, `remove` and `reroute`: how a bundle changes.
+
+    bundle: its folder; null for the run's
+    cluster: the name of the cluster that is retrained or removed; the name of a new one, null for its expert's own
+    expert: the artifact that is put in, its folder or a file of it; null for one that is trained from expert.shard
+    weight: of its cluster, above 0; null for its number of images
+    shards: folders of clusters that reroute takes with router.data=pooled, besides the run's own
+    """
+
+    bundle: str | None = None
+    cluster: str | None = None
+    expert: str | None = None
+    weight: float | None = None
+    shards: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -261,6 +313,7 @@ class Config:
     partition: how they are cut into clusters
     schedule: `name` and the parameters of the forward process
     seed_model, expert, router, bundle, sample, evaluate: the stages
+    shard, update: the commands
     watch: what is seen of training while it goes on
     table: what `python -m benchmarks.table` measures
     """
@@ -275,6 +328,8 @@ class Config:
     expert: ExpertStageConfig = field(default_factory=ExpertStageConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     bundle: BundleConfig = field(default_factory=BundleConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     sample: SampleStageConfig = field(default_factory=SampleStageConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -15,7 +15,7 @@ from train.config import Config, EvaluateConfig
 from train.costs import FLOAT_BYTES, expert_cost, forward_s, router_cost, states
 from train.evaluation.rows import ROWS
 from train.launch import workers_for
-from train.run_folder import read_partition
+from train.run_folder import read_clusters
 from train.stages.denoiser import check_networks, seed_stem
 from train.stages.expert import expert_stem
 from train.stages.run import check_before
@@ -68,11 +68,12 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
 
 
 def _data(config: Config) -> Data:
-    if (config.folder / "partition" / "partition.json").exists():
-        cut = read_partition(config)
-        index = config.expert.index or 0
+    shard = config.expert.shard is not None
+    if shard or (config.folder / "partition" / "partition.json").exists():
+        folder, cut = read_clusters(config)
+        index = 0 if shard else config.expert.index or 0
         require(index < cut.k, "expert.index", f"be in [0, {cut.k - 1}]", index)
-        own = cut.cluster(config.folder / "partition", index)
+        own = cut.cluster(folder, index)
         return Data(own["images"], cut.names, cut.sizes, is_guess=False, is_cut=True)
     whole = config.data.build()
     held = held_out(len(whole.images), config.partition, config.seed)

@@ -15,7 +15,7 @@ from ddm.training import Batches
 from experts.expert_module import denoising_loss
 from train.config import Config
 from train.launch import torch_threads
-from train.run_folder import claim, read_partition
+from train.run_folder import claim, read_clusters
 from train.stages.denoiser import threads_per_expert
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def with_precision(config: Config) -> Config:
 
 def _milliseconds(config: Config) -> dict[Choice, float]:
     """Of a training step, without the optimizer's, in each precision: the best of a few, in turn."""
-    partition = read_partition(config)
+    _, partition = read_clusters(config)
     threads = threads_per_expert(config, partition.k)
     steps: dict[Choice, Callable[[], object]] = {
         name: _step(config, partition.shape, name) for name in ("32-true", "bf16-mixed")

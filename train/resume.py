@@ -96,8 +96,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
-def drop_resume(folder: Path) -> None:
-    """Delete a folder's checkpoints: what they led to is written."""
-    for pattern in (NEWEST, PREVIOUS, f".{NEWEST}.*.part"):
+def drop_resume(folder: Path, keep_newest: bool = False) -> None:
+    """Delete a folder's checkpoints: what they led to is written; the newest may go on to more steps."""
+    for pattern in (*([] if keep_newest else [NEWEST]), PREVIOUS, f".{NEWEST}.*.part"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)

@@ -1,12 +1,13 @@
 """The run folder: which config it belongs to, and its partition."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from ddm.artifacts import replaced
-from ddm.errors import ArtifactError
+from ddm.errors import ArtifactError, require
 from ddm.partition import Partition
 from train.config import Config, plain, read_config_file
 
@@ -17,20 +18,21 @@ _FREE = {
     "data.root",
     "data.download",
     "expert.index",
+    "expert.shard",
     "expert.init",
     "expert.workers",
     "expert.threads",
-    "bundle.half",
     "expert.checkpoint_every",
     "router.checkpoint_every",
 }
-_FREE_SECTIONS = ("watch", "sample", "evaluate", "table")
+_NOT_IN_TABLE = ("bundle", "shard", "update", "evaluate", "watch")
+_FREE_SECTIONS = ("bundle", "shard", "update", "watch", "sample", "evaluate", "table")
 
 
 def settled(config: Config) -> dict[str, Any]:
     """What of a config decides what is learned and what `table` measures, flat: `expert.steps` ..."""
-    kept = {key: value for key, value in plain(config).items() if key not in ("evaluate", "watch")}
-    flat = _flat(kept)
+    tree = plain(config)
+    flat = _flat({key: value for key, value in tree.items() if key not in _NOT_IN_TABLE})
     free = {*_FREE, "sample.n", "sample.seed", "sample.first_index", "sample.format"}
     return {key: value for key, value in flat.items() if key not in free}
 
@@ -38,7 +40,8 @@ def settled(config: Config) -> dict[str, Any]:
 def check_claim(config: Config) -> None:
     """Raise `ArtifactError` with every key that differs if the run's folder was made by another config.
 
-    A key that the folder's config does not have, because the program was older, has its default there.
+    A key that the folder's config does not have, because the program was older, has its default there. expert.steps
+    may be raised: what is trained goes on.
     """
     path = config.folder / "config.yaml"
     if not path.exists():
@@ -49,13 +52,17 @@ def check_claim(config: Config) -> None:
     changes = [
         f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
+        if there.get(key) != here.get(key) and not _is_raised(key, there.get(key), here.get(key))
     ]
     if changes:
         raise ArtifactError(
             f"{config.folder} was made by another config: {'; '.join(changes)}. "
             "Give run=FOLDER for a new run, or repeat the old values"
         )
+
+
+def _is_raised(key: str, there: Any, here: Any) -> bool:
+    return key == "expert.steps" and isinstance(there, int) and there < here
 
 
 def claim(config: Config) -> None:
@@ -78,6 +85,21 @@ def read_partition(config: Config) -> Partition:
             f"python -m train CONFIG partition run={config.folder}"
         )
     return Partition.read(folder)
+
+
+def read_clusters(config: Config) -> tuple[Path, Partition]:
+    """The folder that experts are trained from, and its partition: `expert.shard`, or the run's partition.
+
+    Raises `ArtifactError` naming what is missing, `ConfigError` if the shard holds more than one cluster.
+    """
+    if config.expert.shard is None:
+        return config.folder / "partition", read_partition(config)
+    folder = Path(config.expert.shard)
+    shard = Partition.read(folder)
+    require(
+        shard.k == 1, "expert.shard", "be the folder of one cluster", f"{folder}, with {shard.k}"
+    )
+    return folder, shard
 
 
 def _learned(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddm.bundle import Artifact, Bundle
+from ddm.bundle import Artifact, Bundle, as_schedule
+from ddm.conversion import Conversion
 from ddm.errors import ArtifactError, ConfigError, shown
 from ddm.gaussian import MOMENTS, Gaussians
-from ddm.schedules import Schedule, schedule
+from ddm.schedules import Schedule
 from experts.denoiser import Denoiser, ExpertConfig
 from router.networks import DerivativeNet, PosteriorNet, RouterConfig
 from serve.model.config_merge import filled
@@ -28,24 +29,18 @@ _FLOATS = ("F32", "F16", "BF16")  # what float32 holds without loss
 
 def build_schedule(bundle: Bundle) -> Schedule:
     """The forward process of a bundle. Raises `ArtifactError` naming its manifest."""
-    try:
-        found = schedule(**bundle.schedule)
-    except (ConfigError, TypeError) as error:
-        raise ArtifactError(f"{bundle.manifest} does not describe a schedule: {error}") from error
-    coefficients = torch.stack(list(found(torch.linspace(1e-3, 1, 101))))
-    if not coefficients.isfinite().all():
-        raise ArtifactError(
-            f"{bundle.manifest} does not describe a schedule: "
-            "a, s and their derivatives must be finite for t in [0.001, 1], "
-            f"got {shown(bundle.schedule)}"
-        )
-    return found
+    return as_schedule(bundle.schedule, bundle.manifest)
 
 
 def build_expert(artifact: Artifact, schedule: Schedule, device: torch.device) -> Denoiser:
-    """The denoiser of an artifact. Raises `ArtifactError` naming its file."""
+    """The denoiser of an artifact, on a process that may be another than its own.
+
+    Raises `ArtifactError` naming its file.
+    """
+    own = as_schedule(artifact.facts.get("schedule"), artifact.json)
+    conversion = None if own == schedule else Conversion(schedule, own)
     with _described_by(artifact), torch.device("meta"):
-        denoiser = _config(ExpertConfig, artifact).build(artifact.facts["shape"], schedule)
+        denoiser = _config(ExpertConfig, artifact).build(artifact.facts["shape"], own, conversion)
     _load_weights(denoiser, artifact, device, others=MOMENTS)
     return denoiser
 

@@ -27,14 +27,15 @@ def load(folder: str | Path, device: str | torch.device = "auto", experts: bool 
     `ConfigError` naming a device that this machine does not have.
     """
     inner = bundle_folder(folder)
+    bundle = read_bundle(inner)
     clusters = Path(folder) / "partition"
 
     def images() -> dict[str, Tensor]:
-        return Partition.read(clusters).all(clusters)
+        return Partition.read(clusters).those(clusters, bundle.mixture.clusters)
 
     of_run = inner == Path(folder) / "bundle"
     device = pick_device(str(device))
-    return Model(read_bundle(inner), device, images if of_run else None, experts)
+    return Model(bundle, device, images if of_run else None, experts)
 
 
 def bundle_folder(folder: str | Path) -> Path:
@@ -63,9 +64,10 @@ def load_expert(
     Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
     """
     inner = bundle_folder(folder)
-    bundle = read_bundle(inner, only=[f"expert-{k:02d}"])
-    if not bundle.experts:
-        raise ArtifactError(f"{inner} has no expert {k}, it has {bundle.partition.k}")
+    files = read_bundle(inner, only=()).files
+    if not 0 <= k < len(files):
+        raise ArtifactError(f"{inner} has no expert {k}, it has {len(files)}")
+    bundle = read_bundle(inner, only=[files[k]])
     where = torch.device(pick_device(str(device)))
     denoiser = build_expert(bundle.experts[0], build_schedule(bundle), where)
-    return denoiser, bundle.partition.shape, bundle.version
+    return denoiser, bundle.mixture.shape, bundle.version

@@ -92,10 +92,10 @@ class Model:
         experts: bool = True,
     ) -> None:
         self.device = torch.device(device)
-        self.shape = bundle.partition.shape
-        self.names = bundle.partition.names
+        self.shape = bundle.mixture.shape
+        self.names = bundle.mixture.names
         self.version = bundle.version
-        self.pi = bundle.partition.pi.to(self.device)
+        self.pi = bundle.mixture.pi.to(self.device)
         self.schedule: Schedule = build_schedule(bundle)
         self.experts = (
             [build_expert(artifact, self.schedule, self.device) for artifact in bundle.experts]
@@ -110,6 +110,7 @@ class Model:
                 bundle.router, self.shape, self.pi, self.gaussians, self.device
             )
         self._images = images
+        self._old_router = bundle.old_router is not None
         self._analytic: Alpha | None = None
         self._manifest = bundle.manifest
         # The caches hold the model weakly: a model that is replaced frees its memory at once.
@@ -219,8 +220,13 @@ class Model:
                 raise one_of("sample.clusters", name, tuple(self.names))
         needs_router = config.source in ("posterior", "derivative", "combined")
         if needs_router and len(self.names) > 1 and self.posterior is None:
+            why = (
+                "whose router was trained for other experts (python -m train reroute trains it on)"
+                if self._old_router
+                else "without a router"
+            )
             raise ConfigError(
-                "sample.source must be prior, gaussian or analytic for a bundle without a router, "
+                f"sample.source must be prior, gaussian or analytic for a bundle {why}, "
                 f"got {config.source!r}"
             )
         if config.source == "analytic" and self._images is None:

@@ -20,8 +20,10 @@ from ddm.artifacts import (
     write_json,
     write_tensors,
 )
-from ddm.bundle import Bundle, read_bundle, write_bundle, write_half
-from ddm.errors import ArtifactError, shown
+from ddm.bundle import Bundle, read_bundle
+from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, write_half
+from ddm.errors import ArtifactError, ConfigError, shown
+from ddm.history import read_history
 from ddm.partition import Partition
 
 SCHEDULE = {"name": "vp_linear", "beta_max": 20.0}
@@ -40,23 +42,30 @@ class Run:
         self.router = folder / "router" / "router"
         for k in range(2):
             self.train(k)
-        write_artifact(self.router, {"weight": torch.tensor([9.0])}, self.facts(kind="router"))
+        facts = self.facts(kind="router", mixture=self.partition.mixture.hash)
+        write_artifact(self.router, {"weight": torch.tensor([9.0])}, facts)
 
     def facts(self, **facts: Any) -> dict[str, Any]:
         common = {
             "kind": "expert",
             "shape": [1, 2, 2],
+            "range": [-1, 1],
             "schedule": SCHEDULE,
-            "partition": self.partition.hash,
         }
         return {**common, **facts}
 
     def train(self, k: int, weight: float = 0.0, **facts: Any) -> None:
         tensors = {"weight": torch.tensor([k + weight])}
-        write_artifact(self.experts[k], tensors, self.facts(index=k, **facts))
+        cut = self.partition
+        own = {"name": cut.names[k], "count": cut.sizes[k], "cluster": cut.hashes[k]}
+        write_artifact(self.experts[k], tensors, self.facts(**{**own, **facts}))
+
+    def parts(self, router: Path | None) -> Parts:
+        experts = dict(zip(expert_names(2), self.experts, strict=True))
+        return Parts(self.partition.mixture, SCHEDULE, experts, router)
 
     def write(self) -> None:
-        write_bundle(self.bundle, self.partition, self.experts, self.router)
+        write_bundle(self.bundle, self.parts(self.router), "test")
 
 
 @pytest.fixture
@@ -88,11 +97,11 @@ def test_a_bundle_holds_what_was_put_in_after_a_move(run: Run, tmp_path: Path) -
     assert [float(expert.tensors["weight"]) for expert in bundle.experts] == [0, 1]
     assert bundle.router is not None
     assert float(bundle.router.tensors["weight"]) == 9
-    assert (bundle.partition, bundle.schedule) == (run.partition, SCHEDULE)
+    assert (bundle.mixture, bundle.schedule) == (run.partition.mixture, SCHEDULE)
 
 
 def test_a_bundle_need_not_have_a_router(run: Run) -> None:
-    write_bundle(run.bundle, run.partition, run.experts, None)
+    write_bundle(run.bundle, run.parts(None), "test")
     assert read_bundle(run.bundle).router is None
     assert not (run.bundle / "router.json").exists()
 
@@ -144,36 +153,114 @@ def test_a_missing_file_is_named(run: Run, file: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("partition", "0" * 64),
-        ("schedule", {"name": "vp_linear", "beta_max": 19.0}),
-        ("shape", [1, 4, 4]),
-    ],
+    [("cluster", "0" * 64), ("shape", [1, 4, 4]), ("range", [0, 1]), ("kind", "seed_model")],
 )
 def test_an_artifact_of_another_run_is_refused_naming_what_differs(
     run: Run, key: str, value: Any
 ) -> None:
-    ours = run.facts()[key]
+    ours = read_json(run.experts[1].with_suffix(".json"))[key]
     run.train(1, **{key: value})
     message = f"{run.experts[1]}.json does not belong to this bundle: its {key} is {shown(value)}, expected {shown(ours)}"
     with pytest.raises(ArtifactError, match=re.escape(message)):
         run.write()
-    run.train(1)
-    write_artifact(run.router, {}, run.facts(**{key: value}))
-    with pytest.raises(
-        ArtifactError,
-        match=re.escape(f"{run.router}.json does not belong to this bundle: its {key} is"),
-    ):
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mixture", "0" * 64), ("schedule", {}), ("shape", [1, 4, 4])]
+)
+def test_a_router_of_another_run_is_refused_naming_what_differs(
+    run: Run, key: str, value: Any
+) -> None:
+    facts = run.facts(kind="router", mixture=run.partition.mixture.hash)
+    write_artifact(run.router, {}, {**facts, key: value})
+    message = f"{run.router}.json does not belong to this bundle: its {key} is {shown(value)}"
+    with pytest.raises(ArtifactError, match=re.escape(message)):
         run.write()
+
+
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [
+        ({"name": "vp_constant", "beta": 0.1}, "schedule must reach s/a = 20 at t = 1"),
+        ({"name": "nothing"}, "01/expert.json does not describe a schedule: name must be one of"),
+        (None, "01/expert.json does not describe a schedule"),
+    ],
+)
+def test_an_expert_whose_process_cannot_be_converted_is_refused_by_name(
+    run: Run, process: Any, message: str
+) -> None:
+    run.train(1, schedule=process)
+    with pytest.raises(ArtifactError, match=re.escape(message)) as refusal:
+        run.write()
+    assert str(run.experts[1]) in str(refusal.value)
+
+
+def test_experts_of_different_processes_are_bundled(run: Run) -> None:
+    run.train(1, schedule={"name": "rectified_flow"})
+    run.write()
+    assert read_bundle(run.bundle).experts[1].facts["schedule"] == {"name": "rectified_flow"}
+
+
+def test_a_mixture_weighs_experts_by_their_images_or_as_it_is_told(run: Run) -> None:
+    assert mixture_of(run.experts) == run.partition.mixture
+    given = mixture_of(run.experts, ["x", "y"], [0.5, 1.5])
+    assert given.names == ["x", "y"]
+    torch.testing.assert_close(given.pi, torch.tensor([0.25, 0.75]))
+
+
+def test_experts_that_make_no_mixture_are_refused_by_name(run: Run) -> None:
+    with pytest.raises(ConfigError, match="weights must have one value for each of the 2 experts"):
+        mixture_of(run.experts, weights=[1.0])
+    with pytest.raises(ConfigError, match=r"weights must be above 0 and at most 2\^40, got"):
+        mixture_of(run.experts, weights=[1.0, 0.0])
+    run.train(1, name="a")
+    both = f"{run.experts[0]} and {run.experts[1]} have one name, 'a'"
+    with pytest.raises(ArtifactError, match=re.escape(both)):
+        mixture_of(run.experts)
+    run.train(1, count=0)
+    with pytest.raises(ArtifactError, match=r"01/expert.json is not an expert of this version"):
+        mixture_of(run.experts)
+
+
+def test_the_history_says_what_was_added_and_removed(run: Run) -> None:
+    first = read_bundle(run.bundle).version
+    run.write()
+    run.train(1, weight=0.5)
+    old, new = (
+        sha256(folder.with_suffix(".json")) for folder in (run.bundle / "expert-01", run.experts[1])
+    )
+    run.write()
+    made, changed = read_history(run.bundle)
+    assert (made["version"], made["removed"]) == (first, {})
+    assert made["added"].keys() == {"expert-00", "expert-01", "router"}
+    assert (changed["added"], changed["removed"]) == ({"expert-01": new}, {"expert-01": old})
+    assert changed["version"] == read_bundle(run.bundle).version
+
+
+def test_files_that_stay_in_a_bundle_are_the_same_files(run: Run) -> None:
+    before = (run.bundle / "expert-00.safetensors").stat()
+    parts = Parts.of(read_bundle(run.bundle))
+    alone = mixture_of([run.bundle / "expert-00"])
+    rest = Parts(alone, SCHEDULE, {"expert-00": parts.experts["expert-00"]})
+    write_bundle(run.bundle, rest, "remove b")
+    after = (run.bundle / "expert-00.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert read_whole(run.bundle).mixture.names == ["a"]
+
+
+def test_numbers_of_experts_may_have_gaps(run: Run) -> None:
+    parts = run.parts(run.router)
+    gap = {"expert-03": run.experts[0], "expert-117": run.experts[1]}
+    write_bundle(run.bundle, Parts(parts.mixture, SCHEDULE, gap, run.router), "test")
+    assert read_bundle(run.bundle).files == ["expert-03", "expert-117"]
+    assert float(read_whole(run.bundle, only=["expert-117"]).experts[0].tensors["weight"]) == 1
 
 
 def test_swapped_experts_are_refused_by_name(run: Run) -> None:
     run.experts.reverse()
     with pytest.raises(
         ArtifactError,
-        match=re.escape(
-            "01/expert.json does not belong to this bundle: its index is 1, expected 0"
-        ),
+        match=re.escape("01/expert.json does not belong to this bundle: its cluster is"),
     ):
         run.write()
 
@@ -188,50 +275,50 @@ def lose_an_expert(manifest: dict[str, Any]) -> None:
 
 
 def add_an_expert(manifest: dict[str, Any]) -> None:
-    manifest["artifacts"]["expert-02"] = "0" * 64
+    manifest["artifacts"]["expert-x"] = "0" * 64
 
 
-def lose_the_sizes(manifest: dict[str, Any]) -> None:
-    del manifest["partition"]["sizes"]
+def lose_the_weights(manifest: dict[str, Any]) -> None:
+    del manifest["mixture"]["weights"]
 
 
 def be_of_another_format(manifest: dict[str, Any]) -> None:
-    manifest["format"] = "ddm-bundle-0"
+    manifest["format"] = "ddm-bundle-1"
 
 
-def change_the_sizes(manifest: dict[str, Any]) -> None:
-    manifest["partition"]["sizes"] = [1, 400]
+def change_the_weights(manifest: dict[str, Any]) -> None:
+    manifest["mixture"]["weights"] = [1, 400]
 
 
-def have_a_size_too_many(manifest: dict[str, Any]) -> None:
-    manifest["partition"]["sizes"] = [3, 2, 1]
+def have_a_weight_too_many(manifest: dict[str, Any]) -> None:
+    manifest["mixture"]["weights"] = [3, 2, 1]
 
 
 def change_the_names(manifest: dict[str, Any]) -> None:
-    manifest["partition"]["names"] = ["b", "a"]
+    manifest["mixture"]["names"] = ["b", "a"]
 
 
 def change_the_shape(manifest: dict[str, Any]) -> None:
-    manifest["partition"]["shape"] = [1, 4, 4]
+    manifest["mixture"]["shape"] = [1, 4, 4]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (swap_in_manifest, "expert-00.json is damaged or foreign"),
-        (lose_an_expert, "manifest.json lists no expert-01, but has 2 clusters"),
-        (add_an_expert, "manifest.json lists an artifact that no cluster has: 'expert-02'"),
+        (lose_an_expert, "manifest.json lists 1 experts, but has 2 clusters"),
+        (add_an_expert, "manifest.json lists an artifact that no cluster has: 'expert-x'"),
         (
-            lose_the_sizes,
-            "manifest.json does not describe a partition: sizes must be whole numbers in [1, 2^40], got None",
+            lose_the_weights,
+            "manifest.json does not describe a mixture: weights must be numbers in (0, 2^40], got None",
         ),
         (
             be_of_another_format,
-            "manifest.json is not the manifest of a bundle: its format must be 'ddm-bundle-1'",
+            "manifest.json is not the manifest of a bundle: its format must be 'ddm-bundle-2', got 'ddm-bundle-1'",
         ),
-        (change_the_shape, "manifest.json is damaged: the hash of its partition is"),
-        (change_the_sizes, "manifest.json"),
-        (have_a_size_too_many, "manifest.json"),
+        (change_the_shape, "manifest.json is damaged: the hash of its mixture is"),
+        (change_the_weights, "manifest.json"),
+        (have_a_weight_too_many, "manifest.json"),
         (change_the_names, "manifest.json"),
     ],
 )
@@ -255,7 +342,7 @@ def test_files_swapped_with_their_hashes_are_refused_by_name(run: Run) -> None:
     write_json(run.bundle / "manifest.json", manifest)
     refused(
         run.bundle,
-        f"{run.bundle / 'expert-00.json'} does not belong to this bundle: its index is 1, expected 0",
+        f"{run.bundle / 'expert-00.json'} does not belong to this bundle: its cluster is",
     )
 
 
@@ -299,7 +386,7 @@ def test_a_pickle_among_the_weights_is_refused_by_name(run: Run) -> None:
 def test_a_failed_write_leaves_the_old_bundle(run: Run) -> None:
     before = {path.name: path.read_bytes() for path in run.bundle.iterdir()}
     run.train(0, weight=0.5)
-    run.train(1, weight=0.5, partition="0" * 64)
+    run.train(1, weight=0.5, cluster="0" * 64)
     with pytest.raises(ArtifactError):
         run.write()
     assert {path.name: path.read_bytes() for path in run.bundle.iterdir()} == before
@@ -318,7 +405,8 @@ def test_a_new_bundle_replaces_the_old_and_takes_nothing_from_a_failed_one(run: 
         for name in ("expert-00", "expert-01", "router")
         for suffix in (".json", ".safetensors")
     }
-    assert {path.name for path in run.bundle.iterdir()} == names | {"manifest.json"}
+    others = {"manifest.json", "history.json"}
+    assert {path.name for path in run.bundle.iterdir()} == names | others
     assert not leftover.exists()
 
 
@@ -390,10 +478,11 @@ def test_a_bundle_in_place_of_a_file_is_refused_by_name(run: Run) -> None:
 
 def test_too_few_experts_are_refused_and_leave_the_old_bundle(run: Run) -> None:
     version = read_bundle(run.bundle).version
+    few = Parts(run.partition.mixture, SCHEDULE, {"expert-00": run.experts[0]})
     with pytest.raises(
-        ArtifactError, match=re.escape("manifest.json lists no expert-01, but has 2 clusters")
+        ArtifactError, match=re.escape("manifest.json lists 1 experts, but has 2 clusters")
     ):
-        write_bundle(run.bundle, run.partition, run.experts[:1], None)
+        write_bundle(run.bundle, few, "test")
     assert read_bundle(run.bundle).version == version
 
 
@@ -406,9 +495,7 @@ def test_an_artifact_that_is_not_there_is_refused_by_name(run: Run, suffix: str)
 
 
 def test_an_expert_that_does_not_say_its_schedule_is_refused_by_name(run: Run) -> None:
-    write_artifact(
-        run.experts[0], {}, {"index": 0, "shape": [1, 2, 2], "partition": run.partition.hash}
-    )
+    run.train(0, schedule=None)
     with pytest.raises(ArtifactError, match=r"expert.*\.json.*schedule"):
         run.write()
 
@@ -421,9 +508,9 @@ def test_only_the_artifacts_asked_for_are_read(run: Run) -> None:
     bundle = read_bundle(run.bundle, only=["expert-01"])
     assert [float(expert.tensors["weight"]) for expert in bundle.experts] == [1]
     assert bundle.router is None
-    assert (bundle.version, bundle.partition, bundle.schedule) == (
+    assert (bundle.version, bundle.mixture, bundle.schedule) == (
         whole.version,
-        whole.partition,
+        whole.mixture,
         whole.schedule,
     )
     assert read_bundle(run.bundle, only=[]).experts == []
@@ -439,7 +526,7 @@ def test_a_single_artifact_and_the_manifest_are_checked(run: Run) -> None:
     manifest = read_json(run.bundle / "manifest.json")
     lose_an_expert(manifest)
     write_json(run.bundle / "manifest.json", manifest)
-    with pytest.raises(ArtifactError, match="lists no expert-01"):
+    with pytest.raises(ArtifactError, match="lists 1 experts"):
         read_bundle(run.bundle, only=["expert-00"])
 
 
@@ -451,7 +538,7 @@ def test_an_expert_of_another_number_is_refused_alone_too(run: Run) -> None:
     write_json(run.bundle / "manifest.json", manifest)
     with pytest.raises(
         ArtifactError,
-        match="expert-01.json does not belong to this bundle: its index is 0, expected 1",
+        match="expert-01.json does not belong to this bundle: its cluster is",
     ):
         read_bundle(run.bundle, only=["expert-01"])
 
@@ -465,7 +552,8 @@ def test_a_half_bundle_halves_only_matrices_and_kernels(tmp_path: Path) -> None:
         "count": torch.tensor([[3]]),
     }
     for k in range(2):
-        write_artifact(run.experts[k], tensors, run.facts(index=k))
+        facts = read_json(run.experts[k].with_suffix(".json"))
+        write_artifact(run.experts[k], tensors, facts)
     run.write()
     write_half(run.bundle, tmp_path / "half")
     half = read_bundle(tmp_path / "half")

@@ -45,7 +45,9 @@ def test_a_finished_run_has_everything_and_is_not_touched_again(
         "monolith/bundle/manifest.json",
     ):
         assert name in before
-    assert not [name for name in before if name.endswith((".ckpt", ".part"))]
+    kept = {name for name in before if name.endswith((".ckpt", ".part"))}
+    assert {Path(name).name for name in kept} == {"resume.ckpt"}  # with which an expert can go on
+    assert all("experts/" in name for name in kept)
     with caplog.at_level("INFO"):
         run(small(small_run))
     assert _files(small_run) == before
@@ -69,8 +71,9 @@ def test_an_artifact_says_what_it_is(small_run: Path) -> None:
     cut = Partition.read(small_run / "partition")
     _, facts = read_artifact(small_run / "experts" / "01" / "expert")
     assert facts["kind"] == "expert"
-    assert facts["index"] == 1
-    assert facts["partition"] == cut.hash
+    assert facts["name"] == cut.names[1]
+    assert facts["cluster"] == cut.hashes[1]
+    assert facts["count"] == cut.sizes[1]
     assert facts["steps"] == 12
     assert facts["images_seen"] == 144
     assert facts["weights"] == "ema"
@@ -164,6 +167,27 @@ def test_one_lost_expert_is_named_and_trained_again_alone_to_the_same_weights(
     run(small(copy, "expert.index=1"), ["expert"])
     assert sha256(copy / "experts" / "01" / "expert.safetensors") == lost
     assert _files(copy / "experts" / "00") == kept
+
+
+def test_experts_go_on_to_the_weights_of_as_many_steps_at_once(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(small_run / "partition", copy / "partition")
+    run(small(copy, "expert.steps=7", "expert.index=1"), ["expert"])
+    (facts,) = [read_artifact(copy / "experts" / "01" / "expert")[1]]
+    assert facts["steps"] == 7
+    run(small(copy), ["expert"])
+    for k in range(3):
+        for name in ("expert.safetensors", "expert.json", "losses.txt"):
+            ours, theirs = (run / "experts" / f"{k:02d}" / name for run in (copy, small_run))
+            assert ours.read_bytes() == theirs.read_bytes(), (k, name)
+    with pytest.raises(ArtifactError, match="expert.steps is 12 there, 7 here"):
+        run(small(copy, "expert.steps=7"), ["expert"])
+    (copy / "experts" / "02" / "resume.ckpt").unlink()
+    message = r"02/resume.ckpt is missing, so expert 02 cannot go on from step 12 to 20: give exp"
+    with pytest.raises(ArtifactError, match=message):
+        run(small(copy, "expert.steps=20"), ["expert"])
 
 
 def test_experts_trained_side_by_side_are_those_trained_one_after_another(

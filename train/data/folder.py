@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ddm.errors import DataError
+from ddm.row_file import CHUNK, Release
 from train.data.image_files import Tally, entries, find_images, image_suffixes, is_hidden
 from train.data.image_set import ImageSet, stratified
 from train.data.resized import resized
@@ -38,6 +40,40 @@ def load_folder(root: str, size: int, limit: int | None) -> ImageSet:
     log_read(len(images), len(files), root, passed_over, notes)
     names = [_utf8(folder) for folder in folders]
     return ImageSet(images, torch.tensor(labels)[chosen], names, release=release)
+
+
+def load_images(root: str, size: int, limit: int | None, grey: bool) -> ImageSet:
+    """All images in a folder and the folders in it, `size` x `size`, or the first `limit` of them.
+
+    If each lies in a sub-folder, these are their labels. `grey` images have one channel, others three.
+    Raises `DataError` if there are none, or naming a file that cannot be read.
+    """
+    passed_over = Tally()
+    found = find_images(Path(root), passed_over) if os.path.isdir(root) else []
+    if not found:
+        suffixes = " ".join(sorted(image_suffixes()))
+        raise DataError(f"{root} holds no images ({suffixes}); passed over: {passed_over}")
+    files = found[:limit]
+    images, notes, release = resized(files, size)
+    log_read(len(images), len(found), root, passed_over, notes)
+    if grey:
+        images, release = _grey(images, release), lambda: None
+    inside = [file.relative_to(root).parts for file in files]
+    if any(len(parts) == 1 for parts in inside):
+        return ImageSet(images, release=release)
+    names = sorted({parts[0] for parts in inside})
+    labels = torch.tensor([names.index(parts[0]) for parts in inside])
+    return ImageSet(images, labels, [_utf8(Path(name)) for name in names], release=release)
+
+
+def _grey(images: Tensor, release: Release) -> Tensor:
+    """Colour images as grey ones by ITU-R 601-2, a few at a time."""
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    parts = []
+    for part in images.split(CHUNK):
+        parts.append((part * weights).sum(dim=1, keepdim=True).round().to(torch.uint8))
+        release()
+    return torch.cat(parts)
 
 
 def log_read(read: int, found: int, root: str | Path, passed_over: Tally, notes: Tally) -> None:

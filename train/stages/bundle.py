@@ -1,37 +1,48 @@
-"""The stage `bundle`: partition, experts and router in one folder that can be copied and served."""
+"""The stage `bundle`: experts and router in one folder that can be copied and served."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ddm.artifacts import check_sha256, read_facts, read_json, sha256
-from ddm.bundle import MANIFEST, read_bundle, write_bundle, write_half
-from ddm.errors import ArtifactError
+from ddm.artifacts import check_sha256, file_of, read_facts, read_json, sha256
+from ddm.bundle import MANIFEST, read_bundle
+from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, write_half
+from ddm.errors import ArtifactError, within
+from ddm.history import read_history
+from ddm.mixture import Mixture
 from train.config import Config
 from train.run_folder import claim, read_partition
+from train.stages.denoiser import artifact_stem
 from train.stages.expert import expert_stem
 
 log = logging.getLogger(__name__)
 
 
 def make_bundle(config: Config) -> None:
-    """Put partition, experts and router together as one folder that can be copied and served."""
-    cut = read_partition(config)
-    experts = [expert_stem(config, k) for k in range(cut.k)]
-    for k, stem in enumerate(experts):
-        if not stem.with_suffix(".json").exists():
-            raise ArtifactError(
-                f"{stem}.json is missing: train it with the stage 'expert' and expert.index={k}"
-            )
+    """Put experts and router together as one folder that can be copied and served."""
+    cfg = config.bundle
+    experts = [artifact_stem(path) for path in cfg.experts] or _own_experts(config)
+    with within("bundle"):
+        mixture = mixture_of(experts, cfg.names, cfg.weights)
     router = config.folder / "router" / "router"
-    has_router = cut.k > 1 and router.with_suffix(".json").exists()
+    fits = _fits(router, mixture, config.schedule)
+    parts = Parts(
+        mixture,
+        config.schedule,
+        dict(zip(expert_names(mixture.k), experts, strict=True)),
+        router if fits else None,
+    )
     folder, half = config.folder / "bundle", config.folder / "bundle-half"
-    if _holds(folder, [*experts, *([router] if has_router else [])]):
+    if _holds(folder, parts):
         log.info("bundle     up to date")
+    elif changes := _changes(folder):
+        log.warning(
+            "bundle     %s stays as it is, after %s: move it away to make it anew", folder, changes
+        )
     else:
         claim(config)
-        write_bundle(folder, cut, experts, router if has_router else None)
-        made = f"{cut.k} experts{' and their router' if has_router else ' without a router'}"
+        write_bundle(folder, parts, "bundle")
+        made = f"{mixture.k} experts{' and their router' if fits else ' without a router'}"
         log.info("bundle     %s, version %s", made, read_bundle(folder).version[:12])
     if config.bundle.half and not _is_half_of(half, folder):
         write_half(folder, half)
@@ -39,7 +50,38 @@ def make_bundle(config: Config) -> None:
         log.info("bundle     in half precision, %.1f MB: %s", size, half)
 
 
-def _holds(folder: Path, stems: Sequence[Path]) -> bool:
+def _own_experts(config: Config) -> list[Path]:
+    """The artifacts of the run's partition. Raises `ArtifactError` naming one that is missing."""
+    experts = [expert_stem(config, k) for k in range(read_partition(config).k)]
+    for k, stem in enumerate(experts):
+        if not stem.with_suffix(".json").exists():
+            raise ArtifactError(
+                f"{stem}.json is missing: train it with the stage 'expert' and expert.index={k}"
+            )
+    return experts
+
+
+def _changes(folder: Path) -> str:
+    """What has happened to a bundle since it was made by this stage, by its history."""
+    events = [str(event.get("what")) for event in read_history(folder)]
+    return ", ".join(what for what in events if what != "bundle")
+
+
+def _fits(router: Path, mixture: Mixture, process: dict[str, Any]) -> bool:
+    """Whether there is a router of this mixture; one of another is named in a warning."""
+    if mixture.k == 1 or not file_of(router, ".json").exists():
+        return False
+    facts = read_facts(router)
+    if facts.get("mixture") == mixture.hash and facts.get("schedule") == process:
+        return True
+    log.warning(
+        "bundle     %s is left out: it was trained for other clusters, weights or another schedule",
+        router,
+    )
+    return False
+
+
+def _holds(folder: Path, parts: Parts) -> bool:
     """Whether a folder is a whole bundle of these artifacts; what is missing or damaged is named in a warning."""
     if not folder.exists():
         return False
@@ -48,8 +90,10 @@ def _holds(folder: Path, stems: Sequence[Path]) -> bool:
     except ArtifactError as error:
         log.warning("bundle     %s; it is made again", error)
         return False
-    listed = read_json(folder / MANIFEST)["artifacts"]
-    return sorted(listed.values()) == sorted(sha256(stem.with_suffix(".json")) for stem in stems)
+    found = read_json(folder / MANIFEST)
+    hashes = {name: sha256(file_of(stem, ".json")) for name, stem in parts.stems.items()}
+    same = found["schedule"] == parts.schedule and found["mixture"] == parts.mixture.facts
+    return same and found["artifacts"] == hashes
 
 
 def _is_half_of(half: Path, whole: Path) -> bool:
@@ -61,7 +105,8 @@ def _is_half_of(half: Path, whole: Path) -> bool:
     except ArtifactError as error:
         log.warning("bundle     %s; it is made again", error)
         return False
-    return read_facts(half / "expert-00").get("half_of") == sha256(whole / MANIFEST)
+    first = read_bundle(half, only=()).files[0]
+    return read_facts(half / first).get("half_of") == sha256(whole / MANIFEST)
 
 
 def _check_weights(folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddm.artifacts import check_sha256, file_of, read_facts, write_artifact
-from ddm.bundle import Artifact, read_artifact
+from ddm.bundle import IMAGE_RANGE, Artifact, read_artifact
 from ddm.errors import ArtifactError, ConfigError, within
 from ddm.gaussian import MOMENTS, moments
 from ddm.partition import Partition
@@ -21,7 +21,6 @@ from train.config import Config, plain
 from train.fit import NotFiniteError, Report, fit
 from train.launch import cores
 from train.resume import drop_resume
-from train.run_folder import read_partition
 from train.watching import Watch
 
 log = logging.getLogger(__name__)
@@ -52,9 +51,19 @@ def seed_stem(config: Config) -> Path:
 def initial(config: Config) -> Path | None:
     """The artifact, without a suffix, whose weights experts start from; None for fresh ones."""
     if config.expert.init is not None:
-        path = Path(config.expert.init)
-        return path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+        return artifact_stem(config.expert.init)
     return seed_stem(config) if config.seed_model.steps > 0 else None
+
+
+def artifact_stem(path: str) -> Path:
+    """The artifact that a user's path means, without a suffix: its folder, one of its files, or a run of one expert."""
+    given = Path(path)
+    if given.suffix in (".json", ".safetensors"):
+        return given.with_suffix("")
+    for inner in ("expert", "seed_model", "experts/00/expert"):
+        if file_of(given / inner, ".json").exists():
+            return given / inner
+    return given
 
 
 def hash_of(stem: Path | None) -> list[str]:
@@ -67,7 +76,7 @@ def hash_of(stem: Path | None) -> list[str]:
     if not file_of(stem, ".json").exists():
         raise ArtifactError(
             f"{file_of(stem, '.json')} is missing: run the stage 'seed_model' first, or let "
-            "expert.init name another artifact"
+            "expert.init name an artifact: an expert's or a seed model's folder or file"
         )
     return [read_facts(stem)["sha256"]]
 
@@ -96,11 +105,12 @@ def train_denoiser(
 
     start: the artifact, without a suffix, whose weights it starts from. with_moments: also write the images' mean and
     variance, which an expert gives away and a seed model does not. held_out: images for validation, likewise.
+    The last checkpoint stays, for more steps.
     """
-    partition = read_partition(config)
+    shape = list(images.shape[1:])
     torch.manual_seed(seed)
-    denoiser = cfg.build(partition.shape, schedule(**config.schedule))
-    facts = {**facts, **fitted_facts(cfg, config, partition, cfg.batch)}
+    denoiser = cfg.build(shape, schedule(**config.schedule))
+    facts = {**facts, **fitted_facts(cfg, config, shape, cfg.batch)}
     if start is not None:
         first = _matching(start, facts)
         weights = {name: tensor for name, tensor in first.tensors.items() if name not in MOMENTS}
@@ -120,15 +130,19 @@ def train_denoiser(
     if with_moments:
         tensors |= dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
     write_artifact(stem, tensors, facts)
-    drop_resume(stem.parent)
+    drop_resume(stem.parent, keep_newest=True)
 
 
-def validation_images(config: Config, partition: Partition, k: int | None) -> Tensor | None:
-    """The held-out images of cluster k, or of all for None; None if there are none or nothing asks for them."""
+def validation_images(
+    config: Config, folder: Path, partition: Partition, k: int | None
+) -> Tensor | None:
+    """The held-out images of cluster k of the partition in a folder, or of all for None.
+
+    None if there are none or nothing asks for them.
+    """
     asked = config.watch.validate_every > 0 or config.expert.ema_also
     if not asked or not partition.holdout_sizes:
         return None
-    folder = config.folder / "partition"
     held = partition.holdout(folder) if k is None else partition.cluster_holdout(folder, k)
     return held["images"]
 
@@ -148,14 +162,14 @@ def _matching(stem: Path, facts: dict[str, Any]) -> Artifact:
 
 
 def fitted_facts(
-    cfg: FitConfig, config: Config, partition: Partition, images_per_step: int
+    cfg: FitConfig, config: Config, shape: list[int], images_per_step: int
 ) -> dict[str, Any]:
-    """What an artifact records about the training of its networks, and about what they belong to."""
+    """What an artifact records about the training of its networks, and about the images that they take."""
     return {
         "config": plain(cfg),
-        "shape": partition.shape,
+        "shape": shape,
+        "range": IMAGE_RANGE,
         "schedule": config.schedule,
-        "partition": partition.hash,
         "steps": cfg.steps,
         "images_seen": cfg.steps * images_per_step,
         "weights": "ema" if cfg.ema_decay > 0 else "raw",

@@ -3,20 +3,21 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import isnan
 from pathlib import Path
 
-from ddm.artifacts import digest
-from ddm.errors import ConfigError, DdmError
+from ddm.artifacts import digest, file_of, read_facts
+from ddm.errors import ArtifactError, ConfigError, DdmError
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
 from train.config import Config, changed
 from train.launch import OnProgress, run_jobs, workers_for
 from train.precision import with_precision
 from train.progress import bars
-from train.resume import drop_resume
-from train.run_folder import claim, read_partition
+from train.resume import NEWEST, drop_resume
+from train.run_folder import claim, read_clusters
 from train.stages.denoiser import (
     artifact_is_made,
     check_networks,
@@ -37,32 +38,39 @@ def expert_stem(config: Config, k: int) -> Path:
 
 
 def _key(config: Config, partition: Partition, k: int) -> str:
-    """The content hash of everything that determines expert k."""
+    """The content hash of everything that determines expert k: of its own cluster, and of no other."""
     return digest(
         [
             changed(expert_config(config)),
             config.schedule,
             config.seed,
+            k,
             config.data.flip,
-            partition.hash,
-            partition.hashes[k],
+            partition.hashes[_place(config, k)],
             *hash_of(initial(config)),
         ]
     )
 
 
+def _place(config: Config, k: int) -> int:
+    """Where the cluster of expert k is in `read_clusters`: a shard has no other."""
+    return k if config.expert.shard is None else 0
+
+
 def train_experts(config: Config) -> None:
-    """Train every expert that is not up to date, or `expert.index` alone.
+    """Train every expert that is not up to date, or `expert.index` alone; with `expert.shard`, the shard's.
 
     An expert that fails costs only itself: the others are trained first, then `DdmError` names it.
     """
-    partition = read_partition(config)
+    folder, partition = read_clusters(config)
     check_networks(config, partition.shape)
     asked, config = config, with_precision(config)
     index, k = config.expert.index, partition.k
-    if index is not None and index >= k:
+    if config.expert.shard is not None:
+        index = index or 0
+    elif index is not None and index >= k:
         raise ConfigError(
-            f"expert.index must be in [0, {k - 1}], the clusters of {config.folder}, got {index}"
+            f"expert.index must be in [0, {k - 1}], the clusters of {folder}, got {index}"
         )
     wanted = range(k) if index is None else [index]
     todo = [i for i in wanted if not _is_made(config, partition, i)]
@@ -83,7 +91,7 @@ def _train(config: Config, partition: Partition, todo: Sequence[int]) -> list[Ex
     with bars() as progress:
         tasks = {}
         for k in todo:
-            name = f"expert {k:02d}: {partition.names[k]}"[:24]
+            name = f"expert {k:02d}: {partition.names[_place(config, k)]}"[:24]
             tasks[k] = progress.add_task(name, total=cfg.steps, note="")
 
         def on_progress(news: tuple[int, int, float]) -> None:
@@ -92,7 +100,7 @@ def _train(config: Config, partition: Partition, todo: Sequence[int]) -> list[Ex
             progress.update(tasks[k], completed=step, note=note)
 
         # One expert alone needs no second process.
-        asked = cfg.workers if cfg.index is None else 0
+        asked = cfg.workers if cfg.index is None and cfg.shard is None else 0
         workers = workers_for(len(todo), config.device, asked)
         threads = threads_per_expert(config, partition.k)
         return run_jobs(partial(train_expert, config), todo, workers, on_progress, threads)
@@ -113,10 +121,36 @@ def _raise_first(config: Config, todo: Sequence[int], results: Sequence[Exceptio
 
 def _is_made(config: Config, partition: Partition, k: int) -> bool:
     stem = expert_stem(config, k)
+    if _goes_on(config, partition, k):
+        return False
     made = artifact_is_made(stem, _key(config, partition, k), f"expert {k:02d}")
     if made:
-        drop_resume(stem.parent)  # left by a kill right after the artifact was written
+        drop_resume(stem.parent, keep_newest=True)  # left by a kill right after it was written
     return made
+
+
+def _goes_on(config: Config, partition: Partition, k: int) -> bool:
+    """Whether expert k is trained, by the same config but for fewer steps, and goes on from its last checkpoint.
+
+    Raises `ArtifactError` if that is gone.
+    """
+    stem = expert_stem(config, k)
+    if not file_of(stem, ".json").exists():
+        return False
+    facts = read_facts(stem)
+    steps, more = facts.get("steps"), config.expert.steps
+    if not (isinstance(steps, int) and 1 <= steps < more):
+        return False
+    shorter = replace(config, expert=replace(config.expert, steps=steps))
+    if facts.get("key") != _key(shorter, partition, k):
+        return False
+    newest = stem.parent / NEWEST
+    if not newest.exists():
+        raise ArtifactError(
+            f"{newest} is missing, so expert {k:02d} cannot go on from step {steps} to {more}: give "
+            f"expert.steps={steps}, or start another from it with run=FOLDER expert.init={stem.parent}"
+        )
+    return True
 
 
 def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
@@ -124,12 +158,14 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
 
     Reports `(k, step, loss)`.
     """
-    partition = read_partition(config)
-    images = partition.cluster(config.folder / "partition", k)["images"]
+    folder, partition = read_clusters(config)
+    place = _place(config, k)
+    images = partition.cluster(folder, place)["images"]
     facts = {
         "kind": "expert",
-        "index": k,
-        "name": partition.names[k],
+        "name": partition.names[place],
+        "cluster": partition.hashes[place],
+        "count": partition.sizes[place],
         "key": _key(config, partition, k),
     }
     seed = derive_seed(config.seed, RngStream.EXPERT, k)
@@ -147,5 +183,5 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
         report,
         initial(config),
         with_moments=True,
-        held_out=validation_images(config, partition, k),
+        held_out=validation_images(config, folder, partition, place),
     )

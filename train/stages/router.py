@@ -7,14 +7,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddm.artifacts import digest, file_of, read_facts, write_artifact
-from ddm.bundle import read_artifact
+from ddm.bundle import Artifact, read_artifact
 from ddm.errors import ArtifactError
 from ddm.gaussian import Gaussians
+from ddm.mixture import Mixture
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed, normal
 from ddm.samplers import sample
@@ -31,6 +33,7 @@ from train.resume import drop_resume
 from train.run_folder import claim, read_partition
 from train.stages.denoiser import artifact_is_made, diverged, fitted_facts
 from train.stages.expert import expert_stem
+from train.stages.warm_start import start_from
 from train.watching import Watch
 
 log = logging.getLogger(__name__)
@@ -38,18 +41,48 @@ log = logging.getLogger(__name__)
 _SAMPLE_STEPS, _SAMPLE_BATCH = 25, 250
 
 
+Data = tuple[Tensor, Tensor, Gaussians]  # images, the cluster of each, and the clusters' Gaussians
+
+
 def train_router(config: Config) -> None:
-    """Train the posterior net, then posterior and derivative nets together, and write both as one artifact."""
+    """Train the router of the run's partition."""
     cut = read_partition(config)
     if cut.k == 1:
         log.info("router     one cluster needs none")
         return
-    stem = config.folder / "router" / "router"
+    stems = _expert_stems(config, cut)
+    hashes = [read_facts(stem)["sha256"] for stem in stems]
+
+    def data() -> Data:
+        folder = config.folder / "partition"
+        if config.router.data == "pooled":
+            return pooled(config, [cut.cluster(folder, k)["images"] for k in range(cut.k)])
+        artifacts = [
+            read_artifact(stem, None, {"cluster": cluster})
+            for stem, cluster in zip(stems, cut.hashes, strict=True)
+        ]
+        return sampled(config, cut.mixture, artifacts)
+
+    make_router(config, cut.mixture, config.folder / "router" / "router", hashes, data)
+
+
+def make_router(
+    config: Config,
+    mixture: Mixture,
+    stem: Path,
+    made_of: Sequence[str],
+    data: Callable[[], Data],
+    start: tuple[Artifact, list[str]] | None = None,
+) -> None:
+    """Train the posterior net, then posterior and derivative nets together, and write both as one artifact.
+
+    made_of: hashes of what else than the config and the mixture decides it. start: a router to start from, and the names
+    of the clusters of its outputs.
+    """
     stages = [stem.parent / name for name in ("stage-1", "stage-2")]
     cfg = config.router
-    of_experts = [read_facts(stem)["sha256"] for stem in _expert_stems(config, cut)]
     key = digest(
-        [changed(cfg), config.schedule, config.seed, config.data.flip, cut.hash, *of_experts]
+        [changed(cfg), config.schedule, config.seed, config.data.flip, mixture.hash, *made_of]
     )
     if artifact_is_made(stem, key, "router"):
         for stage in stages:
@@ -59,23 +92,32 @@ def train_router(config: Config) -> None:
     claim(config)
     began = time.monotonic()
     with bar("router", cfg.steps) as advance:
-        nets = _train(config, cut, stages, advance)
-    facts = fitted_facts(cfg, config, cut, cfg.images_per_step)
-    write_artifact(stem, nets.state_dict(), {"kind": "router", "key": key, **facts})
+        nets = _train(config, mixture, data(), stages, advance, start)
+    facts: dict[str, Any] = {"kind": "router", "mixture": mixture.hash, "key": key}
+    facts |= fitted_facts(cfg, config, mixture.shape, cfg.images_per_step)
+    if start is not None:
+        facts["init"] = {"sha256": start[0].facts["sha256"]}
+    write_artifact(stem, nets.state_dict(), facts)
     for stage in stages:
         drop_resume(stage)
     log.info("router     trained in %.0f s", time.monotonic() - began)
 
 
 def _train(
-    config: Config, cut: Partition, stages: Sequence[Path], advance: Callable[[int], None]
+    config: Config,
+    mixture: Mixture,
+    data: Data,
+    stages: Sequence[Path],
+    advance: Callable[[int], None],
+    start: tuple[Artifact, list[str]] | None,
 ) -> torch.nn.ModuleDict:
     """The trained nets, `posterior` and `derivative`; `stages` are the folders of their checkpoints."""
     cfg = config.router
-    images, cluster, gaussians = (_pooled if cfg.data == "pooled" else _sampled)(config, cut)
+    images, cluster, gaussians = data
     seed = derive_seed(config.seed, RngStream.ROUTER, 0)
     torch.manual_seed(seed)
-    posterior, _ = cfg.build(cut.shape, cut.pi, gaussians.schedule, gaussians)
+    posterior, derivative = cfg.build(mixture.shape, mixture.pi, gaussians.schedule, gaussians)
+    warm = start is not None and start_from(posterior, derivative, *start, mixture.names)
     batches = Batches(images, cfg.images_per_step, seed, parts=cfg.accumulate)
     if batches.batch != cfg.batch:
         log.info("router     router.batch=%d rounded up to %d", cfg.batch, batches.batch)
@@ -93,7 +135,8 @@ def _train(
     try:
         first = PosteriorLearning(posterior, batches, cluster, cfg)
         fit(first, cfg.switch_step, cfg, stages[0], config.accelerator, report, watch)
-        derivative = DerivativeNet.from_trunk(posterior, cfg.bands)
+        if not warm:
+            derivative = DerivativeNet.from_trunk(posterior, cfg.bands)
         second = RouterLearning(posterior, derivative, batches, cluster, cfg)
         rest = cfg.steps - cfg.switch_step
         fit(second, rest, cfg, stages[1], config.accelerator, report_second, watch)
@@ -118,11 +161,11 @@ def _expert_stems(config: Config, cut: Partition) -> list[Path]:
     return stems
 
 
-def _pooled(config: Config, cut: Partition) -> tuple[Tensor, Tensor, Gaussians]:
-    """The images of all clusters, the cluster of each, and the clusters' Gaussians."""
-    whole = cut.all(config.folder / "partition")
-    images, cluster = whole["images"], whole["cluster"]
-    clusters = [images[cluster == k] for k in range(cut.k)]
+def pooled(config: Config, clusters: Sequence[Tensor]) -> Data:
+    """The training data of images of all clusters, uint8 `[n, C, H, W]` each."""
+    images = torch.cat([*clusters])
+    sizes = torch.tensor([len(one) for one in clusters])
+    cluster = torch.repeat_interleave(torch.arange(len(clusters)), sizes)
     gaussians = Gaussians.of_clusters(clusters, schedule(**config.schedule), config.data.flip)
     if config.data.flip:  # the experts see mirror images, so the mixture is over both
         images, cluster = torch.cat([images, images.flip(3)]), cluster.repeat(2)
@@ -130,23 +173,19 @@ def _pooled(config: Config, cut: Partition) -> tuple[Tensor, Tensor, Gaussians]:
 
 
 @torch.inference_mode()
-def _sampled(config: Config, cut: Partition) -> tuple[Tensor, Tensor, Gaussians]:
-    """Images sampled from the experts in proportion to pi, the expert of each, and the Gaussians
-    that the experts' artifacts carry.
+def sampled(config: Config, mixture: Mixture, artifacts: list[Artifact]) -> Data:
+    """The training data of images sampled from the experts in proportion to pi; the Gaussians are those that their
+    artifacts carry.
     """
     process, device = schedule(**config.schedule), torch.device(config.device)
-    artifacts = [
-        read_artifact(stem, None, {"index": k, "partition": cut.hash})
-        for k, stem in enumerate(_expert_stems(config, cut))
-    ]
     images, labels = [], []
     with bar("router: sampling", config.router.samples) as advance:
         for k, artifact in enumerate(artifacts):
             expert = build_expert(artifact, process, device)
             seed = derive_seed(config.seed, RngStream.ROUTER, 1 + k)
-            count = max(1, round(float(cut.pi[k]) * config.router.samples))
+            count = max(1, round(float(mixture.pi[k]) * config.router.samples))
             for index in torch.arange(count, device=device).split(_SAMPLE_BATCH):
-                noise = normal(seed, RngStream.START, index, 0, cut.shape)
+                noise = normal(seed, RngStream.START, index, 0, mixture.shape)
                 x = noise * process(torch.tensor(1.0)).s
                 made = sample(expert, x, process, "ipndm", _SAMPLE_STEPS, "cosine")
                 images.append(to_uint8(made).cpu())

@@ -10,22 +10,30 @@ from train.run_folder import check_claim, read_partition
 from train.stages.bundle import make_bundle
 from train.stages.evaluate import evaluate_stage
 from train.stages.expert import expert_stem, train_experts
+from train.stages.living import grow, remove, reroute, retrain
 from train.stages.monolith import train_monoliths
 from train.stages.partition import make_partition
 from train.stages.router import train_router
 from train.stages.sample import sample_images
 from train.stages.seed_model import train_seed_model
+from train.stages.shard import export_shards, make_shard
 
 
 def run(config: Config, stages: Sequence[str] = STAGES) -> None:
-    """Run the stages in their order. Raises a `DdmError` that says what to change."""
+    """Run the stages and commands in their order. Raises a `DdmError` that says what to change."""
     check_before(config, stages)
     does: dict[str, Callable[[Config], object]] = {
+        "shard": make_shard,
         "partition": make_partition,
+        "export": export_shards,
         "seed_model": train_seed_model,
         "expert": train_experts,
         "router": train_router,
         "bundle": make_bundle,
+        "remove": remove,
+        "retrain": retrain,
+        "grow": grow,
+        "reroute": reroute,
         "monolith": lambda config: train_monoliths(config, config.evaluate),
         "sample": sample_images,
         "evaluate": evaluate_stage,
@@ -34,10 +42,10 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     index = config.expert.index if list(stages) == ["expert"] else None
     part = None if index is None else expert_stem(config, index).parent
     with nullcontext() if list(stages) == ["sample"] else locked(config.folder, part):
-        for stage in STAGES:
-            if stage in stages:
-                does[stage](config)
-            if stage == "partition" and "evaluate" in stages:
+        for name, stage in does.items():
+            if name in stages:
+                stage(config)
+            if name == "partition" and "evaluate" in stages:
                 _check_classes(config)
 
 
@@ -46,7 +54,8 @@ def check_before(config: Config, stages: Sequence[str]) -> None:
     if "evaluate" in stages:
         config.evaluate.check_files("evaluate")
         config.samplers(config.evaluate, "evaluate")
-    check_claim(config)
+    if set(stages) != {"shard"}:  # which trains nothing, and writes a folder of its own
+        check_claim(config)
 
 
 def _check_classes(config: Config) -> None:

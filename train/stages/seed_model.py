@@ -73,8 +73,9 @@ def _train(config: Config, images: Tensor, key: str, on_progress: OnProgress) ->
         on_progress((step, loss))
 
     cfg, stem = _config(config), seed_stem(config)
-    held_out = validation_images(config, read_partition(config), None)
+    held_out = validation_images(config, config.folder / "partition", read_partition(config), None)
     train_denoiser(config, cfg, images, seed, stem, facts, report, held_out=held_out)
+    drop_resume(stem.parent)
 
 
 def _config(config: Config) -> ExpertConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
-from ddm.bundle import write_half
+from ddm.bundle_writing import write_half
 from ddm.errors import ArtifactError, ConfigError
 from ddm.gaussian import moments
 from ddm.partition import Partition
@@ -498,12 +498,12 @@ def test_an_expert_of_another_run_is_refused_even_with_its_hash_in_the_manifest(
 ) -> None:
     bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
     facts = json.loads((bundle / "expert-01.json").read_text())
-    (bundle / "expert-01.json").write_text(json.dumps({**facts, "partition": "0" * 64}))
+    (bundle / "expert-01.json").write_text(json.dumps({**facts, "cluster": "0" * 64}))
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["artifacts"]["expert-01"] = sha256(bundle / "expert-01.json")
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        ArtifactError, match="expert-01.json does not belong to this bundle: its partition is '000"
+        ArtifactError, match="expert-01.json does not belong to this bundle: its cluster is '000"
     ):
         load(bundle)
 

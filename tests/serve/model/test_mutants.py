@@ -66,18 +66,18 @@ def seal(bundle: Path) -> None:
     """Redo every hash that is there, so that only the meaning of a mutant is wrong."""
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text())
-    partition = manifest.get("partition")
-    if isinstance(partition, dict) and isinstance(partition.get("hash"), str):
-        keys = ("shape", "names", "sizes", "hashes")
-        partition["hash"] = digest({key: partition[key] for key in keys if key in partition})
+    mixture = manifest.get("mixture")
+    if isinstance(mixture, dict) and isinstance(mixture.get("hash"), str):
+        keys = ("shape", "names", "weights", "clusters")
+        mixture["hash"] = digest({key: mixture[key] for key in keys if key in mixture})
     for json_path in bundle.glob("*.json"):
         facts = json.loads(json_path.read_text())
-        if json_path == path or not isinstance(facts, dict):
+        if json_path.name in (path.name, "history.json") or not isinstance(facts, dict):
             continue
         if isinstance(facts.get("sha256"), str):
             facts["sha256"] = sha256(json_path.with_suffix(".safetensors"))
-        if isinstance(facts.get("partition"), str) and isinstance(partition, dict):
-            facts["partition"] = partition.get("hash")
+        if isinstance(facts.get("mixture"), str) and isinstance(mixture, dict):
+            facts["mixture"] = mixture.get("hash")
         json_path.write_text(json.dumps(facts))
         artifacts = manifest.get("artifacts")
         if isinstance(artifacts, dict) and isinstance(artifacts.get(json_path.stem), str):
@@ -105,7 +105,7 @@ def changed(rng: random.Random, old: Any, others: list[Any]) -> Any:
 
 def mutate_json(rng: random.Random, bundle: Path) -> str:
     """Change one fact of one file."""
-    path = rng.choice(sorted(bundle.glob("*.json")))
+    path = rng.choice(sorted(set(bundle.glob("*.json")) - {bundle / "history.json"}))
     tree = json.loads(path.read_text())
     found = places(tree)
     container, key = rng.choice(found)
@@ -135,8 +135,10 @@ def mutate_everywhere(rng: random.Random, bundle: Path) -> str:
         ]
     )
     for path in bundle.glob("*.json"):
+        if path.name == "history.json":
+            continue
         facts = json.loads(path.read_text())
-        inner = facts["partition"] if path.name == "manifest.json" and key == "shape" else facts
+        inner = facts["mixture"] if path.name == "manifest.json" and key == "shape" else facts
         inner[key] = value
         path.write_text(json.dumps(facts))
     return f"{key} {value}"

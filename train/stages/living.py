@@ -1,0 +1,226 @@
+"""`grow`, `retrain`, `remove` and `reroute`: a bundle whose experts change one at a time.
+
+The files of the other experts stay as they are, the mixture weights follow, and `source=gaussian` routes at once. A router
+that was trained for other clusters stays in the bundle as the one that `reroute` starts from.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ddm.artifacts import digest, file_of, sha256
+from ddm.bundle import Bundle, read_bundle
+from ddm.bundle_writing import Parts, mixture_of, write_bundle
+from ddm.errors import ConfigError, require
+from ddm.history import read_history
+from ddm.mixture import Mixture
+from ddm.partition import Partition
+from train.config import Config, SeedModelConfig
+from train.run_folder import claim, read_clusters
+from train.stages.denoiser import artifact_stem, initial
+from train.stages.expert import expert_stem, train_experts
+from train.stages.router import Data, make_router, pooled, sampled
+
+log = logging.getLogger(__name__)
+
+
+def grow(config: Config) -> None:
+    """Add an expert: `update.expert`, or one that is trained here from `expert.shard`."""
+    bundle = _bundle(config)
+    stem = _given_expert(config)
+    added = _mixture(config, stem)
+    name = added.names[0]
+    if name in bundle.mixture.names:
+        here = bundle.experts[bundle.mixture.names.index(name)]
+        if sha256(here.json) == sha256(file_of(stem, ".json")):
+            log.info("grow       up to date: %s is in the bundle", name)
+            return
+        raise ConfigError(
+            f"update.cluster must be a new name, got {name!r}: that cluster is retrained with the command retrain",
+            "update.cluster",
+        )
+    mixture = _with_weights(config, bundle, stem)
+    mixture = replace(
+        mixture,
+        names=[*mixture.names, name],
+        weights=[*mixture.weights, *added.weights],
+        clusters=[*mixture.clusters, *added.clusters],
+    )
+    experts = {**Parts.of(bundle).experts, _free_name(config, bundle): stem}
+    _write(config, bundle, mixture, experts, f"grow {name}")
+
+
+def retrain(config: Config) -> None:
+    """Put another expert in the place of one, `update.cluster`: given or trained as in `grow`."""
+    bundle = _bundle(config)
+    k = _place(config, bundle)
+    stem = _given_expert(config)
+    other = _mixture(config, stem)
+    mixture = _with_weights(config, bundle, stem)
+    weights, clusters = [*mixture.weights], [*mixture.clusters]
+    weights[k], clusters[k] = other.weights[0], other.clusters[0]
+    experts = {**Parts.of(bundle).experts, bundle.files[k]: stem}
+    mixture = replace(mixture, weights=weights, clusters=clusters)
+    _write(config, bundle, mixture, experts, f"retrain {mixture.names[k]}")
+
+
+def remove(config: Config) -> None:
+    """Take an expert, `update.cluster`, out of the bundle."""
+    bundle = _bundle(config)
+    k, left = _place(config, bundle), bundle.mixture
+    if left.k == 1:
+        raise ConfigError(
+            f"update.cluster must leave an expert in the bundle, {left.names[0]!r} is its last",
+            "update.cluster",
+        )
+    rest = [i for i in range(left.k) if i != k]
+    mixture = Mixture(
+        left.shape,
+        [left.names[i] for i in rest],
+        [left.weights[i] for i in rest],
+        [left.clusters[i] for i in rest],
+    )
+    experts = Parts.of(bundle).experts
+    del experts[bundle.files[k]]
+    _write(config, bundle, mixture, experts, f"remove {left.names[k]}")
+
+
+def reroute(config: Config) -> None:
+    """Train the router of the bundle as it is now, from the weights of the one before if there was one."""
+    bundle = _bundle(config)
+    if bundle.mixture.k == 1 or bundle.router is not None:
+        why = "one expert needs no router" if bundle.router is None else "the router fits"
+        log.info("reroute    up to date: %s", why)
+        return
+    require(
+        config.schedule == bundle.schedule,
+        "schedule",
+        f"be {bundle.schedule}, the bundle's",
+        config.schedule,
+    )
+    start = (bundle.old_router, bundle.old_names) if bundle.old_router else None
+    made_of = [expert.facts["sha256"] for expert in bundle.experts]
+    if start is not None:
+        made_of.append(start[0].facts["sha256"])
+    made_of.append(digest(bundle.old_names))
+    stem = config.folder / f"router-{digest([made_of, bundle.mixture.hash])[:12]}" / "router"
+
+    def data() -> Data:
+        if config.router.data == "pooled":
+            return pooled(config, [*_images(config, bundle.mixture)])
+        return sampled(config, bundle.mixture, bundle.experts)
+
+    make_router(config, bundle.mixture, stem, made_of, data, start)
+    parts = replace(Parts.of(bundle), router=stem, old_router=None)
+    _save(config, parts, "reroute")
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.update.bundle) if config.update.bundle else config.folder / "bundle"
+
+
+def _bundle(config: Config) -> Bundle:
+    return read_bundle(_folder(config))
+
+
+def _given_expert(config: Config) -> Path:
+    """The artifact to put into the bundle, trained first if it is given as a shard."""
+    if config.update.expert is not None:
+        return artifact_stem(config.update.expert)
+    if config.expert.shard is None:
+        raise ConfigError(
+            "update.expert must be the artifact of an expert, or expert.shard the shard to train it from, got neither",
+            "update.expert",
+        )
+    _, shard = read_clusters(config)
+    start = initial(config)
+    owner = replace(
+        config,
+        run=str(config.folder / "owners" / shard.hashes[0][:12]),
+        seed_model=SeedModelConfig(),
+        expert=replace(config.expert, init=None if start is None else str(start)),
+    )
+    train_experts(owner)
+    return expert_stem(owner, owner.expert.index or 0)
+
+
+def _mixture(config: Config, stem: Path) -> Mixture:
+    """The mixture of the given expert alone: its name and weight here, and its cluster."""
+    name, weight = config.update.cluster, config.update.weight
+    return mixture_of([stem], [] if name is None else [name], [] if weight is None else [weight])
+
+
+def _with_weights(config: Config, bundle: Bundle, stem: Path) -> Mixture:
+    """The bundle's mixture. Raises `ConfigError` if it is not clear how much another expert would weigh in it."""
+    counts = [expert.facts.get("count") for expert in bundle.experts]
+    if config.update.weight is None and counts != [*bundle.mixture.weights]:
+        raise ConfigError(
+            f"update.weight must be given for {file_of(stem, '.json')}: the weights of the bundle, "
+            f"{[*bundle.mixture.weights]}, are not numbers of images",
+            "update.weight",
+        )
+    return bundle.mixture
+
+
+def _place(config: Config, bundle: Bundle) -> int:
+    """Where `update.cluster` is among the experts."""
+    name, names = config.update.cluster, bundle.mixture.names
+    require(name in names, "update.cluster", f"be one of the bundle's clusters, {names}", name)
+    return names.index(str(name))
+
+
+def _free_name(config: Config, bundle: Bundle) -> str:
+    """The name of a new expert's files: a number that no expert of this bundle has ever had."""
+    used = {*bundle.files}
+    for event in read_history(_folder(config)):
+        used |= {name for name in event.get("added", {}) if name.startswith("expert-")}
+    return f"expert-{1 + max(int(name[7:]) for name in used):02d}"
+
+
+def _write(
+    config: Config, bundle: Bundle, mixture: Mixture, experts: dict[str, Path], what: str
+) -> None:
+    """Write the bundle with other experts; a router that does not fit them becomes the old one."""
+    parts = replace(Parts.of(bundle), mixture=mixture, experts=experts)
+    if bundle.router is not None and mixture.hash != bundle.mixture.hash:
+        old = (bundle.router.stem, bundle.mixture.names)
+        parts = replace(parts, router=None, old_router=old)
+    _save(config, parts, what)
+
+
+def _save(config: Config, parts: Parts, what: str) -> None:
+    claim(config)
+    folder = _folder(config)
+    write_bundle(folder, parts, what)
+    bundle = read_bundle(folder)
+    pi = ", ".join(
+        f"{name} {p:.3f}" for name, p in zip(bundle.mixture.names, bundle.mixture.pi, strict=True)
+    )
+    log.info("%s: pi %s; version %s", what, pi, bundle.version[:12])
+    if bundle.mixture.k > 1 and bundle.router is None:
+        log.info(
+            "its router does not fit: sample.source=gaussian routes until 'reroute' has trained it on"
+        )
+
+
+def _images(config: Config, mixture: Mixture) -> Iterator[Tensor]:
+    """The images of each cluster, from the run's partition, its shards, or `update.shards`."""
+    held: dict[str, tuple[Path, Partition, int]] = {}
+    own = [config.folder / "partition", *sorted((config.folder / "shards").glob("*"))]
+    for folder in (*own, *map(Path, config.update.shards)):
+        if folder in own and not (folder / "partition.json").exists():
+            continue
+        partition = Partition.read(folder)
+        held |= {value: (folder, partition, k) for k, value in enumerate(partition.hashes)}
+    for name, cluster in zip(mixture.names, mixture.clusters, strict=True):
+        if cluster not in held:
+            raise ConfigError(
+                f"router.data must be experts where images are elsewhere, got 'pooled': those of {name!r} are not in "
+                f"{config.folder}, nor is its shard in update.shards",
+                "router.data",
+            )
+        folder, partition, k = held[cluster]
+        yield partition.cluster(folder, k)["images"]
