@@ -34,9 +34,9 @@ from ddm.bundle import (
     read_artifact,
     read_bundle,
 )
+from ddm.bundle_history import write_history
 from ddm.errors import ArtifactError, require, shown
 from ddm.gaussian import MOMENTS
-from ddm.history import write_history
 from ddm.mixture import Mixture, is_whole
 
 

@@ -21,9 +21,9 @@ from ddm.artifacts import (
     write_tensors,
 )
 from ddm.bundle import Bundle, read_bundle
+from ddm.bundle_history import read_history
 from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, write_half
 from ddm.errors import ArtifactError, ConfigError, shown
-from ddm.history import read_history
 from ddm.partition import Partition
 
 SCHEDULE = {"name": "vp_linear", "beta_max": 20.0}

@@ -9,8 +9,8 @@ import torch
 
 from ddm.artifacts import read_facts, sha256
 from ddm.bundle import Bundle, read_bundle
+from ddm.bundle_history import read_history
 from ddm.errors import ArtifactError, ConfigError
-from ddm.history import read_history
 from serve import load
 from train.config import Config
 from train.stages.run import run

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ddm.artifacts import read_facts, sha256
+from ddm.bundle_history import read_history
 from ddm.errors import ArtifactError, ConfigError, DataError
-from ddm.history import read_history
 from ddm.partition import Partition
 from serve import load
 from tests.conftest import ROOT, SMALL

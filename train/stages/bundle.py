@@ -6,9 +6,9 @@ from typing import Any
 
 from ddm.artifacts import check_sha256, file_of, read_facts, read_json, sha256
 from ddm.bundle import MANIFEST, read_bundle
+from ddm.bundle_history import read_history
 from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, write_half
 from ddm.errors import ArtifactError, within
-from ddm.history import read_history
 from ddm.mixture import Mixture
 from train.config import Config
 from train.run_folder import claim, read_partition

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ddm.artifacts import digest, file_of, sha256
 from ddm.bundle import Bundle, read_bundle
+from ddm.bundle_history import read_history
 from ddm.bundle_writing import Parts, mixture_of, write_bundle
 from ddm.errors import ConfigError, require
-from ddm.history import read_history
 from ddm.mixture import Mixture
 from ddm.partition import Partition
 from train.config import Config, SeedModelConfig
