@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import ablations, agreement, clusters, relaxation_rate, survival
+from benchmarks import ablations, agreement, clusters, joining, relaxation_rate, survival
 from benchmarks.lab import __main__ as lab
 from benchmarks.load import __main__ as load
 from benchmarks.speed import __main__ as speed
@@ -13,6 +13,7 @@ from benchmarks.table import __main__ as table
 COMMANDS = {
     "ablations": ablations.main,
     "agreement": agreement.main,
+    "joining": joining.main,
     "clusters": clusters.main,
     "lab": lab.main,
     "load": load.main,

@@ -34,9 +34,9 @@ _NEW, _LEAVING = 9, 0
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = Parser("owners", __doc__)
+    parser = Parser("joining", __doc__)
     parser.add_argument("words", nargs="*", metavar="key=value", help="keys of the config")
-    parser.add_argument("--folder", default="runs/owners", help="default runs/owners")
+    parser.add_argument("--folder", default="runs/joining", help="default runs/joining")
     parser.add_argument("--n", type=int, default=500, help="images of each state; default 500")
     return run(parser, _measure, words)
 
