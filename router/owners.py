@@ -59,8 +59,8 @@ class Owner:
 class Owners:
     """K owners, as a set of images and as the source of the targets.
 
-    ask: reaches them. counts: of their images, without mirror images. shape: of an image.
-    flip: as theirs. `bytes_out` and `bytes_in` are what they have received and sent.
+    ask: reaches them. counts: of their images, without mirror images. flip: as theirs. `bytes_out`
+    and `bytes_in` are what they have received and sent.
 
     An image's place is that among the images of all owners, one owner after another, and the
     mirror images after all others.
@@ -72,7 +72,6 @@ class Owners:
         self,
         ask: Ask,
         counts: Sequence[int],
-        shape: Sequence[int],
         schedule: Schedule,
         flip: bool = False,
     ) -> None:
@@ -82,9 +81,10 @@ class Owners:
         self.cluster = owner.repeat(2) if flip else owner
         mirrored = within + torch.tensor(self.counts)[owner]
         self._within = torch.cat([within, mirrored]) if flip else within
-        self.shape = torch.Size([len(self.cluster), *shape])
-        self.device = torch.device("cpu")
         self.bytes_out = self.bytes_in = 0
+        mean, _ = self.moments()[0]
+        self.shape = torch.Size([len(self.cluster), *mean.shape])
+        self.device = torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self.cluster)

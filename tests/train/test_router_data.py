@@ -64,3 +64,18 @@ def test_an_expert_that_is_missing_is_named(trained: Path, small: Callable[..., 
         match=r"router.data=experts needs .*01/expert.json: run the stage expert first",
     ):
         train_router(small(trained, *SAMPLED))
+
+
+def test_a_router_of_owners_learns_what_one_of_their_pooled_images_does(
+    trained: Path, small: Callable[..., Config]
+) -> None:
+    routers = []
+    for data in ("pooled", "shards"):
+        shutil.rmtree(trained / "router", ignore_errors=True)
+        (trained / "config.yaml").unlink(missing_ok=True)
+        train_router(small(trained, f"router.data={data}", "data.flip=true"))
+        routers.append(read_tensors(trained / "router" / "router.safetensors"))
+    pooled, asked = routers
+    assert pooled.keys() == asked.keys()
+    for name, tensor in pooled.items():
+        torch.testing.assert_close(asked[name], tensor, rtol=1e-3, atol=1e-4)

@@ -22,7 +22,8 @@ from train.config import Config, SeedModelConfig
 from train.run_folder import claim, read_clusters
 from train.stages.denoiser import artifact_stem, initial
 from train.stages.expert import expert_stem, train_experts
-from train.stages.router import Data, make_router, pooled, sampled
+from train.stages.router import make_router
+from train.stages.router_data import Data, of_images, sampled
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +110,9 @@ def reroute(config: Config) -> None:
     stem = config.folder / f"router-{digest([made_of, bundle.mixture.hash])[:12]}" / "router"
 
     def data() -> Data:
-        if config.router.data == "pooled":
-            return pooled(config, [*_images(config, bundle.mixture)])
-        return sampled(config, bundle.mixture, bundle.experts)
+        if config.router.data == "experts":
+            return sampled(config, bundle.mixture, bundle.experts)
+        return of_images(config, [*_images(config, bundle.mixture)])
 
     make_router(config, bundle.mixture, stem, made_of, data, start)
     parts = replace(Parts.of(bundle), router=stem, old_router=None)

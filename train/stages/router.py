@@ -1,6 +1,6 @@
 """The stage `router`: the posterior net, then posterior and derivative nets together.
 
-With `router.data=experts` it opens no image: it is trained on what the experts sample.
+What it is trained on is `router_data`'s.
 """
 
 import logging
@@ -10,22 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ddm.artifacts import digest, file_of, read_facts, write_artifact
 from ddm.bundle import Artifact, read_artifact
 from ddm.errors import ArtifactError
-from ddm.gaussian import Gaussians
 from ddm.mixture import Mixture
 from ddm.partition import Partition
-from ddm.rng import RngStream, derive_seed, normal
-from ddm.samplers import sample
-from ddm.schedules import schedule
+from ddm.rng import RngStream, derive_seed
 from ddm.training import Batches
 from router.networks import DerivativeNet
 from router.router_module import PosteriorLearning, RouterLearning
-from serve.model.build import build_expert, build_gaussians
-from serve.model.images import to_uint8
 from train.config import Config, changed
 from train.fit import NotFiniteError, fit
 from train.progress import bar
@@ -33,15 +27,11 @@ from train.resume import drop_resume
 from train.run_folder import claim, read_partition
 from train.stages.denoiser import artifact_is_made, diverged, fitted_facts
 from train.stages.expert import expert_stem
+from train.stages.router_data import Data, of_images, sampled
 from train.stages.warm_start import start_from
 from train.watching import Watch
 
 log = logging.getLogger(__name__)
-
-_SAMPLE_STEPS, _SAMPLE_BATCH = 25, 250
-
-
-Data = tuple[Tensor, Tensor, Gaussians]  # images, the cluster of each, and the clusters' Gaussians
 
 
 def train_router(config: Config) -> None:
@@ -54,14 +44,14 @@ def train_router(config: Config) -> None:
     hashes = [read_facts(stem)["sha256"] for stem in stems]
 
     def data() -> Data:
+        if config.router.data == "experts":
+            artifacts = [
+                read_artifact(stem, None, {"cluster": cluster})
+                for stem, cluster in zip(stems, cut.hashes, strict=True)
+            ]
+            return sampled(config, cut.mixture, artifacts)
         folder = config.folder / "partition"
-        if config.router.data == "pooled":
-            return pooled(config, [cut.cluster(folder, k)["images"] for k in range(cut.k)])
-        artifacts = [
-            read_artifact(stem, None, {"cluster": cluster})
-            for stem, cluster in zip(stems, cut.hashes, strict=True)
-        ]
-        return sampled(config, cut.mixture, artifacts)
+        return of_images(config, [cut.cluster(folder, k)["images"] for k in range(cut.k)])
 
     make_router(config, cut.mixture, config.folder / "router" / "router", hashes, data)
 
@@ -150,7 +140,7 @@ def _expert_stems(config: Config, cut: Partition) -> list[Path]:
 
     Raises `ArtifactError` naming an expert that is not trained yet.
     """
-    if config.router.data == "pooled":
+    if config.router.data != "experts":
         return []
     stems = [expert_stem(config, k) for k in range(cut.k)]
     for stem in stems:
@@ -159,37 +149,3 @@ def _expert_stems(config: Config, cut: Partition) -> list[Path]:
                 f"router.data=experts needs {file_of(stem, '.json')}: run the stage expert first"
             )
     return stems
-
-
-def pooled(config: Config, clusters: Sequence[Tensor]) -> Data:
-    """The training data of images of all clusters, uint8 `[n, C, H, W]` each."""
-    images = torch.cat([*clusters])
-    sizes = torch.tensor([len(one) for one in clusters])
-    cluster = torch.repeat_interleave(torch.arange(len(clusters)), sizes)
-    gaussians = Gaussians.of_clusters(clusters, schedule(**config.schedule), config.data.flip)
-    if config.data.flip:  # the experts see mirror images, so the mixture is over both
-        images, cluster = torch.cat([images, images.flip(3)]), cluster.repeat(2)
-    return images, cluster, gaussians
-
-
-@torch.inference_mode()
-def sampled(config: Config, mixture: Mixture, artifacts: list[Artifact]) -> Data:
-    """The training data of images sampled from the experts in proportion to pi; the Gaussians are those that their
-    artifacts carry.
-    """
-    process, device = schedule(**config.schedule), torch.device(config.device)
-    images, labels = [], []
-    with bar("router: sampling", config.router.samples) as advance:
-        for k, artifact in enumerate(artifacts):
-            expert = build_expert(artifact, process, device)
-            seed = derive_seed(config.seed, RngStream.ROUTER, 1 + k)
-            count = max(1, round(float(mixture.pi[k]) * config.router.samples))
-            for index in torch.arange(count, device=device).split(_SAMPLE_BATCH):
-                noise = normal(seed, RngStream.START, index, 0, mixture.shape)
-                x = noise * process(torch.tensor(1.0)).s
-                made = sample(expert, x, process, "ipndm", _SAMPLE_STEPS, "cosine")
-                images.append(to_uint8(made).cpu())
-                labels.append(torch.full((len(made),), k))
-                advance(len(made))
-    gaussians = build_gaussians(artifacts, process, torch.device("cpu"))
-    return torch.cat(images), torch.cat(labels), gaussians
