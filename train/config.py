@@ -12,6 +12,7 @@ import configs
 from ddm.device import pick_device
 from ddm.errors import ConfigError, DdmError, one_of, require, within
 from ddm.grids import check_grid
+from ddm.privacy import PrivacyConfig
 from ddm.samplers import plan_steps
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
@@ -314,6 +315,7 @@ class Config:
     schedule: `name` and the parameters of the forward process
     seed_model, expert, router, bundle, sample, evaluate: the stages
     shard, update: the commands
+    privacy: noise on the moments that an expert's artifact carries
     watch: what is seen of training while it goes on
     table: what `python -m benchmarks.table` measures
     """
@@ -330,6 +332,7 @@ class Config:
     bundle: BundleConfig = field(default_factory=BundleConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     sample: SampleStageConfig = field(default_factory=SampleStageConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -350,6 +353,14 @@ class Config:
             self.expert.check()
         with within("router"):
             self.router.check()
+        with within("privacy"):
+            self.privacy.check()
+        require(
+            self.privacy.sigma == 0 or self.router.data == "experts",
+            "router.data",
+            "be experts with privacy.sigma above 0: in the other ways images leave their owners",
+            self.router.data,
+        )
         self.watch.check(self.partition.holdout)
         self.sample.check()
         self.evaluate.check("evaluate")

@@ -1,7 +1,7 @@
 """Training one denoiser and writing its artifact: what the stages `seed_model` and `expert` share."""
 
 import logging
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ddm.bundle import IMAGE_RANGE, Artifact, read_artifact
 from ddm.errors import ArtifactError, ConfigError, within
 from ddm.gaussian import MOMENTS, moments
 from ddm.partition import Partition
+from ddm.privacy import PrivacyConfig, gaussian_epsilon, private_moments
 from ddm.schedules import schedule
 from ddm.training import Batches, FitConfig
 from experts.denoiser import ExpertConfig
@@ -127,10 +128,22 @@ def train_denoiser(
     if cfg.ema_also:
         facts["ema_decay"] = decay
     tensors = denoiser.state_dict()
-    if with_moments:
+    if with_moments and config.privacy.sigma > 0:
+        tensors |= dict(
+            zip(MOMENTS, private_moments(images, config.data.flip, config.privacy), strict=True)
+        )
+        facts["privacy"] = _privacy_facts(config.privacy)
+    elif with_moments:
         tensors |= dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
     write_artifact(stem, tensors, facts)
     drop_resume(stem.parent, keep_newest=True)
+
+
+def _privacy_facts(cfg: PrivacyConfig) -> dict[str, float]:
+    """What may be said of the moments, of one release of them."""
+    epsilon = gaussian_epsilon(cfg.sigma, cfg.delta)
+    log.info("expert     moments are (%.3g, %g)-differentially private", epsilon, cfg.delta)
+    return {**asdict(cfg), "epsilon": epsilon}
 
 
 def validation_images(

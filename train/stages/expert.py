@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -48,6 +48,7 @@ def _key(config: Config, partition: Partition, k: int) -> str:
             config.data.flip,
             partition.hashes[_place(config, k)],
             *hash_of(initial(config)),
+            *([asdict(config.privacy)] if config.privacy.sigma > 0 else []),
         ]
     )
 
