@@ -4,7 +4,8 @@ matrix product in the same run, and the memory the peak beyond what the process 
 accuracy is the largest difference from an independent float64 computation over 10,000 images, those
 of CIFAR-10 if the folder of $DDM_DATA (default: data) has them, at 14 times from 1e-3 to 1.
 `apart`: float32 products of digits, as where float64 is slow; they cost five products, and their
-share is of one.
+share is of one. `ten owners`: the same images with ten owners in this process, each asked for its
+sums (`router.owners`); the difference is the largest from the pooled targets.
 """
 
 import os
@@ -21,6 +22,7 @@ from benchmarks.speed.timing import Call, Ceiling, Figures, Variant, alternate
 from ddm.errors import DdmError
 from ddm.schedules import Schedule, schedule
 from ddm.training import to_float
+from router.owners import Owner, Owners, here
 from router.targets import exact_posterior, exact_posterior_rate
 
 SHAPE = (3, 32, 32)
@@ -39,6 +41,7 @@ def variants(device: str) -> list[Variant]:
         Variant("rate: memory", partial(memory, IMAGES), 1, needs_s=20),
         Variant("rate: memory, a fifth of the images", partial(memory, IMAGES // 5), 2),
         Variant("accuracy", partial(_accuracy, device), 2, needs_s=20),
+        Variant("rate: ten owners", _owners, 1, needs_s=30),
         Variant("apart: accuracy", _apart(partial(_accuracy, device)), 2, needs_s=30),
     ]
     if device != "cpu":
@@ -93,6 +96,31 @@ def _measured(device: str, name: str) -> Figures:
         figures[f"{precision} ceiling TFLOP/s"] = limit / 1e12
         figures[f"share of {precision}"] = rate / limit
     return figures
+
+
+def _owners() -> Figures:
+    images, labels = _made_up(IMAGES)
+    process = schedule("vp_linear")
+    clusters = [images[labels == k] for k in range(10)]
+    asked = here([Owner(cluster, process) for cluster in clusters])
+    owners = Owners(asked, [len(cluster) for cluster in clusters], process)
+    x0, t = to_float(images[:QUERIES]), torch.linspace(1e-3, 1, QUERIES)
+    eps = torch.randn_like(x0)
+    owners.bytes_out = owners.bytes_in = 0
+    found, rate = owners.rate(x0, eps, t)
+    sent, received = owners.bytes_out / 10 / QUERIES, owners.bytes_in / 10 / QUERIES
+    pooled, pooled_rate = exact_posterior_rate(x0, eps, t, images, labels, process, 10)
+    sides = {"owners": lambda: owners.rate(x0, eps, t), "pooled": _call("cpu", "rate")}
+    timing = alternate(sides, "cpu", most_s=20)
+    return {
+        "ms": 1000 * timing.median("owners"),
+        "pooled ms": 1000 * timing.median("pooled"),
+        "bytes to an owner per query": sent,
+        "bytes from it": received,
+        "largest: alpha with its rate": float((found - pooled).abs().max()),
+        "largest: rate": float((rate - pooled_rate).abs().max()),
+        "largest: |rate|": float(pooled_rate.abs().max()),
+    }
 
 
 def _memory(device: str, images: int) -> Figures:
