@@ -1,4 +1,4 @@
-"""python -m benchmarks.clusters [--images 1000000] [--k 16] [--classes 64] [--files] [--folder runs/clusters] [key=value ...]
+"""python -m benchmarks.clusters [--images 1000000] [--k 64] [--classes 64] [--files] [--folder runs/clusters] [key=value ...]
 
 Makes up images of 32 x 32 pixels, smooth ones of each class with noise on them, cuts them into clusters by
 `python -m train partition` with k-means of two levels, and prints the time, the most memory of the process,
@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = Parser("clusters", __doc__)
     parser.add_argument("words", nargs="*", help="key=value, as for python -m train")
     parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--classes", type=int, default=64)
     parser.add_argument("--files", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/clusters"))
