@@ -101,6 +101,8 @@ class Watching(Callback):
     ) -> None:
         if not isinstance(pl_module, ExpertLearning) or (batch_idx + 1) % pl_module.batches.parts:
             return
+        if not trainer.is_global_zero:  # of several processes that train one network
+            return
         step, last = trainer.global_step, trainer.global_step == trainer.max_steps
         config = self.watch.config
         if self.watch.validates and _is_due(step, config.validate_every, last):
