@@ -51,7 +51,7 @@ def test_a_row_says_why_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
 def test_the_peak_of_a_call_is_counted() -> None:
     found = peak_beyond(lambda: torch.ones(50 * MIB, dtype=torch.uint8), "cpu")
-    assert 50 * MIB <= found < 150 * MIB
+    assert 45 * MIB <= found < 150 * MIB  # Linux counts to about a MiB
     assert available("cpu") > 50 * MIB
 
 
