@@ -1,11 +1,15 @@
 """Training one expert: through Lightning (`train.fit.fit`) against the bare loop of the same step,
-that is the same batches, noise, loss, Adam, clipping and EMA; and the time of each part of a step.
-Made-up images. `fit` reports its loss four times; a training of more than 800 steps reports more
-rarely.
+that is the same batches, noise, loss, Adam, clipping and EMA; against the loop of diffusers' example
+for unconditional training, with its network of the same shape; the time of each part of a step; and
+what a step costs less without a part (`without`, in percent of the whole: of the average, of
+counter-based noise, where torch's generator takes its place, and of drawing images and times).
+`Lightning: reports and checkpoints` is what one of either adds. Made-up images. `fit` reports its loss
+four times; a training of more than 800 steps reports more rarely.
 """
 
 import itertools
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,10 +21,11 @@ from unittest import mock
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import train.fit
+from benchmarks.speed.diffusers_training import DiffusersStep
 from benchmarks.speed.timing import (
     Call,
     Figures,
@@ -69,18 +74,22 @@ class Training:
         batches = Batches(images, config.batch, seed=0)
         return kind(config.build(self.shape, schedule("vp_linear")), batches, config)
 
-    def fit(self, steps: int) -> float:
+    def fit(
+        self, steps: int, reports: int = _REPORTS, checkpoint_every: int | None = None
+    ) -> float:
         """Seconds per step through Lightning, after a quarter of the steps."""
         marks: list[tuple[int, float]] = []
+        config = replace(self.config, checkpoint_every=checkpoint_every or 10**9)
 
         def report(step: int, _: float) -> None:
-            marks.append((step, time.perf_counter()))
+            if step % (steps // _REPORTS) == 0:
+                marks.append((step, time.perf_counter()))
 
         folder = Path(tempfile.mkdtemp())
         accelerator = "cpu" if self.device == "cpu" else "gpu"
         try:
-            with mock.patch.object(train.fit, "_REPORTS", _REPORTS):
-                train.fit.fit(self.learning(), steps, self.config, folder, accelerator, report)
+            with mock.patch.object(train.fit, "_REPORTS", reports):
+                train.fit.fit(self.learning(), steps, config, folder, accelerator, report)
         finally:
             shutil.rmtree(folder)
         return _seconds_per_step(marks)
@@ -164,6 +173,17 @@ def variants(device: str) -> list[Variant]:
         found.append(Variant(title, partial(_measured, training), rank + 1, needs_s))
         parts = partial(_parts, training)
         found.append(Variant(f"{title}: ms of each part", parts, rank + 2, needs_s))
+        without = partial(_without, training)
+        found.append(Variant(f"{title}: without", without, rank + 2, needs_s))
+        if rank == 0:
+            added = partial(_reports_and_checkpoints, training)
+            more = f"{title}: Lightning: reports and checkpoints"
+            found.append(Variant(more, added, rank + 2, needs_s))
+    for bf16 in (True, False) if device == "cpu" else (True,):
+        precision = "bf16" if bf16 else "float32"
+        batch = 16 if device == "cpu" else 256
+        title = f"128 channels, {precision}, batch {batch}, against diffusers"
+        found.append(Variant(title, partial(_peer, device, bf16, batch), 2, 100))
     return found
 
 
@@ -185,6 +205,24 @@ def _gpu(channels: int) -> ExpertConfig:
         precision="bf16-mixed",
         compile=True,
     )
+
+
+def _peer(device: str, bf16: bool, batch: int) -> Figures:
+    """Our step, bare, and diffusers'. Without diffusers the row fails and says so."""
+    config = ExpertConfig(
+        unet=UNetConfig(channels=128, dropout=0.0),
+        batch=batch,
+        precision="bf16-mixed" if bf16 else "32-true",
+    )
+    training = Training(config, device, images=2000)
+    images = training.learning().batches.images
+    sides: dict[str, Call] = {"diffusers": DiffusersStep(128, images, batch, bf16, device)}
+    sides["ddm"] = BareStep(training)
+    timing = alternate(sides, device, rounds=3, most_s=60)
+    return {
+        **timing.rates(("ddm", "diffusers"), batch, "images/s"),
+        **timing.compared("ddm", "diffusers"),
+    }
 
 
 def _measured(training: Training) -> Figures:
@@ -228,3 +266,50 @@ def _parts(training: Training) -> Figures:
     }
     timing = alternate(sides, training.device)
     return {f"{side} ms": 1000 * timing.median(side) for side in sides}
+
+
+def _without(training: Training) -> Figures:
+    """Steps that leave one part out, in turn with the whole."""
+    whole, no_average, other_noise, no_data = (BareStep(training) for _ in range(4))
+    x0, place = no_data.learning.batches.x0(0)
+    times = no_data.learning.batches.times(0)
+
+    def torch_noise(*_: int) -> Tensor:
+        return torch.randn_like(x0)
+
+    patched = mock.patch.object
+    batches = no_data.learning.batches
+    with (
+        patched(no_average, "ema"),
+        patched(other_noise.learning.batches, "noise", torch_noise),
+        patched(batches, "x0", return_value=(x0, place)),
+        patched(batches, "times", return_value=times),
+    ):
+        steps = {"average": no_average, "counter-based noise": other_noise, "data": no_data}
+        sides: dict[str, Call] = {"whole": whole, **steps}
+        timing = alternate(sides, training.device, round_s=1.0)
+    figures: Figures = {"whole step ms": 1000 * timing.median("whole")}
+    for name in steps:
+        ratios = timing.ratio("whole", name)  # the speed of the whole over that without the part
+        figures[f"{name} %"] = 100 * (1 - statistics.median(ratios))
+    return figures
+
+
+def _reports_and_checkpoints(training: Training) -> Figures:
+    """What a report or a checkpoint at every step adds to a step."""
+    steps = 10 * _REPORTS
+    sides: dict[str, Callable[[], float]] = {
+        "neither": lambda: training.fit(steps),
+        "reports": lambda: training.fit(steps, reports=steps),
+        "checkpoints": lambda: training.fit(steps, checkpoint_every=1),
+    }
+    timing = Timing({name: [] for name in sides})
+    for _ in range(3):
+        for name, side in sides.items():
+            timing.seconds[name].append(side())
+    base = timing.median("neither")
+    return {
+        "step ms": 1000 * base,
+        "a report ms": 1000 * (timing.median("reports") - base),
+        "a checkpoint ms": 1000 * (timing.median("checkpoints") - base),
+    }

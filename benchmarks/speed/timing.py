@@ -230,7 +230,8 @@ def brief(error: BaseException) -> str:
 class Record:
     """What a run has measured, written to `path` after every row.
 
-    Subjects that this run does not name are kept as an earlier run left them.
+    Subjects that this run does not name are kept as an earlier run left them; of those that it does,
+    the earlier run is appended to the list `runs` of `STEM-history.json` beside `path`.
     """
 
     path: Path
@@ -241,9 +242,14 @@ class Record:
     def __post_init__(self) -> None:
         self.began = time.monotonic()
         self.facts: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
+        self.earlier: list[dict[str, Any]] = []  # runs that this one replaces
 
     def start(self, subject: str, doc: str) -> None:
         """Begin a subject anew."""
+        earlier = self.facts.get(subject)
+        if earlier is not None and any("figures" in row for row in earlier["rows"]):
+            facts = {key: value for key, value in earlier.items() if key != "about"}
+            self.earlier.append({"subject": subject, **facts})
         self.facts[subject] = {
             "about": doc.strip(),
             "command": self.command,
@@ -253,6 +259,15 @@ class Record:
             "machine": machine(self.device),
             "rows": [],
         }
+
+    def _write(self) -> None:
+        """Write what is measured, once what it replaces is in the history."""
+        if self.earlier:
+            path = self.path.with_name(f"{self.path.stem}-history.json")
+            runs = read_json(path)["runs"] if path.exists() else []
+            write_json(path, {"runs": [*runs, *self.earlier]})
+            self.earlier = []
+        write_json(self.path, self.facts)
 
     def left_s(self) -> float:
         """Seconds of the budget that are left."""
@@ -279,7 +294,7 @@ class Record:
             with contextlib.suppress(Exception):  # after an error of the device, the rest goes on
                 release()
         self.facts[subject]["rows"].append(row)
-        write_json(self.path, self.facts)
+        self._write()
         log.info("%s | %s | %s", subject, variant.name, _line(row))
 
 

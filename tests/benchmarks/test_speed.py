@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import exact_targets, shapes
+from benchmarks.speed import exact_targets, expert_training, shapes
+from benchmarks.speed.diffusers_training import DiffusersStep
 from benchmarks.speed.expert_training import BareStep, Training
 from benchmarks.speed.speed_page import page, write_page
 from benchmarks.speed.timing import (
@@ -85,6 +86,17 @@ def test_other_subjects_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "speed-cpu.json").read_text())
     assert list(facts) == ["network", "targets"]
     assert "figures" in facts["network"]["rows"][0]
+
+
+def test_an_earlier_run_of_a_subject_is_appended_to_the_history(tmp_path: Path) -> None:
+    for _ in range(3):
+        record(tmp_path).measure("network", Variant("good", one))
+    record(tmp_path)  # measures nothing, so that the next one has nothing to keep
+    record(tmp_path).measure("network", Variant("bad", fail))
+    runs = json.loads((tmp_path / "speed-cpu-history.json").read_text())["runs"]
+    assert [run["subject"] for run in runs] == ["network"] * 3
+    assert all(run["rows"][0]["figures"]["images/s"] == 1235 for run in runs)
+    assert all({"date", "commit", "machine", "command"} <= run.keys() for run in runs)
 
 
 def test_the_page_is_written_from_the_records(tmp_path: Path) -> None:
@@ -190,3 +202,19 @@ def test_the_independent_targets_agree() -> None:
     expected = exact_targets.independent(x0, eps, t, images, labels, process)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_training_is_measured_without_a_part_and_with_more_reports() -> None:
+    unet = UNetConfig(channels=4, multipliers=[1], blocks=1, attention=[], dropout=0.0)
+    training = Training(ExpertConfig(unet=unet, steps=100, batch=2), "cpu", images=8)
+    without = expert_training._without(training)
+    assert list(without) == ["whole step ms", "average %", "counter-based noise %", "data %"]
+    added = expert_training._reports_and_checkpoints(training)
+    assert list(added) == ["step ms", "a report ms", "a checkpoint ms"]
+
+
+def test_without_diffusers_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ImportError, match="diffusers is not installed"):
+        DiffusersStep(32, images, 2, False, "cpu")
