@@ -120,6 +120,12 @@ def test_an_expert_starts_from_any_artifact_of_its_network_and_from_no_other(
     config = small(cut, f"expert.init={from_run}.safetensors", "expert.index=1", *STILL)
     train_experts(config)
     assert_same(cut / "experts" / "01" / "expert", from_run)
+    for k, path in ((0, small_run / "experts" / "02"), (2, small_run / "monolith")):
+        train_experts(small(cut, f"expert.init={path}", f"expert.index={k}", *STILL))
+        start = next(path.rglob("expert.json")).with_suffix("")
+        assert_same(cut / "experts" / f"{k:02d}" / "expert", start)
+        facts = read_facts(cut / "experts" / f"{k:02d}" / "expert")
+        assert facts["init"]["sha256"] == read_facts(start)["sha256"]
     for words, key in (
         (["expert.unet.channels=12"], "unet"),
         (["schedule={name: rectified_flow}"], "schedule"),
