@@ -43,12 +43,13 @@ def grow(config: Config) -> None:
             f"update.cluster must be a new name, got {name!r}: that cluster is retrained with the command retrain",
             "update.cluster",
         )
-    mixture = _with_weights(config, bundle, stem)
+    _check_weight(config, bundle, stem)
+    old = bundle.mixture
     mixture = replace(
-        mixture,
-        names=[*mixture.names, name],
-        weights=[*mixture.weights, *added.weights],
-        clusters=[*mixture.clusters, *added.clusters],
+        old,
+        names=[*old.names, name],
+        weights=[*old.weights, *added.weights],
+        clusters=[*old.clusters, *added.clusters],
     )
     experts = {**Parts.of(bundle).experts, _free_name(config, bundle): stem}
     _write(config, bundle, mixture, experts, f"grow {name}")
@@ -59,8 +60,8 @@ def retrain(config: Config) -> None:
     bundle = _bundle(config)
     k = _place(config, bundle)
     stem = _given_expert(config)
-    other = _mixture(config, stem)
-    mixture = _with_weights(config, bundle, stem)
+    other, mixture = _mixture(config, stem), bundle.mixture
+    _check_weight(config, bundle, stem)
     weights, clusters = [*mixture.weights], [*mixture.clusters]
     weights[k], clusters[k] = other.weights[0], other.clusters[0]
     experts = {**Parts.of(bundle).experts, bundle.files[k]: stem}
@@ -154,8 +155,8 @@ def _mixture(config: Config, stem: Path) -> Mixture:
     return mixture_of([stem], [] if name is None else [name], [] if weight is None else [weight])
 
 
-def _with_weights(config: Config, bundle: Bundle, stem: Path) -> Mixture:
-    """The bundle's mixture. Raises `ConfigError` if it is not clear how much another expert would weigh in it."""
+def _check_weight(config: Config, bundle: Bundle, stem: Path) -> None:
+    """Raise `ConfigError` if it is not clear how much another expert would weigh in the bundle."""
     counts = [expert.facts.get("count") for expert in bundle.experts]
     if config.update.weight is None and counts != [*bundle.mixture.weights]:
         raise ConfigError(
@@ -163,7 +164,6 @@ def _with_weights(config: Config, bundle: Bundle, stem: Path) -> Mixture:
             f"{[*bundle.mixture.weights]}, are not numbers of images",
             "update.weight",
         )
-    return bundle.mixture
 
 
 def _place(config: Config, bundle: Bundle) -> int:
