@@ -20,7 +20,9 @@ from train.stages.denoiser import check_networks, seed_stem
 from train.stages.expert import expert_stem
 from train.stages.run import check_before
 
-_CHECKPOINTS = 3  # the newest, the one before it, and the one that is being written
+_CHECKPOINTS = (
+    3  # the newest, which an expert keeps, the one before it, and the one that is being written
+)
 
 
 class Data(NamedTuple):
@@ -109,8 +111,7 @@ class _Plan:
         cfg = config.expert
         self.cost = expert_cost(config, data.images, self.k)
         self.weights_bytes = self.cost.parameters * FLOAT_BYTES
-        saved = self.weights_bytes * states(cfg.ema_decay, len(cfg.ema_also))
-        self.checkpoints_bytes = _CHECKPOINTS * saved
+        self.saved_bytes = self.weights_bytes * states(cfg.ema_decay, len(cfg.ema_also))
         self.forward_s = forward_s(config, data.shape)
         self.router_bytes = 0
 
@@ -141,7 +142,8 @@ class _Plan:
         workers = max(1, workers)
         memory = self.cost.memory_bytes + max(self.data.sizes) * self.data.image_bytes
         seconds = math.ceil(todo / workers) * cfg.steps * self.cost.step_s
-        disk = todo * self.weights_bytes + min(workers, todo) * self.checkpoints_bytes
+        disk = todo * (self.weights_bytes + self.saved_bytes)
+        disk += min(workers, todo) * (_CHECKPOINTS - 1) * self.saved_bytes
         what = f"{todo} of {len(made)}, {workers} at a time, {cfg.steps} steps each"
         return Row(what, self.cost.parameters, memory, seconds, disk)
 
@@ -192,7 +194,7 @@ class _Plan:
         """Networks like an expert's, one after another, on the images of all clusters."""
         memory = self.cost.memory_bytes + self.total * self.data.image_bytes
         todo = sum(count > 0 for count in steps)
-        disk = todo * self.weights_bytes + (self.checkpoints_bytes if todo else 0) + more_bytes
+        disk = todo * (self.weights_bytes + _CHECKPOINTS * self.saved_bytes) + more_bytes
         what = " and ".join(f"{count} steps" if count else "made" for count in steps)
         return Row(what, self.cost.parameters, memory, sum(steps) * self.cost.step_s, disk)
 
