@@ -137,8 +137,8 @@ def _finished(process: "subprocess.Popen[bytes]", folder: Path) -> None:
 
 
 def _outputs(folder: Path) -> dict[str, str]:
-    """The hash of every file that a run leaves, but for its config, losses, checkpoints, and scratch."""
-    passed_over = ("config.yaml", "losses.txt", "resume.ckpt")
+    """The hash of every file that a run leaves, but for its config, scratch, and what tells times and losses."""
+    passed_over = ("config.yaml", "losses.txt", "history.json")
     return {
         str(path.relative_to(folder)): sha256(path)
         for path in sorted(folder.rglob("*"))
