@@ -1,4 +1,7 @@
-"""Fresh processes from start to end: wall and CPU seconds, each the median of three."""
+"""Fresh processes from start to end: wall and CPU seconds, each the median of three. `first image`: of
+the digits' five experts, from the start of the process until it is sampled, or until `python -m serve`
+has answered with it.
+"""
 
 import os
 import statistics
@@ -6,11 +9,11 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
+from benchmarks.load.child import server
+from benchmarks.speed.digits_run import ROOT, digits_run
 from benchmarks.speed.timing import Figures, Variant, shown_range
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "python -m train --help": ["-m", "train", "--help"],
     "python -m train digits expert.stepz=3 (a typo)": ["-m", "train", "digits", "expert.stepz=3"],
@@ -22,7 +25,25 @@ COMMANDS = {
 
 def variants(_: str) -> list[Variant]:
     """The rows of the table."""
-    return [Variant(name, partial(process, name, words), 1) for name, words in COMMANDS.items()]
+    rows = [Variant(name, partial(process, name, words), 1) for name, words in COMMANDS.items()]
+    rows.append(Variant("first image, load(RUN).sample(1)", first_image, 1, needs_s=40))
+    rows.append(Variant("first image, python -m serve RUN", first_served, 1, needs_s=40))
+    return rows
+
+
+def first_image(repeats: int = 3) -> Figures:
+    """Seconds of a process that loads a run and samples one image."""
+    program = f"from serve import load; load({str(digits_run())!r}).sample(1)"
+    return process("first image", ["-c", program], repeats)
+
+
+def first_served(repeats: int = 3) -> Figures:
+    """Seconds from the start of a server until it has answered with an image."""
+    wall = []
+    for _ in range(repeats):
+        with server(str(digits_run())) as (_, seconds):
+            wall.append(seconds)
+    return {"wall s": statistics.median(wall), "wall s range": shown_range(wall)}
 
 
 def process(name: str, words: list[str], repeats: int = 3) -> Figures:

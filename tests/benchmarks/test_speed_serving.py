@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.load.client import Reply, Tally, closed_loop
 from benchmarks.load.fairness import alone_and_behind
-from benchmarks.speed import serving
+from benchmarks.speed import serving, startup
 
 
 @pytest.fixture
@@ -67,3 +67,10 @@ def test_small_requests_stop_when_a_giant_ends(monkeypatch: pytest.MonkeyPatch) 
     alone, behind = asyncio.run(alone_and_behind(small, giant, repeats=50, giants=1))
     assert (len(alone), ended) == (50, [0])
     assert 0 < len(behind) < 50
+
+
+@pytest.mark.usefixtures("few")
+def test_first_images_are_timed(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "digits_run", lambda: small_run)
+    assert startup.first_image(repeats=1).keys() >= {"wall s", "CPU s"}
+    assert startup.first_served(repeats=1).keys() == {"wall s", "wall s range"}
