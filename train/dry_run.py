@@ -14,6 +14,7 @@ from train.clustering import assign, check_left, held_out
 from train.config import Config, EvaluateConfig
 from train.costs import FLOAT_BYTES, expert_cost, forward_s, router_cost, states
 from train.evaluation.rows import ROWS
+from train.kmeans import MEMORY_BYTES
 from train.launch import workers_for
 from train.run_folder import read_clusters
 from train.stages.denoiser import check_networks, seed_stem
@@ -123,7 +124,12 @@ class _Plan:
         held = round(self.total * fraction / (1 - fraction))
         disk = (self.total + held) * (image_bytes + 16)
         what = f"{self.total} images in {self.k} clusters, {held} held out"
-        return Row(what, 0, (self.total + held) * image_bytes, 0, disk)
+        memory = (self.total + held) * image_bytes
+        if (
+            self.config.partition.by == "kmeans"
+        ):  # pixels or features as float32, as far as they fit
+            memory += min(self.total * image_bytes * FLOAT_BYTES, MEMORY_BYTES)
+        return Row(what, 0, memory, 0, disk)
 
     def seed_model(self) -> Row | None:
         steps = self.config.seed_model.steps

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _RESTARTS = 10  # on the digits 3 end in a poor optimum for 4 of 10 seeds, 10 for none
 FINE = 1024  # centres of the first level where the points do not fit
-_MEMORY_BYTES = 2**30  # of points at once
+MEMORY_BYTES = 2**30  # of points at once
 _CHUNK_BYTES = 2**26  # of points in a pass over all
 _BATCH = 4096  # points in a mini-batch, or four times the fine centres
 _EPOCHS = 3  # of mini-batches, but at most
@@ -75,7 +75,7 @@ def points(images: ImageSet, network: str | None) -> Iterator[Points]:
 
 
 def _store(size: int, path: Path, shape: tuple[int, int]) -> np.ndarray:
-    if size <= _MEMORY_BYTES // 4:
+    if size <= MEMORY_BYTES // 4:
         return np.empty(shape, np.float32)
     return np.memmap(path, np.float32, "w+", shape=shape)
 
@@ -91,7 +91,7 @@ def kmeans(
     one.
     """
     own = fitted.nonzero()[:, 0]
-    if fine is None and 4 * len(own) * points.width > _MEMORY_BYTES:
+    if fine is None and 4 * len(own) * points.width > MEMORY_BYTES:
         fine = min(FINE, len(own))
         log.info(
             "partition  two levels of k-means, by partition.fine=%d: %d points", fine, len(own)

@@ -113,7 +113,7 @@ def test_points_that_do_not_fit_are_clustered_in_two_levels_by_parts(
     images = DataConfig().build()
     monkeypatch.setattr(kmeans, "FINE", 150)
     whole, _ = assign(images, PartitionConfig(by="kmeans", k=10, fine=150), 0)
-    monkeypatch.setattr(kmeans, "_MEMORY_BYTES", 40_000)
+    monkeypatch.setattr(kmeans, "MEMORY_BYTES", 40_000)
     monkeypatch.setattr(kmeans, "_CHUNK_BYTES", 10_000)
     parts, _ = assign(images, PartitionConfig(by="kmeans", k=10), 0)
     assert "two levels of k-means, by partition.fine=150: 1797 points" in caplog.text
@@ -121,7 +121,7 @@ def test_points_that_do_not_fit_are_clustered_in_two_levels_by_parts(
     # features in a file
     network = {"features": str(means), "fine": 150}
     stored, _ = assign(images, PartitionConfig(by="kmeans", k=10, **network), 0)
-    monkeypatch.setattr(kmeans, "_MEMORY_BYTES", 2**30)
+    monkeypatch.setattr(kmeans, "MEMORY_BYTES", 2**30)
     held, _ = assign(images, PartitionConfig(by="kmeans", k=10, **network), 0)
     assert torch.equal(stored, held)
 
