@@ -19,9 +19,8 @@ def few(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("kinds", [serving.SAME, serving.MIXED])
-def test_the_engine_is_compared_with_offline_calls(kinds: tuple[dict[str, object], ...]) -> None:
-    figures = serving.in_process("cpu", kinds)
+def test_the_engine_is_compared_with_offline_calls() -> None:
+    figures = serving.in_process("cpu", serving.MIXED)
     assert {"served images/s", "offline images/s", "served / offline"} <= figures.keys()
 
 
