@@ -109,7 +109,8 @@ class Batches:
     They are a tensor, or what has its length, shape, device and `to` and is indexed like one.
 
     A batch of B images can be had in `parts`: part p has its rows p, p + parts, ... and of each row
-    the same image, time and noise as the whole batch.
+    the same image, time and noise as the whole batch. Of `ranks` processes that share a batch, this
+    one is `rank`: its part p has the rows `p ranks + rank` and so on.
     """
 
     images: Any
@@ -117,6 +118,8 @@ class Batches:
     seed: int
     flip: bool = False  # mirror every image with probability 1/2
     parts: int = 1
+    rank: int = 0
+    ranks: int = 1
     _drawn: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Batches":
@@ -153,9 +156,12 @@ class Batches:
         return normal(self.seed, RngStream.NOISE, self._rows(part), step, self.images.shape[1:])
 
     def seed_dropout(self, step: int, part: int = 0) -> None:
-        """Seed torch's generator, which dropout uses, by (seed, step); later parts go on with it."""
+        """Seed torch's generator, which dropout uses, by (seed, step) and rank; later parts go on
+        with it.
+        """
         if part == 0:
-            torch.manual_seed(derive_seed(self.seed, RngStream.DROPOUT, step))
+            place = step * self.ranks + self.rank
+            torch.manual_seed(derive_seed(self.seed, RngStream.DROPOUT, place))
 
     def _uniforms(self, step: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
         """The numbers of the streams BATCH, FLIP and TIME, float64 `[B / parts]` each, drawn
@@ -167,8 +173,14 @@ class Batches:
             stream = torch.cat([torch.full_like(rows, kind) for kind in kinds])
             u = uniform(self.seed, stream, rows.repeat(3), step)[:, 0]
             self._drawn = step, u.view(3, self.batch)
-        first, second, third = self._drawn[1][:, part :: self.parts]
+        start, step = self._share(part)
+        first, second, third = self._drawn[1][:, start::step]
         return first, second, third
 
     def _rows(self, part: int) -> Tensor:
-        return torch.arange(part, self.batch, self.parts, device=self.images.device)
+        start, step = self._share(part)
+        return torch.arange(start, self.batch, step, device=self.images.device)
+
+    def _share(self, part: int) -> tuple[int, int]:
+        """The first row of a part of this process, and the step to the next."""
+        return part * self.ranks + self.rank, self.parts * self.ranks

@@ -56,6 +56,7 @@ from serve.model.loading import (  # noqa: E402
     bundle_folder,
     load_expert,
 )
+from serve.ray_address import check_ray_answers  # noqa: E402
 from serve.settings import ServePrecision, Settings, settings  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,6 @@ log = logging.getLogger(__name__)
 # The folder of the packages, which Ray's workers import them from.
 _HOME = Path(__file__).parents[1]
 _KEPT_VERSIONS = 2  # the current one, and the one that requests under way may still use
-_ANSWER_S = 10  # for a Ray cluster to accept a connection
 _QUEUED_CALLS = 8  # per replica: computed one after another, without waiting for the next to arrive
 
 
@@ -388,7 +388,7 @@ def serve_on_ray(config: Settings) -> None:
     if serve.ray.address is None:
         listen(serve.host, serve.port).close()  # Serve's proxy would retry a taken port
     else:
-        _check_ray_answers(serve.ray.address)
+        check_ray_answers("serve.ray.address", serve.ray.address)
     stop = threading.Event()
     with _ray(config):
         for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own
@@ -408,27 +408,6 @@ def serve_on_ray(config: Settings) -> None:
             ray_serve.run(app, name="ddm", route_prefix="/")
         log.info("http://%s:%d  (the API: /docs; ctrl-C ends it)", serve.host, serve.port)
         stop.wait()
-
-
-def _check_ray_answers(address: str) -> None:
-    """Raise `ConfigError` unless a gRPC server, as Ray's are, answers at `address`.
-
-    `ray.init` itself would try for minutes. An address without a port (`auto`) names a Ray on this
-    machine, which `ray.init` finds or refuses at once.
-    """
-    target = address.removeprefix("ray://")
-    if ":" not in target or os.environ.get("RAY_USE_TLS", "0") != "0":
-        return
-    import grpc  # which Ray Serve needs too
-
-    with grpc.insecure_channel(target) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
-        except grpc.FutureTimeoutError as error:
-            raise ConfigError(
-                "serve.ray.address must be the HOST:PORT of a Ray cluster that answers, "
-                f"got {address!r}, which did not in {_ANSWER_S} s"
-            ) from error
 
 
 class RayStartError(DdmError):

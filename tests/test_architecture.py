@@ -20,7 +20,13 @@ MAY_IMPORT = {
     "train": {"configs", "ddm", "experts", "router", "serve"},
 }
 OURS = {*PACKAGES, "benchmarks", "ddm_cli", "tests"}
-RAY_MAY_BE_IN = {"serve/ray_app.py", "train/cluster.py"}
+RAY_MAY_BE_IN = {
+    "serve/ray_app.py",
+    "train/ray_jobs.py",
+    "train/ray_nodes.py",
+    "train/ray_ranks.py",
+    "train/ray_trial.py",
+}
 DDM_STANDS_ON = {"torch", "numpy", "safetensors"}
 NETWORK = {
     "asyncio",

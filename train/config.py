@@ -24,6 +24,7 @@ from train.data import DataConfig
 from train.evaluation.feature_files import script_files
 from train.evaluation.pixels import DIRECTIONS
 from train.evaluation.rows import METHODS, PAPER
+from train.launch_config import LaunchConfig
 from train.watch_config import WatchConfig
 
 _SHIPPED = Path(configs.__path__[0])
@@ -73,6 +74,7 @@ class ExpertStageConfig(ExpertConfig):
         run of a single model; null for the run's seed model, if there is one
     workers: processes; null for one per core on a CPU, one per GPU; 0 for none besides this one
     threads: CPU threads per expert; null for the cores divided by the experts. Bits of the weights depend on it
+    devices: processes that share each batch of one expert, one GPU each if there are GPUs; a divisor of batch / accumulate
     """
 
     index: int | None = None
@@ -80,10 +82,14 @@ class ExpertStageConfig(ExpertConfig):
     init: str | None = None
     workers: int | None = None
     threads: int | None = None
+    devices: int = 1
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
         super().check()
+        parts, devices = self.batch // self.accumulate, self.devices
+        whole = devices >= 1 and parts % devices == 0
+        require(whole, "devices", f"be at least 1 and divide batch / accumulate = {parts}", devices)
         for key, least in (("index", 0), ("workers", 0), ("threads", 1)):
             value = getattr(self, key)
             require(value is None or value >= least, key, f"be at least {least}, or null", value)
@@ -310,6 +316,7 @@ class Config:
     run: its folder
     seed: of its partition and its training, in [0, 2^63)
     accelerator: where it trains and samples; auto for a GPU if there is one
+    launch: where experts are trained
     data: the images
     partition: how they are cut into clusters
     schedule: `name` and the parameters of the forward process
@@ -323,6 +330,7 @@ class Config:
     run: str = "runs/digits"
     seed: int = 0
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     schedule: dict[str, Any] = field(default_factory=lambda: {"name": "vp_linear"})
@@ -345,6 +353,11 @@ class Config:
         require("name" in self.schedule, "schedule.name", "be given", None)
         with within("schedule"):
             schedule(**self.schedule)
+        with within("launch"):
+            self.launch.check()
+        measured = self.launch.backend == "ray" and self.expert.precision == "auto"
+        rule = "be given with launch.backend=ray, whose nodes auto does not measure"
+        require(not measured, "expert.precision", rule, self.expert.precision)
         self.data.check()
         self.partition.check()
         with within("seed_model"):

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from ddm.training import Batches, FitConfig
 from experts.expert_module import ExpertLearning
 from train import stopping
 from train.averaging import Averaging, put, weights
+from train.ranks import current
 from train.resume import NEWEST, ResumeFiles, read_resume
 from train.stopping import Stopped
 from train.watching import Watch, Watching, held_out_losses
@@ -87,13 +87,21 @@ class _Steps(Callback):
         last = step == trainer.max_steps
         signum = stopping.requested()
         if step % self.report_every == 0 or last:
-            self._report(step)
+            self._report(trainer, step)
         if step % self.config.checkpoint_every == 0 or last or signum is not None:
             self._check_now()
             check_finite(pl_module, step)
             trainer.save_checkpoint(self.folder / NEWEST)
         if signum is not None:
             raise Stopped(signum, [step])
+
+    def _asked(self, trainer: pl.Trainer, due: bool) -> int | None:
+        """The signal that asks to stop; of several processes any one's, when a report is due."""
+        signum = stopping.requested()
+        if trainer.world_size == 1:
+            return signum
+        stops = due and trainer.strategy.reduce_boolean_decision(signum is not None, all=False)
+        return (signum or signal.SIGTERM) if stops else None
 
     def _check_later(self, value: Tensor, step: int) -> None:
         assert self.first_bad is not None
@@ -105,17 +113,19 @@ class _Steps(Callback):
         if (step := int(self.first_bad)) > 0:
             raise _not_finite("the loss or its gradient", step, self.module)
 
-    def _report(self, step: int) -> None:
+    def _report(self, trainer: pl.Trainer, step: int) -> None:
         self._check_now()
-        mean = float(self.sum) / self.count
+        mean = float(trainer.strategy.reduce(self.sum, reduce_op="mean")) / self.count
+        self.sum, self.count = 0.0, 0
+        self.report(step, mean)
+        if not trainer.is_global_zero:
+            return
         path = self.folder / "losses.txt"
         with naming(path, "written"), path.open("a") as file:
             file.write(f"{step} {mean:.6g}\n")
-        self.report(step, mean)
         batches = getattr(self.module, "batches", None)
         images = batches.batch if isinstance(batches, Batches) else 1
         self.watching.show(step, images, {"loss": mean, "learning rate": self.rate})
-        self.sum, self.count = 0.0, 0
 
 
 def check_finite(module: pl.LightningModule, step: int) -> None:
@@ -143,18 +153,22 @@ def fit(
 ) -> float:
     """Fit `module` for `steps` steps, leaving the averaged weights in it; resumes from `folder/resume.ckpt`.
 
+    Of several processes (`ranks.among`) each calls it with its part of the batches; rank 0 writes the files.
+
     The mean losses are appended to `folder/losses.txt`, one line `step loss` per report. Returns the decay of the
     average: the best on held-out images if `watch` has several.
 
     Raises `NotFiniteError` at the first loss, gradient or weight that is not finite, `ArtifactError` if the checkpoints are
     damaged, and `Stopped` after a signal, with a checkpoint saved.
     """
-    watch = watch or Watch()
+    first = current().rank == 0
+    watch = watch if watch is not None and first else Watch()
     folder.mkdir(parents=True, exist_ok=True)
     saved = read_resume(folder)
     done = 0 if saved is None else int(saved["global_step"])
-    for name in ("losses.txt", "validation.csv"):
-        _cut(folder / name, done)
+    if first:
+        for name in ("losses.txt", "validation.csv"):
+            _cut(folder / name, done)
     averaging = None
     if config.ema_decay > 0:
         averaging = Averaging(config.ema_decay, watch.ema_also, config.accumulate)
@@ -202,6 +216,7 @@ def _train(
     saved: dict[str, Any] | None,
 ) -> None:
     assert config.precision != "auto"  # it is settled before a stage begins
+    ranks = current()
     done = 0 if saved is None else int(saved["global_step"])
     watching = Watching(folder, watch, averaging, done)
     steps_of = _Steps(folder, steps, config, report, watching)
@@ -215,13 +230,14 @@ def _train(
         )
         trainer = pl.Trainer(
             accelerator=accelerator,
-            devices=1,
+            devices=ranks.devices,
+            strategy=ranks.strategy,
             max_steps=steps,
             max_epochs=-1,
             precision=config.precision,
             accumulate_grad_batches=config.accumulate,
-            # One process trains one network, also where srun or torchrun have started several.
-            plugins=[LightningEnvironment(), ResumeFiles(saved)],
+            plugins=[ranks.environment, ResumeFiles(saved)],
+            use_distributed_sampler=False,
             callbacks=callbacks,
             enable_checkpointing=False,
             logger=False,
@@ -229,7 +245,7 @@ def _train(
             enable_model_summary=False,
         )
         # The loader only counts: a module makes the batch of step n from (seed, n).
-        trainer.fit(
+        ranks.prepare(trainer).fit(
             module,
             range(steps * config.accumulate),
             ckpt_path=None if saved is None else folder / NEWEST,

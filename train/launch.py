@@ -25,7 +25,10 @@ from train.stopping import Stopped
 J = TypeVar("J")
 R = TypeVar("R")
 OnProgress = Callable[[Any], None]
+OnState = Callable[[int, str, str | None], None]  # (index of the job, its state, where it runs)
 Work = Callable[[J, OnProgress], R]
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.5  # how often a waiting parent looks for a signal
 _GRACE_S = 60.0  # for workers to save a checkpoint after a signal
@@ -49,10 +52,10 @@ def gpus() -> list[str]:
     return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def workers_for(jobs: int, device: str, asked: int | None = None) -> int:
-    """The number of processes: as many as asked for, else one per GPU or CPU core; at most one per job."""
+def workers_for(jobs: int, device: str, asked: int | None = None, each: int = 1) -> int:
+    """The number of jobs at a time: as many as asked for, else one per `each` GPUs or CPU cores; at most all."""
     if asked is None:
-        asked = cores() if device == "cpu" else max(1, len(gpus()))
+        asked = max(1, (cores() if device == "cpu" else len(gpus())) // each)
     return min(jobs, asked)
 
 
@@ -73,35 +76,49 @@ def run_jobs(
     workers: int,
     on_progress: OnProgress,
     threads: int | None = None,
+    retries: int = 0,
+    on_state: OnState = lambda *_: None,
+    gpus_each: int = 1,
 ) -> list[R | Exception]:
     """Call `work(job, on_progress)` for every job; returns its result or its exception, in the order of the jobs.
 
     workers: the number of processes; 0 runs the jobs here, one after another
     on_progress: called in this process with what the jobs report
     threads: of torch's CPU operations in a job; None for an even share of the cores
+    retries: how often a job begins again, in a new process, whose process has died
+    gpus_each: GPUs that a job sees, if there are any
+    on_state: called in this process when a job is `running`, `waiting` again, `done`, `stopped` or `failed`
 
     In processes of their own (`work`, the jobs and their results are then pickled), a job whose process dies costs only
-    itself: its result is a `WorkerDiedError`. Each process has one of the GPUs, if there are any, and leaves with this
-    one. After a signal, jobs get time to save a checkpoint, then `Stopped` is raised.
+    itself: without a retry left its result is a `WorkerDiedError`. Each process has its own of the GPUs, if there are any,
+    and leaves with this one. After a signal, jobs get time to save a checkpoint, then `Stopped` is raised.
     """
     if threads is None:
         threads = max(1, cores() // max(1, workers))
     if workers == 0:
         with torch_threads(threads):
-            return [_attempt(work, job, on_progress) for job in jobs]
-    return _Pool(work, jobs, threads, on_progress).run(workers)
+            return [
+                _attempt(work, *numbered, on_progress, on_state) for numbered in enumerate(jobs)
+            ]
+    return _Pool(work, jobs, threads, on_progress, retries, on_state, gpus_each).run(workers)
 
 
-def _attempt(work: Work[J, R], job: J, on_progress: OnProgress) -> R | Exception:
+def _attempt(
+    work: Work[J, R], i: int, job: J, on_progress: OnProgress, on_state: OnState
+) -> R | Exception:
+    on_state(i, "running", "this process")
     try:
-        return work(job, on_progress)
+        result = work(job, on_progress)
     except Exception as error:
+        on_state(i, "failed", None)
         return error
+    on_state(i, "done", None)
+    return result
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, its GPU, this side's end of its pipe, and the index of its job."""
+    """A process, its GPUs, this side's end of its pipe, and the index of its job."""
 
     process: BaseProcess
     gpu: str | None
@@ -113,10 +130,19 @@ class _Pool:
     """The processes and the results of one `run_jobs`."""
 
     def __init__(
-        self, work: Work[Any, Any], jobs: Sequence[Any], threads: int, on_progress: OnProgress
+        self,
+        work: Work[Any, Any],
+        jobs: Sequence[Any],
+        threads: int,
+        on_progress: OnProgress,
+        retries: int,
+        on_state: OnState,
+        gpus_each: int,
     ) -> None:
+        self.gpus_each = gpus_each
         self.work, self.jobs = work, jobs
-        self.threads, self.on_progress = threads, on_progress
+        self.threads, self.on_progress, self.on_state = threads, on_progress, on_state
+        self.retries = [retries] * len(jobs)
         self.waiting = list(range(len(jobs)))
         self.results: dict[int, Any] = {}
         self.workers: list[_Worker] = []
@@ -141,7 +167,7 @@ class _Pool:
         """Start a process and give it the next job."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        gpu = self._free_gpu()
+        gpu = self._free_gpus()
         process = context.Process(target=_serve, args=(theirs, self.work, self.threads, gpu))
         with _starting():
             process.start()
@@ -150,10 +176,11 @@ class _Pool:
         self.workers.append(worker)
         self._give(worker, self.waiting.pop(0))
 
-    def _free_gpu(self) -> str | None:
-        """The GPU that has the fewest of the workers; None without GPUs."""
-        busy = [worker.gpu for worker in self.workers]
-        return min(gpus(), key=busy.count, default=None)
+    def _free_gpus(self) -> str | None:
+        """The GPUs that have the fewest of the workers, as many as a job sees; None without GPUs."""
+        busy = [gpu for worker in self.workers for gpu in (worker.gpu or "").split(",")]
+        least = sorted(gpus(), key=busy.count)[: self.gpus_each]
+        return ",".join(least) or None
 
     def _listen(self, timeout_s: float) -> None:
         """Handle what the workers have sent, waiting for at most `timeout_s`."""
@@ -167,7 +194,7 @@ class _Pool:
             if kind == "progress":
                 self.on_progress(value)
                 continue
-            self.results[worker.job] = value
+            self._end(worker.job, kind, value)
             if kind == "result" and self.waiting:
                 self._give(worker, self.waiting.pop(0))
             else:
@@ -175,8 +202,22 @@ class _Pool:
                 worker.process.join(_LEAVE_S)
                 self.workers.remove(worker)
 
+    def _end(self, job: int, kind: str, value: Any) -> None:
+        """A job has ended: for good, unless its process has died and a retry is left."""
+        if kind == "died" and self.retries[job] > 0 and stopping.requested() is None:
+            self.retries[job] -= 1
+            log.warning("job %d of %d begins again: %s", job + 1, len(self.jobs), value)
+            self.waiting.append(job)
+            self.on_state(job, "waiting", None)
+            return
+        self.results[job] = value
+        failed = "failed" if isinstance(value, Exception) else "done"
+        self.on_state(job, "stopped" if kind == "stopped" else failed, None)
+
     def _give(self, worker: _Worker, job: int) -> None:
         worker.job = job
+        gpu = "" if worker.gpu is None else f", GPU {worker.gpu}"
+        self.on_state(job, "running", f"process {worker.process.pid}{gpu}")
         with suppress(OSError):  # it has died, as the next _listen finds out
             worker.pipe.send(self.jobs[job])
 
@@ -242,12 +283,17 @@ def _outcome(work: Work[Any, Any], job: Any, on_progress: OnProgress) -> tuple[s
     except Stopped as stop:
         return "stopped", stop
     except Exception as error:
-        error.add_note("".join(traceback.format_exception(error)))  # pickling drops the traceback
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # an exception with arguments of its own need not survive it
-            error = RuntimeError(f"{type(error).__name__}: {error}", *error.__notes__)
-        return "result", error
+        return "result", picklable(error)
+
+
+def picklable(error: Exception) -> Exception:
+    """An error that another process can be sent, with its traceback as a note."""
+    error.add_note("".join(traceback.format_exception(error)))  # pickling drops the traceback
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception with arguments of its own need not survive it
+        return RuntimeError(f"{type(error).__name__}: {error}", *error.__notes__)
+    return error
 
 
 def _leave_with_parent() -> None:

@@ -22,11 +22,12 @@ _FREE = {
     "expert.init",
     "expert.workers",
     "expert.threads",
+    "expert.devices",
     "expert.checkpoint_every",
     "router.checkpoint_every",
 }
-_NOT_IN_TABLE = ("bundle", "shard", "update", "evaluate", "watch")
-_FREE_SECTIONS = ("bundle", "shard", "update", "watch", "sample", "evaluate", "table")
+_NOT_IN_TABLE = ("bundle", "shard", "update", "evaluate", "watch", "launch")
+_FREE_SECTIONS = ("bundle", "shard", "update", "watch", "launch", "sample", "evaluate", "table")
 
 
 def settled(config: Config) -> dict[str, Any]:

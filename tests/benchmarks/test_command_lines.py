@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import ablations, agreement, clusters, joining, relaxation_rate, survival
+from benchmarks import (
+    ablations,
+    agreement,
+    clusters,
+    joining,
+    relaxation_rate,
+    side_by_side,
+    survival,
+)
 from benchmarks.lab import __main__ as lab
 from benchmarks.load import __main__ as load
 from benchmarks.speed import __main__ as speed
@@ -19,6 +27,7 @@ COMMANDS = {
     "load": load.main,
     "relaxation_rate": relaxation_rate.main,
     "speed": speed.main,
+    "side_by_side": side_by_side.main,
     "survival": survival.main,
     "table": table.main,
 }
@@ -55,6 +64,8 @@ def test_help_is_shown(name: str, word: str, capsys: pytest.CaptureFixture[str])
         (relaxation_rate.main, ["one", "two"], "unrecognized arguments: two"),
         (speed.main, ["netwrok"], "name must be one of network training"),
         (speed.main, ["network", "--seconds=0"], "--seconds must be above 0, got 0"),
+        (side_by_side.main, ["--workers=0"], "--workers must be in [1, "),
+        (side_by_side.main, ["--folder=benchmarks"], "--folder must not exist yet, got benchmarks"),
         (survival.main, ["--folder=benchmarks"], "--folder must not exist yet, got benchmarks"),
         (table.main, [], "give one config"),
         (table.main, ["configs/digits.yaml", "--page=x.json"], "give one config"),

@@ -96,6 +96,40 @@ def test_a_killed_process_costs_only_its_job_and_is_named() -> None:
     assert "in _fail_or_die" in results[1].__notes__[0]  # the traceback of the other process
 
 
+def _die_first(folder: Path, job: int, on_progress: OnProgress) -> int:
+    if not (folder / str(job)).exists():
+        (folder / str(job)).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 10 * job
+
+
+def test_a_job_whose_process_has_died_begins_again_as_often_as_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    states: list[tuple[int, str]] = []
+    results = run_jobs(
+        partial(_die_first, tmp_path),
+        [1, 2],
+        1,
+        lambda _: None,
+        retries=1,
+        on_state=lambda i, state, _: states.append((i, state)),
+    )
+    assert results == [10, 20]
+    assert [state for i, state in states if i == 0] == ["running", "waiting", "running", "done"]
+    assert "job 1 of 2 begins again: its process was killed by SIGKILL" in caplog.text
+
+
+def test_each_job_sees_as_many_gpus_as_it_has_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    assert workers_for(9, "cuda", each=2) == 2
+    results = run_jobs(partial(_meet, tmp_path, 2), [0, 1], 2, lambda _: None, 1, gpus_each=2)
+    found = [result for result in results if not isinstance(result, Exception)]
+    assert {gpus for _, gpus, *_ in found} == {"2,3", "5,7"}
+
+
 class _OddError(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"odd {one} {two}")

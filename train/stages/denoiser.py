@@ -21,6 +21,7 @@ from experts.expert_module import ExpertLearning
 from train.config import Config, plain
 from train.fit import NotFiniteError, Report, fit
 from train.launch import cores
+from train.ranks import current
 from train.resume import drop_resume
 from train.watching import Watch
 
@@ -118,13 +119,18 @@ def train_denoiser(
         denoiser.load_state_dict(weights)
         seen = first.facts["images_seen"] + first.facts.get("init", {}).get("images_seen", 0)
         facts["init"] = {"sha256": first.facts["sha256"], "images_seen": seen}
-    batches = Batches(images, cfg.batch, seed, config.data.flip, cfg.accumulate)
+    ranks = current()
+    batches = Batches(
+        images, cfg.batch, seed, config.data.flip, cfg.accumulate, ranks.rank, ranks.size
+    )
     learning = ExpertLearning(denoiser, batches, cfg)
     watch = Watch(config.watch, held_out, cfg.ema_also)
     try:
         decay = fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report, watch)
     except NotFiniteError as error:
         raise diverged(error, "expert") from error
+    if ranks.rank > 0:
+        return
     if cfg.ema_also:
         facts["ema_decay"] = decay
     tensors = denoiser.state_dict()
@@ -146,6 +152,12 @@ def _privacy_facts(cfg: PrivacyConfig) -> dict[str, float]:
     return {**asdict(cfg), "epsilon": epsilon}
 
 
+def validates(config: Config, partition: Partition) -> bool:
+    """Whether there are held-out images and something asks for them."""
+    asked = config.watch.validate_every > 0 or bool(config.expert.ema_also)
+    return asked and bool(partition.holdout_sizes)
+
+
 def validation_images(
     config: Config, folder: Path, partition: Partition, k: int | None
 ) -> Tensor | None:
@@ -153,8 +165,7 @@ def validation_images(
 
     None if there are none or nothing asks for them.
     """
-    asked = config.watch.validate_every > 0 or config.expert.ema_also
-    if not asked or not partition.holdout_sizes:
+    if not validates(config, partition):
         return None
     held = partition.holdout(folder) if k is None else partition.cluster_holdout(folder, k)
     return held["images"]

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from math import isnan
 from pathlib import Path
 
 from ddm.artifacts import digest, file_of, read_facts
@@ -13,9 +12,9 @@ from ddm.errors import ArtifactError, ConfigError, DdmError
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
 from train.config import Config, changed
-from train.launch import OnProgress, run_jobs, workers_for
+from train.jobs import Job, train_side_by_side
+from train.launch import OnProgress, workers_for
 from train.precision import with_precision
-from train.progress import bars
 from train.resume import NEWEST, drop_resume
 from train.run_folder import claim, read_clusters
 from train.stages.denoiser import (
@@ -26,6 +25,7 @@ from train.stages.denoiser import (
     initial,
     threads_per_expert,
     train_denoiser,
+    validates,
     validation_images,
 )
 
@@ -87,24 +87,36 @@ def train_experts(config: Config) -> None:
 
 
 def _train(config: Config, partition: Partition, todo: Sequence[int]) -> list[Exception | None]:
-    """Train experts, with a progress bar each; returns what became of them."""
+    """Train experts side by side; returns what became of them."""
     cfg = config.expert
-    with bars() as progress:
-        tasks = {}
-        for k in todo:
-            name = f"expert {k:02d}: {partition.names[_place(config, k)]}"[:24]
-            tasks[k] = progress.add_task(name, total=cfg.steps, note="")
+    # One expert alone needs no second process.
+    asked = cfg.workers if cfg.index is None and cfg.shard is None else 0
+    workers = workers_for(len(todo), config.device, asked, cfg.devices)
+    jobs = [_job(config, k) for k in todo]
+    return train_side_by_side(config, jobs, workers, threads_per_expert(config, partition.k))
 
-        def on_progress(news: tuple[int, int, float]) -> None:
-            k, step, loss = news
-            note = "resumed" if isnan(loss) else f"loss {loss:.4f}"
-            progress.update(tasks[k], completed=step, note=note)
 
-        # One expert alone needs no second process.
-        asked = cfg.workers if cfg.index is None and cfg.shard is None else 0
-        workers = workers_for(len(todo), config.device, asked)
-        threads = threads_per_expert(config, partition.k)
-        return run_jobs(partial(train_expert, config), todo, workers, on_progress, threads)
+def _job(config: Config, k: int) -> Job:
+    """The training of expert k: it reads its own cluster's file and what it starts from."""
+    folder, partition = read_clusters(config)
+    place = _place(config, k)
+    reads = [folder / "partition.json", Partition.file(folder, place)]
+    if validates(config, partition):
+        reads.append(Partition.holdout_file(folder, place))
+    if (start := initial(config)) is not None:
+        reads += [file_of(start, suffix) for suffix in (".json", ".safetensors")]
+    stem = expert_stem(config, k)
+    return Job(
+        f"expert {k:02d}",
+        f"expert {k:02d}: {partition.names[place]}",
+        partial(_train_numbered, k),
+        stem.parent.relative_to(config.folder).as_posix(),
+        reads,
+        _key(config, partition, k),
+        config.expert.steps,
+        config.expert.batch,
+        config.expert.devices,
+    )
 
 
 def _raise_first(config: Config, todo: Sequence[int], results: Sequence[Exception | None]) -> None:
@@ -152,6 +164,10 @@ def _goes_on(config: Config, partition: Partition, k: int) -> bool:
             f"expert.steps={steps}, or start another from it with run=FOLDER expert.init={stem.parent}"
         )
     return True
+
+
+def _train_numbered(k: int, config: Config, on_progress: OnProgress) -> None:
+    train_expert(config, k, lambda news: on_progress(news[1:]))
 
 
 def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:

@@ -6,6 +6,7 @@ What it is trained on is `router_data`'s.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from ddm.training import Batches
 from router.networks import DerivativeNet
 from router.router_module import PosteriorLearning, RouterLearning
 from train.config import Config, changed
-from train.fit import NotFiniteError, fit
+from train.fit import NotFiniteError, Report, fit
+from train.jobs import Job, train_side_by_side
+from train.launch import OnProgress
+from train.launch_config import LaunchConfig
 from train.progress import bar
 from train.resume import drop_resume
 from train.run_folder import claim, read_partition
@@ -34,8 +38,11 @@ from train.watching import Watch
 log = logging.getLogger(__name__)
 
 
-def train_router(config: Config) -> None:
-    """Train the router of the run's partition."""
+def train_router(config: Config, report: Report | None = None) -> None:
+    """Train the router of the run's partition; with launch.backend=ray on a node, which then gets what it is trained on.
+
+    Owners who answer for their images (router.data=shards) are asked from here all the same.
+    """
     cut = read_partition(config)
     if cut.k == 1:
         log.info("router     one cluster needs none")
@@ -53,7 +60,25 @@ def train_router(config: Config) -> None:
         folder = config.folder / "partition"
         return of_images(config, [cut.cluster(folder, k)["images"] for k in range(cut.k)])
 
-    make_router(config, cut.mixture, config.folder / "router" / "router", hashes, data)
+    away = None
+    if config.launch.backend == "ray" and config.router.data != "shards":
+        away = _reads(config, cut, stems)
+    stem = config.folder / "router" / "router"
+    make_router(config, cut.mixture, stem, hashes, data, report=report, away=away)
+
+
+def _reads(config: Config, cut: Partition, stems: Sequence[Path]) -> list[Path]:
+    """The files that a node needs to train the router: those of the experts, or of all clusters."""
+    folder = config.folder / "partition"
+    files = [file_of(stem, suffix) for stem in stems for suffix in (".json", ".safetensors")]
+    files = files or [Partition.file(folder, k) for k in range(cut.k)]
+    return [folder / "partition.json", *files]
+
+
+def _train_alone(config: Config, on_progress: OnProgress) -> None:
+    """On a node: all that is read is in the run's folder there."""
+    here = replace(config, launch=LaunchConfig())
+    train_router(here, lambda step, loss: on_progress((step, loss)))
 
 
 def make_router(
@@ -63,11 +88,13 @@ def make_router(
     made_of: Sequence[str],
     data: Callable[[], Data],
     start: tuple[Artifact, list[str]] | None = None,
+    report: Report | None = None,
+    away: Sequence[Path] | None = None,
 ) -> None:
     """Train the posterior net, then posterior and derivative nets together, and write both as one artifact.
 
     made_of: hashes of what else than the config and the mixture decides it. start: a router to start from, and the names
-    of the clusters of its outputs.
+    of the clusters of its outputs. report: what else hears of the steps. away: the files to train it from on a node of Ray
     """
     stages = [stem.parent / name for name in ("stage-1", "stage-2")]
     cfg = config.router
@@ -81,8 +108,17 @@ def make_router(
         return
     claim(config)
     began = time.monotonic()
+    if away is not None:
+        folder = stem.parent.relative_to(config.folder).as_posix()
+        steps, batch = cfg.steps, cfg.images_per_step
+        job = Job("router", "router", _train_alone, folder, away, key, steps, batch)
+        (error,) = train_side_by_side(config, [job], 0, 1)
+        if error is not None:
+            raise error
+        log.info("router     trained in %.0f s", time.monotonic() - began)
+        return
     with bar("router", cfg.steps) as advance:
-        nets = _train(config, mixture, data(), stages, advance, start)
+        nets = _train(config, mixture, data(), stages, advance, start, report)
     facts: dict[str, Any] = {"kind": "router", "mixture": mixture.hash, "key": key}
     facts |= fitted_facts(cfg, config, mixture.shape, cfg.images_per_step)
     if start is not None:
@@ -100,6 +136,7 @@ def _train(
     stages: Sequence[Path],
     advance: Callable[[int], None],
     start: tuple[Artifact, list[str]] | None,
+    tell: Report | None,
 ) -> torch.nn.ModuleDict:
     """The trained nets, `posterior` and `derivative`; `stages` are the folders of their checkpoints."""
     cfg = config.router
@@ -113,10 +150,12 @@ def _train(
         log.info("router     router.batch=%d rounded up to %d", cfg.batch, batches.batch)
     done = 0
 
-    def report(step: int, _loss: float) -> None:
+    def report(step: int, loss: float) -> None:
         nonlocal done
         advance(step - done)
         done = step
+        if tell is not None:
+            tell(step, loss)
 
     def report_second(step: int, loss: float) -> None:
         report(cfg.switch_step + step, loss)

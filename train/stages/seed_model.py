@@ -14,7 +14,9 @@ from ddm.rng import RngStream, derive_seed
 from experts.denoiser import ExpertConfig
 from train.config import Config, changed
 from train.data import ImageSet
+from train.jobs import Job, train_side_by_side
 from train.launch import OnProgress, run_jobs
+from train.launch_config import LaunchConfig
 from train.precision import with_precision
 from train.progress import bars
 from train.resume import drop_resume
@@ -25,14 +27,18 @@ from train.stages.denoiser import (
     expert_config,
     seed_stem,
     train_denoiser,
+    validates,
     validation_images,
 )
 
 log = logging.getLogger(__name__)
 
 
-def train_seed_model(config: Config) -> None:
-    """Train the seed model, if the config has one and it is not up to date."""
+def train_seed_model(config: Config, tell: OnProgress | None = None) -> None:
+    """Train the seed model, if the config has one and it is not up to date; with launch.backend=ray on a node.
+
+    With images of its own (`seed_model.data`) it is trained here all the same.
+    """
     if config.seed_model.steps == 0:
         return
     if config.expert.init is not None:
@@ -49,20 +55,46 @@ def train_seed_model(config: Config) -> None:
         log.info("seed_model up to date")
         return
     claim(asked)
+    began = time.monotonic()
+    if config.launch.backend == "ray" and others is None:
+        _train_away(config, partition, key)
+        log.info("seed_model trained in %.0f s", time.monotonic() - began)
+        return
     images = (
         partition.all(config.folder / "partition")["images"] if others is None else others.images
     )
-    began = time.monotonic()
     with bars() as progress:
         task = progress.add_task("seed model", total=config.seed_model.steps, note="")
 
         def on_progress(news: tuple[int, float]) -> None:
             progress.update(task, completed=news[0], note=f"loss {news[1]:.4f}")
+            if tell is not None:
+                tell(news)
 
         (result,) = run_jobs(partial(_train, config, images), [key], 0, on_progress)
     if result is not None:
         raise result
     log.info("seed_model trained in %.0f s", time.monotonic() - began)
+
+
+def _train_away(config: Config, partition: Partition, key: str) -> None:
+    """Train it on a node of Ray, which gets the images of all clusters."""
+    folder, stem = config.folder / "partition", seed_stem(config)
+    reads = [folder / "partition.json"]
+    reads += [Partition.file(folder, k) for k in range(partition.k)]
+    if validates(config, partition):
+        reads += [Partition.holdout_file(folder, k) for k in range(partition.k)]
+    inside = stem.parent.relative_to(config.folder).as_posix()
+    steps, batch = config.seed_model.steps, config.expert.batch
+    job = Job("seed model", "seed model", _train_alone, inside, reads, key, steps, batch)
+    (error,) = train_side_by_side(config, [job], 0, 1)
+    if error is not None:
+        raise error
+
+
+def _train_alone(config: Config, on_progress: OnProgress) -> None:
+    """On a node: all that is read is in the run's folder there."""
+    train_seed_model(replace(config, launch=LaunchConfig()), on_progress)
 
 
 def _train(config: Config, images: Tensor, key: str, on_progress: OnProgress) -> None:

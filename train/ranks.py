@@ -1,0 +1,153 @@
+"""Several processes that train one network: each has a part of every batch, and all have the mean of their gradients."""
+
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from ddm.errors import DdmError
+from train import stopping
+from train.stopping import Stopped
+
+OnProgress = Callable[[Any], None]
+
+
+class RankDiedError(DdmError):
+    """One of the processes that train a network ended without a result."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of `size` processes this one is, and how Lightning reaches the others.
+
+    strategy, devices: as `pl.Trainer` takes them. environment: the plugin that knows the ranks. prepare: done to the trainer
+    """
+
+    rank: int = 0
+    size: int = 1
+    strategy: Any = "auto"
+    devices: int | str = 1
+    # One process trains one network, also where srun or torchrun have started several.
+    environment: Any = field(default_factory=LightningEnvironment)
+    prepare: Callable[[Any], Any] = lambda trainer: trainer
+
+
+_current: Ranks | None = None
+
+
+def current() -> Ranks:
+    """Who this process is: the only one, unless it is `among` others."""
+    return _current or Ranks()
+
+
+@contextmanager
+def among(ranks: Ranks) -> Iterator[None]:
+    """Inside, this process is one of several."""
+    global _current
+    _current = ranks
+    try:
+        yield
+    finally:
+        _current = None
+
+
+def run_ranks(
+    work: Callable[[OnProgress], None], size: int, threads: int, on_progress: OnProgress
+) -> None:
+    """Call `work` in `size` processes of this machine, by torch's elastic launcher; rank 0 reports.
+
+    Each has a GPU of its own, if there are any. Raises what rank 0 raised, `RankDiedError` if one of them died, and
+    `Stopped` after a signal.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    ours, theirs = get_context("spawn").Pipe(duplex=False)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    errors: list[Exception] = []
+
+    def listen() -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                kind, value = ours.recv()
+                if kind == "progress":
+                    on_progress(value)
+                else:
+                    errors.append(value)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    try:
+        elastic_launch(config, _rank)(work, size, threads, theirs)
+    except SignalException as stop:
+        raise Stopped(stop.sigval) from None
+    except ChildFailedError as error:
+        if (signum := stopping.requested()) is not None:
+            raise Stopped(signum) from None
+        if not errors:
+            code = error.get_first_failure()[1].exitcode
+            raise RankDiedError(f"one of its {size} processes ended with status {code}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        theirs.close()
+        listener.join(1.0)
+        ours.close()
+    if errors:
+        raise errors[0]
+
+
+def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Connection) -> None:
+    """The main function of one of the processes."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from train.launch import picklable
+
+    stopping.follow_parent()
+    torch.set_num_threads(threads)
+    rank = int(os.environ["RANK"])
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the others are on this machine
+    strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+    ranks = Ranks(rank, size, strategy, size, TorchElasticEnvironment())
+    tell = partial(_tell, pipe) if rank == 0 else _ignore
+    try:
+        with among(ranks):
+            work(tell)
+    except Exception as error:
+        if rank == 0:
+            pipe.send(("error", picklable(error)))
+        raise
+
+
+def _tell(pipe: Connection, news: Any) -> None:
+    pipe.send(("progress", news))
+
+
+def _ignore(_: Any) -> None:
+    pass
