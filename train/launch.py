@@ -266,7 +266,7 @@ def _cause(status: int | None) -> str:
 def _serve(pipe: Connection, work: Work[Any, Any], threads: int, gpu: str | None) -> None:
     """The main function of a worker: receive a job, send its progress and its result, until the pipe is closed."""
     stopping.follow_parent()
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     level = logging.WARNING if sys.stderr.isatty() else logging.INFO  # the parent has bars there
     logging.basicConfig(level=level, format="%(message)s")
     if gpu is not None:
@@ -296,7 +296,8 @@ def picklable(error: Exception) -> Exception:
     return error
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
+    """End this process when its parent has ended: to be called in a thread."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

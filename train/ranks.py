@@ -126,9 +126,10 @@ def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Con
     """The main function of one of the processes."""
     from lightning.pytorch.strategies import DDPStrategy
 
-    from train.launch import picklable
+    from train.launch import leave_with_parent, picklable
 
     stopping.follow_parent()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     rank = int(os.environ["RANK"])
     backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -1,5 +1,9 @@
 """Several processes that train one expert."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,9 +48,7 @@ def test_ranks_have_dropout_masks_of_their_own() -> None:
     assert not torch.equal(*drawn)
 
 
-def test_two_ranks_learn_what_one_does_and_resume(
-    small: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_two_ranks_learn_what_one_does(small: Callable[..., Config], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run(small(one, *PLAIN), ["partition", "expert"])
     run(small(two, *PLAIN, "expert.devices=2"), ["partition", "expert"])
@@ -65,3 +67,38 @@ def test_what_a_rank_raises_is_raised_by_name(small: Callable[..., Config], tmp_
     Partition.file(tmp_path / "run" / "partition", 1).write_bytes(b"damaged")
     with pytest.raises(DdmError, match=r"expert 01 failed: .*cluster-01.safetensors is damaged"):
         run(config, ["expert"])
+
+
+PARENT = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+from train.ranks import run_ranks
+
+def work(on_progress):
+    Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    run_ranks(work, 2, 1, print)
+"""
+
+
+def test_ranks_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths}
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment)
+    files = [tmp_path / "0", tmp_path / "1"]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    processes = [Path("/proc", file.read_text()) for file in files]
+    for _ in range(400):
+        if not any(process.exists() for process in processes):
+            return
+        time.sleep(0.05)
+    raise AssertionError("they are still there")

@@ -17,7 +17,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from ddm.artifacts import sha256
-from ddm.errors import ConfigError
+from ddm.errors import ArtifactError, ConfigError, DdmError
+from ddm.partition import Partition
 from serve import load, ray_address
 from train import ray_jobs as on_ray
 from train import stopping
@@ -192,17 +193,11 @@ def test_lost_processes_a_lost_node_and_ctrl_c_change_no_bit(
 
 
 def test_an_expert_that_fails_costs_only_itself_and_is_not_retried(
-    nodes: Nodes,
-    undisturbed: Path,
-    small: Callable[..., Config],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    nodes: Nodes, small: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from ddm.errors import DdmError
-    from ddm.partition import Partition
-
     folder = tmp_path / "run"
-    config = small(folder, *WORDS, f"launch.address={nodes.address}", "expert.steps=5")
+    words = [*WORDS, "partition.k=2", "expert.steps=5", f"launch.address={nodes.address}"]
+    config = small(folder, *words)
     run(config, ["partition"])
     Partition.file(folder / "partition", 1).write_bytes(b"damaged")
     with (
@@ -210,8 +205,7 @@ def test_an_expert_that_fails_costs_only_itself_and_is_not_retried(
         pytest.raises(DdmError, match=r"expert 01 failed: .*cluster-01.safetensors is damaged"),
     ):
         run(config, ["expert"])
-    made = [k for k in range(K) if (folder / "experts" / f"{k:02d}" / "expert.json").exists()]
-    assert made == [0, *range(2, K)]
+    assert (folder / "experts" / "00" / "expert.json").exists()
     assert not [m for m in caplog.messages if "resumes" in m]
 
 
@@ -238,7 +232,6 @@ def test_two_ranks_on_ray_are_those_of_this_machine(
 )
 def test_what_no_node_has_is_refused(
     nodes: Nodes,
-    undisturbed: Path,
     small: Callable[..., Config],
     word: str,
     said: str,
@@ -293,8 +286,6 @@ def test_ray_that_is_not_installed_is_named(
 
 
 def test_a_packed_folder_with_a_flipped_bit_is_refused_by_file(tmp_path: Path) -> None:
-    from ddm.errors import ArtifactError
-
     source, packed = tmp_path / "source", tmp_path / "packed"
     (source / "stage").mkdir(parents=True)
     packed.mkdir()
