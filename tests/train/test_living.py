@@ -175,6 +175,8 @@ def test_what_cannot_change_is_refused_by_key(
         with pytest.raises(ConfigError, match=message):
             run(small(two, *ROUTED, *words), [command])
 
+    with pytest.raises(ArtifactError, match=r"bundle is missing: make it with the stage 'bundle'"):
+        run(small(tmp_path / "none", third(small_run)), ["grow"])
     first = f"update.expert={small_run / 'experts' / '00'}"
     refused("grow", "update.expert must be the artifact of an expert, or expert.shard")
     refused("grow", "update.cluster must be a new name, got '4", first, "update.cluster=4 + 5 + 6")

@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ddm.artifacts import digest, file_of, sha256
-from ddm.bundle import Bundle, read_bundle
+from ddm.bundle import Bundle, read_bundle, restore_bundle
 from ddm.bundle_history import read_history
 from ddm.bundle_writing import Parts, mixture_of, write_bundle
-from ddm.errors import ConfigError, require
+from ddm.errors import ArtifactError, ConfigError, require
 from ddm.mixture import Mixture
 from ddm.partition import Partition
 from train.config import Config, SeedModelConfig
@@ -125,7 +125,13 @@ def _folder(config: Config) -> Path:
 
 
 def _bundle(config: Config) -> Bundle:
-    return read_bundle(_folder(config))
+    folder = _folder(config)
+    restore_bundle(folder)
+    if not folder.is_dir():
+        raise ArtifactError(
+            f"{folder} is missing: make it with the stage 'bundle', or give update.bundle=FOLDER"
+        )
+    return read_bundle(folder)
 
 
 def _given_expert(config: Config) -> Path:
