@@ -99,7 +99,7 @@ class FitConfig:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [-1, 1]; float images as they are."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
 
 
 @dataclass

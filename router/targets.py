@@ -74,7 +74,7 @@ def posterior_sums(
     a, s, _, _ = (c[:, None] for c in schedule(_times(x, t)))
 
     def log_weight(chunk: _Chunk) -> tuple[Tensor, None]:
-        return a / s**2 * (chunk.dots[0] - a / 2 * chunk.square), None
+        return chunk.dots[0].sub_(a / 2 * chunk.square).mul_(a / s**2), None
 
     return _online([x], images, labels, k, log_weight)
 
