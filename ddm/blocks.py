@@ -99,8 +99,8 @@ class Encoder(nn.Module):
     (space-to-depth).
 
     `forward(x [B, C, H, W], t [] or [B])` returns the feature maps (the input convolution's, each
-    block's, each strided convolution's; their channel counts are `widths`) and the time embedding
-    `[B, 2 channels]`.
+    block's, each strided convolution's; their channel counts are `widths`) and the embedding
+    `[B, 2 channels]`: that of the time, plus `beside` of the same shape if it is given.
     """
 
     def __init__(
@@ -133,8 +133,12 @@ class Encoder(nn.Module):
                 self.widths.append(out)
                 width = out
 
-    def forward(self, x: Tensor, t: Tensor) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, x: Tensor, t: Tensor, beside: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         embedding = self.embed(t.to(x.dtype).expand(len(x)))
+        if beside is not None:
+            embedding = embedding + beside
         maps = [self.stem(F.pixel_unshuffle(x, self.patch))]
         for stage in self.stages:
             maps.append(

@@ -23,6 +23,7 @@ from ddm.artifacts import (
     read_tensors,
     sha256,
 )
+from ddm.condition import check_same_vocabulary
 from ddm.conversion import check_conversion
 from ddm.errors import ArtifactError, ConfigError, shown
 from ddm.mixture import Mixture
@@ -169,6 +170,7 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
         if only is None or name in only
     }
     experts = [found[name] for name in files if name in found]
+    check_same_vocabulary({one.json: one.facts.get("condition") for one in experts})
     routers = found.get(ROUTER), found.get(OLD_ROUTER)
     return Bundle(mixture, process, files, experts, *routers, old_names, sha256(path), path)
 

@@ -18,6 +18,7 @@ from ddm.artifacts import (
     is_sha256,
     naming,
     read_facts,
+    read_json,
     scratch_beside,
     sha256,
     write_artifact,
@@ -35,6 +36,7 @@ from ddm.bundle import (
     read_bundle,
 )
 from ddm.bundle_history import write_history
+from ddm.condition import check_same_vocabulary
 from ddm.errors import ArtifactError, require, shown
 from ddm.gaussian import MOMENTS
 from ddm.mixture import Mixture, is_whole
@@ -140,6 +142,8 @@ def write_bundle(folder: Path, parts: Parts, what: str) -> None:
             read_artifact(stem, None, belongs, parts.schedule)
             for suffix in (".json", ".safetensors"):
                 _place(file_of(stem, suffix), scratch / f"{name}{suffix}")
+        jsons = [file_of(stem, ".json") for stem in parts.experts.values()]
+        check_same_vocabulary({json: read_json(json).get("condition") for json in jsons})
         manifest = {
             "format": FORMAT,
             "schedule": parts.schedule,

@@ -17,6 +17,7 @@ from ddm.artifacts import (
     sha256,
     write_json,
 )
+from ddm.condition import ImageConditions, Vocabulary, names_fault
 from ddm.errors import ArtifactError, DataError, shown
 from ddm.mixture import (
     HASHES_RULE,
@@ -41,10 +42,12 @@ class Partition:
     hashes: SHA-256 of each cluster's file, in hex
     holdout_sizes: held-out images per cluster, at least 0; empty if no image is held out
     holdout_hashes: SHA-256 of each cluster's file of held-out images, likewise
+    vocabulary: of what experts are conditioned on; None where they are not
 
     On disk a folder: `partition.json` and `cluster-00.safetensors` ... with the tensors `images`
     (uint8 `[n, C, H, W]`), `index` (int64 `[n]`, positions in the data set) and, if the data set
-    has them, `labels` (int64 `[n]`). Held-out images, which no training may see, are in
+    has them, `labels` (int64 `[n]`); where experts are conditioned on attributes, `attributes`
+    (uint8 `[n, C]`). Held-out images, which no training may see, are in
     `holdout-00.safetensors` ..., with the same tensors.
     """
 
@@ -54,12 +57,17 @@ class Partition:
     hashes: list[str]
     holdout_sizes: list[int] = field(default_factory=list)
     holdout_hashes: list[str] = field(default_factory=list)
+    vocabulary: Vocabulary | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The partition as plain data; without the keys of the holdout if there is none."""
+        """The partition as plain data; without the keys of the holdout and of the vocabulary if
+        there is none.
+        """
         facts = asdict(self)
-        return facts if self.holdout_sizes else {key: facts[key] for key in _RULES}
+        left_out = [] if self.holdout_sizes else list(_HOLDOUT_RULES)
+        left_out += [] if self.vocabulary else ["vocabulary"]
+        return {key: value for key, value in facts.items() if key not in left_out}
 
     @property
     def k(self) -> int:
@@ -90,10 +98,12 @@ class Partition:
         labels: Tensor | None,
         held_out: Tensor | None = None,
         release: Release = lambda: None,
+        conditions: ImageConditions | None = None,
     ) -> "Partition":
         """Split `images` (uint8 `[N, C, H, W]`) by `cluster` (int64 `[N]`, values below
         `len(names)`) into a folder; those that are `held_out` (bool `[N]`) into their own files.
-        `release` is called after every few images: `images` may be a mapped file.
+        `release` is called after every few images: `images` may be a mapped file. `conditions`: of
+        the images, for experts with one.
 
         Raises `DataError` naming a cluster without images, `ArtifactError` naming a file that
         cannot be written.
@@ -114,6 +124,8 @@ class Partition:
             tensors = {"images": images, "index": torch.arange(len(images))}
             if labels is not None:
                 tensors["labels"] = labels
+            if conditions is not None and conditions.vocabulary.kind == "attributes":
+                tensors["attributes"] = conditions.values
             write_rows(path, tensors, chosen.nonzero()[:, 0], release)
             return sha256(path)
 
@@ -129,7 +141,15 @@ class Partition:
                 for k in range(len(names))
             ]
         shape = list(images.shape[1:])
-        partition = Partition(shape, list(names), sizes, hashes, holdout_sizes, holdout_hashes)
+        partition = Partition(
+            shape,
+            list(names),
+            sizes,
+            hashes,
+            holdout_sizes,
+            holdout_hashes,
+            conditions.vocabulary if conditions else None,
+        )
         partition.describe(folder)
         return partition
 
@@ -150,6 +170,7 @@ class Partition:
             [self.hashes[k]],
             held,
             self.holdout_hashes[k : k + 1] if held else [],
+            self.vocabulary,
         )
 
     @staticmethod
@@ -170,7 +191,8 @@ class Partition:
         if fault := _fault(facts):
             raise ArtifactError(f"{path} does not describe a partition: {fault}")
         known = [*_RULES, *(key for key in _HOLDOUT_RULES if key in facts)]
-        partition = Partition(**{key: facts[key] for key in known})
+        vocabulary = Vocabulary(**facts["vocabulary"]) if "vocabulary" in facts else None
+        partition = Partition(**{key: facts[key] for key in known}, vocabulary=vocabulary)
         if partition.hash != facts.get("hash"):
             raise ArtifactError(
                 f"{path} is damaged: the hash of its partition is {partition.hash}, "
@@ -200,6 +222,20 @@ class Partition:
         Raises `ArtifactError` if its file is not the one of this partition.
         """
         return read_tensors(self.file(folder, k), self.hashes[k])
+
+    def conditions(self, cluster: dict[str, Tensor], kind: str, folder: Path) -> ImageConditions:
+        """The conditions of the images of `cluster` or `all`: kind is `label` or `attributes`.
+
+        Raises `ArtifactError` if the partition in `folder` was cut for another kind, or for none.
+        """
+        if self.vocabulary is None or self.vocabulary.kind != kind:
+            there = self.vocabulary.kind if self.vocabulary else "none"
+            raise ArtifactError(
+                f"{folder} was cut for expert.condition={there}, not for {kind}: cut it anew with "
+                "the stage 'partition', in a new run"
+            )
+        values = cluster["labels" if kind == "label" else "attributes"]
+        return ImageConditions(self.vocabulary, values)
 
     def all(self, folder: Path) -> dict[str, Tensor]:
         """The tensors of all clusters, concatenated, and `cluster` (int64 `[N]`): for the router
@@ -247,7 +283,15 @@ def _joined(clusters: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _fault(facts: Any) -> str | None:
     """What is wrong with the description of a partition, or None."""
     fault = list_fault(facts, _RULES, ("names", "sizes", "hashes"))
+    if fault is None and "vocabulary" in facts:
+        fault = _vocabulary_fault(facts["vocabulary"])
     return fault or _holdout_fault(facts, len(facts["sizes"]))
+
+
+def _vocabulary_fault(vocabulary: Any) -> str | None:
+    if not isinstance(vocabulary, dict) or set(vocabulary) != {"kind", "names"}:
+        return f"vocabulary must have a kind and names, got {shown(vocabulary)}"
+    return names_fault(vocabulary)
 
 
 def _holdout_fault(facts: dict[str, Any], k: int) -> str | None:

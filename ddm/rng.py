@@ -35,6 +35,7 @@ class RngStream(IntEnum):
     SWITCH = 10  # when image i changes its expert under the policy `switching`, and to which
     SEED_MODEL = 11  # the seed of the seed model
     HELD_OUT = 12  # the noise of held-out images in a validation
+    CONDITION = 13  # which conditions of training step n are left out
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:

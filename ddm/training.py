@@ -155,6 +155,10 @@ class Batches:
         """The noise of a part of a step, `[B / parts, C, H, W]`."""
         return normal(self.seed, RngStream.NOISE, self._rows(part), step, self.images.shape[1:])
 
+    def uniforms(self, stream: RngStream, step: int, part: int, count: int) -> Tensor:
+        """Uniform numbers in (0, 1) for the images of a part of a step, float64 `[B / parts, count]`."""
+        return uniform(self.seed, stream, self._rows(part), step, count)
+
     def seed_dropout(self, step: int, part: int = 0) -> None:
         """Seed torch's generator, which dropout uses, by (seed, step) and rank; later parts go on
         with it.

@@ -32,6 +32,9 @@ class ExpertConfig(FitConfig):
     times: the distribution of training times: uniform, uniform_log_snr, logit_normal or log_normal.
     ema_also: further decays, in (0, 1), whose averages are kept as well. After training the average
     with the least loss on held-out images is taken; that of ema_decay where none are held out.
+    condition: what of an image the network is told as well: none, its label, or its attributes.
+    condition_dropout: how often it is told nothing in training, in (0, 1), so that it can sample
+    without a condition and by guidance.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -41,6 +44,8 @@ class ExpertConfig(FitConfig):
     min_snr_gamma: float = 5.0
     times: Times = "uniform"
     ema_also: list[float] = field(default_factory=list)
+    condition: Literal["none", "label", "attributes"] = "none"
+    condition_dropout: float = 0.1
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
@@ -51,17 +56,25 @@ class ExpertConfig(FitConfig):
         for decay in self.ema_also:
             require(0 < decay < 1 and self.ema_decay > 0, "ema_also", _EMA_ALSO, decay)
         require(self.min_snr_gamma > 0, "min_snr_gamma", "be above 0", self.min_snr_gamma)
+        dropout = self.condition_dropout
+        require(0 < dropout < 1, "condition_dropout", "be in (0, 1)", dropout)
 
     def build(
-        self, shape: Sequence[int], schedule: Schedule, conversion: Conversion | None = None
+        self,
+        shape: Sequence[int],
+        schedule: Schedule,
+        conversion: Conversion | None = None,
+        condition: int = 0,
     ) -> "Denoiser":
-        """A fresh expert for images `[C, H, W]`; `conversion` as in `Denoiser`.
+        """A fresh expert for images `[C, H, W]`; `conversion` and `condition` as in `Denoiser`.
 
         Raises `ConfigError` naming the key of a size that cannot be.
         """
         with within("unet"):
-            network = self.unet.build(shape)
-        return Denoiser(network, schedule, self.parameterization, self.sigma_data, conversion)
+            network = self.unet.build(shape, condition)
+        return Denoiser(
+            network, schedule, self.parameterization, self.sigma_data, conversion, condition
+        )
 
 
 class Denoiser(nn.Module):
@@ -76,7 +89,9 @@ class Denoiser(nn.Module):
                             c_out = s sqrt(v) / sqrt(a^2 v + s^2)
 
     schedule: the process that the network is trained on. conversion: to it from the process of x
-    and t, where that is another one.
+    and t, where that is another one. condition: the length of the condition's vector, 0 for a
+    network without one. With one, `forward(x, t, vector [B, condition])` is `E[x0 | x_t = x, c]`;
+    without a vector it is no condition.
     """
 
     def __init__(
@@ -86,6 +101,7 @@ class Denoiser(nn.Module):
         parameterization: Parameterization,
         sigma_data: float,
         conversion: Conversion | None = None,
+        condition: int = 0,
     ) -> None:
         super().__init__()
         self.network = network
@@ -93,17 +109,25 @@ class Denoiser(nn.Module):
         self.parameterization = parameterization
         self.sigma_data = sigma_data
         self.conversion = conversion
+        self.condition = condition
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, vector: Tensor | None = None) -> Tensor:
         if self.conversion is not None:
             x, t = self.conversion(x, t)
         t = t.to(x)
         if self.parameterization == "raw":
-            return self.network(x, t).to(x.dtype)
+            return self._network(x, t, vector).to(x.dtype)
         a, s, _, _ = self.schedule(t).broadcast_to(x)
         variance = self.sigma_data**2
         total = a**2 * variance + s**2
         c_in = torch.rsqrt(total)
         c_skip = a * variance / total
         c_out = s * self.sigma_data * torch.rsqrt(total)
-        return c_skip * x + c_out * self.network(c_in * x, t).to(x.dtype)
+        return c_skip * x + c_out * self._network(c_in * x, t, vector).to(x.dtype)
+
+    def _network(self, x: Tensor, t: Tensor, vector: Tensor | None) -> Tensor:
+        if self.condition == 0:
+            return self.network(x, t)
+        if vector is None:
+            vector = x.new_zeros(len(x), self.condition)
+        return self.network(x, t, vector)

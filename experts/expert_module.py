@@ -6,7 +6,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from ddm.condition import ImageConditions
 from ddm.grids import log_sigma, time_grid, times_at
+from ddm.rng import RngStream
 from ddm.schedules import Coeffs, Schedule
 from ddm.training import Batches
 from experts.denoiser import Denoiser, ExpertConfig, LossWeight, Times
@@ -69,11 +71,19 @@ class ExpertLearning(pl.LightningModule):
     """One expert as a LightningModule.
 
     The data loader only counts steps: the batch of step n is a function of (seed, n).
+    conditions: of the images of `batches`, for an expert with one.
     """
 
-    def __init__(self, denoiser: Denoiser, batches: Batches, config: ExpertConfig) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        batches: Batches,
+        config: ExpertConfig,
+        conditions: ImageConditions | None = None,
+    ) -> None:
         super().__init__()
         self.denoiser, self.batches, self.config = denoiser, batches, config
+        self.conditions = conditions
         self.levels = nn.Buffer(
             training_times(config.times, config.t_min, denoiser.schedule), persistent=False
         )
@@ -89,19 +99,44 @@ class ExpertLearning(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.batches.images = self.batches.images.to(self.device)
+        if self.conditions is not None:
+            self.conditions = self.conditions.to(self.device)
 
     def training_step(self, _: Any, count: int) -> Tensor:
         n, batches = self.global_step, self.batches
         part = count % batches.parts
         batches.seed_dropout(n, part)
-        x0, _place = batches.x0(n, part)
-        return self.losses(x0, self.at(batches.times(n, part)), batches.noise(n, part)).mean()
+        x0, place = batches.x0(n, part)
+        t, noise = self.at(batches.times(n, part)), batches.noise(n, part)
+        return self.losses(x0, t, noise, self.condition(n, part, place)).mean()
 
-    def losses(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The loss of each image, `[B]`, at times `[B]`."""
+    def condition(self, step: int, part: int, place: Tensor) -> Tensor | None:
+        """The condition's vectors `[B, C]` of the images at `place` `[B]`, some left out; None for
+        an expert without one.
+
+        A part `condition_dropout` of the images have none (arXiv 2207.12598, algorithm 1). Of the
+        others' attributes a part is left out that is uniform in [0, 1], so that any number of
+        attributes may be given when sampling.
+        """
+        if self.conditions is None:
+            return None
+        vectors = self.conditions.vectors(place)
+        several = self.conditions.vocabulary.kind == "attributes"
+        count = 2 + vectors.shape[1] if several else 1
+        u = self.batches.uniforms(RngStream.CONDITION, step, part, count).to(vectors)
+        vectors = vectors * (u[:, :1] >= self.config.condition_dropout)
+        return vectors * (u[:, 2:] < u[:, 1:2]) if several else vectors
+
+    def losses(
+        self, x0: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each image, `[B]`, at times `[B]`; condition: vectors `[B, C]`, None for
+        none.
+        """
         c = self.denoiser.schedule(t)
         a, s, _, _ = c.broadcast_to(x0)
-        denoised = self.denoiser(a * x0 + s * noise, t)
+        x = a * x0 + s * noise
+        denoised = self.denoiser(x, t) if condition is None else self.denoiser(x, t, condition)
         cfg = self.config
         weight = loss_weight(cfg.loss_weight, c, cfg.min_snr_gamma, cfg.sigma_data)
         return denoising_losses(denoised, x0, weight)

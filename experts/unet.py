@@ -34,14 +34,15 @@ class UNetConfig:
         """Raise `ConfigError` naming the key of a size that cannot be for images `[C, H, W]`."""
         check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape, self.patch)
 
-    def build(self, shape: Sequence[int]) -> "UNet":
-        """A fresh network for images `[C, H, W]`.
+    def build(self, shape: Sequence[int], condition: int = 0) -> "UNet":
+        """A fresh network for images `[C, H, W]`; `condition` is the length of the condition's
+        vector, 0 for a network without one.
 
         Raises `ConfigError` naming the key of a size that cannot be.
         """
         self.check(shape)
         # Convolutions are fastest in channels_last, on CPUs and on tensor cores.
-        return UNet(shape, self).to(memory_format=torch.channels_last)
+        return UNet(shape, self, condition).to(memory_format=torch.channels_last)
 
 
 class Upsample(nn.Module):
@@ -57,13 +58,14 @@ class Upsample(nn.Module):
 
 class UNet(nn.Module):
     """`(x [B, C, H, W], t [] or [B])` -> `[B, C, H, W]`; zero at initialization, because its last
-    layer is.
+    layer is. With a condition, `(x, t, vector [B, condition])`.
 
     Residual blocks with adaptive group norm (arXiv 2105.05233), skips from every feature map of the
-    encoder.
+    encoder. The condition is embedded linearly and added to the time embedding; the embedding is
+    zero at initialization, and for a vector of zeros.
     """
 
-    def __init__(self, shape: Sequence[int], config: UNetConfig) -> None:
+    def __init__(self, shape: Sequence[int], config: UNetConfig, condition: int = 0) -> None:
         super().__init__()
         c = config
         self.encoder = Encoder(
@@ -96,9 +98,17 @@ class UNet(nn.Module):
             group_norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1))
         )
         self.patch = c.patch
+        self.condition: nn.Linear | None = None
+        if condition > 0:
+            self.condition = nn.Linear(condition, embedding, bias=False)
+            nn.init.zeros_(self.condition.weight)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        maps, embedding = self.encoder(x, t)
+    def forward(self, x: Tensor, t: Tensor, vector: Tensor | None = None) -> Tensor:
+        beside = None
+        if self.condition is not None:
+            assert vector is not None
+            beside = self.condition(vector.to(x))
+        maps, embedding = self.encoder(x, t, beside)
         h = maps[-1]
         for block in self.middle:
             h = block(h, embedding)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddm.condition import Condition, guided
 from router import policies
 from router.policies import Policy
 from router.sources import Alpha, Source
@@ -40,15 +41,16 @@ class RoutedDenoiser:
     weight_k G_k(x, t)`, such as `Gaussians.mix`. The result is `sum_chosen w_k D_k + sum_k alpha_k
     G_k - sum_chosen w_k G_k`, w being alpha renormalized
     over the chosen: the same mean over the random numbers of a policy, with less variance.
+    condition: of all images; the experts are then `(x, t, vector [B, C]) -> [B, ...]`.
     trace: append a `Step` to `steps` at every call.
 
-    Afterwards `calls` is the number of expert evaluations, images x experts x calls, and
-    `router_calls` that of alpha, images x calls.
+    Afterwards `calls` is the number of expert evaluations, images x experts x calls, where one with
+    guidance counts as two, and `router_calls` that of alpha, images x calls.
     """
 
     def __init__(
         self,
-        experts: Sequence[Callable[[Tensor, Tensor], Tensor]],
+        experts: Sequence[Callable[..., Tensor]],
         alpha: Alpha | Source | Router,
         policy: str | Policy = "balanced",
         seed: int = 0,
@@ -57,6 +59,7 @@ class RoutedDenoiser:
         calls_per_step: int = 1,
         clip: bool = False,
         control_variate: ControlVariate | None = None,
+        condition: Condition | None = None,
         trace: bool = False,
     ) -> None:
         self.experts = experts
@@ -66,6 +69,7 @@ class RoutedDenoiser:
         self.calls_per_step = calls_per_step
         self.clip = clip
         self.control_variate = control_variate
+        self.condition = condition
         self.trace = trace
         self.calls = 0
         self._router_calls: Tensor | int = 0  # a tensor, so that no step waits for a device
@@ -118,8 +122,15 @@ class RoutedDenoiser:
         """The experts' answers `[M, ...]` for the images `row` `[M]`, the first `counts[0]` of which
         are the first expert's, and so on: one call to each expert.
         """
-        self.calls += len(row)
         images = x[row].split(counts)
         times = t[row.to(t.device)].split(counts) if t.ndim else [t] * len(counts)
         calls = zip(self.experts, images, times, strict=True)
-        return torch.cat([expert(*call) for expert, *call in calls if len(call[0])])
+        return torch.cat([self._answer(*call) for call in calls if len(call[1])])
+
+    def _answer(self, expert: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor:
+        if self.condition is None:
+            self.calls += len(x)
+            return expert(x, t)
+        given = self.condition.at(t, len(x))
+        self.calls += int(given.evaluations.sum())
+        return guided(expert, x, t, given)

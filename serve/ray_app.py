@@ -2,7 +2,7 @@
 HTTP) as ingress.
 
 `serve deploy docker/serve.yaml` and `python -m serve RUN serve.placement=ray` both use `build`. An
-expert's step is a pure function of (x, t), so the engine repeats a call that was lost with its
+expert's step is a pure function of its arguments, so the engine repeats a call that was lost with its
 replica; Serve itself does not retry.
 """
 
@@ -43,6 +43,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ddm.bundle import read_bundle  # noqa: E402
+from ddm.condition import Conditions  # noqa: E402
 from ddm.device import pick_device  # noqa: E402
 from ddm.errors import ArtifactError, ConfigError, DdmError, require  # noqa: E402
 from serve.engine.expert import UnavailableError  # noqa: E402
@@ -88,13 +89,13 @@ class ExpertReplica:
         self._load(folder)
 
     async def denoise(
-        self, k: int, folder: str, version: str, x: np.ndarray, t: np.ndarray
+        self, k: int, folder: str, version: str, x: np.ndarray, t: np.ndarray, *given: np.ndarray
     ) -> np.ndarray:
         """Denoise x float32 `[B, C, H, W]` at t `[B]` by expert k of this version of the bundle in
-        `folder`.
+        `folder`; given: the two arrays of `Conditions`, if the expert takes a condition.
         """
         return await asyncio.get_running_loop().run_in_executor(
-            self.turn, self._denoise, k, folder, version, x, t
+            self.turn, self._denoise, k, folder, version, x, t, *given
         )
 
     async def where(self) -> tuple[int, str]:
@@ -102,7 +103,7 @@ class ExpertReplica:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def _denoise(
-        self, k: int, folder: str, version: str, x: np.ndarray, t: np.ndarray
+        self, k: int, folder: str, version: str, x: np.ndarray, t: np.ndarray, *given: np.ndarray
     ) -> np.ndarray:
         if version not in self.runners and self._load(folder) != version:
             raise ArtifactError(
@@ -110,7 +111,8 @@ class ExpertReplica:
                 "keep a bundle until the requests that use it are done"
             )
         # torch.tensor copies: the arrays that arrive may be read-only.
-        return self.runners[version][k](torch.tensor(x), torch.tensor(t)).numpy()
+        conditions = Conditions(*map(torch.tensor, given)) if given else None
+        return self.runners[version][k](torch.tensor(x), torch.tensor(t), conditions).numpy()
 
     def _load(self, folder: str) -> str:
         found = {k: load_expert(folder, k, self.device) for k in self.experts}
@@ -147,10 +149,10 @@ class RayExpert:
         self.calls = calls
         self.turn = turn
 
-    async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        x_array = x.cpu().numpy()
-        t_array = t.to("cpu", torch.float32).numpy()
-        response = self.handle.denoise.remote(self.k, self.folder, self.version, x_array, t_array)
+    async def __call__(self, x: Tensor, t: Tensor, given: Conditions | None = None) -> Tensor:
+        tensors = x, t.float(), *(given or ())
+        arrays = [tensor.cpu().numpy() for tensor in tensors]
+        response = self.handle.denoise.remote(self.k, self.folder, self.version, *arrays)
         return torch.tensor(await _result(response))
 
     async def check(self) -> None:

@@ -81,6 +81,19 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_labels_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run whose experts are told the digits; k-means has put some digits into several clusters."""
+    from train.stages.run import run
+
+    folder = tmp_path_factory.mktemp("runs") / "labels"
+    words = [*SMALL, f"run={folder}", "expert.condition=label", "partition.by=kmeans"]
+    stages = ("partition", "expert", "router", "bundle")
+    # Many steps, so that the condition shows.
+    run(load_config(default_config(), [*words, "expert.steps=60"]), stages)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of the real image sets; the test skips where there is none."""
     folder = Path(os.environ.get("DDM_DATA", "data"))

@@ -196,7 +196,7 @@ def _choose(module: pl.LightningModule, averaging: Averaging, watch: Watch) -> f
     losses = {}
     for decay, average in averages.items():
         with weights(module, average):
-            losses[decay] = held_out_losses(module, watch.held_out)["loss"]
+            losses[decay] = held_out_losses(module, watch.held_out, watch.told)["loss"]
     best = min(losses, key=lambda decay: losses[decay])
     put(module, averages[best])
     shown = ", ".join(f"{loss:.5g} with {decay:g}" for decay, loss in losses.items())

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch import Tensor
 
 from ddm.artifacts import naming
+from ddm.condition import ImageConditions
 from ddm.rng import RngStream, normal
 from ddm.samplers import sample
 from ddm.training import to_float
@@ -33,11 +34,13 @@ class Watch:
 
     held_out: images for validation, uint8 `[N, C, H, W]`; None or no image for none
     ema_also: decays of further averages, of which the best is taken
+    told: the conditions of the held-out images, for an expert with one
     """
 
     config: WatchConfig = field(default_factory=WatchConfig)
     held_out: Tensor | None = None
     ema_also: list[float] = field(default_factory=list)
+    told: ImageConditions | None = None
 
     @property
     def validates(self) -> bool:
@@ -46,9 +49,11 @@ class Watch:
 
 
 @torch.no_grad()
-def held_out_losses(learning: ExpertLearning, images: Tensor) -> dict[str, float]:
-    """The training loss on images that it was not trained on, uint8 `[N, C, H, W]`: `loss`, and
-    `t in [0.25, 0.5)` and so on, for the bands that training has times in.
+def held_out_losses(
+    learning: ExpertLearning, images: Tensor, told: ImageConditions | None = None
+) -> dict[str, float]:
+    """The training loss on images that it was not trained on, uint8 `[N, C, H, W]`, whose conditions
+    it is told whole: `loss`, and `t in [0.25, 0.5)` and so on, for the bands that training has times in.
 
     The images, times and noise are always the same ones: every image at least once, and the
     training's distribution of times.
@@ -62,7 +67,8 @@ def held_out_losses(learning: ExpertLearning, images: Tensor) -> dict[str, float
         x0 = to_float(images[part % len(images)].to(learning.device))
         t = learning.at(level[part].to(learning.device))
         noise = normal(0, RngStream.HELD_OUT, place, 0, x0.shape[1:])
-        losses.append(learning.losses(x0, t, noise).double().cpu())
+        condition = None if told is None else told.vectors(part % len(images)).to(x0)
+        losses.append(learning.losses(x0, t, noise, condition).double().cpu())
         times.append(t.cpu())
     loss = torch.cat(losses)
     band = (torch.cat(times) * BANDS).long().clamp_max(BANDS - 1)
@@ -131,7 +137,7 @@ class Watching(Callback):
         rows = []
         for name, values in {"raw": None, **named}.items():
             with weights(learning, values):
-                losses = held_out_losses(learning, self.watch.held_out)
+                losses = held_out_losses(learning, self.watch.held_out, self.watch.told)
             rows.append({"step": step, "weights": name, **losses})
             if self.logger is not None:
                 metrics = {f"held out/{name}/{band}": loss for band, loss in losses.items()}

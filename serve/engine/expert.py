@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from ddm.condition import Conditions
+
 T = TypeVar("T")
 
 # One thread for all arithmetic in this process: it runs in turns anyway, and caches stay warm.
@@ -19,7 +21,7 @@ async def in_thread(work: Callable[..., T], *args: Any) -> T:
 
 
 class UnavailableError(Exception):
-    """An expert cannot be reached now. The call may be repeated: it depends on (x, t) alone."""
+    """An expert cannot be reached now. The call may be repeated: it depends on its arguments alone."""
 
 
 class ServingError(Exception):
@@ -45,8 +47,10 @@ class Expert(Protocol):
     turn: asyncio.Semaphore
     calls: int
 
-    async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The denoised x `[B, C, H, W]` at t `[B]`. Raises `UnavailableError`."""
+    async def __call__(self, x: Tensor, t: Tensor, given: Conditions | None = None) -> Tensor:
+        """The denoised x `[B, C, H, W]` at t `[B]`, by what each image is conditioned on if the
+        expert takes a condition. Raises `UnavailableError`.
+        """
         ...
 
     async def check(self) -> None:

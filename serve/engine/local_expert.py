@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ddm.condition import Conditions, guided
 from experts.denoiser import Denoiser
 from serve.engine.expert import in_thread
 from serve.model.model import Model
@@ -17,7 +18,8 @@ _SIZES = (2, 3, 64)
 
 
 class Runner:
-    """One expert's network on its device: `(x [B, C, H, W], t [B]) -> [B, C, H, W]`, on x's device.
+    """One expert's network on its device: `(x [B, C, H, W], t [B]) -> [B, C, H, W]`, on x's device,
+    or `(x, t, given)` for an expert with a condition.
 
     precision: with bf16, its convolutions and products are in bfloat16; x and the answer are not.
     compiled: compile it, for batches of any size, and once for all experts of a process, whose
@@ -27,7 +29,7 @@ class Runner:
 
     def __init__(
         self,
-        denoiser: Callable[[Tensor, Tensor], Tensor],
+        denoiser: Callable[..., Tensor],
         device: torch.device,
         precision: ServePrecision = "float32",
         compiled: bool = False,
@@ -39,14 +41,21 @@ class Runner:
             denoiser.network.compile()  # without the schedule, an object of each expert's own
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        size = len(x)
+    def __call__(self, x: Tensor, t: Tensor, given: Conditions | None = None) -> Tensor:
         # A copy, because dynamo would compile anew for a tensor made outside of inference mode.
         images, times = x.to(self.device), t.to(self.device, torch.float32, copy=True)
-        if self.compiled and size == 1:  # for which it would be compiled apart
-            images, times = images.repeat(2, 1, 1, 1), times.repeat(2)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            return self.denoiser(images, times)[:size].to(x)
+            if given is None:
+                return self._denoise(images, times).to(x)
+            vectors = given.vector.to(self.device, copy=True)
+            return guided(self._denoise, images, times, given._replace(vector=vectors)).to(x)
+
+    def _denoise(self, *given: Tensor) -> Tensor:
+        """By the network: of x, t and perhaps the condition's vectors, on its device."""
+        size = len(given[0])
+        if self.compiled and size == 1:  # for which it would be compiled apart
+            given = tuple(torch.cat([tensor, tensor]) for tensor in given)
+        return self.denoiser(*given)[:size]
 
     def warm_up(self, shape: Sequence[int]) -> None:
         """Compile it, if it is to be compiled, for images `[C, H, W]`."""
@@ -62,8 +71,8 @@ class LocalExpert:
     def __init__(self, name: str, run: Runner, turn: asyncio.Semaphore) -> None:
         self.name, self.run, self.turn = name, run, turn
 
-    async def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return await in_thread(self.run, x, t)
+    async def __call__(self, x: Tensor, t: Tensor, given: Conditions | None = None) -> Tensor:
+        return await in_thread(self.run, x, t, given)
 
     async def check(self) -> None:
         """Always available."""

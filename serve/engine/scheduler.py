@@ -281,12 +281,14 @@ class Engine:
         name = self.experts[k].name
         call = stacked([state.call for state in states])
         started = time.perf_counter()
-        answers = await reach(self.experts[k](call.x, call.t), self.call_timeout_s)
+        given = () if call.given is None else (call.given,)
+        answers = await reach(self.experts[k](call.x, call.t, *given), self.call_timeout_s)
         if answers.shape != call.x.shape:
             raise ValueError(f"answered {tuple(answers.shape)} to {tuple(call.x.shape)}")
         self.metrics.observe("call_seconds", time.perf_counter() - started, expert=name)
         self.metrics.observe("batch_fill", len(states) / self.max_batch, expert=name)
-        self.metrics.count("nfe", len(states), expert=name)
+        nfe = len(states) if call.given is None else int(call.given.evaluations.sum())
+        self.metrics.count("nfe", nfe, expert=name)
         return answers
 
     def _retry_alone(self, k: int, states: list[ImageState], error: Exception) -> None:

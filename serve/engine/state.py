@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ddm.condition import Conditions
 from ddm.samplers import Carry
 from router.step import Routed, RoutingState
 from serve.engine.expert import ServingError
@@ -19,7 +20,7 @@ class StepRecord(NamedTuple):
     """One denoiser call for an image.
 
     t: its time, in [0, 1]. alpha: `[K]`. chosen: bool `[K]`, the experts evaluated. nfe: their
-    number.
+    number, twice that with guidance.
     """
 
     t: float
@@ -66,7 +67,8 @@ class Request:
         """About how many expert evaluations an image needs."""
         router = self.plan.router
         assert router.pi is not None
-        return self.denoiser_calls * router.policy.nfe_per_step(len(router.pi))
+        per_call = router.policy.nfe_per_step(len(router.pi)) * self.plan.evaluations
+        return self.denoiser_calls * per_call
 
     @property
     def active(self) -> int:
@@ -98,13 +100,15 @@ class Call(NamedTuple):
     """The denoiser call that B images need: x `[B, C, H, W]`, t `[B]`.
 
     u: the policy's uniform numbers, float64 `[B]`. keep: whether their step has begun, so that they
-    keep their experts, bool `[B]`.
+    keep their experts, bool `[B]`. given: what they are conditioned on, None for a bundle whose
+    experts take no condition.
     """
 
     x: Tensor
     t: Tensor
     u: Tensor
     keep: Tensor
+    given: Conditions | None
 
 
 @dataclass(eq=False)

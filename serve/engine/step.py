@@ -80,7 +80,7 @@ def _begin(states: list[ImageState]) -> None:
     before = torch.cat([times[:1], times[:-1]])
     uniforms = plan.router.policy.uniforms(seed, index, torch.arange(len(times)), before, times)
     path = Path(seed, index, uniforms, (x,), ())
-    call = _call(path, 0, next(_step(plan, path, 0)))
+    call = _call(plan, path, 0, next(_step(plan, path, 0)))
     for i, state in enumerate(states):
         state.path, state.call, state.memory = Row(path, i), Row(call, i), Row(memory, i)
 
@@ -110,10 +110,11 @@ def _move(states: list[ImageState]) -> None:
             images = _finished(path.carry[0], plan.config.clip)
         else:
             x, t = next(_step(plan, path, n))
-    after = call if images is not None else _call(path, n, (x, t))
-    _record(states, call, routed, denoised)
+    after = call if images is not None else _call(plan, path, n, (x, t))
+    evaluations = [1] * len(states) if call.given is None else call.given.evaluations.tolist()
+    _record(states, call, routed, denoised, evaluations)
     for i, state in enumerate(states):
-        state.request.nfe += len(state.experts)
+        state.request.nfe += len(state.experts) * evaluations[i]
         state.step, state.path, state.call = n, Row(path, i), Row(after, i)
         state.experts, state.answers = [], {}
         state.attempt += 1
@@ -125,11 +126,12 @@ def _step(plan: SamplingPlan, path: Path, n: int) -> Step:
     return plan.method.step(plan.course(path.seed, path.image), n, *path.carry)
 
 
-def _call(path: Path, n: int, asked: tuple[Tensor, Tensor]) -> Call:
+def _call(plan: SamplingPlan, path: Path, n: int, asked: tuple[Tensor, Tensor]) -> Call:
     """The call that the sampler has asked for in step n."""
     x, t = asked
     begun = torch.full((len(x),), bool(path.denoised), device=x.device)
-    return Call(x, t.expand(len(x)), path.uniforms[:, n], begun)
+    given = None if plan.condition is None else plan.condition.at(t, len(x))
+    return Call(x, t.expand(len(x)), path.uniforms[:, n], begun, given)
 
 
 def _finished(x: Tensor, clip: bool) -> Sequence[Tensor]:
@@ -142,8 +144,16 @@ def _finished(x: Tensor, clip: bool) -> Sequence[Tensor]:
     return images.unbind()
 
 
-def _record(states: list[ImageState], call: Call, routed: Routed, denoised: Tensor) -> None:
-    """Note the call, for the images of whose calls a request asks to hear."""
+def _record(
+    states: list[ImageState],
+    call: Call,
+    routed: Routed,
+    denoised: Tensor,
+    evaluations: Sequence[int],
+) -> None:
+    """Note the call, for the images of whose calls a request asks to hear; evaluations: of a network
+    for each image and expert.
+    """
     heard = [
         (i, state)
         for i, state in enumerate(states)
@@ -155,7 +165,8 @@ def _record(states: list[ImageState], call: Call, routed: Routed, denoised: Tens
     for i, state in heard:
         chosen = torch.zeros(alpha.shape[1], dtype=torch.bool)
         chosen[state.experts] = True
-        state.record = StepRecord(float(call.t[i]), alpha[i], chosen, len(state.experts))
+        nfe = len(state.experts) * evaluations[i]
+        state.record = StepRecord(float(call.t[i]), alpha[i], chosen, nfe)
         state.denoised = denoised[i]
 
 

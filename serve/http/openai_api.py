@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +21,7 @@ from router.sources import SOURCES
 from serve.engine.expert import ServingError
 from serve.engine.service import AdmittedRequest, SamplingParams, Service
 from serve.http.middleware import shown
+from serve.http.prompt import condition_of, in_words
 from serve.http.responses import b64, headers_of, images_of, run_while_connected
 from serve.http.schemas import IMAGE_ERRORS, ImagesRequest, errors
 from serve.http.streams import EventStream, StreamQueue, event, failed, steps_of
@@ -58,7 +60,8 @@ def add_openai(app: FastAPI, service: Service) -> None:
         model = service.current.model
         form, size = body.output_format or "png", f"{model.shape[2]}x{model.shape[1]}"
         _check_combination(body, form, size)
-        params = SamplingParams(body.n or 1, body.seed, settings=_settings(body, model))
+        settings, understood = _settings(body, model)
+        params = SamplingParams(body.n or 1, body.seed, settings=settings)
         facts = {
             "created": int(time.time()),
             "output_format": form,
@@ -79,7 +82,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
         files = await asyncio.to_thread(lambda: [encode(image) for image in images_of(admitted)])
         answer = {
             **facts,
-            "data": [{"b64_json": file} for file in files],
+            "data": [{"b64_json": file, **understood} for file in files],
             "usage": _usage(admitted),
         }
         service.metrics.count("requests", status="200")
@@ -98,19 +101,31 @@ def _check_combination(body: ImagesRequest, form: str, size: str) -> None:
         require(bool(fits), field, rule, getattr(body, field))
 
 
-def _settings(body: ImagesRequest, model: Model) -> dict[str, Any]:
-    """The settings of a request, whose prompt may name a cluster. Raises `ConfigError`."""
+def _settings(body: ImagesRequest, model: Model) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a request, whose prompt may name a condition in plain words, or a cluster; and
+    how the prompt was understood, as `revised_prompt`. Raises `ConfigError`.
+    """
     settings, prompt = body.given(), body.prompt
     if not prompt:
-        return settings
+        return settings, {}
+    words = model.vocabulary
+    if words is not None and (prompt in words.names or prompt not in model.names):
+        _require_alone(body, "condition")
+        condition = condition_of(prompt, words)
+        return {**settings, "condition": condition}, {"revised_prompt": in_words(condition, words)}
     if prompt not in model.names:
         names = ", ".join(repr(name) for name in model.names)
         rule = f"be empty or name a cluster, one of {names}"
         raise ConfigError(f"prompt must {rule}; got {shown(prompt)}", "prompt")
-    if body.clusters is not None:
-        rule = "be empty where clusters are given"
-        raise ConfigError(f"prompt must {rule}, got {shown(prompt)}", "prompt")
-    return {**settings, "clusters": {prompt: 1.0}}
+    _require_alone(body, "clusters")
+    return {**settings, "clusters": {prompt: 1.0}}, {}
+
+
+def _require_alone(body: ImagesRequest, field: str) -> None:
+    if getattr(body, field) is not None:
+        verb = "are" if field == "clusters" else "is"
+        rule = f"be empty where {field} {verb} given"
+        raise ConfigError(f"prompt must {rule}, got {shown(body.prompt)}", "prompt")
 
 
 async def _events(
@@ -172,6 +187,7 @@ def _card(service: Service) -> dict[str, Any]:
         "shape": list(model.shape),
         "clusters": model.names,
         "shares": model.pi.tolist(),
+        "vocabulary": None if model.vocabulary is None else asdict(model.vocabulary),
         "limits": {"n": limits.n, "steps": limits.steps},
         "choices": {
             "sampler": SAMPLERS,
@@ -183,5 +199,5 @@ def _card(service: Service) -> dict[str, Any]:
         "defaults": {
             setting.name: getattr(service.settings.sample, setting.name) for setting in SETTINGS
         }
-        | {"clusters": service.settings.sample.clusters or {}},
+        | {key: getattr(service.settings.sample, key) or {} for key in ("clusters", "condition")},
     }

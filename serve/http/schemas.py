@@ -21,13 +21,17 @@ class _Settings(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
+_KINDS: dict[str, Any] = {
+    "clusters": list[str] | dict[str, Annotated[float, Field(ge=0)]],
+    "condition": Annotated[str, Field(max_length=256)] | dict[str, int | bool],
+    "guidance_interval": Annotated[list[float], Field(min_length=2, max_length=2)],
+}
+
+
 def _field(setting: dataclasses.Field[Any]) -> Any:
     """A setting of `SampleConfig` as an optional field with its range and description."""
     bounds = setting.metadata
-    if setting.name == "clusters":
-        kind: Any = list[str] | dict[str, Annotated[float, Field(ge=0)]]
-    else:
-        kind = setting.type
+    kind: Any = _KINDS.get(setting.name, setting.type)
     enum: Any = {"enum": [*bounds["names"], None]} if bounds["names"] else None
     return Annotated[
         kind | None,
@@ -102,11 +106,16 @@ class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
 class ImagesRequest(RequestSettings):  # type: ignore[misc, valid-type]
     """OpenAI's `images.generate`.
 
-    `prompt` names a cluster, or is empty. `seed` and all settings may come as `extra_body`.
+    `prompt` names classes or attributes in plain words, or a cluster, or is empty. `seed` and all
+    settings may come as `extra_body`.
     """
 
     prompt: Annotated[
-        str, Field(description="a cluster's name, or empty for all", max_length=32_000)
+        str,
+        Field(
+            description="a condition in plain words, a cluster's name, or empty for all",
+            max_length=32_000,
+        ),
     ]
     model: Annotated[str | None, Field(max_length=256)] = None
     n: Annotated[int | None, Field(ge=1)] = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ddm.bundle import Artifact, Bundle, as_schedule
+from ddm.condition import ClusterCounts
 from ddm.conversion import Conversion
 from ddm.errors import ArtifactError, ConfigError, shown
 from ddm.gaussian import MOMENTS, Gaussians
@@ -39,10 +40,21 @@ def build_expert(artifact: Artifact, schedule: Schedule, device: torch.device) -
     """
     own = as_schedule(artifact.facts.get("schedule"), artifact.json)
     conversion = None if own == schedule else Conversion(schedule, own)
+    counts = build_counts(artifact)
+    condition = 0 if counts is None else len(counts.counts)
     with _described_by(artifact), torch.device("meta"):
-        denoiser = _config(ExpertConfig, artifact).build(artifact.facts["shape"], own, conversion)
+        config = _config(ExpertConfig, artifact)
+        denoiser = config.build(artifact.facts["shape"], own, conversion, condition)
     _load_weights(denoiser, artifact, device, others=MOMENTS)
     return denoiser
+
+
+def build_counts(artifact: Artifact) -> ClusterCounts | None:
+    """What an expert's images show, by the names of its condition; None for one without.
+
+    Raises `ArtifactError` naming its file.
+    """
+    return ClusterCounts.from_facts(artifact.facts.get("condition"), artifact.json)
 
 
 def build_router(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddm.bundle import Bundle
+from ddm.condition import Condition, Vocabulary
 from ddm.errors import ArtifactError, ConfigError, one_of, require, within
 from ddm.rng import RngStream, normal
 from ddm.samplers import Course, Sampler, Trajectory, drive, plan_steps
@@ -22,7 +23,13 @@ from router.routing import RoutedDenoiser
 from router.sources import Alpha, Integrated, Source, Stateless, prior
 from router.step import ControlVariate, Router
 from router.targets import exact_posterior
-from serve.model.build import build_expert, build_gaussians, build_router, build_schedule
+from serve.model.build import (
+    build_counts,
+    build_expert,
+    build_gaussians,
+    build_router,
+    build_schedule,
+)
 from serve.model.params import SETTINGS, SampleConfig, SampleSettings, described
 
 _CACHED = 64  # sampling plans, and routers, of as many different settings
@@ -56,6 +63,15 @@ class SamplingPlan:
     times: Sequence[Tensor]
     schedule: Schedule
     shape: Sequence[int]
+    condition: Condition | None = None  # None for experts without one
+
+    @property
+    def evaluations(self) -> float:
+        """Of a network by each expert that is called, on average over the steps: 2 with guidance."""
+        if self.condition is None:
+            return 1.0
+        times = torch.stack(list(self.times[:-1]))
+        return float(self.condition.at(times, len(times)).evaluations.float().mean())
 
     def start(self, seed: int | Tensor, index: Tensor) -> Tensor:
         """x at t = 1, `[B, C, H, W]`, of images `index` `[B]`; one seed or one per image `[B]`."""
@@ -80,6 +96,7 @@ class Model:
     shape: of an image, `[C, H, W]`
     names, pi: of the clusters, `[K]`
     version: the SHA-256 of the manifest
+    vocabulary: what a condition may name, None if the experts take none
     schedule, experts, gaussians, posterior, derivative: the parts; the last two are None for a
         bundle without a router
     """
@@ -109,6 +126,8 @@ class Model:
             self.posterior, self.derivative = build_router(
                 bundle.router, self.shape, self.pi, self.gaussians, self.device
             )
+        self._counts = [one for one in map(build_counts, bundle.experts) if one is not None]
+        self.vocabulary: Vocabulary | None = self._counts[0].vocabulary if self._counts else None
         self._images = images
         self._old_router = bundle.old_router is not None
         self._analytic: Alpha | None = None
@@ -218,6 +237,7 @@ class Model:
         for name in config.clusters or ():
             if name not in self.names:
                 raise one_of("sample.clusters", name, tuple(self.names))
+        self._check_condition(config)
         needs_router = config.source in ("posterior", "derivative", "combined")
         if needs_router and len(self.names) > 1 and self.posterior is None:
             why = (
@@ -237,6 +257,43 @@ class Model:
         with within("sample"):
             self.plan(config)
         return config
+
+    def _check_condition(self, config: SampleConfig) -> None:
+        condition, key = config.condition, "sample.condition"
+        if not condition:
+            return
+        rule = "be left out for a bundle whose experts were trained without one"
+        require(self.vocabulary is not None, key, rule, condition)
+        assert self.vocabulary is not None
+        with within("sample"):
+            self.vocabulary.check(condition)
+        some = f" of {', '.join(config.clusters)}" if config.clusters else ""
+        rule = f"be what training images of a cluster{some} show"
+        require(max(self._factors(config) or [1]) > 0, key, rule, condition)
+
+    def _factors(self, config: SampleConfig) -> tuple[float, ...] | None:
+        """The factors of pi and alpha by `clusters` and `condition`, the largest 1; None for 1.
+
+        By Bayes' rule those of a condition c are `p(c | k)`, its fraction in each cluster. For pi
+        they are exact, and for alpha if `p_k(x, t | c) = p_k(x, t)`.
+        """
+        if not config.clusters and not config.condition:
+            return None
+        factors = [1.0] * len(self.names)
+        if config.clusters:
+            factors = [config.clusters.get(name, 0.0) for name in self.names]
+        if config.condition:
+            parts = [counts.fraction(config.condition) for counts in self._counts]
+            factors = [factor * part for factor, part in zip(factors, parts, strict=True)]
+        most = max(factors) or 1.0  # becomes 1, because they become float32
+        return tuple(factor / most for factor in factors)
+
+    def _condition(self, config: SampleConfig) -> Condition | None:
+        if self.vocabulary is None:
+            return None
+        vector = self.vocabulary.vector(config.condition or {}).to(self.device)
+        first, last = config.guidance_interval or (0.0, 1.0)
+        return Condition(vector, config.guidance, (first, last))
 
     def plan(self, config: SampleConfig) -> SamplingPlan:
         """Everything needed to sample with these settings, except the experts; cached.
@@ -260,6 +317,7 @@ class Model:
             list(times),
             cache(self.schedule),  # called at the same few times for every image
             self.shape,
+            self._condition(config),
         )
 
     def _router_of(self, config: SampleConfig) -> Router:
@@ -268,24 +326,20 @@ class Model:
         """
         c = config
         rule = (c.policy, c.top_k, c.nucleus_p, c.budget, c.switch_rate)
-        weights = frozenset(c.clusters.items()) if c.clusters else None
-        return self._cached_router(c.source, c.relaxation_rate, rule, weights, c.temperature)
+        factors = self._factors(c)
+        return self._cached_router(c.source, c.relaxation_rate, rule, factors, c.temperature)
 
     def _router(
         self,
         source: str,
         relaxation_rate: float,
         rule: tuple[str, int, float, float, float],
-        weights: frozenset[tuple[str, float]] | None,
+        factors: tuple[float, ...] | None,
         temperature: float,
     ) -> Router:
-        factors = None
-        if weights:
-            of = dict(weights)
-            most = max(of.values())  # becomes 1, because they become float32
-            factors = self.pi.new_tensor([of.get(name, 0.0) / most for name in self.names])
+        weights = None if factors is None else self.pi.new_tensor(factors)
         return Router(
-            self._source(source, relaxation_rate), policy(*rule), self.pi, factors, temperature
+            self._source(source, relaxation_rate), policy(*rule), self.pi, weights, temperature
         )
 
     def _source(self, source: str, relaxation_rate: float) -> Source:
@@ -329,6 +383,7 @@ class Model:
             calls_per_step=calls_per_step,
             clip=config.clip,
             control_variate=plan.control_variate,
+            condition=plan.condition,
             trace=trace,
         )
         calls = itertools.count()

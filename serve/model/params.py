@@ -69,10 +69,19 @@ class SampleConfig:
     clusters: Any = _setting(  # noqa: RUF009
         None, "sample from these clusters only: names, or a factor of pi for each; none for all"
     )
+    condition: Any = _setting(  # noqa: RUF009
+        None, "what the images show: a class, or attributes with 1 or 0; none for anything"
+    )
+    guidance: float = _setting(
+        1.0, "weight of the condition in the experts' answers; any but 1 costs a second NFE", 0, 100
+    )
+    guidance_interval: Any = _setting(  # noqa: RUF009
+        None, "the first and last t at which guidance applies; none for all"
+    )
 
     def __post_init__(self) -> None:
-        """`clusters` becomes an object of weights, or None; a name that YAML read as a number
-        becomes text.
+        """`clusters` becomes an object of weights, or None, and `condition` one of 1 and 0; a name
+        that YAML read as a number becomes text.
         """
         weights = self.clusters or None
         if isinstance(weights, list | tuple) and all(
@@ -82,10 +91,15 @@ class SampleConfig:
         if isinstance(weights, Mapping):
             weights = {str(name): weight for name, weight in weights.items()}
         self.clusters = weights
+        wanted = self.condition
+        if isinstance(wanted, str | int) and not isinstance(wanted, bool):
+            wanted = {str(wanted): 1} if wanted != "" else None
+        if isinstance(wanted, Mapping):
+            wanted = {str(name): _bit(value) for name, value in wanted.items()}
+        self.condition = None if wanted == {} else wanted
 
     def __hash__(self) -> int:
-        values = [getattr(self, setting.name) for setting in SETTINGS]
-        return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in values))
+        return hash(tuple(_hashable(getattr(self, setting.name)) for setting in SETTINGS))
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key `sample.…` of an unknown or out-of-range value."""
@@ -98,16 +112,26 @@ class SampleConfig:
                 f"be left at {SampleConfig.switch_rate:g} for policy={self.policy}, which has none",
                 self.switch_rate,
             )
+            require(
+                bool(self.condition) or self.guidance == SampleConfig.guidance,
+                "guidance",
+                f"be left at {SampleConfig.guidance:g} without a condition",
+                self.guidance,
+            )
 
 
 SETTINGS = fields(SampleConfig)
 
 
 def over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings `given` over those of `base`, whose `switch_rate` goes with its policy."""
+    """The settings `given` over those of `base`, whose `switch_rate` goes with its policy, and
+    `guidance` with its condition.
+    """
     settings = {**base, **given}
     if settings["policy"] != "switching" and "switch_rate" not in given:
         settings["switch_rate"] = SampleConfig.switch_rate
+    if "guidance" in base and "guidance" not in given and not settings.get("condition"):
+        settings["guidance"] = SampleConfig.guidance
     return settings
 
 
@@ -130,6 +154,18 @@ class SampleSettings(TypedDict, total=False):
     t_min: float
     clip: bool
     clusters: Mapping[str, float] | Sequence[str]
+    condition: str | Mapping[str, int]
+    guidance: float
+    guidance_interval: Sequence[float]
+
+
+_RULES = {
+    "clusters": (
+        "be a list of clusters, or an object with a finite weight of at least 0 for each, not all 0"
+    ),
+    "condition": "be a class, an attribute, or an object with 1 or 0 for each attribute",
+    "guidance_interval": "be two times in [0, 1], the first below the last",
+}
 
 
 def rule(setting: Field[Any]) -> str:
@@ -137,11 +173,8 @@ def rule(setting: Field[Any]) -> str:
     bounds = setting.metadata
     if bounds["names"]:
         return f"be one of {' '.join(bounds['names'])}"
-    if setting.name == "clusters":
-        return (
-            "be a list of clusters, "
-            "or an object with a finite weight of at least 0 for each, not all 0"
-        )
+    if setting.name in _RULES:
+        return _RULES[setting.name]
     if setting.type is bool:
         return "be true or false"
     kind = "a whole number" if setting.type is int else "a number"
@@ -156,8 +189,13 @@ def _holds(setting: Field[Any], value: Any) -> bool:
     bounds = setting.metadata
     if bounds["names"]:
         return value in bounds["names"]
-    if setting.name == "clusters":
-        return value is None or _are_weights(value)
+    match setting.name:
+        case "clusters":
+            return value is None or _are_weights(value)
+        case "condition":
+            return value is None or _is_condition(value)
+        case "guidance_interval":
+            return value is None or _is_interval(value)
     if setting.type is bool:
         return isinstance(value, bool)
     number = isinstance(value, int if setting.type is int else int | float)
@@ -168,6 +206,28 @@ def _are_weights(value: Any) -> bool:
     weights: list[Any] = list(value.values()) if isinstance(value, dict) else [None]
     numbers = all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights)
     return numbers and all(0 <= w < math.inf for w in weights) and max(weights) > 0
+
+
+def _is_condition(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(v) is int and v in (0, 1) for v in value.values())
+
+
+def _is_interval(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    numbers = all(isinstance(t, int | float) and not isinstance(t, bool) for t in value)
+    return numbers and 0 <= value[0] < value[1] <= 1
+
+
+def _bit(value: Any) -> Any:
+    """true and false as 1 and 0."""
+    return int(value) if isinstance(value, bool) else value
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return frozenset(value.items())
+    return tuple(value) if isinstance(value, list) else value
 
 
 def described() -> str:

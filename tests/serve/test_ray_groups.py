@@ -14,6 +14,7 @@ import torch
 from benchmarks.load.client import Reply, closed
 from benchmarks.load.cluster import Deployed, deployed
 from benchmarks.load.drill import differences
+from ddm.condition import Conditions
 from ddm.errors import ArtifactError
 from serve import load
 from serve.model.images import to_uint8
@@ -69,3 +70,18 @@ def test_a_replica_answers_as_each_of_its_experts(small_run: Path, tmp_path: Pat
     assert np.abs(answers[0] - answers[1]).max() > 1e-3
     with pytest.raises(ArtifactError, match="no longer holds version other"):
         asyncio.run(replica.denoise(1, str(bundle), "other", x, t))
+
+
+def test_a_replica_is_told_conditions_and_guidance(small_labels_run: Path) -> None:
+    bundle = small_labels_run / "bundle"
+    replica = ExpertReplica([0], str(bundle), "cpu", "float32", False)
+    denoiser, _, version = load_expert(bundle, 0, "cpu")
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 0.7, 0.9])
+    vector = torch.eye(10)[[2, 2, 7]]
+    given = Conditions(vector, torch.tensor([1.0, 3.0, 3.0]))
+    arrays = [tensor.numpy() for tensor in (x, t, *given)]
+    found = asyncio.run(replica.denoise(0, str(bundle), version, *arrays))
+    with torch.inference_mode():
+        told, plain = denoiser(x, t, vector), denoiser(x, t)
+    weight = given.guidance[:, None, None, None]
+    torch.testing.assert_close(torch.tensor(found), plain + weight * (told - plain))

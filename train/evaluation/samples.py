@@ -1,7 +1,7 @@
 """The samples that evaluation measures: made once, kept in files, each with its record."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddm.artifacts import read_json, read_tensors, write_json, write_tensors
 from ddm.errors import ArtifactError, DdmError
-from serve import Model, load
+from serve import Model, SampleConfig, load
 from serve.model.images import to_uint8
 from serve.model.params import over
 from train.config import Precision
@@ -153,7 +153,7 @@ class SampleStore:
         record = self.file(spec, ".json")
         if not record.exists() or not self.file(spec, ".safetensors").exists():
             return False
-        facts = dict(read_json(record))
+        facts = {**asdict(SampleConfig()), **read_json(record)}  # a younger key has its default
         facts.pop("nfe", None)
         return facts == self.facts(spec)
 

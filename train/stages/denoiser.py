@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ddm.artifacts import check_sha256, file_of, read_facts, write_artifact
 from ddm.bundle import IMAGE_RANGE, Artifact, read_artifact
-from ddm.errors import ArtifactError, ConfigError, within
+from ddm.condition import ImageConditions
+from ddm.errors import ArtifactError, ConfigError, shown, within
 from ddm.gaussian import MOMENTS, moments
 from ddm.partition import Partition
 from ddm.privacy import PrivacyConfig, gaussian_epsilon, private_moments
@@ -26,6 +27,9 @@ from train.resume import drop_resume
 from train.watching import Watch
 
 log = logging.getLogger(__name__)
+
+# Held-out images, and what an expert is told of them.
+HeldOut = tuple[Tensor | None, ImageConditions | None]
 
 _SAME = ("unet", "parameterization", "sigma_data")  # what weights belong to
 
@@ -101,30 +105,38 @@ def train_denoiser(
     report: Report,
     start: Path | None = None,
     with_moments: bool = False,
-    held_out: Tensor | None = None,
+    held_out: HeldOut = (None, None),
+    conditions: ImageConditions | None = None,
 ) -> None:
     """Train a denoiser on the images, uint8 `[N, C, H, W]`, and write it to `stem` with the `facts` and those of its training.
 
     start: the artifact, without a suffix, whose weights it starts from. with_moments: also write the images' mean and
     variance, which an expert gives away and a seed model does not. held_out: images for validation, likewise.
+    conditions: of the images, for an expert with one; how many images show what is then in the artifact.
     The last checkpoint stays, for more steps.
     """
     shape = list(images.shape[1:])
     torch.manual_seed(seed)
-    denoiser = cfg.build(shape, schedule(**config.schedule))
+    names = conditions.vocabulary.names if conditions else []
+    denoiser = cfg.build(shape, schedule(**config.schedule), condition=len(names))
     facts = {**facts, **fitted_facts(cfg, config, shape, cfg.batch)}
+    if conditions is not None:
+        facts["condition"] = conditions.facts
     if start is not None:
         first = _matching(start, facts)
         weights = {name: tensor for name, tensor in first.tensors.items() if name not in MOMENTS}
-        denoiser.load_state_dict(weights)
+        # A condition that the first one does not have is embedded as zero: the same function.
+        new = {k: v for k, v in denoiser.state_dict().items() if k.startswith("network.condition.")}
+        denoiser.load_state_dict({**new, **weights})
         seen = first.facts["images_seen"] + first.facts.get("init", {}).get("images_seen", 0)
         facts["init"] = {"sha256": first.facts["sha256"], "images_seen": seen}
     ranks = current()
     batches = Batches(
         images, cfg.batch, seed, config.data.flip, cfg.accumulate, ranks.rank, ranks.size
     )
-    learning = ExpertLearning(denoiser, batches, cfg)
-    watch = Watch(config.watch, held_out, cfg.ema_also)
+    learning = ExpertLearning(denoiser, batches, cfg, conditions)
+    held_images, held_conditions = held_out
+    watch = Watch(config.watch, held_images, cfg.ema_also, held_conditions)
     try:
         decay = fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report, watch)
     except NotFiniteError as error:
@@ -158,17 +170,26 @@ def validates(config: Config, partition: Partition) -> bool:
     return asked and bool(partition.holdout_sizes)
 
 
-def validation_images(
-    config: Config, folder: Path, partition: Partition, k: int | None
-) -> Tensor | None:
+def told(
+    config: Config, partition: Partition, images: dict[str, Tensor], folder: Path
+) -> ImageConditions | None:
+    """What the config's experts are told of images of a partition; None for nothing.
+
+    Raises `ArtifactError` if the partition in the folder does not hold it.
+    """
+    condition = config.expert.condition
+    return None if condition == "none" else partition.conditions(images, condition, folder)
+
+
+def validation_images(config: Config, folder: Path, partition: Partition, k: int | None) -> HeldOut:
     """The held-out images of cluster k of the partition in a folder, or of all for None.
 
-    None if there are none or nothing asks for them.
+    (None, None) if there are none or nothing asks for them.
     """
     if not validates(config, partition):
-        return None
+        return None, None
     held = partition.holdout(folder) if k is None else partition.cluster_holdout(folder, k)
-    return held["images"]
+    return held["images"], told(config, partition, held, folder)
 
 
 def _matching(stem: Path, facts: dict[str, Any]) -> Artifact:
@@ -182,6 +203,12 @@ def _matching(stem: Path, facts: dict[str, Any]) -> Artifact:
                 f"expert.init must be an artifact with the same {key}: {file_of(stem, '.json')} has "
                 f"{there.get(key)}, this config {here[key]}"
             )
+    known, wanted = found.facts.get("condition") or {}, facts.get("condition", {})
+    if known and any(known.get(key) != wanted.get(key) for key in ("kind", "names")):
+        raise ConfigError(
+            f"expert.init must be an artifact of the same condition, or of none: {file_of(stem, '.json')} has "
+            f"{shown(known.get('names'))}, this config {shown(wanted.get('names'))}"
+        )
     return found
 
 

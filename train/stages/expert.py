@@ -24,6 +24,7 @@ from train.stages.denoiser import (
     hash_of,
     initial,
     threads_per_expert,
+    told,
     train_denoiser,
     validates,
     validation_images,
@@ -177,7 +178,7 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
     """
     folder, partition = read_clusters(config)
     place = _place(config, k)
-    images = partition.cluster(folder, place)["images"]
+    cluster = partition.cluster(folder, place)
     facts = {
         "kind": "expert",
         "name": partition.names[place],
@@ -193,7 +194,7 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
     train_denoiser(
         config,
         expert_config(config),
-        images,
+        cluster["images"],
         seed,
         expert_stem(config, k),
         facts,
@@ -201,4 +202,5 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
         initial(config),
         with_moments=True,
         held_out=validation_images(config, folder, partition, place),
+        conditions=told(config, partition, cluster, folder),
     )

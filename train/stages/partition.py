@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ddm.artifacts import digest, flush, read_json, scratch_beside, sha256, write_json
-from ddm.errors import ArtifactError
+from ddm.condition import ImageConditions, Kind, Vocabulary
+from ddm.errors import ArtifactError, ConfigError, require
 from ddm.partition import Partition
 from serve.model.images import contact_sheet, write_png
 from train.cluster_report import quality, write_sheets
@@ -19,6 +20,7 @@ from train.run_folder import claim
 
 log = logging.getLogger(__name__)
 
+_MAX_NAMES, _MAX_BYTES = 1000, 12_000  # every expert's JSON holds the vocabulary, and is bounded
 _SHEET, _QUALITY, _DESCRIPTION = "clusters.png", "quality.json", "partition.json"
 
 
@@ -27,7 +29,9 @@ def make_partition(config: Config) -> None:
     began = time.monotonic()
     folder = config.folder / "partition"
     images = config.data.build()
-    key = digest([changed(config.partition), config.seed, images.hash])
+    condition = config.expert.condition
+    told = [] if condition == "none" else [condition]
+    key = digest([changed(config.partition), config.seed, images.hash, *told])
     if _is_made(folder, key):
         log.info("partition  up to date")
         return
@@ -71,13 +75,21 @@ def _cut(config: Config, folder: Path, images: ImageSet) -> tuple[Partition, Ten
 
     Raises `ArtifactError` if the folder holds another partition, on which experts may have been trained.
     """
+    conditions = conditions_of(images, config.expert.condition)
     held = held_out(len(images.images), config.partition, config.seed)
     cluster, names = assign(images, config.partition, config.seed, held)
     check_left(cluster, names, held, config.partition)
     scratch = scratch_beside(folder)
     try:
         cut = Partition.write(
-            scratch, images.images, cluster, names, images.labels, held, images.release
+            scratch,
+            images.images,
+            cluster,
+            names,
+            images.labels,
+            held,
+            images.release,
+            conditions,
         )
         if (folder / _DESCRIPTION).exists() and Partition.read(folder) != cut:
             raise ArtifactError(
@@ -93,3 +105,23 @@ def _cut(config: Config, folder: Path, images: ImageSet) -> tuple[Partition, Ten
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return cut, cluster
+
+
+def conditions_of(images: ImageSet, condition: str) -> ImageConditions | None:
+    """What experts are told of the images, for `expert.condition`. Raises `ConfigError` if the images lack it."""
+    if condition == "none":
+        return None
+    label = condition == "label"
+    values = images.labels if label else images.attributes
+    names = images.label_names if label else images.attribute_names
+    if values is None:
+        lacking = "labels" if label else "attributes"
+        raise ConfigError(
+            f"expert.condition must be none for images without {lacking}, got {condition!r}"
+        )
+    bytes_of_all = len("".join(names).encode())
+    rule = f"be none for more than {_MAX_NAMES} names, or names of more than {_MAX_BYTES} bytes"
+    fits = len(names) <= _MAX_NAMES and bytes_of_all <= _MAX_BYTES
+    require(fits, "expert.condition", rule, condition)
+    kind: Kind = "label" if label else "attributes"
+    return ImageConditions(Vocabulary(kind, list(names)), values if label else values.byte())

@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from ddm.artifacts import digest
+from ddm.condition import ImageConditions
 from ddm.errors import ConfigError
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
@@ -26,6 +27,7 @@ from train.stages.denoiser import (
     check_networks,
     expert_config,
     seed_stem,
+    told,
     train_denoiser,
     validates,
     validation_images,
@@ -60,9 +62,14 @@ def train_seed_model(config: Config, tell: OnProgress | None = None) -> None:
         _train_away(config, partition, key)
         log.info("seed_model trained in %.0f s", time.monotonic() - began)
         return
-    images = (
-        partition.all(config.folder / "partition")["images"] if others is None else others.images
-    )
+    images: Tensor
+    conditions = None
+    if others is None:
+        folder = config.folder / "partition"
+        whole = partition.all(folder)
+        images, conditions = whole["images"], told(config, partition, whole, folder)
+    else:  # its labels may mean something else
+        images = others.images
     with bars() as progress:
         task = progress.add_task("seed model", total=config.seed_model.steps, note="")
 
@@ -71,7 +78,7 @@ def train_seed_model(config: Config, tell: OnProgress | None = None) -> None:
             if tell is not None:
                 tell(news)
 
-        (result,) = run_jobs(partial(_train, config, images), [key], 0, on_progress)
+        (result,) = run_jobs(partial(_train, config, images, conditions), [key], 0, on_progress)
     if result is not None:
         raise result
     log.info("seed_model trained in %.0f s", time.monotonic() - began)
@@ -97,7 +104,13 @@ def _train_alone(config: Config, on_progress: OnProgress) -> None:
     train_seed_model(replace(config, launch=LaunchConfig()), on_progress)
 
 
-def _train(config: Config, images: Tensor, key: str, on_progress: OnProgress) -> None:
+def _train(
+    config: Config,
+    images: Tensor,
+    conditions: ImageConditions | None,
+    key: str,
+    on_progress: OnProgress,
+) -> None:
     facts = {"kind": "seed_model", "key": key}
     seed = derive_seed(config.seed, RngStream.SEED_MODEL, 0)
 
@@ -106,7 +119,17 @@ def _train(config: Config, images: Tensor, key: str, on_progress: OnProgress) ->
 
     cfg, stem = _config(config), seed_stem(config)
     held_out = validation_images(config, config.folder / "partition", read_partition(config), None)
-    train_denoiser(config, cfg, images, seed, stem, facts, report, held_out=held_out)
+    train_denoiser(
+        config,
+        cfg,
+        images,
+        seed,
+        stem,
+        facts,
+        report,
+        held_out=held_out,
+        conditions=conditions,
+    )
     drop_resume(stem.parent)
 
 

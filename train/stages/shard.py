@@ -19,6 +19,7 @@ from train.config import Config
 from train.data import ImageSet
 from train.data.folder import load_images
 from train.run_folder import read_partition
+from train.stages.partition import conditions_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,14 @@ def make_shard(config: Config) -> None:
     scratch = scratch_beside(out)
     try:
         shard = Partition.write(
-            scratch, images.images, cluster, [name], images.labels, held, images.release
+            scratch,
+            images.images,
+            cluster,
+            [name],
+            images.labels,
+            held,
+            images.release,
+            conditions_of(images, config.expert.condition),
         )
         if _is_made(out, shard):
             log.info("shard      up to date")

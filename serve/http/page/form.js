@@ -1,5 +1,6 @@
 // The form: its fields have the names of the API, and the server provides the choices, limits and defaults.
 
+import { conditionBody, conditionFields, conditionText, setUpCondition } from "./condition.js";
 import { $, element, form, setText } from "./dom.js";
 import { state } from "./state.js";
 
@@ -31,6 +32,7 @@ const USED = {
   order: ({ sampler }) => ["unipc", "ipndm"].includes(sampler),
   relaxation_rate: ({ source }) => source === "combined",
   switch_rate: ({ policy }) => policy === "switching",
+  guidance: ({ condition }) => condition !== "",
 };
 
 const clusterBoxes = () => [...form.querySelectorAll("[name=clusters]")];
@@ -45,6 +47,7 @@ export function setUpForm(model) {
   const { clusters: weights, ...defaults } = model.defaults;
   fillForm({ n: Math.min(DEFAULT_IMAGES, model.limits.n), ...defaults });
   $("clusters").append(...model.clusters.map((name) => clusterBox(name, weights)));
+  setUpCondition(model);
   updateForm();
 }
 
@@ -81,7 +84,12 @@ export function selectedClusters() {
 
 /** Show the fields that the choices use, and explain the choices. */
 export function updateForm() {
-  const choices = { policy: form.policy.value, sampler: form.sampler.value, source: form.source.value };
+  const choices = {
+    policy: form.policy.value,
+    sampler: form.sampler.value,
+    source: form.source.value,
+    condition: conditionText(),
+  };
   for (const [name, isUsed] of Object.entries(USED)) form[name].closest("label").hidden = !isUsed(choices);
   const explained = [choices.policy, choices.source].filter((name) => EXPLANATIONS[name]);
   setText("hint", explained.map((name) => `${name}: ${EXPLANATIONS[name]}`).join(" · "));
@@ -96,17 +104,20 @@ export function formValues() {
     else if (field.validity.badInput) values[field.name] = "?"; // browsers hide text that is not a number
     else if (field.value) values[field.name] = field.value;
   }
+  if (conditionText()) values.condition = conditionText();
   return values;
 }
 
 /** The JSON body of a request for the samples that the form describes. */
 export function requestBody() {
-  const { seed, ...values } = formValues();
+  const { seed, condition, ...values } = formValues();
   const body = { stream: true, trace: true };
   for (const [name, text] of Object.entries(values)) body[name] = parsed(form[name], text);
   const steps = body.n * body.steps || 0;
   body.preview_every = Math.min(1000, Math.max(1, Math.ceil(steps / MAX_PREVIEWS)));
   if (selectedClusters()) body.clusters = clusterWeights();
+  if (condition) body.condition = conditionBody(condition);
+  else if (Object.keys(state.model.defaults.condition).length > 0) body.condition = {}; // none, whatever the default
   return withSeed(body, seed);
 }
 
@@ -132,13 +143,15 @@ function withSeed(body, seed) {
 export function showError(error) {
   setText("alert", error.message);
   const name = error.param?.split(".")[0];
-  const field = name === "clusters" ? clusterBoxes()[0] : name && form.elements[name];
+  const groups = { clusters: clusterBoxes, condition: conditionFields };
+  const field = groups[name] ? groups[name]()[0] : name && form.elements[name];
   if (field?.focus) markField(field);
   $("alert").scrollIntoView({ block: "nearest" }); // it may be far below the field
 }
 
 function markField(field) {
-  if ($("more").contains(field)) $("more").open = true;
+  const details = field.closest("details");
+  if (details) details.open = true;
   field.setAttribute("aria-invalid", "true");
   field.setAttribute("aria-describedby", ["alert", ...descriptions(field)].join(" "));
   field.focus();

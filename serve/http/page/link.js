@@ -1,5 +1,6 @@
 // The address: a link to the samples on display, with the image and the step that are selected.
 
+import { fillCondition } from "./condition.js";
 import { fillForm, selectClusters, updateForm } from "./form.js";
 import { state } from "./state.js";
 
@@ -38,10 +39,11 @@ export function readAddress() {
   if (!query.has("seed")) return;
   state.link = Object.fromEntries(query);
   fillForm(settingsOf(state.link));
+  fillCondition(query.get("condition") ?? "");
   if (query.has("clusters")) selectClusters(query.getAll("clusters"));
   updateForm();
 }
 
-function settingsOf({ clusters, version, image, at, ...settings }) {
+function settingsOf({ clusters, condition, version, image, at, ...settings }) {
   return settings;
 }

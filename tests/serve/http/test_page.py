@@ -695,3 +695,31 @@ def test_token_opens_the_page_and_stays_out_of_links(
         expect(page.locator("#gate")).to_be_hidden()
         page.wait_for_selector(DONE)
         assert outside == []
+
+
+def test_a_class_is_asked_for_where_the_bundle_has_a_vocabulary(
+    page: Page, address: str, small_labels_run: Path, tmp_path: Path
+) -> None:
+    page.goto(address)
+    page.wait_for_selector("#form:not([hidden])")
+    for hidden in ("#class", "#attributes", "[name=guidance]"):
+        assert page.locator(hidden).is_hidden()
+    with served(small_labels_run, tmp_path / "log", "sample.steps=4") as told:
+        page.goto(told)
+        page.wait_for_selector("#form:not([hidden])")
+        assert page.locator("[name=guidance]").is_hidden()  # of nothing
+        page.get_by_label("Class").select_option("7")
+        sample(page, n=2, seed=3, guidance=2)
+        body = {"n": 2, "seed": 3, "condition": "7", "guidance": 2, "format": "b64_json"}
+        asked = Request(
+            f"{told}/v1/samples", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urlopen(asked, timeout=60) as reply:
+            data = json.load(reply)["data"]
+        assert same(shown(page), [pixels(image["b64_json"]) for image in data])
+        assert "8 NFE per image" in page.inner_text("#status")
+        assert "condition=7" in page.url and "guidance=2" in page.url
+        before = shown(page)
+        page.goto(page.url)  # the link shows the same again
+        page.wait_for_selector(DONE)
+        assert same(shown(page), before) and page.get_by_label("Class").input_value() == "7"

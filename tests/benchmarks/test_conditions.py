@@ -1,0 +1,62 @@
+"""Whether images show what they are conditioned on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.conditions import main, questions
+from ddm.condition import Vocabulary
+from serve import load
+from serve.model.model import Model
+
+
+def test_images_of_the_class_that_is_asked_for_are_named_rightly(
+    small_labels_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With real images in place of sampled ones: all rightly with a condition, a few without."""
+    from ddm.partition import Partition
+    from ddm.training import to_float
+
+    folder = small_labels_run / "partition"
+    whole = Partition.read(folder).all(folder)
+    sample = Model.sample
+
+    def real(model: Model, n: int, **settings: Any) -> Any:
+        _, trace = sample(model, n, steps=1, trace=True)
+        wanted = settings.get("condition")
+        chosen = whole["images"]
+        if wanted:
+            chosen = chosen[whole["labels"] == int(next(iter(wanted)))]
+        images: Tensor = to_float(chosen[torch.arange(n) * 7 % len(chosen)])
+        return images, trace
+
+    monkeypatch.setattr(Model, "sample", real)
+    assert main([str(small_labels_run), "--n=100", "--guidance", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = {line.split("|")[1].strip(): float(line.split("|")[3].split("±")[0])
+             for line in lines if "±" in line}  # fmt: skip
+    assert named["1"] > 85 and named["without a condition"] < 35
+
+
+def test_each_attribute_is_asked_for_and_against() -> None:
+    generator = torch.Generator().manual_seed(0)
+    has = torch.randint(2, (200, 2), generator=generator).byte()
+    images = (has[:, :1, None, None] * 200).expand(-1, 1, 8, 8).contiguous()
+    whole = {"images": images, "attributes": has}
+    words = Vocabulary("attributes", ["Bright", "Other"])
+    (found,) = questions(words, whole, ["Bright"], "cpu")
+    assert found.conditions == [{"Bright": 0}, {"Bright": 1}] and found.wanted == [0, 1]
+    assert torch.equal(found.classes, has[:, 0].long())
+    logits = found.classifier(images, lambda _: None).logits
+    assert logits is not None and torch.equal(logits.argmax(dim=1), found.classes)
+
+
+def test_a_run_without_conditions_is_refused(
+    small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load(small_run).vocabulary is None
+    assert main([str(small_run)]) == 2
+    assert "must be a run whose experts take a condition" in capsys.readouterr().err
