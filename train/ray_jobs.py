@@ -221,7 +221,7 @@ def _tuner(config: Config, work: Work, link: _Link, storage: Storage, name: str)
 
         # Ray Train claims what its processes need: Tune must not start more trials than have room.
         room = processes_at_once(claimed) // devices
-        claimed, at_once = {"CPU": 0}, min(at_once or room, room)
+        claimed, at_once = {"memory": 1}, min(at_once or room, room)  # a byte: it must be something
     trainable = tune.with_parameters(kind, work=work)
     return tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([claimed])),

@@ -99,6 +99,8 @@ def processes_at_once(claimed: dict[str, float]) -> int:
 
 def check_room(claimed: dict[str, float], devices: int) -> None:
     """Raise `ConfigError` unless there is room for one job of so many processes: it would wait for ever."""
+    if not any(claimed.values()):
+        raise ConfigError("launch.cpus must be above 0 where nothing else is claimed, got 0")
     nodes = [node["Resources"] for node in _nodes()]
     keys = {"CPU": "cpus", "GPU": "gpus"}
     for kind, amount in claimed.items():
