@@ -81,4 +81,4 @@ def _train(
     if job.devices == 1:
         job.train(config, tell)
     else:
-        run_ranks(partial(job.train, config), job.devices, threads, tell)
+        run_ranks(partial(job.train, config), job.devices, threads, config.launch.retries, tell)

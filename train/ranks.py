@@ -63,12 +63,16 @@ def among(ranks: Ranks) -> Iterator[None]:
 
 
 def run_ranks(
-    work: Callable[[OnProgress], None], size: int, threads: int, on_progress: OnProgress
+    work: Callable[[OnProgress], None],
+    size: int,
+    threads: int,
+    retries: int,
+    on_progress: OnProgress,
 ) -> None:
     """Call `work` in `size` processes of this machine, by torch's elastic launcher; rank 0 reports.
 
-    Each has a GPU of its own, if there are any. Raises what rank 0 raised, `RankDiedError` if one of them died, and
-    `Stopped` after a signal.
+    Each has a GPU of its own, if there are any. When one dies all begin again, up to `retries` times. Raises what rank 0
+    raised, `RankDiedError` if one died too often, and `Stopped` after a signal.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -83,7 +87,7 @@ def run_ranks(
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=retries,
         monitor_interval=0.2,
         start_method="spawn",
     )
@@ -95,6 +99,8 @@ def run_ranks(
                 kind, value = ours.recv()
                 if kind == "progress":
                     on_progress(value)
+                elif kind == "began":
+                    errors.clear()  # of processes before a retry
                 else:
                     errors.append(value)
 
@@ -137,13 +143,16 @@ def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Con
     strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
     ranks = Ranks(rank, size, strategy, size, TorchElasticEnvironment())
     tell = partial(_tell, pipe) if rank == 0 else _ignore
+    if rank == 0:
+        pipe.send(("began", None))
     try:
         with among(ranks):
             work(tell)
     except Exception as error:
         if rank == 0:
             pipe.send(("error", picklable(error)))
-        raise
+        if not isinstance(error, DdmError):  # which all raise, and would again
+            raise
 
 
 def _tell(pipe: Connection, news: Any) -> None:

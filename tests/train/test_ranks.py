@@ -1,10 +1,12 @@
 """Several processes that train one expert."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from ddm.errors import DdmError
 from ddm.partition import Partition
 from ddm.training import Batches
 from train.config import Config
+from train.launch import OnProgress
+from train.ranks import run_ranks
 from train.stages.run import run
 
 PLAIN = ["expert.unet.dropout=0", "expert.steps=30", "expert.index=1"]
@@ -69,6 +73,22 @@ def test_what_a_rank_raises_is_raised_by_name(small: Callable[..., Config], tmp_
         run(config, ["expert"])
 
 
+def _die_first(folder: Path, on_progress: OnProgress) -> None:
+    rank = os.environ["RANK"]
+    if rank == "1" and not (folder / rank).exists():
+        (folder / rank).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == "0":
+        time.sleep(1)
+    on_progress(rank)
+
+
+def test_all_ranks_begin_again_when_one_has_died(tmp_path: Path) -> None:
+    heard: list[str] = []
+    run_ranks(partial(_die_first, tmp_path), 2, 1, 1, heard.append)
+    assert heard[-1] == "0"
+
+
 PARENT = """
 import os, sys, time
 from functools import partial
@@ -80,7 +100,7 @@ def work(on_progress):
     time.sleep(600)
 
 if __name__ == "__main__":
-    run_ranks(work, 2, 1, print)
+    run_ranks(work, 2, 1, 0, print)
 """
 
 
