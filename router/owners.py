@@ -28,7 +28,11 @@ class Owner:
 
     def __init__(self, images: Tensor, schedule: Schedule, flip: bool = False) -> None:
         self.held = torch.cat([images, images.flip(3)]) if flip else images
-        self.schedule = schedule
+        self.schedule, self.flip = schedule, flip
+
+    def count(self) -> Tensor:
+        """The number of images, without mirror images, `[]`."""
+        return torch.tensor(len(self.held) // (2 if self.flip else 1))
 
     def images(self, place: Tensor) -> Tensor:
         """The images at these places, int64 `[n]`."""
@@ -59,8 +63,8 @@ class Owner:
 class Owners:
     """K owners, as a set of images and as the source of the targets.
 
-    ask: reaches them. counts: of their images, without mirror images. flip: as theirs. `bytes_out`
-    and `bytes_in` are what they have received and sent.
+    ask: reaches `k` of them. flip: as theirs. `bytes_out` and `bytes_in` are what they have received
+    and sent.
 
     An image's place is that among the images of all owners, one owner after another, and the
     mirror images after all others.
@@ -68,20 +72,15 @@ class Owners:
 
     dtype = torch.uint8
 
-    def __init__(
-        self,
-        ask: Ask,
-        counts: Sequence[int],
-        schedule: Schedule,
-        flip: bool = False,
-    ) -> None:
-        self._ask, self.counts, self.schedule = ask, list(counts), schedule
-        owner = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
-        within = torch.cat([torch.arange(count) for count in self.counts])
-        self.cluster = owner.repeat(2) if flip else owner
-        mirrored = within + torch.tensor(self.counts)[owner]
-        self._within = torch.cat([within, mirrored]) if flip else within
+    def __init__(self, ask: Ask, k: int, schedule: Schedule, flip: bool = False) -> None:
+        self._ask, self.k, self.schedule = ask, k, schedule
         self.bytes_out = self.bytes_in = 0
+        counts = torch.stack(self.ask("count", [()] * k))
+        owner = torch.arange(k).repeat_interleave(counts)
+        within = torch.cat([torch.arange(count) for count in counts.tolist()])
+        self.cluster = owner.repeat(2) if flip else owner
+        mirrored = within + counts[owner]
+        self._within = torch.cat([within, mirrored]) if flip else within
         mean, _ = self.moments()[0]
         self.shape = torch.Size([len(self.cluster), *mean.shape])
         self.device = torch.device("cpu")
@@ -98,26 +97,26 @@ class Owners:
         """The images at these places, int64 `[B]`, from their owners."""
         place = place.cpu()
         owner = self.cluster[place]
-        rows = [(owner == k).nonzero()[:, 0] for k in range(len(self.counts))]
+        rows = [(owner == k).nonzero()[:, 0] for k in range(self.k)]
         parts = self.ask("images", [(self._within[place[row]],) for row in rows])
         whole = torch.empty(len(place), *self.shape[1:], dtype=self.dtype)
         return whole.index_copy_(0, torch.cat(rows), torch.cat(parts)).to(self.device)
 
     def moments(self) -> list[tuple[Tensor, Tensor]]:
         """Mean and variance of each owner's images."""
-        return self.ask("moments", [()] * len(self.counts))
+        return self.ask("moments", [()] * self.k)
 
     def posterior(self, x: Tensor, t: Tensor) -> Tensor:
         """As `exact_posterior` over the images of all."""
         query = x.cpu(), t.cpu()
-        return self._merged(self.ask("posterior", [query] * len(self.counts)))[0]
+        return self._merged(self.ask("posterior", [query] * self.k))[0]
 
     def rate(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """As `exact_posterior_rate` over the images of all."""
         x0, eps, t = x0.double().cpu(), eps.double().cpu(), t.cpu()
         c = self.schedule(t.double()).broadcast_to(x0)
         query = c.a * x0 + c.s * eps, c.da * x0 + c.ds * eps, t
-        return self._merged(self.ask("rate", [query] * len(self.counts)))
+        return self._merged(self.ask("rate", [query] * self.k))
 
     def _merged(self, answers: list[Sums]) -> tuple[Tensor, Tensor]:
         sums = Sums(*(torch.cat(part, dim=1) for part in zip(*answers, strict=True)))

@@ -33,6 +33,7 @@ STAGES = ("partition", "seed_model", "expert", "router", "bundle", "monolith", "
 COMMANDS = (
     "shard",
     "export",
+    "answer",
     "grow",
     "retrain",
     "remove",

@@ -103,7 +103,7 @@ def _owners() -> Figures:
     process = schedule("vp_linear")
     clusters = [images[labels == k] for k in range(10)]
     asked = here([Owner(cluster, process) for cluster in clusters])
-    owners = Owners(asked, [len(cluster) for cluster in clusters], process)
+    owners = Owners(asked, 10, process)
     x0, t = to_float(images[:QUERIES]), torch.linspace(1e-3, 1, QUERIES)
     eps = torch.randn_like(x0)
     owners.bytes_out = owners.bytes_in = 0

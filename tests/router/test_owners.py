@@ -28,7 +28,7 @@ def clusters(counts: tuple[int, ...] = (7, 30, 3)) -> list[Tensor]:
 
 def owners_of(parts: list[Tensor], process: Schedule, flip: bool = False) -> Owners:
     asked = here([Owner(part, process, flip) for part in parts])
-    return Owners(asked, [len(part) for part in parts], process, flip)
+    return Owners(asked, len(parts), process, flip)
 
 
 def compare(parts: list[Tensor], process: Schedule) -> None:
@@ -90,7 +90,7 @@ def test_owners_are_a_set_of_images(flip: bool) -> None:
 
 def test_what_is_sent_is_counted() -> None:
     owners = owners_of(clusters(), schedule("vp_linear"))
-    owners.bytes_in = 0  # the moments
+    owners.bytes_in = 0  # the counts and the moments
     owners.rate(torch.zeros(5, 2, 4, 6), torch.zeros(5, 2, 4, 6), torch.full((5,), 0.5))
     assert owners.bytes_out == 3 * 5 * (2 * 48 * 8 + 4)
     assert owners.bytes_in == 3 * 5 * 2 * 8

@@ -6,13 +6,15 @@ that was trained for other clusters stays in the bundle as the one that `reroute
 
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ddm.artifacts import digest, file_of, sha256
-from ddm.bundle import Bundle, read_bundle, restore_bundle
+from ddm.bundle import Artifact, Bundle, read_bundle, restore_bundle
 from ddm.bundle_history import read_history
 from ddm.bundle_writing import Parts, mixture_of, write_bundle
 from ddm.errors import ArtifactError, ConfigError, require
@@ -23,7 +25,7 @@ from train.run_folder import claim, read_clusters
 from train.stages.denoiser import artifact_stem, initial
 from train.stages.expert import expert_stem, train_experts
 from train.stages.router import make_router
-from train.stages.router_data import Data, of_images, sampled
+from train.stages.router_data import data_of
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +112,13 @@ def reroute(config: Config) -> None:
     made_of.append(digest(bundle.old_names))
     stem = config.folder / f"router-{digest([made_of, bundle.mixture.hash])[:12]}" / "router"
 
-    def data() -> Data:
-        if config.router.data == "experts":
-            return sampled(config, bundle.mixture, bundle.experts)
-        return of_images(config, [*_images(config, bundle.mixture)])
+    def experts() -> list[Artifact]:
+        return bundle.experts
 
-    make_router(config, bundle.mixture, stem, made_of, data, start)
+    with ExitStack() as stack:
+        images = partial(_images, config, bundle.mixture)
+        data = partial(data_of, config, bundle.mixture, experts, images, stack)
+        make_router(config, bundle.mixture, stem, made_of, data, start)
     parts = replace(Parts.of(bundle), router=stem, old_router=None)
     _save(config, parts, "reroute")
 

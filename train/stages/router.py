@@ -5,12 +5,15 @@ What it is trained on is `router_data`'s.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddm.artifacts import digest, file_of, read_facts, write_artifact
 from ddm.bundle import Artifact, read_artifact
@@ -31,7 +34,7 @@ from train.resume import drop_resume
 from train.run_folder import claim, read_partition
 from train.stages.denoiser import artifact_is_made, diverged, fitted_facts
 from train.stages.expert import expert_stem
-from train.stages.router_data import Data, of_images, sampled
+from train.stages.router_data import Data, data_of
 from train.stages.warm_start import start_from
 from train.watching import Watch
 
@@ -50,21 +53,23 @@ def train_router(config: Config, report: Report | None = None) -> None:
     stems = _expert_stems(config, cut)
     hashes = [read_facts(stem)["sha256"] for stem in stems]
 
-    def data() -> Data:
-        if config.router.data == "experts":
-            artifacts = [
-                read_artifact(stem, None, {"cluster": cluster})
-                for stem, cluster in zip(stems, cut.hashes, strict=True)
-            ]
-            return sampled(config, cut.mixture, artifacts)
+    def experts() -> list[Artifact]:
+        return [
+            read_artifact(stem, None, {"cluster": cluster})
+            for stem, cluster in zip(stems, cut.hashes, strict=True)
+        ]
+
+    def images() -> Iterator[Tensor]:
         folder = config.folder / "partition"
-        return of_images(config, [cut.cluster(folder, k)["images"] for k in range(cut.k)])
+        return (cut.cluster(folder, k)["images"] for k in range(cut.k))
 
     away = None
     if config.launch.backend == "ray" and config.router.data != "shards":
         away = _reads(config, cut, stems)
     stem = config.folder / "router" / "router"
-    make_router(config, cut.mixture, stem, hashes, data, report=report, away=away)
+    with ExitStack() as stack:
+        data = partial(data_of, config, cut.mixture, experts, images, stack)
+        make_router(config, cut.mixture, stem, hashes, data, report=report, away=away)
 
 
 def _reads(config: Config, cut: Partition, stems: Sequence[Path]) -> list[Path]:

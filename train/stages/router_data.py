@@ -2,7 +2,8 @@
 (`shards`), or images that the experts sample (`experts`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def of_images(config: Config, clusters: Sequence[Tensor]) -> Data:
     if config.router.data == "shards":
         process = schedule(**config.schedule)
         owners = [Owner(images, process, config.data.flip) for images in clusters]
-        return of_owners(config, here(owners), [len(images) for images in clusters])
+        return of_owners(config, here(owners), len(owners))
     images = torch.cat([*clusters])
     sizes = torch.tensor([len(one) for one in clusters])
     cluster = torch.repeat_interleave(torch.arange(len(clusters)), sizes)
@@ -65,9 +66,29 @@ def sampled(config: Config, mixture: Mixture, artifacts: list[Artifact]) -> Data
     return torch.cat(images), torch.cat(labels), gaussians
 
 
-def of_owners(config: Config, ask: Ask, counts: Sequence[int]) -> Data:
-    """The training data of owners who keep their images."""
+def of_owners(config: Config, ask: Ask, k: int) -> Data:
+    """The training data of k owners who keep their images."""
     process = schedule(**config.schedule)
-    owners = Owners(ask, counts, process, config.data.flip)
+    owners = Owners(ask, k, process, config.data.flip)
     means, variances = (torch.stack(part) for part in zip(*owners.moments(), strict=True))
     return owners, owners.cluster, Gaussians(means, variances, process)
+
+
+def data_of(
+    config: Config,
+    mixture: Mixture,
+    experts: Callable[[], list[Artifact]],
+    images: Callable[[], Iterable[Tensor]],
+    stack: ExitStack,
+) -> Data:
+    """What `router.data` asks for, of the experts' artifacts or of each cluster's images, uint8
+    `[n, C, H, W]`. Owners on a Ray cluster are reached until `stack` closes.
+    """
+    if config.router.data == "experts":
+        return sampled(config, mixture, experts())
+    if config.router.data == "shards" and config.launch.backend == "ray":
+        from train.ray_owners import asked  # Ray takes seconds to import
+
+        ask = stack.enter_context(asked(config, mixture.names, mixture.clusters))
+        return of_owners(config, ask, mixture.k)
+    return of_images(config, [*images()])

@@ -26,6 +26,7 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
         "shard": make_shard,
         "partition": make_partition,
         "export": export_shards,
+        "answer": _answer,
         "seed_model": train_seed_model,
         "expert": train_experts,
         "router": train_router,
@@ -41,7 +42,8 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
     # Several machines may each train one expert in a folder that they share; samples have names of their own.
     index = config.expert.index if list(stages) == ["expert"] else None
     part = None if index is None else expert_stem(config, index).parent
-    with nullcontext() if list(stages) == ["sample"] else locked(config.folder, part):
+    shares = list(stages) in (["sample"], ["answer"])
+    with nullcontext() if shares else locked(config.folder, part):
         for name, stage in does.items():
             if name in stages:
                 stage(config)
@@ -49,12 +51,18 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
                 _check_classes(config)
 
 
+def _answer(config: Config) -> None:
+    from train.ray_owners import answer  # Ray takes seconds to import
+
+    answer(config)
+
+
 def check_before(config: Config, stages: Sequence[str]) -> None:
     """Raise `DdmError` for what can be refused before any stage."""
     if "evaluate" in stages:
         config.evaluate.check_files("evaluate")
         config.samplers(config.evaluate, "evaluate")
-    if set(stages) != {"shard"}:  # which trains nothing, and writes a folder of its own
+    if not set(stages) <= {"shard", "answer"}:  # which train nothing in the run's folder
         check_claim(config)
 
 
