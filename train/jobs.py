@@ -1,5 +1,6 @@
 """Trainings side by side, here or on a Ray cluster: the same results, the same table, the same messages."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,9 @@ def train_side_by_side(
     rows = [Row(job.label[:24], job.steps, job.batch) for job in jobs]
     with LiveTable(rows) as table:
         if config.launch.backend == "ray":
+            if config.launch.address is None:
+                # No other switch keeps the ports of a Ray that is started here on this machine. Read when it is imported.
+                os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
             try:
                 from train.ray_jobs import train_on_ray  # Ray takes seconds to import
             except ImportError as error:

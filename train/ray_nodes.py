@@ -41,10 +41,7 @@ class RayStartError(DdmError):
 def connected(config: Config) -> Iterator[None]:
     """Connect to Ray, or start it; leave no process of it at the end."""
     address = config.launch.address
-    if address is None:
-        # No other switch keeps Ray's own ports on this machine.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    else:
+    if address is not None:
         check_ray_answers("launch.address", address)
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     try:
