@@ -24,6 +24,8 @@ RAY_MAY_BE_IN = {
     "serve/ray_app.py",
     "train/ray_jobs.py",
     "train/ray_nodes.py",
+    "train/ray_owners.py",
+    "train/ray_owners.py",
     "train/ray_ranks.py",
     "train/ray_trial.py",
 }

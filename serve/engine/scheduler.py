@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from serve.engine.admission import Admission
+from serve.engine.advance import advance
 from serve.engine.availability import Availability, reach
 from serve.engine.expert import (
     Expert,
@@ -31,9 +32,8 @@ from serve.engine.expert import (
 )
 from serve.engine.fair_queue import FairQueue
 from serve.engine.metrics import Metrics
-from serve.engine.rows import Row, stacked
+from serve.engine.stacking import Row, stacked
 from serve.engine.state import ImageState, Request
-from serve.engine.step import advance
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from ddm.condition import Conditions
 from ddm.samplers import Carry
 from router.step import Routed, RoutingState
 from serve.engine.expert import ServingError
-from serve.engine.rows import Row
+from serve.engine.stacking import Row
 from serve.model.model import SamplingPlan
 
 

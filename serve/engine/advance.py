@@ -8,7 +8,7 @@ from torch import Tensor
 from ddm.samplers import Step
 from router import policies
 from router.step import Routed, choose, combine
-from serve.engine.rows import Row, stacked
+from serve.engine.stacking import Row, stacked
 from serve.engine.state import Call, ImageState, Path, Request, StepRecord
 from serve.model.model import SamplingPlan
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from serve.engine.rows import Row, stacked
-from serve.engine.step import advance
+from serve.engine.advance import advance
+from serve.engine.stacking import Row, stacked
 from serve.model.model import Model
 from tests.serve.engine.harness import only, request_for, run
 
