@@ -25,7 +25,6 @@ RAY_MAY_BE_IN = {
     "train/ray_jobs.py",
     "train/ray_nodes.py",
     "train/ray_owners.py",
-    "train/ray_owners.py",
     "train/ray_ranks.py",
     "train/ray_trial.py",
 }
