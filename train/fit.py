@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ddm.artifacts import naming, replaced
 from ddm.errors import DdmError
@@ -59,6 +60,13 @@ class _Steps(Callback):
         self.first_bad = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.on_sigterm)  # Lightning has put its own in front
+        # A checkpoint of what was to be the last step has a learning rate of 0 for the next one.
+        for config in trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            assert isinstance(schedule, LambdaLR)
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, (base, rate) in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * rate(schedule.last_epoch)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
