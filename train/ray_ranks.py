@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from train.launch import picklable
 from train.ranks import Ranks, among
 from train.ray_trial import KEPT, Work, fetch, moved, name_of, stamp
 from train.storage import Storage, pack
+
+_EVERY_S = 10.0  # between two reports without a checkpoint
 
 
 def train_ranks(config: dict[str, Any], work: Work) -> None:
@@ -72,23 +75,36 @@ def _rank(config: dict[str, Any]) -> None:
             job.train(moved(work.config, run), tell)
         except DdmError as raised:  # by all processes at the same step
             error = picklable(raised)
-        tell((job.steps, math.nan), error)
+        tell((job.steps, math.nan), error, last=True)
 
 
 def _teller(folder: Path, rank: int, where: str) -> Callable[..., None]:
-    """Reports news to Ray Train, and what is new in the folder as a checkpoint; all ranks report alike."""
-    saved = stamp(folder)
+    """Reports news to Ray Train, which takes it seconds, and what is new in the folder as a checkpoint.
 
-    def tell(news: tuple[int, float], error: Exception | None = None) -> None:
-        nonlocal saved
+    All processes report or none does: rank 0 says when.
+    """
+    saved, told = stamp(folder), -math.inf
+
+    def tell(news: tuple[int, float], error: Exception | None = None, last: bool = False) -> None:
+        nonlocal saved, told
         found = {"steps_done": news[0], "loss": news[1], "where": where, "error": error}
-        new = stamp(folder)
-        if rank > 0 or new == saved:
-            ray.train.report(found)
+        new = rank == 0 and stamp(folder) != saved
+        if not last and not _agreed(new or time.monotonic() - told >= _EVERY_S):
             return
-        saved = new
-        with tempfile.TemporaryDirectory() as packed:
-            pack(folder, Path(packed))
-            ray.train.report(found, checkpoint=ray.train.Checkpoint.from_directory(packed))
+        if not new:
+            ray.train.report(found)
+        else:
+            saved = stamp(folder)
+            with tempfile.TemporaryDirectory() as packed:
+                pack(folder, Path(packed))
+                ray.train.report(found, checkpoint=ray.train.Checkpoint.from_directory(packed))
+        told = time.monotonic()
 
     return tell
+
+
+def _agreed(due: bool) -> bool:
+    """What rank 0 says, in all processes."""
+    said = torch.tensor([int(due)], device=ray.train.torch.get_device())
+    torch.distributed.broadcast(said, 0)
+    return bool(said)
