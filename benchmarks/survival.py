@@ -7,6 +7,7 @@ and begun anew. Exits with status 1 if anything differs. About ten minutes on tw
 """
 
 import argparse
+import hashlib
 import os
 import random
 import re
@@ -18,12 +19,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from benchmarks.cli import Parser, run
-from ddm.artifacts import sha256
+from ddm.artifacts import digest, sha256
 from ddm.errors import ConfigError, DdmError
 from train.lock import NAME as LOCK
-from train.resume import read_resume
+from train.resume import NEWEST, read_resume
 
 STAGES = ("partition", "expert", "router", "bundle")
 _CONFIG = (
@@ -137,13 +142,34 @@ def _finished(process: "subprocess.Popen[bytes]", folder: Path) -> None:
 
 
 def _outputs(folder: Path) -> dict[str, str]:
-    """The hash of every file that a run leaves, but for its config, scratch, and what tells times and losses."""
+    """The hash of every file that a run leaves, but for its config, scratch, and what tells times and losses.
+
+    That of a checkpoint is over what it holds: pickling writes the same in several ways.
+    """
     passed_over = ("config.yaml", "losses.txt", "history.json")
-    return {
-        str(path.relative_to(folder)): sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in passed_over and path.name[0] != "."
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and path.name not in passed_over and not hidden:
+            resume = path.name == NEWEST
+            found[str(name)] = (
+                digest(_content(read_resume(path.parent))) if resume else sha256(path)
+            )
+    return found
+
+
+def _content(value: Any) -> Any:
+    """What a checkpoint holds, as plain data."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(
+            value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+    if isinstance(value, dict):
+        return [[str(key), _content(part)] for key, part in sorted(value.items(), key=str)]
+    if isinstance(value, list | tuple):
+        return [_content(part) for part in value]
+    return repr(value)
 
 
 def _compare(found: dict[str, str], expected: dict[str, str], folder: Path, tally: Tally) -> None:

@@ -7,9 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import survival
-from benchmarks.survival import Tally, _compare, _note_processes, _note_resumes, _State
+from benchmarks.survival import (
+    Tally,
+    _compare,
+    _note_processes,
+    _note_resumes,
+    _outputs,
+    _State,
+)
+from train.resume import ResumeFiles
 
 
 @pytest.fixture
@@ -53,6 +62,21 @@ def test_other_bytes_and_missing_files_are_faults(tmp_path: Path) -> None:
     tally = Tally()
     _compare({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}, tmp_path, tally)
     assert [fault.split()[0] for fault in tally.faults] == [f"{tmp_path}/b", f"{tmp_path}/c"]
+
+
+def test_checkpoints_are_compared_by_what_they_hold_and_scratch_is_not(tmp_path: Path) -> None:
+    weights = torch.arange(4.0)
+    twice, once = ["a" * 300] * 2, ["a" * 300, "".join(["a"] * 300)]
+    for folder, words, shift in (("1", twice, 0.0), ("2", once, 0.0), ("3", twice, 1.0)):
+        content = {"state_dict": {"w": weights + shift}, "words": words, "step": torch.tensor(3)}
+        ResumeFiles(None).save_checkpoint(content, tmp_path / folder / "resume.ckpt")
+        (tmp_path / folder / ".bundle.1.part").mkdir()
+        (tmp_path / folder / ".bundle.1.part" / "expert.json").write_text(folder)
+    one, two, three = (_outputs(tmp_path / name) for name in "123")
+    files = [(tmp_path / name / "resume.ckpt").read_bytes() for name in "12"]
+    assert files[0] != files[1]
+    assert one == two != three
+    assert list(one) == ["resume.ckpt"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
