@@ -155,7 +155,7 @@ def _why(trial: Any) -> str:
     """Why a trial has failed, from what Tune has noted."""
     path = trial.error_file
     text = Path(path).read_text().strip() if path and Path(path).exists() else ""
-    if "ActorDied" in text or "actor died" in text or "actor is dead" in text:
+    if any(word in text for word in ("died", "dead", "unavailable")):  # Ray's words for it
         return "its process died or its node was lost"
     return text.splitlines()[-1] if text else "it failed"
 
