@@ -24,7 +24,6 @@ from serve.model.config_merge import filled
 from serve.model.images import to_uint8
 from train.evaluation.classifier import classes_of, classifier_network, held_out
 from train.evaluation.feature_network import FeatureNetwork
-from train.evaluation.measure import in_order
 
 _USUAL = {"source": "posterior", "control_variate": "none"}
 _SHOWN = [name for name in ("fixed", "switching", "stochastic", "balanced") if name in POLICIES]
@@ -121,7 +120,7 @@ def _sampled(model: Model, arguments: argparse.Namespace, settings: Mapping[str,
 def _images(run: Path) -> dict[str, Tensor]:
     """The images of a run that are trained on."""
     folder = run / "partition"
-    return in_order(Partition.read(folder).all(folder))
+    return Partition.read(folder).in_order(folder)
 
 
 if __name__ == "__main__":

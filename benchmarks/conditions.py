@@ -28,7 +28,6 @@ from serve.model.config_merge import filled
 from serve.model.images import to_uint8
 from train.evaluation.classifier import classifier_network, held_out
 from train.evaluation.feature_network import FeatureNetwork
-from train.evaluation.measure import in_order
 from train.evaluation.scores import Scores
 
 _FEATURE_SEED = 0  # the classifier is the one of `evaluate`
@@ -79,7 +78,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             "expert.condition=label"
         )
     folder = Path(arguments.run) / "partition"
-    whole = in_order(Partition.read(folder).all(folder))
+    whole = Partition.read(folder).in_order(folder)
     unseen = held_out(len(whole["images"]), _FEATURE_SEED)
     device = model.device.type
     for question in questions(vocabulary, whole, arguments.attributes, device):

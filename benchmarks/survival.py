@@ -146,7 +146,7 @@ def _outputs(folder: Path) -> dict[str, str]:
 
     That of a checkpoint is over what it holds: pickling writes the same in several ways.
     """
-    passed_over = ("config.yaml", "losses.txt", "history.json")
+    passed_over = ("config.yaml", "losses.txt", "time.json", "history.json", "README.md")
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

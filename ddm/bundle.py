@@ -31,6 +31,7 @@ from ddm.schedules import Schedule, schedule
 
 FORMAT = "ddm-bundle-2"
 MANIFEST = "manifest.json"
+CARD = "README.md"  # for people; no part of the version
 ROUTER, OLD_ROUTER = "router", "old-router"
 IMAGE_RANGE = [-1, 1]  # of the images that the networks see
 _EXPERT = re.compile("expert-([0-9]{2,6})")

@@ -25,6 +25,7 @@ from ddm.artifacts import (
     write_json,
 )
 from ddm.bundle import (
+    CARD,
     FORMAT,
     MANIFEST,
     OLD_ROUTER,
@@ -124,6 +125,7 @@ def expert_names(k: int) -> list[str]:
 
 def write_bundle(folder: Path, parts: Parts, what: str) -> None:
     """Copy artifacts into `folder` and write its manifest; `what` happened goes into its history.
+    A model card, README.md, stays.
 
     The old bundle stays until the new one is whole and checked; concurrent writers do not disturb
     each other. After a kill at any moment, `read_bundle` finds the old bundle or the new one. Files
@@ -154,6 +156,8 @@ def write_bundle(folder: Path, parts: Parts, what: str) -> None:
         write_json(scratch / MANIFEST, manifest)
         for artifact in read_bundle(scratch).artifacts:
             check_sha256(artifact.weights, artifact.facts["sha256"])
+        if (folder / CARD).exists():  # people write in it
+            shutil.copyfile(folder / CARD, scratch / CARD)
         write_history(folder, scratch, what)
         _replace_folder(folder, scratch)
 

@@ -1,5 +1,8 @@
 """The device that networks run on: one rule for training, evaluation, sampling and serving."""
 
+import os
+import platform
+
 import torch
 
 from ddm.errors import ConfigError, shown
@@ -21,3 +24,10 @@ def pick_device(name: str = "auto") -> str:
             f"device must be auto or a device of this machine, got {shown(name)}", "device"
         ) from error
     return name
+
+
+def device_name(device: str) -> str:
+    """The hardware behind a torch device, in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} cores of {platform.machine()}"

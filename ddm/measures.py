@@ -1,6 +1,6 @@
 """How far two sets of points are apart, and how fast an error falls."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -156,6 +156,38 @@ def _radii(points: Tensor, k: int) -> Tensor:
         for rows in _chunks(points, len(points))
     ]
     return torch.cat(radii)
+
+
+class Nearest(NamedTuple):
+    """The nearest of some points to each of n others, the nearest first."""
+
+    distance: Tensor  # [n, k]
+    place: Tensor  # int64 [n, k], the index of the point that is so near
+
+
+def nearest(
+    points: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], k: int, but: Tensor | None = None
+) -> Nearest:
+    """The k nearest to each of the points `[n, d]`, fewer if there are fewer, of points that come
+    in chunks: pairs of their indices `[m]` and the points `[m, d]`.
+
+    but: `[n]`, the index of a point that does not count, such as the point itself. In float64:
+    memory grows with the largest chunk alone.
+    """
+    points = points.double()
+    norms = points.square().sum(dim=1, keepdim=True)
+    squared = points.new_empty(len(points), 0)
+    place = torch.empty(len(points), 0, dtype=torch.int64, device=points.device)
+    for named, chunk in chunks:
+        others, places = chunk.to(points), named.to(place)
+        found = norms + others.square().sum(dim=1) - 2 * points @ others.T
+        if but is not None:
+            found[but.to(place)[:, None] == places] = torch.inf
+        squared = torch.cat([squared, found], dim=1)
+        place = torch.cat([place, places.expand(len(points), -1)], dim=1)
+        squared, kept = squared.topk(min(k, squared.shape[1]), largest=False)
+        place = place.gather(1, kept)
+    return Nearest(squared.clamp_min(0).sqrt(), place)
 
 
 class PowerLaw(NamedTuple):

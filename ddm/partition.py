@@ -253,6 +253,12 @@ class Partition:
                 raise ArtifactError(f"{folder} does not hold the images of cluster {cluster}")
         return _joined([self.cluster(folder, self.hashes.index(one)) for one in clusters])
 
+    def in_order(self, folder: Path) -> dict[str, Tensor]:
+        """The same as `all`, in the order of the data set, however it was cut."""
+        whole = self.all(folder)
+        order = whole["index"].argsort()
+        return {name: tensor[order] for name, tensor in whole.items()}
+
     def cluster_holdout(self, folder: Path, k: int) -> dict[str, Tensor]:
         """The tensors of the held-out images of cluster k, as in `cluster`.
 

@@ -177,7 +177,7 @@ class EvaluateConfig:
     """What is measured: which methods and samplers, on how many images, and with which features.
 
     n: images per method, sampler, number of steps and seed; at least 20
-    seeds: sampling seeds 0, 1, ...; in [1, 100]; several give error bars
+    seeds: sampling seeds 0, 1, ...; in [1, 100]; with one there are no error bars
     steps: two or more numbers of steps in [1, 1000]
     steps_up_to: `{METHOD: steps}`: a row that costs more is measured up to this many steps, the others at all of them;
         at two numbers of steps at least
@@ -197,7 +197,7 @@ class EvaluateConfig:
     """
 
     n: int = 1000
-    seeds: int = 1
+    seeds: int = 2
     steps: list[int] = field(default_factory=lambda: [5, 10, 25, 50, 100])
     steps_up_to: dict[str, int] = field(default_factory=dict)
     methods: list[str] = field(

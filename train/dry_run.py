@@ -20,6 +20,7 @@ from train.run_folder import read_clusters
 from train.stages.denoiser import check_networks, seed_stem
 from train.stages.expert import expert_stem
 from train.stages.run import check_before
+from train.time_spent import duration
 
 _CHECKPOINTS = (
     3  # the newest, which an expert keeps, the one before it, and the one that is being written
@@ -236,10 +237,10 @@ def _show(rows: dict[str, Row], data: Data) -> None:
     for stage, row in rows.items():
         parameters = f"{row.parameters / 1e6:.2f}M" if row.parameters else ""
         memory, disk = _size(row.memory_bytes), _size(row.disk_bytes)
-        table.append((stage, row.what, parameters, memory, _duration(row.seconds), disk))
+        table.append((stage, row.what, parameters, memory, duration(row.seconds), disk))
     seconds = sum(row.seconds for row in rows.values())
     disk_bytes = sum(row.disk_bytes for row in rows.values())
-    table.append(("all", "", "", "", _duration(seconds), _size(disk_bytes)))
+    table.append(("all", "", "", "", duration(seconds), _size(disk_bytes)))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         words = [word.ljust(width) for word, width in zip(line, widths, strict=True)]
@@ -260,13 +261,3 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds == 0:
-        return ""
-    for unit, length in (("s", 60), ("min", 60), ("h", 48)):
-        if seconds < length:
-            return f"{seconds:.2g} {unit}"
-        seconds /= length if unit != "h" else 24
-    return f"{seconds:.3g} days"

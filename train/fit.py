@@ -24,6 +24,7 @@ from train.averaging import Averaging, put, weights
 from train.ranks import current
 from train.resume import NEWEST, ResumeFiles, read_resume
 from train.stopping import Stopped
+from train.time_spent import Stopwatch
 from train.watching import Watch, Watching, held_out_losses
 
 Report = Callable[[int, float], None]  # (steps done, mean loss since the last report)
@@ -57,6 +58,7 @@ class _Steps(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.module = pl_module
+        self.stopwatch = Stopwatch(self.folder, trainer.global_step, str(pl_module.device))
         self.first_bad = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.on_sigterm)  # Lightning has put its own in front
@@ -100,6 +102,8 @@ class _Steps(Callback):
             self._check_now()
             check_finite(pl_module, step)
             trainer.save_checkpoint(self.folder / NEWEST)
+            if trainer.is_global_zero:
+                self.stopwatch.save()
         if signum is not None:
             raise Stopped(signum, [step])
 

@@ -2,20 +2,19 @@
 depend on.
 """
 
-import os
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.table import contact_sheets
 from benchmarks.table.compute import compute
 from ddm.artifacts import digest, read_json, sha256, write_json
+from ddm.device import device_name
 from train.config import Config
 from train.evaluation.measure import Measurement
+from train.model_card import write_cards
 from train.precision import with_precision
 from train.run_folder import settled
 from train.stages.monolith import train_monoliths
@@ -35,6 +34,7 @@ def make(config: Config, command: str, folder: Path) -> Path:
     monoliths = train_monoliths(config, cfg)
     measured = Measurement(config, monoliths, cfg, "table")
     evaluation = measured.make()
+    write_cards(config)
     name = config.folder.name
     shown = contact_sheets.write(folder, name, config, measured, evaluation)
     facts = asdict(evaluation)
@@ -71,10 +71,8 @@ def made_by(record: dict[str, Any], config: Config) -> bool:
 
 def machine(device: str) -> dict[str, Any]:
     """The hardware and the versions of the packages."""
-    cpu = f"{os.cpu_count()} cores of {platform.machine()}"
-    found = torch.cuda.get_device_name() if device == "cuda" else cpu
     packages = {name: version(name) for name in ("torch", "lightning", "torchmetrics")}
-    return {"device": found, "python": platform.python_version(), **packages}
+    return {"device": device_name(device), "python": platform.python_version(), **packages}
 
 
 def rounded(facts: Any) -> Any:

@@ -9,9 +9,9 @@ from benchmarks.table import paper
 from benchmarks.table.contact_sheets import best_single, shown_steps
 from ddm.artifacts import read_json, sha256, write_json
 from train.evaluation import plots
-from train.evaluation.report import floor_line, shown
 from train.evaluation.results import Cell, Evaluation, Score, Spread, clear_best
 from train.evaluation.rows import ONE_MODEL, ROWS
+from train.evaluation.tables import copies_intro, copies_rows, copy_measures, floor_line, shown
 
 _MEASURES: list[tuple[str, str, Callable[[Score], float], str]] = [
     (
@@ -89,6 +89,7 @@ def page(record: dict[str, Any], name: str) -> str:
         _paper(name),
         _trajectory(record, evaluation, name),
         _images(record, evaluation, name),
+        _copies(evaluation),
         _other(evaluation),
         _provenance(record, evaluation, name),
     ]
@@ -312,6 +313,26 @@ Not selected: the first ones of seed 0.
 Real images:
 
 ![Real images]({name}-real.png)"""
+
+
+def _copies(evaluation: Evaluation) -> str:
+    """Whether samples are copies of training images; empty in an older record."""
+    found = evaluation.memorization
+    if found is None:
+        return ""
+    measures = copy_measures(found)
+    rows = [
+        [name, *(shown(value, of.form) for value, of in zip(values, measures, strict=True))]
+        for name, values in copies_rows(evaluation, found).items()
+    ]
+    notes = "\n".join(_items([f"{measure.title}: {measure.note}." for measure in measures]))
+    return f"""## Are they copies?
+
+At {found.steps} steps. {copies_intro(found)}
+
+{table(["images of", *(measure.title for measure in measures)], rows)}
+
+{notes}"""
 
 
 def _other(evaluation: Evaluation) -> str:

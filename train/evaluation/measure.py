@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddm.artifacts import digest, read_json, sha256, write_json
 from ddm.bundle import MANIFEST
+from ddm.device import device_name
 from ddm.errors import require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
@@ -20,12 +21,14 @@ from train.evaluation.classifier import check_classes, classes_of, held_out
 from train.evaluation.feature_files import feature_files, reference_file
 from train.evaluation.feature_network import FeatureNetwork
 from train.evaluation.features import feature_networks
+from train.evaluation.memorization import VERSION, RealImages
 from train.evaluation.methods import Method, bundle_version, methods
-from train.evaluation.report import print_tables, write_report
-from train.evaluation.results import Cell, Evaluation, Features, Score
+from train.evaluation.report import write_report
+from train.evaluation.results import Cell, Copies, Evaluation, Features, Memorization, Score
 from train.evaluation.rows import ONE_MODEL
 from train.evaluation.samples import SampleSet, SampleSpec, SampleStore
 from train.evaluation.scores import Scores, class_frequencies_of, read_reference
+from train.evaluation.tables import middle, print_tables
 from train.launch import workers_for
 from train.progress import bar
 
@@ -148,6 +151,8 @@ class Measurement:
             precision=cfg.precision,
             cells=cells,
             fits=_fits(cells),
+            memorization=self._memorization(whole),
+            hardware=device_name(config.device),
         )
         write_json(self.folder / "record.json", {"key": self._key(), **asdict(evaluation)})
         return evaluation
@@ -176,7 +181,7 @@ class Measurement:
 
     def _images(self) -> dict[str, Tensor]:
         """The partition's images and labels in the order of the data set, however they were cut."""
-        return in_order(self.cut.all(self.config.folder / "partition"))
+        return self.cut.in_order(self.config.folder / "partition")
 
     def _cells(self, scores: dict[str, dict[str, Score]]) -> list[Cell]:
         reference = self.samples(self.reference).ends
@@ -209,7 +214,7 @@ class Measurement:
         ]
         specs = [self.reference, *self.specs]
         facts = [self.store.facts(spec) | {"name": spec.name} for spec in specs]
-        return digest([Scores.VERSION, facts, plain(cfg), self.cut.hash, files])
+        return digest([Scores.VERSION, VERSION, facts, plain(cfg), self.cut.hash, files])
 
     def _scored(
         self, network: FeatureNetwork, whole: dict[str, Tensor]
@@ -250,6 +255,40 @@ class Measurement:
         facts.floor = self._floor(measure, real.features, resampled=file is None)
         return scores, facts
 
+    def _memorization(self, whole: dict[str, Tensor]) -> Memorization:
+        """How near the samples of every method and seed are to training images, at one step count."""
+        first, steps = next(iter(self.samplers)), middle([spec.steps for spec in self.specs])
+        specs = [spec for spec in self.specs if (spec.sampler, spec.steps) == (first, steps)]
+        folder = self.config.folder / "partition"
+        held_out = self.cut.holdout(folder)["images"] if self.cut.holdout_sizes else None
+        real = RealImages(
+            whole["images"],
+            whole["cluster"],
+            held_out,
+            self.config.data.flip,
+            self.config.device,
+        )
+        methods: dict[str, list[Copies]] = {}
+        with bar("copies", self.cfg.n * (len(specs) + 1)) as advance:
+            floor = real.floor(self.cfg.n, _FEATURE_SEED, advance)
+            for spec in specs:
+                methods.setdefault(spec.method.name, []).append(self._copies(spec, real, advance))
+        count = sum(self.cut.holdout_sizes)
+        return Memorization(steps, count, real.expected, floor, methods)
+
+    def _copies(
+        self, spec: SampleSpec, real: RealImages, advance: Callable[[int], object]
+    ) -> Copies:
+        """Of a set of samples, from its file if samples and real images are the same."""
+        path = self.folder / "copies" / f"{spec.name}.json"
+        key = digest([VERSION, self.store.facts(spec), self.cut.hash, real.flip])
+        if path.exists() and (kept := read_json(path)).get("key") == key:
+            advance(self.cfg.n)
+            return Copies(**kept["copies"])
+        copies = real.copies(self.samples(spec).images, advance)
+        write_json(path, {"key": key, "copies": asdict(copies)})
+        return copies
+
     def _floor(self, measure: Scores, real: Tensor, resampled: bool) -> list[float]:
         """The Frechet distance of as many real images as samples, for each seed.
 
@@ -281,12 +320,6 @@ class Measurement:
         score = measure(network(self.samples(spec).images, lambda _: None))
         write_json(path, {"key": key, "score": asdict(score)})
         return score
-
-
-def in_order(whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a partition's images in the order of the data set."""
-    order = whole["index"].argsort()
-    return {name: tensor[order] for name, tensor in whole.items()}
 
 
 def _nfe_per_step(method: Method, config: Config, k: int) -> float:

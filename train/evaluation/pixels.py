@@ -35,11 +35,11 @@ class _WhitenedPixels(nn.Module):
         self.axes: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        return (_flat(images) - self.mean) @ self.axes
+        return (flat_pixels(images) - self.mean) @ self.axes
 
 
-def _flat(images: Tensor) -> Tensor:
-    """Pixel values in [0, 1], float64 `[N, d]`."""
+def flat_pixels(images: Tensor) -> Tensor:
+    """Pixel values in [0, 1], float64 `[N, d]`; of larger images averaged down to 32 x 32."""
     x = images.double() / 255
     if x.shape[-1] > _SIDE:
         x = F.adaptive_avg_pool2d(x, _SIDE)
@@ -49,10 +49,10 @@ def _flat(images: Tensor) -> Tensor:
 def _principal(images: Tensor, directions: int) -> tuple[Tensor, Tensor]:
     """The mean `[d]`, and the leading eigenvectors over their deviations `[d, D]`, in float64."""
     parts = images.split(_BATCH)
-    mean = torch.stack([_flat(part).sum(dim=0) for part in parts]).sum(dim=0) / len(images)
+    mean = torch.stack([flat_pixels(part).sum(dim=0) for part in parts]).sum(dim=0) / len(images)
     covariance = torch.zeros(len(mean), len(mean), dtype=mean.dtype, device=mean.device)
     for part in parts:
-        centred = _flat(part) - mean
+        centred = flat_pixels(part) - mean
         covariance += centred.T @ centred / (len(images) - 1)
     variances, axes = torch.linalg.eigh(covariance)  # in ascending order
     count = min(directions, int((variances > _LEAST_VARIANCE * variances[-1]).sum()))

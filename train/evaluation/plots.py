@@ -1,5 +1,7 @@
 """The report's figures."""
 
+import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,12 @@ from matplotlib.figure import Figure
 from train.evaluation.results import Cell, Evaluation, Spread
 from train.evaluation.rows import ROWS
 from train.evaluation.samples import SampleSet
+from train.evaluation.tables import label
 
+_GREY = "#555555"  # of a row; too dark on a dark page
 COLOURS = {name: row.colour for name, row in ROWS.items()}
+_SIZE = (5.2, 3.4)  # inches: text of 10 points is as large as a page's where it is a phone's width
+_ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, "fontsize": 8.5}
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -25,6 +31,21 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG that takes the page's colours, and closes it: black is the text's own.
+
+    It has no size of its own, and no background.
+    """
+    file = io.StringIO()
+    unknown = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", bbox_inches="tight", transparent=True, metadata=unknown)
+    plt.close(figure)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    return text.replace("#000000", "currentColor").replace(_GREY, "var(--grey)")
 
 
 def save(path: Path, figure: Figure, dpi: int = 150) -> None:
@@ -43,7 +64,7 @@ def frechet(
     """
     named = features or next(iter(evaluation.features))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8))
+        figure, axes = plt.subplots(figsize=_SIZE)
         for name in evaluation.versions:
             points = _points(evaluation, name, lambda cell: cell.scores[named].frechet, sampler)
             axes.errorbar(
@@ -52,7 +73,7 @@ def frechet(
                 [spread.deviation or 0 for spread in points.values()],
                 fmt="o-",
                 color=COLOURS[name],
-                label=name,
+                label=label(evaluation, name, sampler),
                 markersize=4,
                 linewidth=1.2,
                 elinewidth=0.8,
@@ -63,7 +84,7 @@ def frechet(
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="minor", labelsize=7.5)
         axes.set_ylabel("Fréchet distance")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(**_ABOVE)
         return figure
 
 
@@ -71,7 +92,7 @@ def trajectory(evaluation: Evaluation, sampler: str | None = None) -> Figure:
     """Trajectory error over the number of steps, with the fitted power laws."""
     named = sampler or next(iter(evaluation.samplers))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8))
+        figure, axes = plt.subplots(figsize=_SIZE)
         for name, fits in evaluation.fits.items():
             points = _points(evaluation, name, lambda cell: cell.trajectory_error, named)
             errors = [spread.mean for spread in points.values()]
@@ -82,27 +103,36 @@ def trajectory(evaluation: Evaluation, sampler: str | None = None) -> Figure:
                 steps,
                 fit.constant * steps**-fit.exponent,
                 color=COLOURS[name],
-                label=f"{name}: N$^{{-{fit.exponent:.2f}}}$, R² {fit.r2:.2f}",
+                label=f"{label(evaluation, name, sampler)}: N$^{{-{fit.exponent:.2f}}}$, R² {fit.r2:.2f}",
                 linewidth=1,
             )
         _log_steps(axes, evaluation)
         axes.set_yscale("log")
         axes.set_ylabel("E(N), mean squared difference")
-        axes.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(**{**_ABOVE, "ncols": 2})
         return figure
 
 
-def load(samples: Mapping[str, SampleSet], names: Sequence[str], pi: Sequence[float]) -> Figure:
-    """The fraction of all NFE that each expert has, beside its mixture weight pi."""
+def load(
+    samples: Mapping[str, SampleSet],
+    names: Sequence[str],
+    pi: Sequence[float],
+    labels: Mapping[str, str] | None = None,
+) -> Figure:
+    """The fraction of all NFE that each expert has, beside its mixture weight pi.
+
+    `labels` are what the methods are called, if not by their names.
+    """
+    called = labels or {}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.4))
+        figure, axes = plt.subplots(figsize=_SIZE)
         width = 0.8 / (len(samples) + 1)
         places = np.arange(len(names))
         axes.bar(places - 0.4 + width / 2, pi, width, color="#DDDDDD", label="pi")
         for i, (method, one) in enumerate(samples.items(), start=1):
             fraction = (one.load.sum(dim=0) / one.load.sum()).numpy()
             left = places - 0.4 + (i + 0.5) * width
-            axes.bar(left, fraction, width, color=COLOURS[method], label=method)
+            axes.bar(left, fraction, width, color=COLOURS[method], label=called.get(method, method))
         short = sum(map(len, names)) <= 60
         axes.set_xticks(
             places,
@@ -112,22 +142,28 @@ def load(samples: Mapping[str, SampleSet], names: Sequence[str], pi: Sequence[fl
             rotation_mode="anchor",
         )
         axes.set_ylabel("fraction of all NFE")
-        axes.legend(fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(**_ABOVE)
         axes.grid(axis="x", visible=False)
         return figure
 
 
-def certainty(samples: Mapping[str, SampleSet]) -> Figure:
-    """The largest alpha over time, averaged over the images."""
+def certainty(samples: Mapping[str, SampleSet], labels: Mapping[str, str] | None = None) -> Figure:
+    """The largest alpha over time, averaged over the images; `labels` as of `load`."""
+    called = labels or {}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.2))
+        figure, axes = plt.subplots(figsize=_SIZE)
         for method, one in samples.items():
-            axes.plot(one.t.numpy(), one.certainty.numpy(), color=COLOURS[method], label=method)
+            axes.plot(
+                one.t.numpy(),
+                one.certainty.numpy(),
+                color=COLOURS[method],
+                label=called.get(method, method),
+            )
         axes.set_xlim(1, 0)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("t, from noise (1) to data (0)")
         axes.set_ylabel("mean of the largest alpha")
-        axes.legend()
+        axes.legend(**_ABOVE)
         return figure
 
 
@@ -136,7 +172,7 @@ def alpha_over_time(samples: SampleSet, names: Sequence[str], images: int = 4) -
     with plt.rc_context({**STYLE, "axes.grid": False}):
         shown = min(images, samples.alpha.shape[1])
         figure, rows = plt.subplots(
-            shown, 2, figsize=(7.6, 1.25 * shown), width_ratios=[9, 1], squeeze=False, sharex="col"
+            shown, 2, figsize=(5.6, 1.1 * shown), width_ratios=[7, 1], squeeze=False, sharex="col"
         )
         palette = plt.get_cmap("tab20" if len(names) > 10 else "tab10")
         colours = [palette(k % palette.N) for k in range(len(names))]
@@ -159,33 +195,35 @@ def alpha_over_time(samples: SampleSet, names: Sequence[str], images: int = 4) -
             side.axis("off")
         rows[-1, 0].set_xlabel("t   (strip: the expert that updated the image)")
         figure.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(5, len(names)), fontsize=8.5
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, len(names)), fontsize=8.5
         )
         figure.tight_layout()
         return figure
 
 
-def losses(folder: Path) -> Figure:
-    """The training losses of a run's experts and router."""
+def losses(folder: Path, names: Sequence[str]) -> Figure:
+    """The training losses of a run's experts, whose clusters have the `names`, and of its router."""
     files = [
         file
         for part in ("experts", "router")
         for file in sorted(folder.glob(f"{part}/*/losses.txt"))
     ]
     with plt.rc_context(STYLE):
-        figure, pair = plt.subplots(1, 2, figsize=(8.4, 3.2))
+        figure, pair = plt.subplots(2, 1, figsize=(5.2, 5.6))
         for file in files:
-            axes = pair[0 if file.parent.parent.name == "experts" else 1]
+            of_expert = file.parent.parent.name == "experts"
+            axes = pair[0 if of_expert else 1]
             points = dict(np.loadtxt(file, ndmin=2))  # a resumed run wrote some steps twice
-            axes.plot(list(points), list(points.values()), linewidth=1, label=file.parent.name)
+            name = _literal(names[int(file.parent.name)]) if of_expert else file.parent.name
+            axes.plot(list(points), list(points.values()), linewidth=1, label=name)
         for axes, title in zip(pair, ("experts", "router"), strict=True):
             axes.set_title(title, fontsize=10)
             axes.set_yscale("log")
             axes.set_xlabel("step")
+            axes.set_ylabel("loss")
             axes.set_visible(bool(axes.lines))
             if axes.lines:
                 axes.legend(fontsize=7.5, ncols=2)
-        pair[0].set_ylabel("loss")
         figure.tight_layout()
         return figure
 

@@ -83,6 +83,61 @@ def clear_best(column: Mapping[str, Spread | None], sign: float = 1.0) -> str | 
 
 
 @dataclass
+class Copies:
+    """How near a set of images is to the training images, and to those that no training has seen.
+
+    Distances are Euclidean, of pixels in at most 32 x 32.
+    """
+
+    near_copies: float  # the fraction that is near-copies of a training image, by `NEAR_COPY`
+    alone: float  # the fraction nearer to one than a third of the distance to the next
+    ratio: float  # the median of the nearest training distance over the mean of the 50 nearest
+    nearest: list[int]  # by cluster, how many images have their nearest training image in it
+    copied: list[int]  # by cluster, how many of these are near-copies
+    # None if nothing is held out:
+    nearest_is_training: float | None  # the fraction nearer to a training image than to any other
+    over_held_out: float | None  # the median nearest training distance over the nearest held-out
+    # The most suspicious: [image, its nearest training image, its nearest held-out one or -1].
+    closest: list[list[int]]
+
+
+NEAR_COPY = (
+    "the nearest training image is at most half as far as the 50 nearest are on average "
+    "(arXiv 2301.13188)"
+)
+
+
+@dataclass
+class Memorization:
+    """Whether samples are copies of training images, at one number of steps of the first sampler.
+
+    expected: `nearest_is_training` of images that favour neither: the training images' share
+    floor: of real images: held-out ones, or training images against the others if none is held out
+    methods: of the samples, by method, for each seed
+    """
+
+    steps: int
+    held_out: int  # images that no training has seen
+    expected: float | None
+    floor: Copies
+    methods: dict[str, list[Copies]]
+
+    @property
+    def floor_name(self) -> str:
+        """What the floor's images are."""
+        return "held-out images" if self.held_out else "training images, each against the others"
+
+    @staticmethod
+    def of(facts: dict[str, Any]) -> "Memorization":
+        """From plain data."""
+        methods = {
+            name: [Copies(**copies) for copies in of_seeds]
+            for name, of_seeds in facts["methods"].items()
+        }
+        return Memorization(**{**facts, "floor": Copies(**facts["floor"]), "methods": methods})
+
+
+@dataclass
 class Evaluation:
     """All that was measured, as plain data."""
 
@@ -96,6 +151,9 @@ class Evaluation:
     precision: str  # of the networks while sampling
     cells: list[Cell]
     fits: dict[str, dict[str, PowerLaw]]  # by method and sampler, E(N) = constant N^-exponent
+    # None and empty in older records:
+    memorization: Memorization | None = None
+    hardware: str = ""  # where the samples were made
 
     @property
     def steps(self) -> list[int]:
@@ -148,12 +206,15 @@ class Evaluation:
     @staticmethod
     def of(facts: dict[str, Any]) -> "Evaluation":
         """From plain data; keys that are not fields of the class are ignored."""
-        known = {name: facts[name] for name in Evaluation.__dataclass_fields__}
+        later = {"memorization": None, "hardware": ""}
+        known = {name: {**later, **facts}[name] for name in Evaluation.__dataclass_fields__}
         known["cells"] = [_cell(cell) for cell in facts["cells"]]
         known["fits"] = {
             method: {sampler: PowerLaw(*fit) for sampler, fit in by_sampler.items()}
             for method, by_sampler in facts["fits"].items()
         }
+        if known["memorization"] is not None:
+            known["memorization"] = Memorization.of(known["memorization"])
         known["features"] = {name: Features(**found) for name, found in facts["features"].items()}
         return Evaluation(**known)
 

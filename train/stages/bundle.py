@@ -11,6 +11,7 @@ from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, wr
 from ddm.errors import ArtifactError, within
 from ddm.mixture import Mixture
 from train.config import Config
+from train.model_card import write_cards
 from train.run_folder import claim, read_partition
 from train.stages.denoiser import artifact_stem
 from train.stages.expert import expert_stem
@@ -48,6 +49,7 @@ def make_bundle(config: Config) -> None:
         write_half(folder, half)
         size = sum(file.stat().st_size for file in half.iterdir()) / 1e6
         log.info("bundle     in half precision, %.1f MB: %s", size, half)
+    write_cards(config)
 
 
 def _own_experts(config: Config) -> list[Path]:

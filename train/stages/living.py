@@ -21,6 +21,7 @@ from ddm.errors import ArtifactError, ConfigError, require
 from ddm.mixture import Mixture
 from ddm.partition import Partition
 from train.config import Config, SeedModelConfig
+from train.model_card import write_card
 from train.run_folder import claim, read_clusters
 from train.stages.denoiser import artifact_stem, initial
 from train.stages.expert import expert_stem, train_experts
@@ -205,6 +206,7 @@ def _save(config: Config, parts: Parts, what: str) -> None:
     claim(config)
     folder = _folder(config)
     write_bundle(folder, parts, what)
+    write_card(config, folder)
     bundle = read_bundle(folder)
     pi = ", ".join(
         f"{name} {p:.3f}" for name, p in zip(bundle.mixture.names, bundle.mixture.pi, strict=True)

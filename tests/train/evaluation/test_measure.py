@@ -22,8 +22,9 @@ from tests.train.conftest import frechet, gaussian, means_of
 from train.config import Config
 from train.evaluation.features import feature_networks
 from train.evaluation.measure import Measurement, evaluate
-from train.evaluation.report import shown
+from train.evaluation.report import write_report
 from train.evaluation.results import Cell, Evaluation, Score
+from train.evaluation.tables import shown
 
 ScriptFile = Callable[..., Path]
 NAMES = ("one-model", "Naive", "MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1", "full")
@@ -125,10 +126,50 @@ def test_all_methods_are_in_the_table_with_their_nfe(record: Evaluation) -> None
 
 def test_the_report_needs_no_other_file(small_run: Path) -> None:
     page = (small_run / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)='(?!data:)", page)
-    assert page.count("data:image/png;base64,") == 10
-    for name in (*NAMES, "a small classifier trained on half"):
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert not re.findall(r"@import|url\((?!#)", page)
+    for name in (*NAMES[1:], "one model (ipndm)", "a small classifier trained on half"):
         assert name in page
+
+
+def test_every_image_of_the_report_says_what_is_there(small_run: Path, record: Evaluation) -> None:
+    page = (small_run / "report.html").read_text()
+    alts = re.findall(r'<img alt="([^"]*)"', page)
+    assert len(alts) == page.count("<img ") == 3 + len(record.versions) + 3
+    assert len(set(alts)) == len(alts) and min(map(len, alts)) > 20
+    labels = re.findall(r'role="img" aria-label="([^"]*)"', page)
+    assert len(labels) == page.count("<svg ") == 7
+    naive = one(record, "Naive").scores["pixels"].frechet
+    assert any(f"{naive:.2f} (Naive)" in text or "pixels" in text for text in labels)
+
+
+def test_the_report_is_dark_where_the_reader_s_pages_are(small_run: Path) -> None:
+    page = (small_run / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in page
+    plots = page[page.index("<svg ") :]
+    assert "currentColor" in plots
+    assert "#000000" not in plots and "fill: #ffffff" not in plots  # black on black, a white box
+
+
+def test_cluster_names_are_escaped_in_the_report(
+    copy: Path, small: Callable[..., Config], means: Path
+) -> None:
+    name = "<b>&amp;"
+    partition = copy / "partition" / "partition.json"
+    cut = Partition.read(copy / "partition")
+    renamed = replace(cut, names=[name, *cut.names[1:]])
+    write_json(partition, {**renamed.facts, "hash": renamed.hash})
+    evaluation = Evaluation.read(copy / "evaluate" / "record.json")
+    measurement = Measurement(
+        small(copy), {"one-model": small(copy / "monolith")}, small(copy).evaluate, "evaluate"
+    )
+    samples = {
+        (spec.method.name, spec.steps): measurement.samples(spec)
+        for spec in measurement.shown_specs()
+    }
+    write_report(copy / "report.html", evaluation, samples)
+    page = (copy / "report.html").read_text()
+    assert "&lt;b&gt;&amp;amp;" in page and "<b>" not in page
 
 
 def test_the_table_gives_mean_and_deviation_over_the_seeds(
@@ -153,7 +194,8 @@ def test_the_table_gives_mean_and_deviation_over_the_seeds(
     assert [one(found, "Naive", seed=seed).trajectory_error for seed in (1, 2)] == [None, None]
     text = shown(spread, ".2f")
     assert text == f"{statistics.mean(distances):.2f} ± {statistics.stdev(distances):.2f}"
-    assert text in (copy / "report.html").read_text() and text in capsys.readouterr().out
+    assert text.replace(" ±", " <small>±") in (copy / "report.html").read_text()
+    assert text in capsys.readouterr().out
 
 
 def test_one_seed_has_no_deviation_and_nothing_measured_has_no_mean(record: Evaluation) -> None:

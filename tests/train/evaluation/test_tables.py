@@ -13,9 +13,10 @@ from ddm.errors import ConfigError
 from serve.model.params import SampleConfig
 from train.config import Config
 from train.evaluation.measure import Measurement, evaluate
-from train.evaluation.report import _shown_method, floor_line, print_tables
+from train.evaluation.report import shown_method
 from train.evaluation.results import Cell, Evaluation, Features, Score, Spread, clear_best
 from train.evaluation.rows import METHODS
+from train.evaluation.tables import floor_line, print_tables
 
 
 def score(frechet: float) -> Score:
@@ -147,4 +148,4 @@ def test_samples_shown_are_those_of_the_run_s_own_settings(
         steps=[5, 10, 25],
         methods_at=lambda _: [name for name in METHODS if name != "nucleus"],
     )
-    assert _shown_method(evaluation) == shown  # type: ignore[arg-type]
+    assert shown_method(evaluation) == shown  # type: ignore[arg-type]
