@@ -7,6 +7,7 @@ Keys: serve.port=8123 serve.placement=ray serve.limits.n=16 sample.steps=50 (doc
 """
 
 import logging
+import os
 import signal
 import sys
 
@@ -47,6 +48,10 @@ def _serve(words: list[str]) -> None:
         )
     config = settings({"run": runs[0]}, [word for word in words if "=" in word])
     if config.serve.placement == "ray":
+        if config.serve.ray.address is None:
+            # No other switch keeps the ports of a Ray that is started here on this machine. It is
+            # read when Ray is imported.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         from serve.ray_app import serve_on_ray
 
         serve_on_ray(config)

@@ -435,9 +435,6 @@ def _ray(config: Settings) -> Iterator[None]:
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # the terminal shows our own log
     os.environ.setdefault("DDM_BODY_BYTES", str(limits.body_bytes))
     os.environ.setdefault("DDM_BODY_TIMEOUT_S", str(limits.body_timeout_s))
-    if address is None:
-        # No other switch keeps Ray's own ports on this machine.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     log.info("starting Ray and the experts of %s", config.run)
     try:
         # Ray's workers look for modules in the driver's current folder first: this one is ours.
