@@ -185,7 +185,7 @@ def test_lost_processes_a_lost_node_and_ctrl_c_change_no_bit(
     on_news(monkeypatch, note)
     run(config, ["expert"])
     assert hashes(folder) == hashes(undisturbed)
-    assert max(begun.values()) > 5  # from a checkpoint
+    assert max(begun.values()) >= 5  # from a checkpoint, which come every 5 steps
     assert not storage.exists() or not list(storage.rglob("*.ckpt"))  # what is over is not kept
     run(config, ["router", "bundle"])
     router = Path("router", "router.safetensors")
