@@ -4,7 +4,7 @@ The classifier is trained on half of the run's real images; its own accuracy on 
 printed too. Every class is asked for equally often; of attributes, each is asked for and against.
 The first row is without a condition: what chance gives. The distance is the Frechet distance of all
 images of a row from the real ones, in the classifier's features (of classes alone). Words with =
-are settings of `sample`.
+are settings of `sample`; they stand before the options.
 """
 
 import argparse
