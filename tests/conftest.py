@@ -1,5 +1,6 @@
 """Fixtures for several test files: a small trained run, the real image sets, the installed program."""
 
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -107,7 +108,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def build(kind: str, source: Path, folder: Path) -> Path:
     """`sdist` or `wheel` of the project in `source`, by the setuptools of this environment."""
-    pytest.importorskip("setuptools", "77")
+    # It is not imported: that fails after another import of distutils.
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("needs setuptools 77")
     code = f"import setuptools.build_meta as m; print(m.build_{kind}({str(folder)!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True

@@ -223,8 +223,8 @@ def _artifacts(folder: Path) -> dict[str, str]:
     kept = [
         path
         for path in files
-        if path.suffix != ".txt"
-        and path.name not in ("config.yaml", "history.json")  # which tells when
+        if path.suffix not in (".txt", ".ckpt")  # pickling writes the same in several ways
+        and path.name not in ("config.yaml", "history.json", "README.md")  # which tell when
         and not path.name.startswith(".")
     ]
     return {str(path.relative_to(folder)): sha256(path) for path in kept}

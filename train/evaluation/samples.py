@@ -153,9 +153,10 @@ class SampleStore:
         record = self.file(spec, ".json")
         if not record.exists() or not self.file(spec, ".safetensors").exists():
             return False
-        facts = {**asdict(SampleConfig()), **read_json(record)}  # a younger key has its default
-        facts.pop("nfe", None)
-        return facts == self.facts(spec)
+        usual = asdict(SampleConfig())  # a key that is younger than the record has its default
+        found, wanted = {**usual, **read_json(record)}, {**usual, **self.facts(spec)}
+        found.pop("nfe", None)
+        return found == wanted
 
 
 def _work(store: SampleStore, job: tuple[int, SampleSpec], on_progress: OnProgress) -> None:
