@@ -224,7 +224,7 @@ def _artifacts(folder: Path) -> dict[str, str]:
         path
         for path in files
         if path.suffix not in (".txt", ".ckpt")  # pickling writes the same in several ways
-        and path.name not in ("config.yaml", "history.json", "README.md")  # which tell when
+        and path.name not in ("config.yaml", "history.json", "README.md", "time.json")  # of times
         and not path.name.startswith(".")
     ]
     return {str(path.relative_to(folder)): sha256(path) for path in kept}
