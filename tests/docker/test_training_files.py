@@ -88,11 +88,11 @@ def test_all_that_the_command_writes_is_on_the_volume_of_every_pod() -> None:
     _, config = config_of_the_job()
     for path in (config.run, config.launch.storage, config.data.root):
         assert path is not None
-        assert Path(path).is_relative_to("/work")
+        assert Path(path).is_relative_to("/shared")
     for name, group in PODS.items():
         mounts = {mount["mountPath"]: mount["name"] for mount in container(name)["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
-        claim = volumes[mounts["/work"]]["persistentVolumeClaim"]["claimName"]
+        claim = volumes[mounts["/shared"]]["persistentVolumeClaim"]["claimName"]
         assert claim == PARTS["PersistentVolumeClaim"]["metadata"]["name"]
         assert "/tmp" in mounts  # the root is read-only
 
