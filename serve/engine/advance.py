@@ -72,7 +72,7 @@ def _router(state: ImageState) -> Hashable:
 def _begin(states: list[ImageState]) -> None:
     """Begin images of one plan, at t = 1."""
     plan = states[0].request.plan
-    index = torch.stack([state.request.index[state.place] for state in states])
+    index = stacked([Row(state.request.index, state.place) for state in states])
     seed = torch.tensor([state.request.seed for state in states], device=index.device)
     x = plan.start(seed, index)
     memory = plan.router.start(x, policies.first_uniforms(seed, index))
@@ -112,7 +112,8 @@ def _move(states: list[ImageState]) -> None:
             x, t = next(_step(plan, path, n))
     after = call if images is not None else _call(plan, path, n, (x, t))
     evaluations = [1] * len(states) if call.given is None else call.given.evaluations.tolist()
-    _record(states, call, routed, denoised, evaluations)
+    if any(state.request.trace or state.request.on_step is not None for state in states):
+        _record(states, call, routed, denoised, evaluations)
     for i, state in enumerate(states):
         state.request.nfe += len(state.experts) * evaluations[i]
         state.step, state.path, state.call = n, Row(path, i), Row(after, i)
@@ -151,23 +152,17 @@ def _record(
     denoised: Tensor,
     evaluations: Sequence[int],
 ) -> None:
-    """Note the call, for the images of whose calls a request asks to hear; evaluations: of a network
-    for each image and expert.
+    """Note a call of one time, for who asks to hear of it; evaluations: of a network for each image
+    and expert.
     """
-    heard = [
-        (i, state)
-        for i, state in enumerate(states)
-        if state.request.trace or state.request.on_step is not None
-    ]
-    if not heard:
-        return
-    alpha = routed.alpha.cpu()
-    for i, state in heard:
-        chosen = torch.zeros(alpha.shape[1], dtype=torch.bool)
-        chosen[state.experts] = True
-        nfe = len(state.experts) * evaluations[i]
-        state.record = StepRecord(float(call.t[i]), alpha[i], chosen, nfe)
-        state.denoised = denoised[i]
+    t, alpha = float(call.t[0]), routed.alpha.cpu()
+    chosen = torch.zeros_like(alpha, dtype=torch.bool)
+    rows = [row for row, state in enumerate(states) for _ in state.experts]
+    chosen[rows, [k for state in states for k in state.experts]] = True
+    parts = zip(alpha.unbind(), chosen.unbind(), denoised.unbind(), evaluations, strict=True)
+    for state, (alpha_row, chosen_row, image, each) in zip(states, parts, strict=True):
+        state.record = StepRecord(t, alpha_row, chosen_row, len(state.experts) * each)
+        state.denoised = image
 
 
 def _route(states: list[ImageState], alive: Tensor | None) -> None:
