@@ -1,7 +1,8 @@
 """Serving (`serve.engine`, `serve.http`): the digits' five networks of 0.16M parameters, 25 steps,
 one expert per step. 64 clients, each with one request for one image at a time, against one offline
 call for as many images: in this process without HTTP (`engine`), and over HTTP from another one.
-`mixed`: the requests differ in steps, sampler and policy, and offline is a call for each kind. The
+Both sides compute with the same number of threads, over HTTP one less than there are, as the server
+does. `mixed`: the requests differ in steps, sampler and policy, and offline is a call for each kind. The
 event loop's CPU time is that of its thread, where all but the arithmetic happens. `small`: requests
 of one image and 3 steps, one after another, alone and while one of 64 images and 250 steps runs.
 """
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+import torch
 
 from benchmarks.load import fairness
 from benchmarks.load.child import server
@@ -29,6 +32,7 @@ from serve import Model, load
 from serve.engine.metrics import Prometheus
 from serve.engine.service import SamplingParams, Service
 from serve.settings import settings
+from train.launch import torch_threads
 
 CLIENTS = 64
 REQUESTS = 128
@@ -74,11 +78,16 @@ def in_process(device: str, kinds: tuple[dict[str, Any], ...]) -> Figures:
 
 
 def over_http(device: str, kinds: tuple[dict[str, Any], ...]) -> Figures:
-    """Clients of a server, which is another process."""
-    with server(str(digits_run()), f"serve.device={device}") as (url, _):
-        return against_offline(
-            device, lambda: asyncio.run(closed(url, CLIENTS, REQUESTS, *kinds)), kinds
-        )
+    """Clients of a server, which is another process and leaves a core to its event loop."""
+
+    def served() -> Tally:
+        return asyncio.run(closed(url, CLIENTS, REQUESTS, *kinds))
+
+    with (
+        server(str(digits_run()), f"serve.device={device}") as (url, _),
+        torch_threads(max(1, torch.get_num_threads() - 1)),
+    ):
+        return against_offline(device, served, kinds)
 
 
 def against_offline(
