@@ -26,7 +26,7 @@ RESULTS = ROOT / "docs" / "results"
 def complaints(folder: Path) -> list[str]:
     """What is wrong with a folder of results."""
     found = []
-    speeds = {f"{stem}.json" for stem in speed_page.MACHINES}
+    speeds = {f"{stem}{end}.json" for stem in speed_page.MACHINES for end in ("", "-history")}
     paths = [path for path in sorted(folder.glob("*.json")) if path.name not in speeds]
     records = {path.stem: json.loads(path.read_text()) for path in paths}
     tables = {name: record for name, record in records.items() if not name.startswith("ablations-")}
