@@ -50,6 +50,7 @@ from serve.engine.expert import UnavailableError  # noqa: E402
 from serve.engine.local_expert import Runner  # noqa: E402
 from serve.engine.metrics import METRICS, Metrics  # noqa: E402
 from serve.engine.service import Service  # noqa: E402
+from serve.engine.turn import Turn  # noqa: E402
 from serve.http.app import build_app  # noqa: E402
 from serve.http.local_server import listen  # noqa: E402
 from serve.http.middleware import LimitsMiddleware  # noqa: E402
@@ -139,7 +140,7 @@ class RayExpert:
         folder: Path,
         version: str,
         calls: int,
-        turn: asyncio.Semaphore,
+        turn: Turn,
     ) -> None:
         self.name = _name(k)
         self.k = k
@@ -185,7 +186,7 @@ class Sampling:
         self.started = False
         _check_proxy_host(self.settings)
 
-        def connect(model: Any, folder: Path, turn: asyncio.Semaphore) -> list[RayExpert]:
+        def connect(model: Any, folder: Path, turn: Turn) -> list[RayExpert]:
             if len(model.names) != len(experts):
                 raise ConfigError(
                     f"run must have {len(experts)} experts, as many as are deployed, "
@@ -197,7 +198,7 @@ class Sampling:
             found = []
             for group in _groups(len(experts), ray_config.experts_per_replica):
                 # Of several experts, one's call is on its way while another's is computed.
-                turn = asyncio.Semaphore(calls * min(2, len(group)))
+                turn = Turn(calls * min(2, len(group)))
                 for k in group:
                     found.append(RayExpert(k, experts[k], folder, model.version, calls, turn))
             return found

@@ -17,19 +17,19 @@ Work = Callable[[list[ImageState]], None]
 
 @torch.inference_mode()
 def advance(
-    states: list[ImageState], begun: list[tuple[Request, range]], alive: Tensor | None
+    states: list[ImageState], alive: Tensor | None
 ) -> tuple[list[ImageState], dict[Request, Exception]]:
     """Take images one denoiser call further, begin new ones, and route all that are not finished.
 
-    begun: places in their requests. alive: bool `[K]`, the experts to choose from, None for all.
+    alive: bool `[K]`, the experts to choose from, None for all.
     Returns the images that are finished or wait for experts, and the requests that failed, with
     their errors.
     """
-    fresh = [ImageState(request, place) for request, places in begun for place in places]
+    fresh = [state for state in states if not state.begun]
     answered = [state for state in states if state.experts]
     failed = _grouped(fresh, lambda state: id(state.request.plan), _begin)
     failed |= _grouped(answered, _position, _move)
-    states = [state for state in [*states, *fresh] if state.request not in failed]
+    states = [state for state in states if state.request not in failed]
     unfinished = [state for state in states if state.image is None]
     failed |= _grouped(unfinished, _router, lambda group: _route(group, alive))
     return [state for state in states if state.request not in failed], failed
@@ -83,6 +83,7 @@ def _begin(states: list[ImageState]) -> None:
     call = _call(plan, path, 0, next(_step(plan, path, 0)))
     for i, state in enumerate(states):
         state.path, state.call, state.memory = Row(path, i), Row(call, i), Row(memory, i)
+        state.begun = True
 
 
 def _move(states: list[ImageState]) -> None:

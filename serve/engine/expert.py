@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from ddm.condition import Conditions
+from serve.engine.turn import Turn
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Expert(Protocol):
     """
 
     name: str
-    turn: asyncio.Semaphore
+    turn: Turn
     calls: int
 
     async def __call__(self, x: Tensor, t: Tensor, given: Conditions | None = None) -> Tensor:

@@ -1,6 +1,5 @@
 """Experts in this process."""
 
-import asyncio
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from ddm.condition import Conditions, guided
 from experts.denoiser import Denoiser
 from serve.engine.expert import in_thread
+from serve.engine.turn import Turn
 from serve.model.model import Model
 from serve.settings import ServePrecision
 
@@ -68,7 +68,7 @@ class LocalExpert:
 
     calls = 1
 
-    def __init__(self, name: str, run: Runner, turn: asyncio.Semaphore) -> None:
+    def __init__(self, name: str, run: Runner, turn: Turn) -> None:
         self.name, self.run, self.turn = name, run, turn
 
     async def __call__(self, x: Tensor, t: Tensor, given: Conditions | None = None) -> Tensor:
@@ -80,7 +80,7 @@ class LocalExpert:
 
 def local_experts(
     model: Model,
-    turn: asyncio.Semaphore,
+    turn: Turn,
     precision: ServePrecision = "float32",
     compiled: bool = False,
 ) -> list[LocalExpert]:

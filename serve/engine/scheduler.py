@@ -3,8 +3,8 @@
 An image that needs expert k waits in k's queue. Whenever k is free, it takes up to `max_batch`
 images from there, of any request and at any step. Images with all their answers take a step,
 are routed together and queued again. There is no barrier between experts and none between
-requests, and requests take turns (`admission`, `fair_queue`), so a small one is not held up by
-large ones.
+requests. Whose images go next is decided whenever a device is free (`turn`, `shares`,
+`fair_queue`), so a small request is not held up by large ones.
 
 Everything runs on one asyncio loop, with the arithmetic in a thread. Experts are called through
 `Expert`: nothing here depends on Ray, HTTP or devices.
@@ -32,20 +32,26 @@ from serve.engine.expert import (
 )
 from serve.engine.fair_queue import FairQueue
 from serve.engine.metrics import Metrics
+from serve.engine.shares import Shares
 from serve.engine.stacking import Row, stacked
 from serve.engine.state import ImageState, Request
+from serve.engine.turn import Turn
 
 log = logging.getLogger(__name__)
 
 _FAILURES = 3  # failed calls in a row after which an image's request ends
+# Images in a call of a large request while there are smaller ones, on a device that computes one
+# after another. Of more, each takes hardly less time.
+_QUANTUM = 8
 
 
 class Engine:
     """Samples the images of all requests. `start` it, `run` requests, `close` it.
 
-    experts: in the order of the clusters. turn: acquired for routing, which so shares a device
-    with the experts that have the same. max_batch: images per call. max_active: images under way
-    (see `Admission`). call_timeout_s: after which a call counts as lost, None for never.
+    experts: in the order of the clusters. turn: taken for routing, which so shares a device with
+    the experts that have the same. max_batch: images per call. max_active: images under way (see
+    `Admission`). parallel: images whose call takes about as long as that of one: 1 on a CPU, many
+    on a GPU. call_timeout_s: after which a call counts as lost, None for never.
     retry_s: after how long without an answer an expert counts as away; then requests that need
     it end with `ExpertAwayError` (`degraded="fail"`), or alpha is renormalized over the others
     (`"renormalize"`) until it is back.
@@ -54,10 +60,11 @@ class Engine:
     def __init__(
         self,
         experts: Sequence[Expert],
-        turn: asyncio.Semaphore,
+        turn: Turn,
         *,
         max_batch: int = 64,
         max_active: int = 256,
+        parallel: int = 1,
         call_timeout_s: float | None = 30.0,
         retry_s: float = 60.0,
         degraded: Literal["fail", "renormalize"] = "fail",
@@ -65,16 +72,17 @@ class Engine:
     ) -> None:
         self.experts, self.turn = experts, turn
         self.max_batch, self.call_timeout_s = max_batch, call_timeout_s
-        self.degraded = degraded
+        self.degraded, self.parallel = degraded, min(parallel, max_batch)
+        self.quantum = min(_QUANTUM * self.parallel, max_batch)
         self.metrics = metrics or Metrics()
         self.requests: dict[Request, None] = {}  # in order of arrival
         self._cost = 0.0  # of what they have left
         self._admission = Admission(max_active)
         self._available = [Availability(expert, retry_s, call_timeout_s) for expert in experts]
-        self._ready: list[ImageState] = []  # to be moved and routed
-        self._queues = [FairQueue() for _ in experts]
-        self._wake_routing = asyncio.Event()
-        self._wake_expert = [asyncio.Event() for _ in experts]
+        self._shares = Shares(credit=float(self.quantum))
+        self._ready = FairQueue(self._shares)  # to be moved and routed
+        self._queues = [FairQueue(self._shares) for _ in experts]
+        self._admitting = False
         self._workers: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -118,8 +126,9 @@ class Engine:
             raise ServingError("the server is stopping")
         self.requests[request] = None
         self._cost += request.cost
+        self._shares.enter(request.flow)
         self._admission.add(request)
-        self._wake_routing.set()
+        self._admit_soon()
         try:
             await request.done
         finally:
@@ -128,7 +137,8 @@ class Engine:
             self._admission.remove(request)
             if len(request.images) < len(request.index):
                 self._remove(lambda state: state.request is request)
-            self._wake_routing.set()  # there is room for others
+            self._shares.leave(request.flow)
+            self._admit_soon()  # there is room for others
 
     def _start_worker(self, work: Callable[..., Coroutine[Any, Any, None]], *args: int) -> None:
         """Start a worker, and another if it ends by itself: then the requests of now fail."""
@@ -147,25 +157,46 @@ class Engine:
 
     def _remove(self, condition: Callable[[ImageState], bool]) -> None:
         """Take the images that meet a condition out of every queue."""
-        self._ready = [state for state in self._ready if not condition(state)]
-        for queue in self._queues:
+        for queue in (self._ready, *self._queues):
             queue.remove(condition)
+
+    def _admit_soon(self) -> None:
+        """Begin images, together with those of other requests that come or leave now."""
+        if not self._admitting:
+            self._admitting = True
+            asyncio.get_running_loop().call_soon(self._admit)
+
+    def _admit(self) -> None:
+        self._admitting = False
+        for request, places in self._admission.begin():
+            for place in places:
+                self._make_ready(ImageState(request, place))
+
+    def _make_ready(self, state: ImageState) -> None:
+        """Queue an image to be moved and routed."""
+        self._ready.push(state)
+        self.turn.changed()
+
+    def _queue(self, k: int, state: ImageState) -> None:
+        """Queue an image for expert k."""
+        self._queues[k].push(state)
+        self.experts[k].turn.changed()
 
     # Routing: one worker
 
     async def _route(self) -> None:
         while True:
-            await self._wake_routing.wait()
-            async with self.turn:
-                self._wake_routing.clear()
-                states, self._ready = self._ready, []
-                begun = self._admission.begin()
-                if not states and not begun:
+            async with self.turn.of(self._ready.rank):
+                # Images that are routed apart drift apart, so none are added to fill up.
+                states = self._ready.take(
+                    len(self._ready), self.quantum, fill=0, alone=lambda state: False
+                )
+                if not states:
                     continue
                 started = time.perf_counter()
                 everyone = all(self.alive) or self.degraded == "fail"
                 alive = None if everyone else torch.tensor(self.alive)
-                states, failed = await in_thread(advance, states, begun, alive)
+                states, failed = await in_thread(advance, states, alive)
                 self.metrics.observe("route_seconds", time.perf_counter() - started)
             for request, error in failed.items():
                 self._fail(request, error)
@@ -214,15 +245,14 @@ class Engine:
             self._do_without(gone[0], [state])
             return
         for k in state.experts:
-            self._queues[k].push(state)
-            self._wake_expert[k].set()
+            self._queue(k, state)
 
     def _finish(self, state: ImageState, image: Tensor) -> None:
         request = state.request
         request.images[state.place] = image
         self._cost -= request.nfe_per_image
         self._admission.image_ended()
-        self._wake_routing.set()  # there is room for another
+        self._admit_soon()  # there is room for another
         self.metrics.count("images")
         if len(request.images) == len(request.index) and not request.done.done():
             request.done.set_result(None)
@@ -232,11 +262,8 @@ class Engine:
     async def _call_expert(self, k: int) -> None:
         expert, queue, available = self.experts[k], self._queues[k], self._available[k]
         while True:
-            while not queue:
-                self._wake_expert[k].clear()
-                await self._wake_expert[k].wait()
             lost: UnavailableError | None = None
-            async with expert.turn:
+            async with expert.turn.of(queue.rank):
                 batch = self._take(k)
                 if not batch:
                     continue
@@ -257,8 +284,7 @@ class Engine:
                 state.answers[k] = Row(answers, place[state])
                 state.failures.pop(k, None)
                 if len(state.answers) == len(state.experts):
-                    self._ready.append(state)
-            self._wake_routing.set()
+                    self._make_ready(state)
 
     def _current(self, batch: list[tuple[ImageState, int]]) -> list[ImageState]:
         """The images whose request has not left, and that were not routed anew meanwhile."""
@@ -270,11 +296,11 @@ class Engine:
 
     def _take(self, k: int) -> list[tuple[ImageState, int]]:
         """The images of the next call, with their attempts; one that failed before is alone."""
-        queue, states = self._queues[k], list[ImageState]()
-        while queue and len(states) < self.max_batch:
-            if states and (k in states[0].failures or k in queue.peek().failures):
-                break
-            states.append(queue.pop())
+        states = self._queues[k].take(
+            self.max_batch, self.quantum, self.parallel, alone=lambda state: k in state.failures
+        )
+        for state in states:
+            self._shares.charge(state.request.flow, state.request.evaluations)
         return [(state, state.attempt) for state in states]
 
     async def _call(self, k: int, states: list[ImageState]) -> Tensor:
@@ -307,7 +333,7 @@ class Engine:
             self._do_without(k, again)
             return
         for state in again:
-            self._queues[k].push(state)
+            self._queue(k, state)
 
     # Losing an expert
 
@@ -344,5 +370,4 @@ class Engine:
         for state in states:
             state.attempt += 1
             state.memory, state.experts, state.answers = state.previous_memory, [], {}
-        self._ready.extend(states)
-        self._wake_routing.set()
+            self._make_ready(state)

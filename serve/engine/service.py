@@ -22,6 +22,7 @@ from serve.engine.local_expert import local_experts
 from serve.engine.metrics import Metrics
 from serve.engine.scheduler import Engine
 from serve.engine.state import OnStep, Request
+from serve.engine.turn import Turn
 from serve.model.loading import load
 from serve.model.model import Model, SamplingPlan, Trace
 from serve.model.params import over
@@ -30,7 +31,7 @@ from serve.settings import Settings
 log = logging.getLogger(__name__)
 
 # A loaded model, its folder, and the turn that routing takes -> its experts.
-Connect = Callable[[Model, Path, asyncio.Semaphore], Sequence[Expert]]
+Connect = Callable[[Model, Path, Turn], Sequence[Expert]]
 
 _OBSERVE_S = 2.0  # between two updates of the gauges
 
@@ -158,12 +159,13 @@ class Service:
 
     def _begin(self, model: Model, folder: Path) -> None:
         """Make a loaded bundle the current version."""
-        serve, turn = self.settings.serve, asyncio.Semaphore(1)
+        serve, turn = self.settings.serve, Turn(1)
         engine = Engine(
             self._connect(model, folder, turn),
             turn,
             max_batch=serve.max_batch,
             max_active=serve.max_active,
+            parallel=serve.max_batch if self._on_gpu(model) else 1,
             # A local call may be slow, but is never lost.
             call_timeout_s=serve.call_timeout_s if self._remote else None,
             retry_s=serve.retry_s,
@@ -174,6 +176,10 @@ class Service:
         self.current = Version(model, folder, engine)
         self.versions.append(self.current)
         log.info("serving %s, %d experts, version %s", folder, len(model.names), model.version[:12])
+
+    def _on_gpu(self, model: Model) -> bool:
+        """Whether the experts compute on one, which takes about as long for many images as for one."""
+        return self.settings.serve.ray.gpus > 0 if self._remote else model.device.type == "cuda"
 
     async def stop(self) -> None:
         """End every engine; requests under way end with an error."""

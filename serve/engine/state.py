@@ -12,6 +12,7 @@ from ddm.condition import Conditions
 from ddm.samplers import Carry
 from router.step import Routed, RoutingState
 from serve.engine.expert import ServingError
+from serve.engine.shares import ANYONE, Flow, Key, size_of
 from serve.engine.stacking import Row
 from serve.model.model import SamplingPlan
 
@@ -42,6 +43,7 @@ class Request:
     index: Tensor
     on_step: OnStep | None = None
     trace: bool = False
+    key: Key = ANYONE
     images: dict[int, Tensor] = field(default_factory=dict)  # finished, by place, [C, H, W]
     records: dict[int, list[StepRecord]] = field(default_factory=dict)  # by place, if traced
     nfe: int = 0  # expert evaluations so far
@@ -67,8 +69,18 @@ class Request:
         """About how many expert evaluations an image needs."""
         router = self.plan.router
         assert router.pi is not None
-        per_call = router.policy.nfe_per_step(len(router.pi)) * self.plan.evaluations
+        per_call = router.policy.nfe_per_step(len(router.pi)) * self.evaluations
         return self.denoiser_calls * per_call
+
+    @cached_property
+    def evaluations(self) -> float:
+        """Of a network in each call of an expert, on average."""
+        return self.plan.evaluations
+
+    @cached_property
+    def flow(self) -> Flow:
+        """With which requests it takes turns."""
+        return Flow(self.key, size_of(len(self.index) * self.nfe_per_image))
 
     @property
     def active(self) -> int:
@@ -115,11 +127,13 @@ class Call(NamedTuple):
 class ImageState:
     """One image under way: its rows of what was computed for many at once.
 
-    Independent of the other rows. `path` to `routed` are there once it has begun.
+    Independent of the other rows. `path` to `routed` are there once it has `begun`.
     """
 
     request: Request
     place: int
+    entry: int = 0  # counts the images that were queued, here and elsewhere
+    begun: bool = False
     step: int = 0
     path: Row[Path] = field(init=False)
     call: Row[Call] = field(init=False)

@@ -13,7 +13,9 @@ from torch import Tensor
 from serve.engine.expert import UnavailableError
 from serve.engine.metrics import Metrics
 from serve.engine.scheduler import Engine
+from serve.engine.shares import ANYONE, Key
 from serve.engine.state import Request, StepRecord
+from serve.engine.turn import Turn
 from serve.model.model import Model, Trace
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -23,11 +25,9 @@ AWAY = UnavailableError("no route")
 class Fake:
     """An expert that answers with `denoise`; it can be held, be away, or fail in its next calls."""
 
-    def __init__(
-        self, k: int, denoise: Denoise, calls: int = 1, turn: asyncio.Semaphore | None = None
-    ) -> None:
+    def __init__(self, k: int, denoise: Denoise, calls: int = 1, turn: Turn | None = None) -> None:
         self.name, self.denoise, self.calls = f"expert-{k:02d}", denoise, calls
-        self.turn = turn or asyncio.Semaphore(calls)
+        self.turn = turn or Turn(calls)
         self.batches: list[tuple[Tensor, Tensor]] = []  # of every call, as it came
         self.free = asyncio.Event()  # while it is not set, calls wait
         self.free.set()
@@ -86,6 +86,7 @@ def request_for(
     first_index: int = 0,
     on_step: Callable[[int, StepRecord, Tensor], None] | None = None,
     trace: bool = False,
+    key: Key = ANYONE,
     **settings: Any,
 ) -> Request:
     return Request(
@@ -94,6 +95,7 @@ def request_for(
         torch.arange(first_index, first_index + n),
         on_step,
         trace,
+        key,
     )
 
 
@@ -134,7 +136,7 @@ def same_trace(request: Request, trace: Trace) -> None:
 
 @asynccontextmanager
 async def running(experts: list[Fake], **settings: Any) -> AsyncIterator[Engine]:
-    engine = Engine(experts, settings.pop("turn", None) or asyncio.Semaphore(1), **settings)
+    engine = Engine(experts, settings.pop("turn", None) or Turn(1), **settings)
     engine.start()
     try:
         async with asyncio.timeout(30):

@@ -6,6 +6,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from serve.engine.turn import Turn
 from serve.model.model import Model
 from tests.serve.engine.harness import (
     Counting,
@@ -65,7 +66,7 @@ def test_a_new_request_joins_the_next_call(model: Model) -> None:
 
 def test_calls_mix_requests_and_steps_up_to_max_batch(model: Model) -> None:
     async def work() -> None:
-        turn = asyncio.Semaphore(1)
+        turn = Turn(1)
         experts, metrics = fakes(model, turn=turn), Counting()
         expert = experts[2]
         expert.free.clear()
@@ -75,12 +76,12 @@ def test_calls_mix_requests_and_steps_up_to_max_batch(model: Model) -> None:
         ):
             group.create_task(engine.run(request_for(model, 10, seed=1, **only(model, 2))))
             await until(lambda: bool(expert.batches))
-            group.create_task(engine.run(request_for(model, 1, seed=2, **only(model, 2, steps=4))))
-            group.create_task(engine.run(request_for(model, 1, seed=3, **only(model, 2, steps=5))))
+            group.create_task(engine.run(request_for(model, 1, seed=2, **only(model, 2, steps=8))))
+            group.create_task(engine.run(request_for(model, 1, seed=3, **only(model, 2, steps=9))))
             expert.free.set()
         assert expert.sizes[:2] == [4, 4]
         assert max(expert.sizes) == 4
-        assert sum(expert.sizes) == 10 * 3 + 4 + 5 == metrics.counts["nfe", "expert-02"]
+        assert sum(expert.sizes) == 10 * 3 + 8 + 9 == metrics.counts["nfe", "expert-02"]
         assert [fill * 4 for fill in metrics.fills] == expert.sizes
         assert max(len(t.unique()) for _, t in expert.batches) >= 3
         assert metrics.counts["images", ""] == 12

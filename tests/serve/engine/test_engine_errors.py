@@ -12,6 +12,7 @@ from ddm.samplers import Course, Step
 from router.step import Router
 from serve.engine.expert import ServingError
 from serve.engine.state import Request, StepRecord
+from serve.engine.turn import Turn
 from serve.model.model import Model
 from tests.serve.engine.harness import (
     fakes,
@@ -47,7 +48,7 @@ def test_a_failing_router_ends_only_its_requests(model: Model) -> None:
     settings = {"steps": 3, "control_variate": "none", "source": "prior", "policy": "top_k"}
 
     async def work() -> None:
-        turn = asyncio.Semaphore(1)
+        turn = Turn(1)
         async with running(fakes(model, turn=turn), turn=turn) as engine:
             over = (
                 request_for(model, 1, seed=21, **settings)

@@ -11,6 +11,7 @@ from router.policies import POLICIES
 from router.routing import RoutedDenoiser
 from router.sources import SOURCES
 from serve.engine.state import StepRecord
+from serve.engine.turn import Turn
 from serve.model.model import Model
 from tests.serve.engine.harness import (
     fakes,
@@ -74,7 +75,7 @@ def test_an_image_among_64_others_equals_sample(
     ][:65]
 
     async def work() -> None:
-        turn = asyncio.Semaphore(1)  # one device: routing and all experts take turns
+        turn = Turn(1)  # one device: routing and all experts take turns
         experts = fakes(model, turn=turn)
         calls = 0
 

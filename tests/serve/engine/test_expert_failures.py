@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from serve.engine.expert import ExpertFailedError
+from serve.engine.turn import Turn
 from serve.model.model import Model
 from tests.serve.engine.harness import (
     Counting,
@@ -78,7 +79,7 @@ def test_an_image_on_which_all_experts_fail_ends_only_its_request(
     settings = {"steps": 3, "policy": policy, "source": "prior", "control_variate": "none"}
 
     async def work() -> None:
-        turn = asyncio.Semaphore(1)  # so that all share their first calls
+        turn = Turn(1)  # so that all share their first calls
         experts = fakes(model, turn=turn)
         bad = request_for(model, 2, seed=13, **settings)
         poisoned = bad.plan.start(13, torch.tensor([1]))[0]

@@ -15,6 +15,7 @@ from serve import load
 from serve.engine.local_expert import LocalExpert, Runner, local_experts
 from serve.engine.scheduler import Engine
 from serve.engine.state import Request
+from serve.engine.turn import Turn
 from serve.settings import ServePrecision
 
 
@@ -42,7 +43,7 @@ def test_experts_are_compiled_once_for_all_sizes_of_batches_and_before_the_first
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiled, backend=backend))
     model = load(small_run)
-    runners = [e.run for e in local_experts(model, asyncio.Semaphore(1), compiled=True)]
+    runners = [e.run for e in local_experts(model, Turn(1), compiled=True)]
     compiled_at_start = len(graphs)
     assert compiled_at_start == 3
     for runner, network in zip(runners, load(small_run).experts, strict=True):
@@ -69,7 +70,7 @@ def test_the_experts_of_a_model_are_its_networks_in_their_order(small_run: Path)
     x, t = torch.randn(3, *model.shape), torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)
 
     async def work() -> None:
-        experts = local_experts(model, asyncio.Semaphore(1))
+        experts = local_experts(model, Turn(1))
         assert [expert.name for expert in experts] == ["expert-00", "expert-01", "expert-02"]
         for expert, network in zip(experts, model.experts, strict=True):
             await expert.check()
@@ -103,7 +104,7 @@ def test_experts_on_one_device_and_routing_are_never_at_work_together(small_run:
     model._cached_plan.cache_clear()
 
     async def work() -> None:
-        turn = asyncio.Semaphore(1)
+        turn = Turn(1)
         runners = [Runner(one_at_a_time(expert), model.device) for expert in model.experts]  # type: ignore[arg-type]
         experts = [LocalExpert(f"expert-{k:02d}", runner, turn) for k, runner in enumerate(runners)]
         engine = Engine(experts, turn, max_batch=2)

@@ -20,6 +20,7 @@ from serve import load
 from serve.engine.expert import ExpertAwayError, ServingError, UnavailableError
 from serve.engine.metrics import Metrics
 from serve.engine.service import AdmittedRequest, BusyError, SamplingParams, Service
+from serve.engine.turn import Turn
 from serve.model.model import Model
 from serve.settings import settings
 
@@ -38,7 +39,7 @@ class Fake:
             f"expert-{k:02d}",
             denoise,
             free,
-            asyncio.Semaphore(1),
+            Turn(1),
         )
         self.asked, self.away = 0, False
 
@@ -63,7 +64,7 @@ class Connected:
         self.free.set()
         self.experts: list[Fake] = []  # of the version that was connected last
 
-    def __call__(self, model: Model, folder: Path, turn: asyncio.Semaphore) -> list[Fake]:
+    def __call__(self, model: Model, folder: Path, turn: Turn) -> list[Fake]:
         assert not model.experts  # they are elsewhere
         self.experts = [Fake(k, expert, self.free) for k, expert in enumerate(load(folder).experts)]
         return self.experts
@@ -441,7 +442,7 @@ def test_a_bundle_that_is_broken_or_does_not_suit_leaves_the_old_in_service(
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
     class Refusing(Connected):
-        def __call__(self, model: Model, folder: Path, turn: asyncio.Semaphore) -> list[Fake]:
+        def __call__(self, model: Model, folder: Path, turn: Turn) -> list[Fake]:
             if folder == other_run:
                 raise ConfigError("run must have another number of experts")
             return super().__call__(model, folder, turn)

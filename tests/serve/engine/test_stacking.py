@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve.engine.advance import advance
 from serve.engine.stacking import Row, stacked
+from serve.engine.state import ImageState
 from serve.model.model import Model
 from tests.serve.engine.harness import only, request_for, run
 
@@ -60,13 +61,13 @@ def test_the_operations_of_a_step_do_not_grow_with_the_images(model: Model, samp
     def operations(images: int) -> list[int]:
         counts = list[int]()
         request = request_for(model, images, sampler=sampler, **only(model, 1))
-        states, failed = advance([], [(request, range(images))], None)
+        states, failed = advance([ImageState(request, place) for place in range(images)], None)
         while states[0].image is None:
             answers = torch.zeros(images, *model.shape)
             for i, state in enumerate(states):
                 state.answers[state.experts[0]] = Row(answers, i)
             with Operations() as counted:
-                states, failed = advance(states, [], None)
+                states, failed = advance(states, None)
             assert not failed
             counts.append(counted.count)
         return counts

@@ -13,6 +13,7 @@ from torch import Tensor
 from serve.engine.expert import UnavailableError
 from serve.engine.metrics import Prometheus
 from serve.engine.service import Service
+from serve.engine.turn import Turn
 from serve.http.app import build_app
 from serve.settings import settings
 from tests.serve.conftest import Client, Reply, Start, request
@@ -24,7 +25,7 @@ class Gate:
     calls = 1
 
     def __init__(self, k: int) -> None:
-        self.name, self.turn = f"expert-{k:02d}", asyncio.Semaphore(1)
+        self.name, self.turn = f"expert-{k:02d}", Turn(1)
         self.open, self.asked = asyncio.Event(), 0
         self.error: Exception | None = None
 

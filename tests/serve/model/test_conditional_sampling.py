@@ -15,6 +15,7 @@ from ddm.partition import Partition
 from serve import Model, load
 from serve.engine.local_expert import local_experts
 from serve.engine.scheduler import Engine
+from serve.engine.turn import Turn
 from tests.serve.engine.harness import images, request_for, same, same_trace
 
 
@@ -139,7 +140,7 @@ def test_the_engine_shares_calls_between_conditions_and_gives_the_images_of_samp
     given: dict[str, Any] = {"steps": 6, "policy": "full", "source": "prior", "sampler": "heun"}
 
     async def work() -> None:
-        turn = asyncio.Semaphore(1)
+        turn = Turn(1)
         experts = local_experts(model, turn)
         engine = Engine(experts, turn)
         sizes: list[int] = []
