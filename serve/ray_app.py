@@ -208,7 +208,7 @@ class Sampling:
     def __serve_build_asgi_app__(self) -> Any:
         limits = self.settings.serve.limits
         return LimitsMiddleware(
-            build_app(self.service), self.settings.token(), limits.body_bytes, limits.body_timeout_s
+            build_app(self.service), self.settings.keys(), limits.body_bytes, limits.body_timeout_s
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -251,7 +251,8 @@ def _check_proxy_host(config: Settings) -> None:
         require(
             config.serve.may_listen_on(host),
             "http_options.host",
-            "be 127.0.0.1 unless args.serve.token_file is given or args.serve.open is true",
+            "be 127.0.0.1 unless args.serve.token_file or args.serve.keys is given, or "
+            "args.serve.open is true",
             host,
         )
 
@@ -387,6 +388,8 @@ def serve_on_ray(config: Settings) -> None:
     config.run = str(Path(config.run).absolute())
     if serve.token_file is not None:
         serve.token_file = str(Path(serve.token_file).absolute())
+    for key in serve.keys.values():
+        key.token_file = str(Path(key.token_file).absolute())
     app = build(asdict(config))
     if serve.ray.address is None:
         listen(serve.host, serve.port).close()  # Serve's proxy would retry a taken port

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddm.errors import require, within
+from serve.engine.shares import Key
 from serve.model.config_merge import filled
 from serve.model.params import SampleConfig
 
@@ -44,6 +45,25 @@ class LimitsConfig:
 
 
 @dataclass
+class KeyConfig:
+    """Who may ask, and for how much.
+
+    token_file: a file with the bearer token of this key
+    weight: of its share of the experts while other keys ask too, above 0
+    priority: keys of a higher one go before all of a lower one
+    requests: accepted and not done at most, above 0; null for no limit
+    images_per_minute, nfe_per_minute: images, and expert evaluations, above 0; null for no limit
+    """
+
+    token_file: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    requests: int | None = None
+    images_per_minute: float | None = None
+    nfe_per_minute: float | None = None
+
+
+@dataclass
 class RayConfig:
     """Placement `ray`: a deployment per expert, or per group of experts.
 
@@ -68,6 +88,8 @@ class RayConfig:
     service_cpus: float = 1.0
 
 
+_QUOTAS = ("requests", "images_per_minute", "nfe_per_minute")
+
 ServePrecision = Literal["float32", "bf16"]
 
 
@@ -78,7 +100,8 @@ class ServeConfig:
     host, port: to listen on; port 0 takes a free one
     name: the model's name in the API, 1 to 256 printable characters without /; null for the run
         folder's name
-    token_file: a file with the bearer token that requests must carry; null for none
+    token_file: a file with a bearer token, of the key named default; null for none
+    keys: other keys by name; where there is any key, requests must carry the token of one
     open: allow a host other than this machine's own without a token
     placement: experts in this process (local) or as Ray deployments (ray)
     device: a torch device, or auto: cuda if there is one, else cpu
@@ -96,6 +119,7 @@ class ServeConfig:
     port: int = 8000
     name: str | None = None
     token_file: str | None = None
+    keys: dict[str, KeyConfig] = field(default_factory=dict)
     open: bool = False
     placement: Literal["local", "ray"] = "local"
     device: str = "auto"
@@ -114,7 +138,8 @@ class ServeConfig:
         """Whether this host is allowed: without a token and without `open`, only this machine's
         own.
         """
-        return self.token_file is not None or self.open or _is_loopback(host)
+        protected = self.token_file is not None or bool(self.keys)
+        return protected or self.open or _is_loopback(host)
 
 
 @dataclass
@@ -146,18 +171,19 @@ class Settings:
             folder = folder.parent
         return folder.name or "ddm"
 
-    def token(self) -> str | None:
-        """The bearer token, None without `serve.token_file`. Raises `ConfigError`."""
-        if self.serve.token_file is None:
-            return None
-        file, token = Path(self.serve.token_file), ""
-        try:
-            if file.is_file():  # a pipe could block for ever
-                token = file.read_text().strip()
-        except (OSError, UnicodeDecodeError):
-            pass
-        require(bool(token), "serve.token_file", "be a file with a token", self.serve.token_file)
-        return token
+    def keys(self) -> dict[str, Key]:
+        """The keys by their bearer tokens; none if none is asked for. Raises `ConfigError`."""
+        found: dict[str, Key] = {}
+        if self.serve.token_file is not None:
+            token = _read_token(self.serve.token_file, "serve.token_file")
+            found[token] = Key("default")
+        for name, config in self.serve.keys.items():
+            place = f"serve.keys.{name}.token_file"
+            token = _read_token(config.token_file, place)
+            require(token not in found, place, "hold a token of its own", config.token_file)
+            limits = {key: value for key, value in vars(config).items() if key != "token_file"}
+            found[token] = Key(name, **limits)
+        return found
 
 
 def settings(tree: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
@@ -171,6 +197,17 @@ def settings(tree: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
     return found
 
 
+def _read_token(name: str, key: str) -> str:
+    file, token = Path(name), ""
+    try:
+        if file.is_file():  # a pipe could block for ever
+            token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        pass
+    require(bool(token), key, "be a file with a token", name)
+    return token
+
+
 def _check_serve(serve: ServeConfig) -> None:
     """Raise `ConfigError` naming a key without the section `serve`."""
     require(0 <= serve.port < 65536, "port", "be in [0, 65535]", serve.port)
@@ -179,6 +216,12 @@ def _check_serve(serve: ServeConfig) -> None:
     name = serve.name
     named = name is None or (0 < len(name) <= 256 and name.isprintable() and "/" not in name)
     require(named, "name", "have 1 to 256 printable characters, and no /", name)
+    require("default" not in serve.keys, "keys", "not be named default", "default")
+    for key, config in serve.keys.items():
+        with within(f"keys.{key}"):
+            given = [each for each in _QUOTAS if getattr(config, each) is not None]
+            _check_positive(config, "weight", *given)
+            require(math.isfinite(config.weight), "weight", "be finite", config.weight)
     with within("limits"):
         _check_positive(serve.limits, *vars(serve.limits))
     with within("ray"):
@@ -186,7 +229,8 @@ def _check_serve(serve: ServeConfig) -> None:
     require(
         serve.may_listen_on(serve.host),
         "host",
-        "be this machine's own (127.0.0.1) unless serve.token_file is given or serve.open=true",
+        "be this machine's own (127.0.0.1) unless serve.token_file or serve.keys is given, or "
+        "serve.open=true",
         serve.host,
     )
 
@@ -201,7 +245,7 @@ def _check_ray(ray: RayConfig) -> None:
     require(enough, "max_replicas", "be at least serve.ray.replicas", most)
 
 
-def _check_positive(config: LimitsConfig | RayConfig | ServeConfig, *keys: str) -> None:
+def _check_positive(config: LimitsConfig | KeyConfig | RayConfig | ServeConfig, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         require(value > 0, key, "be above 0", value)

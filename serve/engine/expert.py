@@ -29,6 +29,10 @@ class ServingError(Exception):
     """Why a request's images could not be sampled."""
 
 
+class CancelledRequestError(ServingError):
+    """A request was cancelled by its id."""
+
+
 class ExpertAwayError(ServingError):
     """An expert stays unreachable."""
 

@@ -6,9 +6,10 @@ the current one; the old one goes when its last request is done.
 
 import asyncio
 import logging
+import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from weakref import WeakSet
 import torch
 
 from ddm.errors import require, within
-from serve.engine.expert import Expert, ServingError
+from serve.engine.expert import CancelledRequestError, Expert, ServingError
 from serve.engine.local_expert import local_experts
 from serve.engine.metrics import Metrics
+from serve.engine.quotas import Quotas
 from serve.engine.scheduler import Engine
+from serve.engine.shares import ANYONE, Key
 from serve.engine.state import OnStep, Request
 from serve.engine.turn import Turn
 from serve.model.loading import load
@@ -49,7 +52,8 @@ class SamplingParams:
     """What a request asks for.
 
     n: images. seed: None for a random one. first_index: of the first image. settings: fields of
-    `SampleConfig`; those that are missing are the service's own.
+    `SampleConfig`; those that are missing are the service's own. key: who asks. id: by which its
+    key may cancel it, None for none.
     """
 
     n: int = 1
@@ -57,6 +61,8 @@ class SamplingParams:
     first_index: int = 0
     trace: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    key: Key = ANYONE
+    id: str | None = None
 
 
 @dataclass(eq=False)
@@ -74,11 +80,12 @@ class Version:
 
 @dataclass(frozen=True, eq=False)
 class AdmittedRequest:
-    """A request that was accepted, its version of the bundle, and its seed."""
+    """A request that was accepted, its version of the bundle, its seed, and its id."""
 
     version: Version
     request: Request
     seed: int
+    id: str | None = None
 
     def trace(self) -> Trace:
         """The trace of a request that is done and was traced."""
@@ -119,6 +126,8 @@ class Service:
         )
         self._observer: asyncio.Task[None] | None = None
         self._pace = 0.0  # expert evaluations a second, lately
+        self._quotas = Quotas()
+        self._running = set[AdmittedRequest]()
         self._switching = asyncio.Lock()
         # Loaded, until `start`.
         self._first: tuple[Model, Path] | None = (self._load(settings.run), Path(settings.run))
@@ -214,9 +223,10 @@ class Service:
         # 53 bits: a number that any JSON reader keeps whole
         seed = secrets.randbits(53) if params.seed is None else params.seed
         index = torch.arange(params.first_index, params.first_index + params.n, device=model.device)
-        request = Request(plan, seed, index, on_step, params.trace)
+        request = Request(plan, seed, index, on_step, params.trace, params.key)
         self._require_room(round(request.cost))
-        admitted = AdmittedRequest(self.current, request, seed)
+        self._require_quota(request)
+        admitted = AdmittedRequest(self.current, request, seed, params.id)
         self.current.admitted.add(admitted)
         return admitted
 
@@ -229,6 +239,39 @@ class Service:
             )
             raise BusyError(message, int(min(60, max(1, wait_s))))
 
+    def _require_quota(self, request: Request) -> None:
+        key, n = request.key, len(request.index)
+        if key.requests is not None:
+            mine = sum(each.key == key for each in self._under_way())
+            if mine >= key.requests:
+                message = f"{mine} requests of this key are pending, and it may have {key.requests}"
+                raise BusyError(message, 1)
+        wait_s = self._quotas.wait_s(key, n, request.cost)
+        if wait_s > 0:
+            message = f"this key has used its quota; {n} more images fit in {wait_s:.0f} s"
+            raise BusyError(message, math.ceil(wait_s))
+        self._quotas.use(key, n, request.cost)
+
+    def _under_way(self) -> Iterator[Request]:
+        """The requests that were accepted and are not done."""
+        for version in self.versions:
+            yield from (each.request for each in version.admitted)
+            yield from version.engine.requests
+
+    def cancel(self, key: Key, request_id: str) -> bool:
+        """End the requests of a key that have this id with `CancelledRequestError`, at once.
+
+        Returns whether there are any under way.
+        """
+        found = [
+            admitted.request
+            for admitted in self._running
+            if admitted.id == request_id and admitted.request.key == key
+        ]
+        for request in found:
+            request.fail(CancelledRequestError("the request was cancelled"))
+        return bool(found)
+
     def _plan(self, model: Model, given: dict[str, Any]) -> SamplingPlan:
         return model.plan(model.settings(**over(asdict(self.settings.sample), given)))
 
@@ -239,13 +282,21 @@ class Service:
         """
         started, cost, version = time.perf_counter(), admitted.request.cost, admitted.version
         version.admitted.discard(admitted)
+        self._running.add(admitted)
         try:
             async with asyncio.timeout(self.settings.serve.limits.deadline_s):
                 await version.engine.run(admitted.request)
             pace = cost / (time.perf_counter() - started)
             self._pace = max(pace, 0.9 * self._pace)
         finally:
+            self._running.discard(admitted)
+            self._count(admitted.request)
             await self._retire()
+
+    def _count(self, request: Request) -> None:
+        """Count what a request that ends has got."""
+        self.metrics.count("key_images", len(request.images), key=request.key.name)
+        self.metrics.count("key_nfe", request.nfe, key=request.key.name)
 
     async def _retire(self) -> None:
         """Close the engines of old versions without requests."""

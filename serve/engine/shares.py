@@ -13,14 +13,21 @@ _SIZE = 8  # requests whose costs differ by less than this factor may be of one 
 
 @dataclass(frozen=True)
 class Key:
-    """Whose requests share by weight; those of a higher priority always go before the others."""
+    """Whose requests share by weight; those of a higher priority always go before the others.
 
-    name: str = ""
+    The rest are its quotas, None for no limit: requests accepted and not done, and images and
+    expert evaluations per minute (`Quotas`).
+    """
+
+    name: str
     weight: float = 1.0
     priority: int = 0
+    requests: int | None = None
+    images_per_minute: float | None = None
+    nfe_per_minute: float | None = None
 
 
-ANYONE = Key()
+ANYONE = Key("anyone")  # where no token is asked for
 
 
 class Flow(NamedTuple):

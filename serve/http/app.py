@@ -18,21 +18,23 @@ from ddm.errors import ConfigError, require
 from serve.engine.expert import ServingError
 from serve.engine.metrics import Prometheus
 from serve.engine.service import BusyError, SamplingParams, Service
-from serve.http.middleware import HeadAsGet, error_body
+from serve.http.middleware import HeadAsGet, error_body, key_of, shown
 from serve.http.openai_api import UnknownModelError, add_openai
 from serve.http.responses import (
     LARGEST_SIDE,
     MEDIA_TYPES,
     ClientGoneError,
+    MissingError,
     failure,
     file_of,
     headers_of,
+    id_of,
     json_of,
     npz_of,
     run_while_connected,
     sheet_scale,
 )
-from serve.http.schemas import IMAGE_ERRORS, SampleRequest, fault
+from serve.http.schemas import IMAGE_ERRORS, SECURED, SampleRequest, errors, fault
 from serve.http.streams import stream_samples
 
 _PAGE = Path(__file__).parent / "page"
@@ -147,9 +149,14 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def missing(request: Request, error: Exception) -> Response:
         return reply(request, 404, error_body("model_not_found", str(error), "model"))
 
+    @app.exception_handler(MissingError)
+    async def not_there(request: Request, error: Exception) -> Response:
+        return reply(request, 404, error_body("not_found", str(error)))
+
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: Exception) -> Response:
         assert isinstance(error, BusyError)
+        service.metrics.count("key_rejections", key=key_of(request.scope).name)
         return reply(
             request, 429, error_body("busy", str(error)), {"Retry-After": str(error.retry_after_s)}
         )
@@ -170,11 +177,23 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 def _add_samples(app: FastAPI, service: Service) -> None:
     content: dict[str, Any] = {kind: {} for kind in _MEDIA_TYPES}
 
-    @app.post("/v1/samples", responses={200: {"content": content}, **IMAGE_ERRORS})
+    @app.post(
+        "/v1/samples",
+        responses={200: {"content": content}, **IMAGE_ERRORS},
+        dependencies=SECURED,
+    )
     async def samples(request: Request, body: SampleRequest) -> Response:
         """Sample images."""
         _check_combination(body)
-        params = SamplingParams(body.n, body.seed, body.first_index, body.trace, body.given())
+        params = SamplingParams(
+            body.n,
+            body.seed,
+            body.first_index,
+            body.trace,
+            body.given(),
+            key_of(request.scope),
+            id_of(request),
+        )
         if body.stream:
             return stream_samples(service, params, body.preview_every)
         scale = _scale(service, body)
@@ -191,6 +210,18 @@ def _add_samples(app: FastAPI, service: Service) -> None:
             headers["ddm-scale"] = str(scale)
         service.metrics.count("requests", status="200")
         return Response(content, media_type=media_type, headers=headers)
+
+    @app.delete(
+        "/v1/requests/{request_id}",
+        status_code=204,
+        responses=errors(401, 404, 422),
+        dependencies=SECURED,
+    )
+    async def cancel(request: Request, request_id: str) -> Response:
+        """Cancel the request with this x-request-id: it ends with 409, and frees its experts."""
+        if not service.cancel(key_of(request.scope), request_id):
+            raise MissingError(f"no request {shown(request_id)} of this key is under way")
+        return Response(status_code=204)
 
 
 def _check_combination(body: SampleRequest) -> None:

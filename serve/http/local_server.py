@@ -38,7 +38,7 @@ _FULL = (
 
 def serve_here(config: Settings) -> None:
     """Serve from this process until it is told to end. Raises `DdmError` and `OSError`."""
-    serve, token, metrics = config.serve, config.token(), Prometheus()
+    serve, keys, metrics = config.serve, config.keys(), Prometheus()
     if "OMP_NUM_THREADS" not in os.environ:
         # A core for the event loop: it and the arithmetic would keep interrupting each other.
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
@@ -47,7 +47,7 @@ def serve_here(config: Settings) -> None:
         gc.freeze()  # the model stays: collections need not look at it again
         app = LimitsMiddleware(
             build_app(service),
-            token,
+            keys,
             serve.limits.body_bytes,
             serve.limits.body_timeout_s,
             lambda kind: metrics.count("rejections", reason=kind),

@@ -8,8 +8,10 @@ import contextlib
 import hmac
 import json
 import reprlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
+
+from serve.engine.shares import ANYONE, Key
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,6 +23,7 @@ _STRIPPED = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
 # Paths that need no token: the page and its files, the API's description, probes.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")
 _OPEN_UNDER = "/page/"
+_KEY = "ddm.key"  # in a request's scope
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 3
 _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 120
@@ -36,22 +39,30 @@ def shown(value: Any) -> str:
     return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()
 
 
+def key_of(scope: MutableMapping[str, Any]) -> Key:
+    """The key whose token a request carries."""
+    key: Key = scope.get(_KEY, ANYONE)
+    return key
+
+
 class LimitsMiddleware:
     """Passes requests within the limits on to an application, with their whole body.
 
-    token: what `Authorization: Bearer` must carry, None for anything. body_bytes and
-    body_timeout_s: of a body; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
+    keys: by the tokens of which `Authorization: Bearer` must carry one; none: anything passes.
+    The application finds the key of a request with `key_of`. body_bytes and body_timeout_s: of a
+    body; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
     """
 
     def __init__(
         self,
         app: App,
-        token: str | None = None,
+        keys: Mapping[str, Key] | None = None,
         body_bytes: int = 65_536,
         body_timeout_s: float = 10.0,
         on_refusal: Callable[[str], object] = lambda kind: None,
     ) -> None:
-        self.app, self.token, self.on_refusal = app, token, on_refusal
+        self.app, self.on_refusal = app, on_refusal
+        self.keys = {token.encode(): key for token, key in (keys or {}).items()}
         self.body_bytes, self.body_timeout_s = body_bytes, body_timeout_s
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -64,9 +75,12 @@ class LimitsMiddleware:
         headers: list[tuple[bytes, bytes]] = [
             pair for pair in scope["headers"] if pair[0].lower() not in _STRIPPED
         ]
-        scope = {**scope, "headers": headers}
-        if not self._authorized(scope["path"], headers):
-            message = "this needs the header Authorization: Bearer TOKEN, with the server's token"
+        key = self._key(scope["path"], headers)
+        scope = {**scope, "headers": headers, _KEY: key}
+        if key is None:
+            message = (
+                "this needs the header Authorization: Bearer TOKEN, with a token of the server"
+            )
             await self._refuse(send, 401, "unauthorized", message)
             return
         try:
@@ -95,15 +109,19 @@ class LimitsMiddleware:
 
         await self.app(scope, replay, send)
 
-    def _authorized(self, path: str, headers: list[tuple[bytes, bytes]]) -> bool:
-        if self.token is None or path in _OPEN or path.startswith(_OPEN_UNDER):
-            return True
+    def _key(self, path: str, headers: list[tuple[bytes, bytes]]) -> Key | None:
+        """Whose token the headers carry; None for nobody's."""
+        if not self.keys or path in _OPEN or path.startswith(_OPEN_UNDER):
+            return ANYONE
         given = [
             value.partition(b" ") for name, value in headers if name.lower() == b"authorization"
         ]
         if len(given) != 1 or given[0][0].lower() != b"bearer":
-            return False
-        return hmac.compare_digest(given[0][2].strip(), self.token.encode())
+            return None
+        token = given[0][2].strip()
+        # All are compared, so that the time says nothing.
+        found = [key for own, key in self.keys.items() if hmac.compare_digest(token, own)]
+        return found[0] if found else None
 
     async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
         """The whole body, None if it is too large; nothing above the limit is kept."""

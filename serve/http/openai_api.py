@@ -20,10 +20,10 @@ from router.policies import POLICIES
 from router.sources import SOURCES
 from serve.engine.expert import ServingError
 from serve.engine.service import AdmittedRequest, SamplingParams, Service
-from serve.http.middleware import shown
+from serve.http.middleware import key_of, shown
 from serve.http.prompt import condition_of, in_words
-from serve.http.responses import b64, headers_of, images_of, run_while_connected
-from serve.http.schemas import IMAGE_ERRORS, ImagesRequest, errors
+from serve.http.responses import b64, headers_of, id_of, images_of, run_while_connected
+from serve.http.schemas import IMAGE_ERRORS, SECURED, ImagesRequest, errors
 from serve.http.streams import EventStream, StreamQueue, event, failed, steps_of
 from serve.model.model import Model
 from serve.model.params import CONTROL_VARIATES, SETTINGS
@@ -36,12 +36,12 @@ class UnknownModelError(Exception):
 def add_openai(app: FastAPI, service: Service) -> None:
     """Add these paths to the application."""
 
-    @app.get("/v1/models", responses=errors(401, 503))
+    @app.get("/v1/models", responses=errors(401, 503), dependencies=SECURED)
     async def models() -> dict[str, Any]:
         """The one model that is served, its clusters, choices, limits and defaults."""
         return {"object": "list", "data": [_card(service)]}
 
-    @app.get("/v1/models/{model}", responses=errors(401, 404, 422, 503))
+    @app.get("/v1/models/{model}", responses=errors(401, 404, 422, 503), dependencies=SECURED)
     async def model(model: str) -> dict[str, Any]:
         """The model of that name."""
         _check_name(service, model)
@@ -50,6 +50,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/images/generations",
         responses={200: {"content": {"text/event-stream": {}}}, **errors(404), **IMAGE_ERRORS},
+        dependencies=SECURED,
     )
     async def generations(request: Request, body: ImagesRequest) -> Response:
         """Sample images, as the public `openai` client asks for them."""
@@ -61,7 +62,9 @@ def add_openai(app: FastAPI, service: Service) -> None:
         form, size = body.output_format or "png", f"{model.shape[2]}x{model.shape[1]}"
         _check_combination(body, form, size)
         settings, understood = _settings(body, model)
-        params = SamplingParams(body.n or 1, body.seed, settings=settings)
+        params = SamplingParams(
+            body.n or 1, body.seed, settings=settings, key=key_of(request.scope), id=id_of(request)
+        )
         facts = {
             "created": int(time.time()),
             "output_format": form,

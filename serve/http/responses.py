@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import secrets
 import time
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from fastapi import Request
 from torch import Tensor
 
-from serve.engine.expert import ServingError
+from ddm.errors import require
+from serve.engine.expert import CancelledRequestError, ServingError
 from serve.engine.service import AdmittedRequest, Service
 from serve.http.middleware import error_body
 from serve.model.images import contact_sheet, encoded, to_uint8
@@ -25,6 +27,10 @@ MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
 SHEET_SIDE = 64  # pixels that an image in a contact sheet has at least, unless asked otherwise
 LARGEST_SIDE = 512  # pixels that an image may be enlarged to
+
+
+class MissingError(Exception):
+    """What a request names is not there."""
 
 
 class ClientGoneError(Exception):
@@ -55,6 +61,19 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+def id_of(request: Request) -> str:
+    """A request's id, by which its key may cancel it: the client's own, or a new one.
+
+    Raises `ConfigError` for one that is too long or unprintable.
+    """
+    given = request.headers.get("x-request-id")
+    if given is None:
+        return f"req_{secrets.token_hex(12)}"
+    fits = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+    require(fits, "x-request-id", "have 1 to 128 printable ASCII characters", given[:200])
+    return given
+
+
 def headers_of(admitted: AdmittedRequest) -> dict[str, str]:
     """The headers of every answer; `ddm-degraded` names the experts that were away."""
     request = admitted.request
@@ -64,6 +83,8 @@ def headers_of(admitted: AdmittedRequest) -> dict[str, str]:
         "ddm-nfe": str(request.nfe),
         "ddm-router-nfe": str(request.router_nfe),
     }
+    if admitted.id is not None:
+        headers["x-request-id"] = admitted.id
     if request.absent:
         headers["ddm-degraded"] = " ".join(sorted(request.absent))
     return headers
@@ -151,6 +172,8 @@ def failure(service: Service, error: Exception) -> tuple[int, dict[str, Any]]:
         case TimeoutError():
             deadline_s = service.settings.serve.limits.deadline_s
             return 504, error_body("deadline", f"not done within {deadline_s:g} s")
+        case CancelledRequestError():
+            return 409, error_body("cancelled", str(error))
         case ServingError():
             return 503, error_body("unavailable", str(error))
     log.error("a request failed", exc_info=error)

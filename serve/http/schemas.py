@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from fastapi import Depends
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from serve.http.middleware import shown
@@ -186,6 +188,10 @@ def fault(error: Mapping[str, Any]) -> tuple[str, str | None]:
     return f"{name} must {RULES[name]}, got {'none' if kind == 'missing' else value}", name
 
 
+# For /docs and generated clients: `LimitsMiddleware` has checked the token.
+SECURED = [Depends(HTTPBearer(auto_error=False, description="where the server asks for a token"))]
+
+
 class ErrorDetail(BaseModel):
     """What went wrong: in words, by kind, and the field at fault where it is one."""
 
@@ -207,6 +213,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         400: "not JSON, or without Content-Type: application/json",
         401: "no token, or a wrong one",
         404: "no such model",
+        409: "the request was cancelled by its id",
         408: "the body did not arrive in time",
         413: "the body is too large",
         422: "no JSON object, or a field that is unknown or out of its range",
@@ -222,4 +229,4 @@ def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: ERRORS[code] for code in codes}
 
 
-IMAGE_ERRORS = errors(400, 401, 408, 413, 422, 429, 503, 504)
+IMAGE_ERRORS = errors(400, 401, 408, 409, 413, 422, 429, 503, 504)

@@ -204,7 +204,12 @@ class Client:
     """One request to an ASGI application in this process; `leave` it and the client is gone."""
 
     def __init__(
-        self, app: Any, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+        self,
+        app: Any,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        method: str | None = None,
     ) -> None:
         self.left = asyncio.Event()
         self.parts = [{"type": "http.request", "body": body or b"", "more_body": False}]
@@ -213,7 +218,7 @@ class Client:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
-            "method": "GET" if body is None else "POST",
+            "method": method or ("GET" if body is None else "POST"),
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),
@@ -222,7 +227,8 @@ class Client:
             "server": ("127.0.0.1", 80),
             "client": ("127.0.0.1", 9),
             "headers": [
-                (name.lower().encode(), value.encode()) for name, value in (headers or JSON).items()
+                (name.lower().encode(), value.encode())
+                for name, value in {**JSON, **(headers or {})}.items()
             ],
             "state": {},
         }
@@ -245,6 +251,7 @@ class Client:
         return Reply(start["status"], headers, b"".join(part.get("body", b"") for part in rest))
 
 
-async def request(app: Any, path: str, tree: Any = None) -> Reply:
+async def request(app: Any, path: str, tree: Any = None, **options: Any) -> Reply:
     """GET, or POST a tree as JSON, to an ASGI application in this process."""
-    return await Client(app, path, None if tree is None else json.dumps(tree).encode()).reply()
+    body = None if tree is None else json.dumps(tree).encode()
+    return await Client(app, path, body, **options).reply()

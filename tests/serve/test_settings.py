@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ddm.errors import ConfigError
+from serve.engine.shares import Key
 from serve.model.params import SampleConfig
 from serve.settings import Settings, settings
 
@@ -31,7 +32,7 @@ def test_the_defaults_are_safe_and_make_sense_themselves() -> None:
         False,
         None,
     )
-    assert found.token() is None
+    assert found.keys() == {}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,29 @@ def test_this_machine_s_own_hosts_need_no_token(host: str) -> None:
     assert settings(RUN, [f"serve.host={host}"]).serve.host == host
 
 
+def test_keys_have_tokens_of_their_own_and_quotas(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"{name}-token\n")
+    words = [
+        f"serve.keys.alice.token_file={tmp_path / 'a'}",
+        "serve.keys.alice.weight=2",
+        "serve.keys.alice.requests=3",
+        f"serve.keys.bob.token_file={tmp_path / 'b'}",
+        "serve.host=0.0.0.0",
+    ]
+    alice = Key("alice", weight=2, requests=3)
+    assert settings(RUN, words).keys() == {"a-token": alice, "b-token": Key("bob")}
+    for more, said in (
+        (f"serve.keys.bob.token_file={tmp_path / 'a'}", "serve.keys.bob.token_file must hold a"),
+        ("serve.keys.bob.weight=0", "serve.keys.bob.weight must be above 0, got 0"),
+        ("serve.keys.bob.requests=0", "serve.keys.bob.requests must be above 0, got 0"),
+        ("serve.keys.default.weight=1", "serve.keys must not be named default"),
+        ("serve.keys.bob.wait=0", "serve.keys.bob.wait"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            settings(RUN, [*words, more]).keys()
+
+
 def test_the_token_is_what_its_file_holds_and_a_file_without_one_is_refused_by_key(
     tmp_path: Path,
 ) -> None:
@@ -134,7 +158,7 @@ def test_the_token_is_what_its_file_holds_and_a_file_without_one_is_refused_by_k
         with pytest.raises(
             ConfigError, match="serve.token_file must be a file with a token"
         ) as error:
-            config.token()
+            config.keys()
         assert error.value.key == "serve.token_file"
 
     refused()
@@ -142,7 +166,7 @@ def test_the_token_is_what_its_file_holds_and_a_file_without_one_is_refused_by_k
         path.write_bytes(content)
         refused()
     path.write_text("  s3cret\n")
-    assert config.token() == "s3cret"
+    assert config.keys() == {"s3cret": Key("default")}
     path.unlink()
     path.mkdir()
     refused()

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
-from serve.http.middleware import LimitsMiddleware, shown
+from serve.engine.shares import Key
+from serve.http.middleware import LimitsMiddleware, key_of, shown
 
 TOKEN = "correct-horse"
+KEYS = {TOKEN: Key("one"), "battery": Key("other")}
 
 
 class Behind:
@@ -83,9 +85,11 @@ def test_without_a_token_all_pass() -> None:
 
 def test_a_token_lets_its_bearer_pass_and_nobody_else() -> None:
     behind = Behind()
-    guard = LimitsMiddleware(behind, TOKEN)
+    guard = LimitsMiddleware(behind, KEYS)
     assert status_of(guard, headers=bearer(TOKEN)) == 200
     assert status_of(guard, headers=bearer(TOKEN, "bearer")) == 200
+    assert status_of(guard, headers=bearer("battery")) == 200
+    assert [key_of(scope).name for scope in behind.scopes] == ["one", "one", "other"]
     passed = len(behind.scopes)
     for headers in (
         (),
@@ -117,12 +121,14 @@ def test_a_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
     for given in (TOKEN, "wrong"):
-        through(LimitsMiddleware(Behind(), TOKEN), headers=bearer(given))
-    assert compared == [{TOKEN.encode()}, {TOKEN.encode(), b"wrong"}]
+        through(LimitsMiddleware(Behind(), KEYS), headers=bearer(given))
+    assert compared == [
+        {token.encode(), own.encode()} for token in (TOKEN, "wrong") for own in KEYS
+    ]
 
 
 def test_the_page_the_docs_and_probes_are_open_and_nothing_else_is() -> None:
-    guard = LimitsMiddleware(Behind(), TOKEN)
+    guard = LimitsMiddleware(Behind(), KEYS)
     for path in (
         "/",
         "/page/page.css",
@@ -247,21 +253,21 @@ def test_after_the_body_the_application_hears_of_the_client_that_leaves() -> Non
 
 def test_there_are_no_websockets_with_or_without_a_token() -> None:
     behind = Behind()
-    for guard in (LimitsMiddleware(behind), LimitsMiddleware(behind, TOKEN)):
+    for guard in (LimitsMiddleware(behind), LimitsMiddleware(behind, KEYS)):
         assert through(guard, "/page/x", kind="websocket") == [{"type": "websocket.close"}]
     assert behind.scopes == []
 
 
 def test_the_life_of_the_application_is_not_guarded() -> None:
     behind = Behind()
-    through(LimitsMiddleware(behind, TOKEN), kind="lifespan")
+    through(LimitsMiddleware(behind, KEYS), kind="lifespan")
     assert behind.scopes[0]["type"] == "lifespan"
 
 
 def test_refusals_are_told_by_kind() -> None:
     told: list[str] = []
     guard = LimitsMiddleware(
-        Behind(), TOKEN, body_bytes=6, body_timeout_s=0.05, on_refusal=told.append
+        Behind(), KEYS, body_bytes=6, body_timeout_s=0.05, on_refusal=told.append
     )
     through(guard)
     through(guard, headers=bearer(TOKEN), parts=parts_of(b"abcdefg"))
