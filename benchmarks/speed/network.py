@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ class Peer(nn.Module):
 
         down, up = ["DownBlock2D"] * 4, ["UpBlock2D"] * 4
         down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
-        self.network = UNet2DModel(
+        self.network: Any = UNet2DModel(
             sample_size=SHAPE[-1],
             in_channels=SHAPE[0],
             out_channels=SHAPE[0],
