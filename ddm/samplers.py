@@ -117,19 +117,19 @@ def unipc(course: Course, n: int, x: Tensor, *memory: Tensor, order: int = 3) ->
     before, answers = memory[:1], (*memory[1:], denoised)  # x of the step before; denoised images
     places = [_lambda(course.coeffs(i)) for i in range(n + 1 - len(answers), n)] + [here]
     if before:
-        used = 1 + _unipc_order(course, n - 1, order)
+        used = 1 + _unipc_order(course, n - 1, len(answers) - 1, order)
         corrected = _mean(answers[-used:], places[-used:], places[-2], here)
         x = _towards(corrected, before[0], course.coeffs(n - 1), c)
-    used = _unipc_order(course, n, order)
+    used = _unipc_order(course, n, len(answers), order)
     middle = denoised if used == 1 else _mean(answers[-used:], places[-used:], here, there)
     return _towards(middle, x, c, c_next), x, *answers[-order:]
 
 
-def _unipc_order(course: Course, n: int, order: int) -> int:
-    """The denoised images that the prediction of step n uses."""
+def _unipc_order(course: Course, n: int, known: int, order: int) -> int:
+    """The denoised images, of those that are known, that the prediction of step n uses."""
     left = len(course.times) - 1 - n
     ends_at_data = course.coeffs(-1).s == 0
-    return min(n + 1, order, left if ends_at_data else order)
+    return min(known, order, left if ends_at_data else order)
 
 
 # Of orders 1 to 4, the oldest value first.
@@ -367,13 +367,14 @@ def plan_steps(
     schedule: Schedule,
     t_min: float = 0.0,
     order: int = 3,
+    t_max: float = 1.0,
 ) -> tuple[Sampler, Tensor]:
     """A sampler and its times, which stay on the CPU so that no step waits for a device.
 
     Raises `ConfigError` naming the key of what is unknown or out of range, or a sampler that is not
     defined on the schedule.
     """
-    method, times = sampler(name, order), time_grid(grid, steps, schedule, t_min)
+    method, times = sampler(name, order), time_grid(grid, steps, schedule, t_min, t_max)
     lacking = method.lacks(schedule, times)
     if lacking:
         defined = [key for key, other in _SAMPLERS.items() if not other.lacks(schedule, times)]

@@ -72,6 +72,16 @@ def first_uniforms(seed: int | Tensor, index: Tensor) -> Tensor:
     return (shift + (index * 0x9E3779B9 & 0xFFFFFFFF).double() / 2**32) % 1
 
 
+def step_uniforms(seed: int | Tensor, index: Tensor, step: Tensor) -> Tensor:
+    """Independent uniform numbers in (0, 1), one for each image and step, float64 `[B, N]`;
+    arguments as in `Policy.uniforms`.
+    """
+    seeds = seed.repeat_interleave(len(step)) if isinstance(seed, Tensor) else seed
+    images = index.repeat_interleave(len(step))
+    numbers = step.to(index.device).repeat(len(index)) + 1  # 0 is `first_uniforms`'
+    return uniform(seeds, RngStream.CHOICE, images, numbers).reshape(len(index), len(step))
+
+
 def sample_categorical(p: Tensor, u: Tensor) -> Tensor:
     """One expert per row, sampled from `p` `[B, K]` (up to a factor) by inversion of `u` `[B]` in
     (0, 1): bool `[B, K]`.
@@ -107,10 +117,7 @@ class _EveryStep:
     def uniforms(
         self, seed: int | Tensor, index: Tensor, step: Tensor, t_last: Tensor, t: Tensor
     ) -> Tensor:
-        seeds = seed.repeat_interleave(len(step)) if isinstance(seed, Tensor) else seed
-        images = index.repeat_interleave(len(step))
-        numbers = step.to(index.device).repeat(len(index)) + 1  # 0 is `first_uniforms`'
-        return uniform(seeds, RngStream.CHOICE, images, numbers).reshape(len(index), len(step))
+        return step_uniforms(seed, index, step)
 
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
         return torch.zeros_like(pi)

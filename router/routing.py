@@ -109,7 +109,7 @@ class RoutedDenoiser:
             last = t if self._step_t is None else self._step_t
             number = torch.tensor([step])
             times = last.reshape(-1, 1), t.reshape(-1, 1)
-            self._u = self.router.policy.uniforms(self.seed, index, number, *times)[:, 0]
+            self._u = self.router.uniforms(self.seed, index, number, *times)[:, 0]
             self._step_t = t
         keep = call_within_step > 0
         routed, self._state = choose(

@@ -74,6 +74,19 @@ class Router:
             evaluated=torch.zeros(len(x), dtype=torch.bool, device=x.device),
         )
 
+    def uniforms(
+        self, seed: int | Tensor, index: Tensor, step: Tensor, t_last: Tensor, t: Tensor
+    ) -> Tensor:
+        """The policy's `uniforms`; a policy that keeps its experts draws as well where a step below
+        t = 1 begins at the time of the one before: see `_draws_anew`.
+        """
+        u = self.policy.uniforms(seed, index, step, t_last, t)
+        anew = _draws_anew(t_last, t)
+        if not self.policy.keeps or not anew.any():
+            return u
+        drawn = policies.step_uniforms(seed, index, step)
+        return torch.where(u.isnan() & anew.to(u.device), drawn, u)
+
     def route(
         self,
         x: Tensor,
@@ -139,6 +152,15 @@ class Router:
         if self.temperature != 1:
             alpha = (alpha.log() / self.temperature).softmax(dim=1)
         return _reweighted(alpha, self.weights)
+
+
+def _draws_anew(t_last: Tensor, t: Tensor) -> Tensor:
+    """Where a trajectory starts below t = 1, from a given image, or noise was added back to it.
+
+    x then is not what an expert drawn from pi would have made of noise: given x, the expert's law
+    is alpha(x, t).
+    """
+    return (t_last == t) & (t < 1)
 
 
 def _reweighted(p: Tensor, weights: Tensor | None) -> Tensor:

@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from serve.model.loading import load
-    from serve.model.model import Model, Trace
+    from serve.model.model import Model
     from serve.model.params import SampleConfig
+    from serve.model.running import Trace
 
 __all__ = ["Model", "SampleConfig", "Trace", "load"]
 
 _MODULES = {
     "Model": "serve.model.model",
     "SampleConfig": "serve.model.params",
-    "Trace": "serve.model.model",
+    "Trace": "serve.model.running",
     "load": "serve.model.loading",
 }
 

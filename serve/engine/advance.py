@@ -5,12 +5,13 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ddm.editing import keep, restore
 from ddm.samplers import Step
 from router import policies
 from router.step import Routed, choose, combine
 from serve.engine.stacking import Row, stacked
 from serve.engine.state import Call, ImageState, Path, Request, StepRecord
-from serve.model.model import SamplingPlan
+from serve.model.planning import SamplingPlan
 
 Work = Callable[[list[ImageState]], None]
 
@@ -27,7 +28,7 @@ def advance(
     """
     fresh = [state for state in states if not state.begun]
     answered = [state for state in states if state.experts]
-    failed = _grouped(fresh, lambda state: id(state.request.plan), _begin)
+    failed = _grouped(fresh, _kind, _begin)
     failed |= _grouped(answered, _position, _move)
     states = [state for state in states if state.request not in failed]
     unfinished = [state for state in states if state.image is None]
@@ -58,9 +59,15 @@ def _grouped(
     return failed
 
 
+def _kind(state: ImageState) -> Hashable:
+    """Images of the same one begin together: one plan, and from an image, with a mask or not."""
+    given = state.request.given
+    return id(state.request.plan), given is None, given is None or given.mask is None
+
+
 def _position(state: ImageState) -> Hashable:
     """Images of the same one take a step together."""
-    return id(state.request.plan), state.step, len(state.path.stack.denoised)
+    return _kind(state), state.step, len(state.path.stack.denoised)
 
 
 def _router(state: ImageState) -> Hashable:
@@ -70,16 +77,20 @@ def _router(state: ImageState) -> Hashable:
 
 
 def _begin(states: list[ImageState]) -> None:
-    """Begin images of one plan, at t = 1."""
+    """Begin images of one kind, at the first time of their plan."""
     plan = states[0].request.plan
     index = stacked([Row(state.request.index, state.place) for state in states])
     seed = torch.tensor([state.request.seed for state in states], device=index.device)
-    x = plan.start(seed, index)
+    given = None
+    if states[0].request.given is not None:
+        given = stacked([Row(state.request.given, state.place) for state in states])
+    x = plan.start(seed, index, given)
     memory = plan.router.start(x, policies.first_uniforms(seed, index))
     times = torch.stack(list(plan.times))
     before = torch.cat([times[:1], times[:-1]])
-    uniforms = plan.router.policy.uniforms(seed, index, torch.arange(len(times)), before, times)
-    path = Path(seed, index, uniforms, (x,), ())
+    uniforms = plan.router.uniforms(seed, index, torch.arange(len(times)), before, times)
+    kept = None if given is None or given.mask is None else given
+    path = Path(seed, index, uniforms, (x,), (), kept)
     call = _call(plan, path, 0, next(_step(plan, path, 0)))
     for i, state in enumerate(states):
         state.path, state.call, state.memory = Row(path, i), Row(call, i), Row(memory, i)
@@ -96,6 +107,8 @@ def _move(states: list[ImageState]) -> None:
     answers = stacked([states[row].answers[k] for k, row in evaluated])
     expert, row = torch.tensor(evaluated, device=call.x.device).T
     denoised = combine(routed, call.x, row, expert, answers, plan.config.clip)
+    if path.given is not None:
+        denoised = keep(path.given, denoised)
     step = _step(plan, path, n)
     next(step)
     for earlier in path.denoised:
@@ -108,7 +121,8 @@ def _move(states: list[ImageState]) -> None:
         n += 1
         path = path._replace(carry=end.value, denoised=())
         if n == len(plan.times) - 1:
-            images = _finished(path.carry[0], plan.config.clip)
+            x = path.carry[0] if path.given is None else restore(path.given, path.carry[0])
+            images = _finished(x, plan.config.clip)
         else:
             x, t = next(_step(plan, path, n))
     after = call if images is not None else _call(plan, path, n, (x, t))

@@ -26,9 +26,12 @@ from serve.engine.scheduler import Engine
 from serve.engine.shares import ANYONE, Key
 from serve.engine.state import OnStep, Request
 from serve.engine.turn import Turn
+from serve.model.edits import Edit
 from serve.model.loading import load
-from serve.model.model import Model, SamplingPlan, Trace
+from serve.model.model import Model
 from serve.model.params import over
+from serve.model.planning import SamplingPlan
+from serve.model.running import Trace
 from serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class SamplingParams:
 
     n: images. seed: None for a random one. first_index: of the first image. settings: fields of
     `SampleConfig`; those that are missing are the service's own. key: who asks. id: by which its
-    key may cancel it, None for none.
+    key may cancel it, None for none. edit: what the images start from, None for noise alone.
     """
 
     n: int = 1
@@ -63,6 +66,7 @@ class SamplingParams:
     settings: dict[str, Any] = field(default_factory=dict)
     key: Key = ANYONE
     id: str | None = None
+    edit: Edit | None = None
 
 
 @dataclass(eq=False)
@@ -213,17 +217,22 @@ class Service:
         if self.current is None:
             raise ServingError("no bundle is in service")
         model, limits = self.current.model, self.settings.serve.limits
-        plan = self._plan(model, params.settings)
-        steps = plan.config.steps
+        plan = self._plan(model, params)
+        steps = len(plan.times) - 1
         require(1 <= params.n <= limits.n, "sample.n", f"be in [1, {limits.n}]", params.n)
-        require(steps <= limits.steps, "sample.steps", f"be in [1, {limits.steps}]", steps)
+        rule = f"be in [1, {limits.steps}]" + (", times resamplings" if params.edit else "")
+        require(steps <= limits.steps, "sample.steps", rule, steps)
         for key, value in (("seed", params.seed), ("first_index", params.first_index)):
             fits = value is None or 0 <= value < 2**63 - limits.n
             require(fits, f"sample.{key}", "be in [0, 2^63 - n)", value)
         # 53 bits: a number that any JSON reader keeps whole
         seed = secrets.randbits(53) if params.seed is None else params.seed
         index = torch.arange(params.first_index, params.first_index + params.n, device=model.device)
-        request = Request(plan, seed, index, on_step, params.trace, params.key)
+        given = None
+        if params.edit is not None:
+            with within("sample"):
+                given = params.edit.given(params.n, model.shape, model.device)
+        request = Request(plan, seed, index, on_step, params.trace, params.key, given)
         self._require_room(round(request.cost))
         self._require_quota(request)
         admitted = AdmittedRequest(self.current, request, seed, params.id)
@@ -272,8 +281,10 @@ class Service:
             request.fail(CancelledRequestError("the request was cancelled"))
         return bool(found)
 
-    def _plan(self, model: Model, given: dict[str, Any]) -> SamplingPlan:
-        return model.plan(model.settings(**over(asdict(self.settings.sample), given)))
+    def _plan(self, model: Model, params: SamplingParams) -> SamplingPlan:
+        config = model.settings(**over(asdict(self.settings.sample), params.settings))
+        with within("sample"):
+            return model.plan(config, params.edit)
 
     async def run(self, admitted: AdmittedRequest) -> None:
         """Sample the images of an admitted request. Cancelling takes them off the engine at once.

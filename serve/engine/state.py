@@ -9,12 +9,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ddm.condition import Conditions
+from ddm.editing import Given
 from ddm.samplers import Carry
 from router.step import Routed, RoutingState
 from serve.engine.expert import ServingError
 from serve.engine.shares import ANYONE, Flow, Key, size_of
 from serve.engine.stacking import Row
-from serve.model.model import SamplingPlan
+from serve.model.planning import SamplingPlan
 
 
 class StepRecord(NamedTuple):
@@ -36,7 +37,10 @@ OnStep = Callable[[int, StepRecord, Tensor], None]
 
 @dataclass(eq=False)
 class Request:
-    """Images `index` `[n]` of a seed, sampled by one plan; a place is a position in `index`."""
+    """Images `index` `[n]` of a seed, sampled by one plan; a place is a position in `index`.
+
+    given: the image and the mask that each of them starts from, None for noise alone.
+    """
 
     plan: SamplingPlan
     seed: int
@@ -44,6 +48,7 @@ class Request:
     on_step: OnStep | None = None
     trace: bool = False
     key: Key = ANYONE
+    given: Given | None = None
     images: dict[int, Tensor] = field(default_factory=dict)  # finished, by place, [C, H, W]
     records: dict[int, list[StepRecord]] = field(default_factory=dict)  # by place, if traced
     nfe: int = 0  # expert evaluations so far
@@ -98,7 +103,7 @@ class Path(NamedTuple):
 
     seed, image: int64 `[B]`. uniforms: the policy's, one per step, float64 `[B, N]`. carry: what
     their step starts from. denoised: the images of the calls that their step has had, each
-    `[B, C, H, W]`.
+    `[B, C, H, W]`. given: what they keep, None without a mask.
     """
 
     seed: Tensor
@@ -106,6 +111,7 @@ class Path(NamedTuple):
     uniforms: Tensor
     carry: Carry
     denoised: tuple[Tensor, ...]
+    given: Given | None
 
 
 class Call(NamedTuple):

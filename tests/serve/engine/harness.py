@@ -16,7 +16,8 @@ from serve.engine.scheduler import Engine
 from serve.engine.shares import ANYONE, Key
 from serve.engine.state import Request, StepRecord
 from serve.engine.turn import Turn
-from serve.model.model import Model, Trace
+from serve.model.model import Model
+from serve.model.running import Trace
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 AWAY = UnavailableError("no route")

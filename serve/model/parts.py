@@ -1,0 +1,147 @@
+"""What a trained bundle consists of, on a device."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ddm.bundle import Bundle
+from ddm.condition import Vocabulary
+from ddm.device import pick_device
+from ddm.gaussian import Gaussians
+from ddm.schedules import Schedule
+from router.networks import DerivativeNet, PosteriorNet
+from router.sources import Alpha
+from router.targets import exact_posterior
+from serve.model.build import (
+    build_counts,
+    build_expert,
+    build_gaussians,
+    build_router,
+    build_schedule,
+)
+
+
+class Half(nn.Module):
+    """An expert's network in bfloat16, with its convolutions and products; x and the answer are
+    not.
+    """
+
+    def __init__(self, expert: nn.Module) -> None:
+        super().__init__()
+        self.expert = expert.to(torch.bfloat16)
+
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.expert(x, *given)
+
+
+class Parts:
+    """The experts, the router and the facts of a bundle.
+
+    shape: of an image, `[C, H, W]`
+    names, pi: of the clusters, `[K]`
+    version: the SHA-256 of the manifest
+    vocabulary: what a condition may name, None if the experts take none
+    schedule, experts, gaussians, posterior, derivative: the parts; the last two are None for a
+        bundle without a router
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str | torch.device,
+        images: Callable[[], dict[str, Tensor]] | None,
+        experts: bool = True,
+    ) -> None:
+        self.device = torch.device(device)
+        self.shape = bundle.mixture.shape
+        self.names = bundle.mixture.names
+        self.version = bundle.version
+        self.pi = bundle.mixture.pi.to(self.device)
+        self.schedule: Schedule = build_schedule(bundle)
+        self.experts: list[nn.Module] = (
+            [build_expert(artifact, self.schedule, self.device) for artifact in bundle.experts]
+            if experts
+            else []
+        )
+        self.gaussians = build_gaussians(bundle.experts, self.schedule, self.device)
+        self.posterior: PosteriorNet | None = None
+        self.derivative: DerivativeNet | None = None
+        if bundle.router:
+            self.posterior, self.derivative = build_router(
+                bundle.router, self.shape, self.pi, self.gaussians, self.device
+            )
+        self._counts = [one for one in map(build_counts, bundle.experts) if one is not None]
+        self.vocabulary: Vocabulary | None = self._counts[0].vocabulary if self._counts else None
+        self._images = images
+        self._old_router = bundle.old_router is not None
+        self._analytic: Alpha | None = None
+        self.manifest = bundle.manifest
+
+    def __repr__(self) -> str:
+        clusters = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+        numbers = sum(p.numel() for network in self.networks for p in network.parameters())
+        return (
+            f"Model({len(self.names)} experts ({clusters}), "
+            f"{'with' if self.posterior else 'without'} a router, "
+            f"{numbers / 1e6:.2f}M parameters, images {' x '.join(map(str, self.shape))}, "
+            f"{self.schedule}, on {self.device}, version {self.version[:12]})"
+        )
+
+    def to(self, device: str | torch.device) -> Self:
+        """The same model, moved to a device (`auto`: cuda if there is one, else cpu).
+
+        Raises `ConfigError` naming a device that this machine does not have.
+        """
+        self.device = torch.device(pick_device(str(device)))
+        self.pi = self.pi.to(self.device)
+        means, variances = (
+            part.to(self.device) for part in (self.gaussians.means, self.gaussians.variances)
+        )
+        self.gaussians = Gaussians(means, variances, self.schedule)
+        for network in self.networks:
+            network.to(self.device)
+        if self.posterior is not None and self.posterior.gaussians is not None:
+            self.posterior.gaussians = self.gaussians
+        if self.derivative is not None:
+            self.derivative.pi = self.pi
+            if self.derivative.gaussians is not None:
+                self.derivative.gaussians = self.gaussians
+        self._analytic = None
+        self._forget_plans()
+        return self
+
+    def half(self) -> Self:
+        """The same model with its experts in bfloat16: half the memory, and faster where the
+        hardware has it. Images, routing and the sampler stay in float32.
+        """
+        self.experts = [
+            expert if isinstance(expert, Half) else Half(expert) for expert in self.experts
+        ]
+        return self
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All networks, experts first."""
+        routers: list[nn.Module | None] = [self.posterior, self.derivative]
+        return [*self.experts, *(net for net in routers if net is not None)]
+
+    def _forget_plans(self) -> None:
+        """Drop what is kept of an earlier device."""
+
+    def _exact(self, x: Tensor, t: Tensor) -> Tensor:
+        """alpha over the training set, which is read at the first call: on no event loop."""
+        if self._analytic is None:
+            assert self._images is not None
+            whole = self._images()
+            self._analytic = partial(
+                exact_posterior,
+                images=whole["images"].to(self.device),
+                labels=whole["cluster"].to(self.device),
+                schedule=self.schedule,
+                k=len(self.pi),
+            )
+        return self._analytic(x, t)

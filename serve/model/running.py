@@ -1,0 +1,93 @@
+"""One batch of images from start to end, by the experts of a model in this process."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddm.editing import Given, keep, restore
+from ddm.errors import ArtifactError
+from ddm.samplers import drive
+from router.routing import RoutedDenoiser
+from serve.model.planning import Planner, SamplingPlan
+
+
+class Trace(NamedTuple):
+    """What happened while B images were sampled by N denoiser calls, over K experts.
+
+    t: times of the calls, `[N]`
+    alpha: `[N, B, K]`
+    chosen: which experts moved which image at which call, bool `[N, B, K]`
+    calls: expert evaluations, counted per image
+    router_calls: evaluations of alpha, counted per image; between two, `alpha` is the last
+    """
+
+    t: Tensor
+    alpha: Tensor
+    chosen: Tensor
+    calls: int
+    router_calls: int
+
+
+@torch.inference_mode()
+def sample_batch(
+    model: Planner,
+    plan: SamplingPlan,
+    seed: int,
+    index: Tensor,
+    *,
+    given: Given | None = None,
+    noise: Tensor | None = None,
+    trace: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[Tensor, RoutedDenoiser]:
+    """Images `index` `[B]` of a seed, `[B, C, H, W]`, float32, on the CPU, and what sampled them;
+    `given` and `noise` as in `SamplingPlan.start`.
+
+    Raises `ArtifactError` if the images are not finite.
+    """
+    calls_per_step = plan.method.calls_per_step
+    routed = RoutedDenoiser(
+        model.experts,
+        plan.router,
+        seed=seed,
+        index=index,
+        calls_per_step=calls_per_step,
+        clip=plan.config.clip,
+        control_variate=plan.control_variate,
+        condition=plan.condition,
+        trace=trace,
+    )
+    calls = itertools.count()
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        if progress is not None and next(calls) % calls_per_step == 0:
+            progress(len(x))
+        denoised = routed(x, t)
+        return denoised if given is None else keep(given, denoised)
+
+    start = plan.start(seed, index, given, noise)
+    images, _calls = drive(plan.trajectory(start, seed, index), denoise)
+    images = images if given is None else restore(given, images)
+    if not images.isfinite().all():
+        raise ArtifactError(
+            f"{model.manifest}: images {int(index[0])} to {int(index[-1])} "
+            f"of seed {seed} are not finite: "
+            "the weights are damaged, or do not work with these settings"
+        )
+    images = images.clamp(-1, 1) if plan.config.clip else images
+    return images.float().cpu(), routed
+
+
+def joined(batches: list[RoutedDenoiser]) -> Trace:
+    """The trace of batches that were sampled one after another."""
+    steps = list(zip(*(routed.steps for routed in batches), strict=True))
+    return Trace(
+        torch.tensor([parts[0].t for parts in steps], dtype=torch.float64),
+        torch.stack([torch.cat([part.alpha for part in parts]) for parts in steps]),
+        torch.stack([torch.cat([part.chosen for part in parts]) for parts in steps]),
+        sum(routed.calls for routed in batches),
+        sum(routed.router_calls for routed in batches),
+    )
