@@ -342,6 +342,8 @@ _SAMPLERS = {
     "accelerated_sde": Sampler(accelerated_sde, order=1, needs="preserved"),
 }
 SAMPLERS = tuple(_SAMPLERS)
+# Those of the ODE alone that take any steps, also from the data to the noise.
+REVERSIBLE = ("euler", "ddim", "heun", "dpmpp_2m", "unipc", "ipndm")
 
 
 def sampler(name: str, order: int = 3) -> Sampler:

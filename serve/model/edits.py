@@ -107,6 +107,17 @@ def own_noise(x: Tensor, n: int, shape: list[int]) -> Tensor:
     return x.float()
 
 
+def image_rows(key: str, images: Tensor, shape: list[int]) -> Tensor:
+    """Images `[C, H, W]` or `[n, C, H, W]` in [-1, 1] as `[n, C, H, W]`.
+
+    Raises `ConfigError` naming the key if their shape or their values do not fit.
+    """
+    _require_tensor(key, images)
+    n = len(images) if images.ndim == 4 else 1
+    require(n > 0, key, "be at least one image", "none")
+    return _rows(key, images, n, shape, [shape], (-1, 1))
+
+
 def _rows(
     key: str,
     value: Tensor,
@@ -142,3 +153,11 @@ def check_whole(key: str, value: object, least: int) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     rule = f"be a whole number in [{least}, 2^63)"
     require(whole and least <= value < 2**63, key, rule, value)  # type: ignore[operator]
+
+
+def check_counts(**counts: object) -> None:
+    """Raise `ConfigError` naming one of the numbers n and batch that is below 1, or another that is
+    below 0, or that is no whole number.
+    """
+    for key, value in counts.items():
+        check_whole(key, value, 1 if key in ("n", "batch") else 0)

@@ -83,7 +83,8 @@ class SampleConfig:
         """`clusters` becomes an object of weights, or None, and `condition` one of 1 and 0; a name
         that YAML read as a number becomes text.
         """
-        weights = self.clusters or None
+        weights = [self.clusters] if isinstance(self.clusters, str) else self.clusters
+        weights = weights or None
         if isinstance(weights, list | tuple) and all(
             isinstance(name, str | int) for name in weights
         ):
@@ -153,7 +154,7 @@ class SampleSettings(TypedDict, total=False):
     relaxation_rate: float
     t_min: float
     clip: bool
-    clusters: Mapping[str, float] | Sequence[str]
+    clusters: str | Mapping[str, float] | Sequence[str]
     condition: str | Mapping[str, int]
     guidance: float
     guidance_interval: Sequence[float]
@@ -230,11 +231,11 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def described() -> str:
-    """One line per setting: its default, description and rule."""
+def described(own: Mapping[str, Any] | None = None) -> str:
+    """One line per setting: its default, that of `own` if it is there, description and rule."""
     lines = []
     for setting in SETTINGS:
-        value = getattr(SampleConfig(), setting.name)
+        value = (own or {}).get(setting.name, getattr(SampleConfig(), setting.name))
         lines.append(f"{setting.name}={value!r}: {setting.metadata['doc']}; must {rule(setting)}")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddm.bundle import Bundle
 from ddm.condition import Vocabulary
 from ddm.device import pick_device
+from ddm.errors import ConfigError
 from ddm.gaussian import Gaussians
 from ddm.schedules import Schedule
 from router.networks import DerivativeNet, PosteriorNet
@@ -82,14 +83,34 @@ class Parts:
         self.manifest = bundle.manifest
 
     def __repr__(self) -> str:
-        clusters = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
-        numbers = sum(p.numel() for network in self.networks for p in network.parameters())
-        return (
-            f"Model({len(self.names)} experts ({clusters}), "
-            f"{'with' if self.posterior else 'without'} a router, "
-            f"{numbers / 1e6:.2f}M parameters, images {' x '.join(map(str, self.shape))}, "
-            f"{self.schedule}, on {self.device}, version {self.version[:12]})"
-        )
+        lines = {
+            "data": f"{' x '.join(map(str, self.shape))} images of {len(self.names)} clusters: "
+            f"{', '.join(self.names[:8])}{', ...' if len(self.names) > 8 else ''}",
+            "experts": self._experts_in_words(),
+            "router": self._router_in_words(),
+            "process": str(self.schedule),
+        }
+        head = f"Model on {self.device}, version {self.version[:12]}"
+        return "\n".join([head, *(f"  {name:<9} {words}" for name, words in lines.items())])
+
+    def _experts_in_words(self) -> str:
+        if not self.experts:
+            return f"{len(self.names)}, not loaded"
+        dtype = next(self.experts[0].parameters()).dtype
+        told = ""
+        if self.vocabulary is not None:
+            names = self.vocabulary.names
+            told = f", told the {self.vocabulary.kind}, one of {len(names)}"
+            if self.vocabulary.kind == "attributes":
+                told = f", told {len(names)} attributes"
+        millions = _parameters(self.experts) / len(self.experts) / 1e6
+        return f"{len(self.experts)} of {millions:.2f}M parameters, {str(dtype)[6:]}{told}"
+
+    def _router_in_words(self) -> str:
+        if self.posterior is None:
+            return "none: source prior, gaussian or analytic"
+        millions = _parameters(self.networks[len(self.experts) :]) / 1e6
+        return f"posterior and derivative nets of {millions:.2f}M parameters"
 
     def to(self, device: str | torch.device) -> Self:
         """The same model, moved to a device (`auto`: cuda if there is one, else cpu).
@@ -132,11 +153,18 @@ class Parts:
     def _forget_plans(self) -> None:
         """Drop what is kept of an earlier device."""
 
+    def _training_images(self, what: str) -> dict[str, Tensor]:
+        """The partition's images and clusters. Raises `ConfigError` for a bundle without a run."""
+        if self._images is None:
+            raise ConfigError(
+                f"{what} needs the training images: load the run's folder, a bundle carries none"
+            )
+        return self._images()
+
     def _exact(self, x: Tensor, t: Tensor) -> Tensor:
         """alpha over the training set, which is read at the first call: on no event loop."""
         if self._analytic is None:
-            assert self._images is not None
-            whole = self._images()
+            whole = self._training_images("source=analytic")
             self._analytic = partial(
                 exact_posterior,
                 images=whole["images"].to(self.device),
@@ -145,3 +173,7 @@ class Parts:
                 k=len(self.pi),
             )
         return self._analytic(x, t)
+
+
+def _parameters(networks: list[nn.Module]) -> int:
+    return sum(p.numel() for network in networks for p in network.parameters())

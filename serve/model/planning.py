@@ -24,7 +24,7 @@ from serve.model.params import SETTINGS, SampleConfig
 from serve.model.parts import Parts
 
 _CACHED = 64  # sampling plans, and routers, of as many different settings
-_INTEGRATED = ("derivative", "combined")  # sources that start from pi at t = 1
+INTEGRATED = ("derivative", "combined")  # sources that start from pi at t = 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Planner(Parts):
             if name not in self.names:
                 raise one_of("sample.clusters", name, tuple(self.names))
         self._check_condition(config)
-        needs_router = config.source in ("posterior", *_INTEGRATED)
+        needs_router = config.source in ("posterior", *INTEGRATED)
         if needs_router and len(self.names) > 1 and self.posterior is None:
             why = (
                 "whose router was trained for other experts (python -m train reroute trains it on)"
@@ -186,7 +186,7 @@ class Planner(Parts):
             return self._cached_plan(config, 1.0, 1)
         edit.check()
         require(
-            config.source not in _INTEGRATED or len(self.names) == 1,
+            config.source not in INTEGRATED or len(self.names) == 1,
             "source",
             "be prior, gaussian, posterior or analytic with an image: the others start at t = 1",
             config.source,

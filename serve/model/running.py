@@ -48,6 +48,29 @@ def sample_batch(
 
     Raises `ArtifactError` if the images are not finite.
     """
+    start = plan.start(seed, index, given, noise)
+    images, routed = run_batch(model, plan, start, seed, index, given, trace, progress)
+    images = images if given is None else restore(given, images)
+    images = images.clamp(-1, 1) if plan.config.clip else images
+    return images.float().cpu(), routed
+
+
+@torch.inference_mode()
+def run_batch(
+    model: Planner,
+    plan: SamplingPlan,
+    x: Tensor,
+    seed: int,
+    index: Tensor,
+    given: Given | None = None,
+    trace: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[Tensor, RoutedDenoiser]:
+    """The end of the plan's trajectories from x `[B, C, H, W]`, and what denoised them; `given` is
+    what they keep.
+
+    Raises `ArtifactError` if the end is not finite.
+    """
     calls_per_step = plan.method.calls_per_step
     routed = RoutedDenoiser(
         model.experts,
@@ -68,17 +91,14 @@ def sample_batch(
         denoised = routed(x, t)
         return denoised if given is None else keep(given, denoised)
 
-    start = plan.start(seed, index, given, noise)
-    images, _calls = drive(plan.trajectory(start, seed, index), denoise)
-    images = images if given is None else restore(given, images)
-    if not images.isfinite().all():
+    end, _calls = drive(plan.trajectory(x, seed, index), denoise)
+    if not end.isfinite().all():
         raise ArtifactError(
             f"{model.manifest}: images {int(index[0])} to {int(index[-1])} "
             f"of seed {seed} are not finite: "
             "the weights are damaged, or do not work with these settings"
         )
-    images = images.clamp(-1, 1) if plan.config.clip else images
-    return images.float().cpu(), routed
+    return end, routed
 
 
 def joined(batches: list[RoutedDenoiser]) -> Trace:

@@ -35,7 +35,7 @@ from train.progress import bar
 log = logging.getLogger(__name__)
 
 # Of the classifier, and of the real images that samples are compared with, whatever the run's seed.
-_FEATURE_SEED = 0
+FEATURE_SEED = 0
 
 
 def evaluate(config: Config, monoliths: Mapping[str, Config]) -> Evaluation:
@@ -131,7 +131,7 @@ class Measurement:
             cfg.features,
             cfg.inception_weights,
             whole,
-            _FEATURE_SEED,
+            FEATURE_SEED,
             config.device,
             cfg.pixel_directions,
         )
@@ -224,7 +224,7 @@ class Measurement:
         Each score is kept in a file of its own, so that an interruption loses no work.
         """
         count = len(whole["images"])
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(_FEATURE_SEED))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(FEATURE_SEED))
         file = reference_file(network.file, self.cfg.reference)
         if file is not None:  # real images are then needed only for the floor, neighbours and KID
             order = order[: self.cfg.n * self.cfg.seeds]
@@ -241,7 +241,7 @@ class Measurement:
         with bar(f"scoring: {network.name}"[:24], total) as advance:
             real = network(whole["images"][order], advance)
             if real.logits is not None and network.name == "classifier":
-                unseen = real.logits[held_out(count, _FEATURE_SEED)[order]]
+                unseen = real.logits[held_out(count, FEATURE_SEED)[order]]
                 facts.real_confidence = float(unseen.softmax(dim=1).amax(dim=1).mean())
                 facts.real_class_frequencies = class_frequencies_of(
                     classes_of(whole), unseen.shape[1]
@@ -270,7 +270,7 @@ class Measurement:
         )
         methods: dict[str, list[Copies]] = {}
         with bar("copies", self.cfg.n * (len(specs) + 1)) as advance:
-            floor = real.floor(self.cfg.n, _FEATURE_SEED, advance)
+            floor = real.floor(self.cfg.n, FEATURE_SEED, advance)
             for spec in specs:
                 methods.setdefault(spec.method.name, []).append(self._copies(spec, real, advance))
         count = sum(self.cut.holdout_sizes)

@@ -402,7 +402,8 @@ def test_help_lists_every_setting_with_its_type_and_default() -> None:
 def test_the_representation_says_what_the_model_is(small_run: Path) -> None:
     model = load(small_run)
     said = repr(model)
-    for part in (*model.names, "3 experts", "with a router", "1 x 8 x 8", "VPLinear", "cpu"):
+    words = ("3 of 0.0", "float32", "posterior and derivative nets", "1 x 8 x 8", "VPLinear", "cpu")
+    for part in (*model.names, *words):
         assert part in said
     assert model.version[:12] in said
 
