@@ -45,6 +45,28 @@ class LimitsConfig:
 
 
 @dataclass
+class JobsConfig:
+    """Jobs: requests whose images are fetched later. Each limit is above 0.
+
+    running: sampled at once
+    kept: known at once; beyond it those that ended first are forgotten, or 429
+    keep_s: for which a job and its result are kept after its end
+    memory_MiB: of all results; beyond it the oldest jobs are forgotten
+    deadline_s: from a job's start to its last image
+    webhook_hosts: to which the end of a job may be told, as HOST or HOST:PORT; none by default
+    webhook_secret_file: a file with the secret that signs it; needed with webhook_hosts
+    """
+
+    running: int = 4
+    kept: int = 1000
+    keep_s: float = 3600.0
+    memory_MiB: float = 256.0  # noqa: N815
+    deadline_s: float = 3600.0
+    webhook_hosts: list[str] = field(default_factory=list)
+    webhook_secret_file: str | None = None
+
+
+@dataclass
 class KeyConfig:
     """Who may ask, and for how much.
 
@@ -132,14 +154,19 @@ class ServeConfig:
     degraded: Literal["fail", "renormalize"] = "fail"
     drain_s: float = 15.0
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+    @property
+    def protected(self) -> bool:
+        """Whether requests must carry a token."""
+        return self.token_file is not None or bool(self.keys)
 
     def may_listen_on(self, host: str) -> bool:
         """Whether this host is allowed: without a token and without `open`, only this machine's
         own.
         """
-        protected = self.token_file is not None or bool(self.keys)
-        return protected or self.open or _is_loopback(host)
+        return self.protected or self.open or _is_loopback(host)
 
 
 @dataclass
@@ -175,15 +202,20 @@ class Settings:
         """The keys by their bearer tokens; none if none is asked for. Raises `ConfigError`."""
         found: dict[str, Key] = {}
         if self.serve.token_file is not None:
-            token = _read_token(self.serve.token_file, "serve.token_file")
+            token = _read_secret(self.serve.token_file, "serve.token_file")
             found[token] = Key("default")
         for name, config in self.serve.keys.items():
             place = f"serve.keys.{name}.token_file"
-            token = _read_token(config.token_file, place)
+            token = _read_secret(config.token_file, place)
             require(token not in found, place, "hold a token of its own", config.token_file)
             limits = {key: value for key, value in vars(config).items() if key != "token_file"}
             found[token] = Key(name, **limits)
         return found
+
+    def webhook_secret(self) -> str | None:
+        """What signs webhooks, None if there are none. Raises `ConfigError`."""
+        file = self.serve.jobs.webhook_secret_file
+        return None if file is None else _read_secret(file, "serve.jobs.webhook_secret_file")
 
 
 def settings(tree: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
@@ -197,7 +229,7 @@ def settings(tree: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
     return found
 
 
-def _read_token(name: str, key: str) -> str:
+def _read_secret(name: str, key: str) -> str:
     file, token = Path(name), ""
     try:
         if file.is_file():  # a pipe could block for ever
@@ -224,6 +256,11 @@ def _check_serve(serve: ServeConfig) -> None:
             require(math.isfinite(config.weight), "weight", "be finite", config.weight)
     with within("limits"):
         _check_positive(serve.limits, *vars(serve.limits))
+    with within("jobs"):
+        _check_positive(serve.jobs, "running", "kept", "keep_s", "memory_MiB", "deadline_s")
+        signed = serve.jobs.webhook_secret_file is not None or not serve.jobs.webhook_hosts
+        rule = "be a file with a secret where webhook_hosts are given"
+        require(signed, "webhook_secret_file", rule, serve.jobs.webhook_secret_file)
     with within("ray"):
         _check_ray(serve.ray)
     require(
@@ -245,7 +282,9 @@ def _check_ray(ray: RayConfig) -> None:
     require(enough, "max_replicas", "be at least serve.ray.replicas", most)
 
 
-def _check_positive(config: LimitsConfig | KeyConfig | RayConfig | ServeConfig, *keys: str) -> None:
+def _check_positive(
+    config: LimitsConfig | JobsConfig | KeyConfig | RayConfig | ServeConfig, *keys: str
+) -> None:
     for key in keys:
         value = getattr(config, key)
         require(value > 0, key, "be above 0", value)

@@ -47,6 +47,7 @@ METRICS = {
     "key_images": Metric("counter", "Images made for a key", "key"),
     "key_nfe": Metric("counter", "Expert evaluations for a key", "key"),
     "key_rejections": Metric("counter", "Requests of a key that were turned away with 429", "key"),
+    "jobs": Metric("counter", "Jobs that ended, by how", "status"),
     "pending_cost": Metric("gauge", "Expert evaluations that were accepted and are still to come"),
     "active_requests": Metric("gauge", "Requests accepted and not yet answered"),
     "queue_length": Metric("gauge", "Images that wait for an expert", "expert"),

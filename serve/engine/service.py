@@ -129,7 +129,7 @@ class Service:
             )
         )
         self._observer: asyncio.Task[None] | None = None
-        self._pace = 0.0  # expert evaluations a second, lately
+        self.pace = 0.0  # expert evaluations a second, lately
         self._quotas = Quotas()
         self._running = set[AdmittedRequest]()
         self._switching = asyncio.Lock()
@@ -242,7 +242,7 @@ class Service:
     def _require_room(self, cost: int) -> None:
         pending, limit = self.pending, self.settings.serve.limits.pending
         if pending and pending + cost > limit:
-            wait_s = pending / self._pace if self._pace else 1.0
+            wait_s = pending / self.pace if self.pace else 1.0
             message = (
                 f"{pending} expert evaluations are pending, and {cost} more would exceed {limit}"
             )
@@ -286,19 +286,20 @@ class Service:
         with within("sample"):
             return model.plan(config, params.edit)
 
-    async def run(self, admitted: AdmittedRequest) -> None:
+    async def run(self, admitted: AdmittedRequest, deadline_s: float | None = None) -> None:
         """Sample the images of an admitted request. Cancelling takes them off the engine at once.
 
-        Raises `ServingError`; `TimeoutError` after `serve.limits.deadline_s`.
+        Raises `ServingError`; `TimeoutError` after `deadline_s`, None for
+        `serve.limits.deadline_s`.
         """
         started, cost, version = time.perf_counter(), admitted.request.cost, admitted.version
         version.admitted.discard(admitted)
         self._running.add(admitted)
         try:
-            async with asyncio.timeout(self.settings.serve.limits.deadline_s):
+            async with asyncio.timeout(deadline_s or self.settings.serve.limits.deadline_s):
                 await version.engine.run(admitted.request)
             pace = cost / (time.perf_counter() - started)
-            self._pace = max(pace, 0.9 * self._pace)
+            self.pace = max(pace, 0.9 * self.pace)
         finally:
             self._running.discard(admitted)
             self._count(admitted.request)

@@ -1,6 +1,5 @@
 """The HTTP API of a `Service`: images, errors in one shape, health, metrics, and the page."""
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,34 +13,25 @@ from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from ddm.errors import ConfigError, require
+from ddm.errors import ConfigError
 from serve.engine.expert import ServingError
 from serve.engine.metrics import Prometheus
-from serve.engine.service import BusyError, SamplingParams, Service
-from serve.http.middleware import HeadAsGet, error_body, key_of, shown
+from serve.engine.service import BusyError, Service
+from serve.http.jobs_api import NoResultError, add_jobs
+from serve.http.middleware import HeadAsGet, error_body, key_of
 from serve.http.openai_api import UnknownModelError, add_openai
 from serve.http.responses import (
-    LARGEST_SIDE,
-    MEDIA_TYPES,
     ClientGoneError,
     MissingError,
     failure,
-    file_of,
-    headers_of,
-    id_of,
-    json_of,
-    npz_of,
-    run_while_connected,
-    sheet_scale,
 )
-from serve.http.schemas import IMAGE_ERRORS, SECURED, SampleRequest, errors, fault
-from serve.http.streams import stream_samples
+from serve.http.samples import add_samples
+from serve.http.schemas import fault
 
 _PAGE = Path(__file__).parent / "page"
 _DOCS_FILES = "page/docs"
 _REVALIDATED = {"Cache-Control": "no-cache"}  # so that an upgrade never mixes old and new modules
-_IMAGE_PATHS = ("/v1/samples", "/v1/images/generations")
-_MEDIA_TYPES = ("image/png", "image/webp", "application/x-npz", "text/event-stream")
+_IMAGE_PATHS = ("/v1/samples", "/v1/images/generations", "/v1/jobs")
 
 
 def build_app(service: Service) -> FastAPI:
@@ -51,6 +41,7 @@ def build_app(service: Service) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
         yield
+        await jobs.stop()
         await service.stop()
 
     app = FastAPIOffline(
@@ -65,7 +56,8 @@ def build_app(service: Service) -> FastAPI:
     )
     app.add_middleware(HeadAsGet)
     _add_errors(app, service)
-    _add_samples(app, service)
+    add_samples(app, service)
+    jobs = add_jobs(app, service)
     add_openai(app, service)
     _add_health(app, service)
     app.mount("/page", _PageFiles(directory=_PAGE))
@@ -153,6 +145,10 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def not_there(request: Request, error: Exception) -> Response:
         return reply(request, 404, error_body("not_found", str(error)))
 
+    @app.exception_handler(NoResultError)
+    async def no_result(request: Request, error: Exception) -> Response:
+        return reply(request, 409, error_body("no_result", str(error)))
+
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: Exception) -> Response:
         assert isinstance(error, BusyError)
@@ -172,83 +168,6 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def gone(request: Request, error: Exception) -> Response:
         service.metrics.count("requests", status="499")
         return Response(status_code=499)  # nobody reads it
-
-
-def _add_samples(app: FastAPI, service: Service) -> None:
-    content: dict[str, Any] = {kind: {} for kind in _MEDIA_TYPES}
-
-    @app.post(
-        "/v1/samples",
-        responses={200: {"content": content}, **IMAGE_ERRORS},
-        dependencies=SECURED,
-    )
-    async def samples(request: Request, body: SampleRequest) -> Response:
-        """Sample images."""
-        _check_combination(body)
-        params = SamplingParams(
-            body.n,
-            body.seed,
-            body.first_index,
-            body.trace,
-            body.given(),
-            key_of(request.scope),
-            id_of(request),
-        )
-        if body.stream:
-            return stream_samples(service, params, body.preview_every)
-        scale = _scale(service, body)
-        admitted = service.admit(params)
-        await run_while_connected(service, admitted, request)
-        headers = headers_of(admitted)
-        if body.format == "npz":
-            content, media_type = await asyncio.to_thread(npz_of, admitted), "application/x-npz"
-        elif body.format == "b64_json":
-            content, media_type = await asyncio.to_thread(json_of, admitted), "application/json"
-        else:
-            content = await asyncio.to_thread(file_of, admitted, body.format, scale)
-            media_type = MEDIA_TYPES[body.format]
-            headers["ddm-scale"] = str(scale)
-        service.metrics.count("requests", status="200")
-        return Response(content, media_type=media_type, headers=headers)
-
-    @app.delete(
-        "/v1/requests/{request_id}",
-        status_code=204,
-        responses=errors(401, 404, 422),
-        dependencies=SECURED,
-    )
-    async def cancel(request: Request, request_id: str) -> Response:
-        """Cancel the request with this x-request-id: it ends with 409, and frees its experts."""
-        if not service.cancel(key_of(request.scope), request_id):
-            raise MissingError(f"no request {shown(request_id)} of this key is under way")
-        return Response(status_code=204)
-
-
-def _check_combination(body: SampleRequest) -> None:
-    """Refuse fields that would be ignored. Raises `ConfigError`."""
-    given = body.model_fields_set
-    is_file = body.format in ("png", "webp") and not body.stream
-    rules = (
-        ("format", body.stream, "be left out of a stream, whose images are PNGs"),
-        ("preview_every", not body.stream, "be left out unless stream is true"),
-        ("scale", not is_file and body.scale is not None, "be left out unless a png or webp comes"),
-    )
-    for field, refused, rule in rules:
-        require(not (refused and field in given), field, rule, getattr(body, field))
-    traceable = not (body.trace and is_file)
-    require(traceable, "trace", "have format npz or b64_json, or stream", body.format)
-
-
-def _scale(service: Service, body: SampleRequest) -> int:
-    """How many times each image is enlarged. Raises `ConfigError`."""
-    if service.current is None:
-        raise ServingError("no bundle is in service")
-    side = service.current.model.shape[-1]
-    if body.scale is None:
-        return sheet_scale(body.n, side)
-    most = max(1, LARGEST_SIDE // side)
-    require(body.scale <= most, "scale", f"be in [1, {most}] for images of {side} px", body.scale)
-    return body.scale
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

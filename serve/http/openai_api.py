@@ -23,7 +23,7 @@ from serve.engine.service import AdmittedRequest, SamplingParams, Service
 from serve.http.middleware import key_of, shown
 from serve.http.prompt import condition_of, in_words
 from serve.http.responses import b64, headers_of, id_of, images_of, run_while_connected
-from serve.http.schemas import IMAGE_ERRORS, SECURED, ImagesRequest, errors
+from serve.http.schemas import IMAGE_ERRORS, ImagesRequest, errors, secured_by
 from serve.http.streams import EventStream, StreamQueue, event, failed, steps_of
 from serve.model.model import Model
 from serve.model.params import CONTROL_VARIATES, SETTINGS
@@ -35,13 +35,14 @@ class UnknownModelError(Exception):
 
 def add_openai(app: FastAPI, service: Service) -> None:
     """Add these paths to the application."""
+    secured = secured_by(service.settings.serve)
 
-    @app.get("/v1/models", responses=errors(401, 503), dependencies=SECURED)
+    @app.get("/v1/models", responses=errors(401, 503), dependencies=secured)
     async def models() -> dict[str, Any]:
         """The one model that is served, its clusters, choices, limits and defaults."""
         return {"object": "list", "data": [_card(service)]}
 
-    @app.get("/v1/models/{model}", responses=errors(401, 404, 422, 503), dependencies=SECURED)
+    @app.get("/v1/models/{model}", responses=errors(401, 404, 422, 503), dependencies=secured)
     async def model(model: str) -> dict[str, Any]:
         """The model of that name."""
         _check_name(service, model)
@@ -50,7 +51,7 @@ def add_openai(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/images/generations",
         responses={200: {"content": {"text/event-stream": {}}}, **errors(404), **IMAGE_ERRORS},
-        dependencies=SECURED,
+        dependencies=secured,
     )
     async def generations(request: Request, body: ImagesRequest) -> Response:
         """Sample images, as the public `openai` client asks for them."""

@@ -8,8 +8,10 @@ from fastapi import Depends
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from serve.engine.jobs import JobStatus
 from serve.http.middleware import shown
 from serve.model.params import SETTINGS, rule
+from serve.settings import ServeConfig
 
 
 class _Settings(BaseModel):
@@ -105,6 +107,48 @@ class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
     ] = 1
 
 
+class JobRequest(SampleRequest):
+    """Images to be fetched later: as for `/v1/samples`, in one piece."""
+
+    webhook: Annotated[
+        str | None,
+        Field(description="an https URL that is told when the job has ended", max_length=2048),
+    ] = None
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    type: str
+    message: str
+
+
+class JobRecord(BaseModel):
+    """A job as its key sees it; times in seconds since the epoch."""
+
+    id: str
+    object: Literal["job"] = "job"
+    model: str
+    status: JobStatus
+    n: Annotated[int, Field(description="images asked for")]
+    images: Annotated[int, Field(description="images finished")]
+    nfe_left: Annotated[int, Field(description="about how many expert evaluations are to come")]
+    position: Annotated[int, Field(description="in the queue, from 1; 0 once it has started")]
+    estimate_s: Annotated[float | None, Field(description="to its end; null while unknown")]
+    created: float
+    started: float | None
+    ended: float | None
+    expires: Annotated[float | None, Field(description="when the job and its result are dropped")]
+    error: JobError | None
+
+
+class JobList(BaseModel):
+    """All jobs of a key, in order of arrival."""
+
+    object: Literal["list"] = "list"
+    data: list[JobRecord]
+
+
 class ImagesRequest(RequestSettings):  # type: ignore[misc, valid-type]
     """OpenAI's `images.generate`.
 
@@ -170,7 +214,7 @@ def _rule(field: Mapping[str, Any]) -> str:
 _OF_SAMPLING = {setting.name: rule(setting) for setting in SETTINGS}
 RULES = {
     name: _OF_SAMPLING.get(name) or _rule(field)
-    for kind in (SampleRequest, ImagesRequest)
+    for kind in (JobRequest, ImagesRequest)
     for name, field in kind.model_json_schema()["properties"].items()
 }
 
@@ -188,8 +232,11 @@ def fault(error: Mapping[str, Any]) -> tuple[str, str | None]:
     return f"{name} must {RULES[name]}, got {'none' if kind == 'missing' else value}", name
 
 
-# For /docs and generated clients: `LimitsMiddleware` has checked the token.
-SECURED = [Depends(HTTPBearer(auto_error=False, description="where the server asks for a token"))]
+def secured_by(serve: ServeConfig) -> list[Any]:
+    """The dependencies of paths that need a token, if any does, for /docs and generated clients;
+    `LimitsMiddleware` has checked it.
+    """
+    return [Depends(HTTPBearer(auto_error=False))] if serve.protected else []
 
 
 class ErrorDetail(BaseModel):
@@ -212,8 +259,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for code, what in {
         400: "not JSON, or without Content-Type: application/json",
         401: "no token, or a wrong one",
-        404: "no such model",
-        409: "the request was cancelled by its id",
+        404: "no such model, request or job",
+        409: "the request was cancelled by its id; the job has no result",
         408: "the body did not arrive in time",
         413: "the body is too large",
         422: "no JSON object, or a field that is unknown or out of its range",

@@ -256,7 +256,7 @@ def test_beyond_the_pending_cost_requests_are_turned_away_until_there_is_room_ev
             await asyncio.gather(*making)
             assert service.pending == 0
             await service.run(service.admit(SamplingParams(1)))
-            service._pace = 1e-9
+            service.pace = 1e-9
             orders = [service.admit(SamplingParams(10))]
             with pytest.raises(BusyError) as busy:
                 service.admit(SamplingParams(1))

@@ -77,7 +77,9 @@ def test_a_request_is_cancelled_by_its_id_and_by_its_key_alone(small_run: Path) 
     served(small_run, test)
 
 
-def test_the_docs_can_authenticate(small_run: Path) -> None:
+def test_the_docs_can_authenticate(small_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sesame")
+
     async def test(it: Served) -> None:
         await asyncio.sleep(0)
         tree = (await request(it.app, "/openapi.json")).json
@@ -86,7 +88,7 @@ def test_the_docs_can_authenticate(small_run: Path) -> None:
             for method in methods.values():
                 assert ("security" in method) == path.startswith("/v1/"), path
 
-    served(small_run, test)
+    served(small_run, test, f"serve.token_file={tmp_path / 'token'}")
 
 
 def test_each_token_of_a_server_passes(small_run: Path, tmp_path: Path, start: Start) -> None:
