@@ -25,7 +25,7 @@ from serve.http.responses import (
     MissingError,
     failure,
 )
-from serve.http.samples import add_samples
+from serve.http.samples_api import add_samples
 from serve.http.schemas import fault
 
 _PAGE = Path(__file__).parent / "page"

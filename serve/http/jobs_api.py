@@ -6,11 +6,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from ddm.errors import ConfigError, require
-from serve.engine.jobs import Error, Job, Jobs
+from serve.engine.job_queue import Error, Job, Jobs
 from serve.engine.service import Service
 from serve.http.middleware import key_of, shown
 from serve.http.responses import MissingError, failure
-from serve.http.samples import RESULT_TYPES, check_combination, encoder, params_of
+from serve.http.samples_api import RESULT_TYPES, check_combination, encoder, params_of
 from serve.http.schemas import (
     IMAGE_ERRORS,
     JobError,

@@ -8,7 +8,7 @@ from fastapi import Depends
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from serve.engine.jobs import JobStatus
+from serve.engine.job_queue import JobStatus
 from serve.http.middleware import shown
 from serve.model.params import SETTINGS, rule
 from serve.settings import ServeConfig

@@ -8,7 +8,7 @@ from fastapi.responses import Response
 
 from ddm.errors import require
 from serve.engine.expert import ServingError
-from serve.engine.jobs import Answer, Encode
+from serve.engine.job_queue import Answer, Encode
 from serve.engine.service import AdmittedRequest, SamplingParams, Service
 from serve.http.middleware import key_of, shown
 from serve.http.responses import (
