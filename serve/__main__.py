@@ -41,12 +41,13 @@ def _serve(words: list[str]) -> None:
     from serve.settings import settings
 
     runs = [word for word in words if "=" not in word]
-    if len(runs) != 1:
+    several = any(word.startswith("models") for word in words)
+    if len(runs) != 1 and not (several and not runs):
         raise ConfigError(
             "give the folder of one run or bundle, such as runs/digits, or demo, and key=value words; "
             f"got {' '.join(runs) or 'none'}"
         )
-    config = settings({"run": runs[0]}, [word for word in words if "=" in word])
+    config = settings({"run": runs[0]} if runs else {}, [word for word in words if "=" in word])
     if config.serve.placement == "ray":
         if config.serve.ray.address is None:
             # No other switch keeps the ports of a Ray that is started here on this machine. It is

@@ -49,7 +49,7 @@ from ddm.errors import ArtifactError, ConfigError, DdmError, require  # noqa: E4
 from serve.engine.expert import UnavailableError  # noqa: E402
 from serve.engine.local_expert import Runner  # noqa: E402
 from serve.engine.metrics import METRICS, Metrics  # noqa: E402
-from serve.engine.service import Service  # noqa: E402
+from serve.engine.models import Models  # noqa: E402
 from serve.engine.turn import Turn  # noqa: E402
 from serve.http.app import build_app  # noqa: E402
 from serve.http.local_server import listen  # noqa: E402
@@ -203,12 +203,12 @@ class Sampling:
                     found.append(RayExpert(k, experts[k], folder, model.version, calls, turn))
             return found
 
-        self.service = Service(self.settings, RayMetrics(), connect)
+        self.models = Models(self.settings, RayMetrics(), connect)
 
     def __serve_build_asgi_app__(self) -> Any:
         limits = self.settings.serve.limits
         return LimitsMiddleware(
-            build_app(self.service), self.settings.keys(), limits.body_bytes, limits.body_timeout_s
+            build_app(self.models), self.settings.keys(), limits.body_bytes, limits.body_timeout_s
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ class Sampling:
     async def _switch(self, user_config: Any) -> None:
         match user_config:
             case {"run": str(folder), **rest} if not rest:
-                await self.service.switch(folder)
+                await self.models.services[0].switch(folder)
             case _:
                 raise ConfigError(f"user_config must be {{run: FOLDER}}, got {user_config!r}")
 

@@ -110,6 +110,7 @@ class RayConfig:
     service_cpus: float = 1.0
 
 
+_NAME_RULE = "have 1 to 256 printable characters, and no /"
 _QUOTAS = ("requests", "images_per_minute", "nfe_per_minute")
 
 ServePrecision = Literal["float32", "bf16"]
@@ -129,6 +130,7 @@ class ServeConfig:
     device: a torch device, or auto: cuda if there is one, else cpu
     precision: of the experts' networks, float32 or bf16; the images under way are float32
     compile: compile the networks with torch.compile, once, before the server answers
+    models_MiB: weights of all models that are loaded at once, above 0; null for no limit
     max_batch: images per call of an expert, above 0
     max_active: images under way at once, above 0
     call_timeout_s: for one call of a remote expert, above 0
@@ -147,6 +149,7 @@ class ServeConfig:
     device: str = "auto"
     precision: ServePrecision = "float32"
     compile: bool = False
+    models_MiB: float | None = None  # noqa: N815
     max_batch: int = 64
     max_active: int = 256
     call_timeout_s: float = 30.0
@@ -174,16 +177,26 @@ class Settings:
     """A whole service.
 
     run: the folder of a run or of a bundle, or demo: the digits that come with the program
+    models: instead of run: several folders by the names of the models; the first is the default
     sample: the settings of sampling that requests leave out
     """
 
     run: str = ""
+    models: dict[str, str] = field(default_factory=dict)
     serve: ServeConfig = field(default_factory=ServeConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def check(self) -> None:
         """Raise `ConfigError` naming the first key whose value makes no sense."""
-        require(bool(self.run), "run", "be the folder of a run or of a bundle", self.run)
+        if self.models:
+            require(not self.run, "run", "be left out where models are given", self.run)
+            require(self.serve.name is None, "serve.name", "be left out then", self.serve.name)
+            local = self.serve.placement == "local"
+            require(local, "serve.placement", "be local for several models", "ray")
+            for name in self.models:
+                require(_is_name(name), "models", _NAME_RULE, name)
+        else:
+            require(bool(self.run), "run", "be the folder of a run or of a bundle", self.run)
         self.sample.check()
         with within("serve"):
             _check_serve(self.serve)
@@ -192,6 +205,8 @@ class Settings:
         """The model's name in the API: `serve.name`, or the run folder's as it was given."""
         if self.serve.name is not None:
             return self.serve.name
+        if self.models:
+            return next(iter(self.models))
         # Follows no link, since its target may change.
         folder = Path(os.path.abspath(self.run))  # noqa: PTH100
         if folder.name == "bundle" and folder.parent.name:
@@ -245,9 +260,9 @@ def _check_serve(serve: ServeConfig) -> None:
     require(0 <= serve.port < 65536, "port", "be in [0, 65535]", serve.port)
     _check_positive(serve, "max_batch", "max_active", "call_timeout_s", "retry_s")
     require(0 <= serve.drain_s < math.inf, "drain_s", "be at least 0", serve.drain_s)
-    name = serve.name
-    named = name is None or (0 < len(name) <= 256 and name.isprintable() and "/" not in name)
-    require(named, "name", "have 1 to 256 printable characters, and no /", name)
+    require(serve.name is None or _is_name(serve.name), "name", _NAME_RULE, serve.name)
+    room = serve.models_MiB is None or serve.models_MiB > 0
+    require(room, "models_MiB", "be above 0", serve.models_MiB)
     require("default" not in serve.keys, "keys", "not be named default", "default")
     for key, config in serve.keys.items():
         with within(f"keys.{key}"):
@@ -288,6 +303,10 @@ def _check_positive(
     for key in keys:
         value = getattr(config, key)
         require(value > 0, key, "be above 0", value)
+
+
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= 256 and name.isprintable() and "/" not in name
 
 
 def _is_loopback(host: str) -> bool:

@@ -83,9 +83,10 @@ def local_experts(
     turn: Turn,
     precision: ServePrecision = "float32",
     compiled: bool = False,
+    prefix: str = "",
 ) -> list[LocalExpert]:
-    """All experts of a model, in this process."""
+    """All experts of a model, in this process; prefix: of their names."""
     runners = [Runner(expert, model.device, precision, compiled) for expert in model.experts]
     for runner in runners:
         runner.warm_up(model.shape)
-    return [LocalExpert(f"expert-{k:02d}", run, turn) for k, run in enumerate(runners)]
+    return [LocalExpert(f"{prefix}expert-{k:02d}", run, turn) for k, run in enumerate(runners)]

@@ -54,7 +54,7 @@ class Engine:
     on a GPU. call_timeout_s: after which a call counts as lost, None for never.
     retry_s: after how long without an answer an expert counts as away; then requests that need
     it end with `ExpertAwayError` (`degraded="fail"`), or alpha is renormalized over the others
-    (`"renormalize"`) until it is back.
+    (`"renormalize"`) until it is back. shares: with other engines that have the same turn.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Engine:
         retry_s: float = 60.0,
         degraded: Literal["fail", "renormalize"] = "fail",
         metrics: Metrics | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.experts, self.turn = experts, turn
         self.max_batch, self.call_timeout_s = max_batch, call_timeout_s
@@ -79,9 +80,9 @@ class Engine:
         self._cost = 0.0  # of what they have left
         self._admission = Admission(max_active)
         self._available = [Availability(expert, retry_s, call_timeout_s) for expert in experts]
-        self._shares = Shares(credit=float(self.quantum))
-        self._ready = FairQueue(self._shares)  # to be moved and routed
-        self._queues = [FairQueue(self._shares) for _ in experts]
+        self.shares = shares or Shares(credit=float(self.quantum))
+        self._ready = FairQueue(self.shares)  # to be moved and routed
+        self._queues = [FairQueue(self.shares) for _ in experts]
         self._admitting = False
         self._workers: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -126,7 +127,7 @@ class Engine:
             raise ServingError("the server is stopping")
         self.requests[request] = None
         self._cost += request.cost
-        self._shares.enter(request.flow)
+        self.shares.enter(request.flow)
         self._admission.add(request)
         self._admit_soon()
         try:
@@ -137,7 +138,7 @@ class Engine:
             self._admission.remove(request)
             if len(request.images) < len(request.index):
                 self._remove(lambda state: state.request is request)
-            self._shares.leave(request.flow)
+            self.shares.leave(request.flow)
             self._admit_soon()  # there is room for others
 
     def _start_worker(self, work: Callable[..., Coroutine[Any, Any, None]], *args: int) -> None:
@@ -300,7 +301,7 @@ class Engine:
             self.max_batch, self.quantum, self.parallel, alone=lambda state: k in state.failures
         )
         for state in states:
-            self._shares.charge(state.request.flow, state.request.evaluations)
+            self.shares.charge(state.request.flow, state.request.evaluations)
         return [(state, state.attempt) for state in states]
 
     async def _call(self, k: int, states: list[ImageState]) -> Tensor:

@@ -23,7 +23,7 @@ from serve.engine.local_expert import local_experts
 from serve.engine.metrics import Metrics
 from serve.engine.quotas import Quotas
 from serve.engine.scheduler import Engine
-from serve.engine.shares import ANYONE, Key
+from serve.engine.shares import ANYONE, Key, Shares
 from serve.engine.state import OnStep, Request
 from serve.engine.turn import Turn
 from serve.model.edits import Edit
@@ -69,6 +69,16 @@ class SamplingParams:
     edit: Edit | None = None
 
 
+@dataclass
+class Shared:
+    """What the services of a server have in common: the device, and who may ask for how much."""
+
+    turn: Turn = field(default_factory=Turn)
+    shares: Shares | None = None  # those of the first engine
+    quotas: Quotas = field(default_factory=Quotas)
+    services: "list[Service]" = field(default_factory=list)  # that have started
+
+
 @dataclass(eq=False)
 class Version:
     """A bundle in service, and the requests that were admitted to it and do not run yet.
@@ -109,28 +119,33 @@ class AdmittedRequest:
 class Service:
     """Answers requests for images. `start` and `stop` it on one event loop.
 
-    `__init__` loads the bundle. Raises `DdmError` naming what is wrong with it, or with the
+    `__init__` loads the bundle. shared: with the other services of this server. prefix: of the
+    names of local experts. Raises `DdmError` naming what is wrong with the bundle, or with the
     settings for it.
     """
 
     def __init__(
-        self, settings: Settings, metrics: Metrics, connect: Connect | None = None
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        connect: Connect | None = None,
+        shared: Shared | None = None,
+        prefix: str = "",
     ) -> None:
+        self.shared = shared or Shared()
         self.settings, self.metrics = settings, metrics
         self.name = settings.name()
         self.current: Version | None = None
         self.versions: list[Version] = []
         self.draining = False
-        self.began_s = int(time.time())
         self._remote = connect is not None
         self._connect = connect or (
             lambda model, folder, turn: local_experts(
-                model, turn, settings.serve.precision, settings.serve.compile
+                model, turn, settings.serve.precision, settings.serve.compile, prefix
             )
         )
         self._observer: asyncio.Task[None] | None = None
         self.pace = 0.0  # expert evaluations a second, lately
-        self._quotas = Quotas()
         self._running = set[AdmittedRequest]()
         self._switching = asyncio.Lock()
         # Loaded, until `start`.
@@ -139,13 +154,20 @@ class Service:
     @property
     def pending(self) -> int:
         """Expert evaluations that are accepted and not done."""
-        waiting = sum(each.request.cost for version in self.versions for each in version.admitted)
-        return round(waiting) + sum(version.engine.cost for version in self.versions)
+        versions = [version for each in self.shared.services for version in each.versions]
+        waiting = sum(each.request.cost for version in versions for each in version.admitted)
+        return round(waiting) + sum(version.engine.cost for version in versions)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are under way."""
+        return any(version.admitted or version.engine.requests for version in self.versions)
 
     async def start(self) -> None:
         """Start the engine."""
         assert self._first is not None
         first, self._first = self._first, None
+        self.shared.services.append(self)
         self._begin(*first)
         self._observer = asyncio.create_task(self._observe())
 
@@ -172,7 +194,7 @@ class Service:
 
     def _begin(self, model: Model, folder: Path) -> None:
         """Make a loaded bundle the current version."""
-        serve, turn = self.settings.serve, Turn(1)
+        serve, turn = self.settings.serve, self.shared.turn
         engine = Engine(
             self._connect(model, folder, turn),
             turn,
@@ -184,7 +206,9 @@ class Service:
             retry_s=serve.retry_s,
             degraded=serve.degraded,
             metrics=self.metrics,
+            shares=self.shared.shares,
         )
+        self.shared.shares = engine.shares
         engine.start()
         self.current = Version(model, folder, engine)
         self.versions.append(self.current)
@@ -198,6 +222,8 @@ class Service:
         """End every engine; requests under way end with an error."""
         if self._observer is not None:
             self._observer.cancel()
+        if self in self.shared.services:
+            self.shared.services.remove(self)
         versions, self.versions, self.current = self.versions, [], None
         for version in versions:
             await version.engine.close()
@@ -251,17 +277,18 @@ class Service:
     def _require_quota(self, request: Request) -> None:
         key, n = request.key, len(request.index)
         if key.requests is not None:
-            mine = sum(each.key == key for each in self._under_way())
+            services = self.shared.services
+            mine = sum(each.key == key for service in services for each in service.under_way())
             if mine >= key.requests:
                 message = f"{mine} requests of this key are pending, and it may have {key.requests}"
                 raise BusyError(message, 1)
-        wait_s = self._quotas.wait_s(key, n, request.cost)
+        wait_s = self.shared.quotas.wait_s(key, n, request.cost)
         if wait_s > 0:
             message = f"this key has used its quota; {n} more images fit in {wait_s:.0f} s"
             raise BusyError(message, math.ceil(wait_s))
-        self._quotas.use(key, n, request.cost)
+        self.shared.quotas.use(key, n, request.cost)
 
-    def _under_way(self) -> Iterator[Request]:
+    def under_way(self) -> Iterator[Request]:
         """The requests that were accepted and are not done."""
         for version in self.versions:
             yield from (each.request for each in version.admitted)
@@ -330,7 +357,8 @@ class Service:
     def observe(self) -> None:
         """Set the gauges."""
         self.metrics.gauge("pending_cost", self.pending)
-        active = sum(len(version.engine.requests) for version in self.versions)
+        versions = [version for each in self.shared.services for version in each.versions]
+        active = sum(len(version.engine.requests) for version in versions)
         self.metrics.gauge("active_requests", active)
         if self.current is not None:
             engine = self.current.engine

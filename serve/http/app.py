@@ -1,4 +1,4 @@
-"""The HTTP API of a `Service`: images, errors in one shape, health, metrics, and the page."""
+"""The HTTP API of `Models`: images, errors in one shape, health, metrics, and the page."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -16,10 +16,11 @@ from starlette.exceptions import HTTPException
 from ddm.errors import ConfigError
 from serve.engine.expert import ServingError
 from serve.engine.metrics import Prometheus
-from serve.engine.service import BusyError, Service
+from serve.engine.models import Models, UnknownModelError
+from serve.engine.service import BusyError
 from serve.http.jobs_api import NoResultError, add_jobs
-from serve.http.middleware import HeadAsGet, error_body, key_of
-from serve.http.openai_api import UnknownModelError, add_openai
+from serve.http.middleware import HeadAsGet, error_body, key_of, shown
+from serve.http.openai_api import add_openai
 from serve.http.responses import (
     ClientGoneError,
     MissingError,
@@ -34,15 +35,15 @@ _REVALIDATED = {"Cache-Control": "no-cache"}  # so that an upgrade never mixes o
 _IMAGE_PATHS = ("/v1/samples", "/v1/images/generations", "/v1/jobs")
 
 
-def build_app(service: Service) -> FastAPI:
-    """The application. The service starts and stops with it."""
+def build_app(models: Models) -> FastAPI:
+    """The application. The models start and stop with it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.start()
+        await models.start()
         yield
         await jobs.stop()
-        await service.stop()
+        await models.stop()
 
     app = FastAPIOffline(
         docs_url=None,
@@ -55,11 +56,11 @@ def build_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(HeadAsGet)
-    _add_errors(app, service)
-    add_samples(app, service)
-    jobs = add_jobs(app, service)
-    add_openai(app, service)
-    _add_health(app, service)
+    _add_errors(app, models)
+    add_samples(app, models)
+    jobs = add_jobs(app, models)
+    add_openai(app, models)
+    _add_health(app, models)
     app.mount("/page", _PageFiles(directory=_PAGE))
 
     @app.get("/", include_in_schema=False)
@@ -88,16 +89,16 @@ class _PageFiles(StaticFiles):
         return response
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
+def _add_errors(app: FastAPI, models: Models) -> None:
     def reply(
         request: Request,
         status: int,
         body: dict[str, Any],
         headers: Mapping[str, str] | None = None,
     ) -> Response:
-        service.metrics.count("rejections", reason=body["error"]["type"])
+        models.metrics.count("rejections", reason=body["error"]["type"])
         if request.url.path in _IMAGE_PATHS:
-            service.metrics.count("requests", status=str(status))
+            models.metrics.count("requests", status=str(status))
         return JSONResponse(body, status, headers)
 
     @app.exception_handler(RequestValidationError)
@@ -139,7 +140,10 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(UnknownModelError)
     async def missing(request: Request, error: Exception) -> Response:
-        return reply(request, 404, error_body("model_not_found", str(error), "model"))
+        names = [repr(name) for name in models.names]
+        known = names[0] if len(names) == 1 else f"one of {', '.join(names)}"
+        message = f"model must be {known}, got {shown(error.args[0])}"
+        return reply(request, 404, error_body("model_not_found", message, "model"))
 
     @app.exception_handler(MissingError)
     async def not_there(request: Request, error: Exception) -> Response:
@@ -152,7 +156,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: Exception) -> Response:
         assert isinstance(error, BusyError)
-        service.metrics.count("key_rejections", key=key_of(request.scope).name)
+        models.metrics.count("key_rejections", key=key_of(request.scope).name)
         return reply(
             request, 429, error_body("busy", str(error)), {"Retry-After": str(error.retry_after_s)}
         )
@@ -161,16 +165,16 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(TimeoutError)
     @app.exception_handler(Exception)
     async def unserved(request: Request, error: Exception) -> Response:
-        status, body = failure(service, error)
+        status, body = failure(models.settings, error)
         return reply(request, status, body, {"Retry-After": "5"} if status == 503 else None)
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: Exception) -> Response:
-        service.metrics.count("requests", status="499")
+        models.metrics.count("requests", status="499")
         return Response(status_code=499)  # nobody reads it
 
 
-def _add_health(app: FastAPI, service: Service) -> None:
+def _add_health(app: FastAPI, models: Models) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Answers as long as the process lives."""
@@ -179,28 +183,37 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/readyz", responses={503: {"description": "no bundle, or an expert is away"}})
     async def readyz() -> JSONResponse:
         """Whether images can be sampled, and the state of each expert."""
-        if service.current is None or service.draining:
-            status = "stopping" if service.draining else "starting"
+        versions = {each.name: each.current for each in models.services if each.current}
+        if not versions or models.draining:
+            status = "stopping" if models.draining else "starting"
             return JSONResponse({"status": status, "experts": {}}, 503)
-        engine = service.current.engine
+        engines = [version.engine for version in versions.values()]
         states = {
             expert.name: "ready" if alive else "away"
+            for engine in engines
             for expert, alive in zip(engine.experts, engine.alive, strict=True)
         }
-        able = all(engine.alive) or (engine.degraded == "renormalize" and any(engine.alive))
-        status = "ready" if all(engine.alive) else "degraded" if able else "unavailable"
+        whole = all(all(engine.alive) for engine in engines)
+        able = all(
+            all(engine.alive) or (engine.degraded == "renormalize" and any(engine.alive))
+            for engine in engines
+        )
+        status = "ready" if whole else "degraded" if able else "unavailable"
+        first = next(iter(versions.values())).model.version
+        loaded = {name: version.model.version for name, version in versions.items()}
+        of_models = {"models": loaded} if len(models.names) > 1 else {"version": first}
         return JSONResponse(
-            {"status": status, "version": service.current.model.version, "experts": states},
-            200 if able else 503,
+            {"status": status, **of_models, "experts": states}, 200 if able else 503
         )
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        service.observe()
-        if not isinstance(service.metrics, Prometheus):
+        for service in models.services:
+            service.observe()
+        if not isinstance(models.metrics, Prometheus):
             return Response("# scraped from Ray's own metrics port\n", media_type="text/plain")
         return Response(
-            service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+            models.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
 

@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from ddm.errors import ConfigError, require
 from serve.engine.job_queue import Error, Job, Jobs
-from serve.engine.service import Service
+from serve.engine.models import Models
 from serve.http.middleware import key_of, shown
 from serve.http.responses import MissingError, failure
 from serve.http.samples_api import RESULT_TYPES, check_combination, encoder, params_of
@@ -34,15 +34,15 @@ class NoResultError(Exception):
     """A job has no result, and will have none or not yet."""
 
 
-def add_jobs(app: FastAPI, service: Service) -> Jobs:
+def add_jobs(app: FastAPI, models: Models) -> Jobs:
     """Add these paths to the application; `stop` what is returned at the end."""
-    secured = secured_by(service.settings.serve)
-    config, secret = service.settings.serve.jobs, service.settings.webhook_secret()
+    secured = secured_by(models.settings.serve)
+    config, secret = models.settings.serve.jobs, models.settings.webhook_secret()
 
     def explain(error: Exception) -> Error:
         if isinstance(error, ConfigError):
             return Error("invalid_value", str(error))
-        detail = failure(service, error)[1]["error"]
+        detail = failure(models.settings, error)[1]["error"]
         return Error(detail["type"], detail["message"])
 
     async def on_end(job: Job) -> None:
@@ -50,8 +50,8 @@ def add_jobs(app: FastAPI, service: Service) -> Jobs:
             body = record(job).model_dump_json().encode()
             await deliver(job.webhook, secret, job.id, body)
 
-    jobs = Jobs(config, service.metrics, explain, on_end)
-    if service.settings.serve.placement == "ray" and service.settings.serve.ray.services > 1:
+    jobs = Jobs(config, models.metrics, explain, on_end)
+    if models.settings.serve.placement == "ray" and models.settings.serve.ray.services > 1:
         return jobs  # the next request might reach another service, which does not know the job
 
     def record(job: Job) -> JobRecord:
@@ -71,12 +71,6 @@ def add_jobs(app: FastAPI, service: Service) -> Jobs:
             expires=None if job.ended_s is None else job.ended_s + config.keep_s,
             error=job.error and JobError(type=job.error.kind, message=job.error.message),
         )
-
-    def find(request: Request, job_id: str) -> Job:
-        job = jobs.find(key_of(request.scope), job_id)
-        if job is None:
-            raise MissingError(f"there is no job {shown(job_id)}, or not any more")
-        return job
 
     @app.post(
         "/v1/jobs",
@@ -98,6 +92,7 @@ def add_jobs(app: FastAPI, service: Service) -> Jobs:
                 response.status_code = 200
                 return record(before)
         jobs.require_room()
+        service = await models.get(body.model)
         params = params_of(body, request)
         encode = encoder(service, body)
         admitted = service.admit(params)
@@ -114,7 +109,7 @@ def add_jobs(app: FastAPI, service: Service) -> Jobs:
     @app.get("/v1/jobs/{job_id}", responses=errors(401, 404, 422), dependencies=secured)
     async def status(request: Request, job_id: str) -> JobRecord:
         """What has become of a job."""
-        return record(find(request, job_id))
+        return record(_find(jobs, request, job_id))
 
     @app.get(
         "/v1/jobs/{job_id}/result",
@@ -127,7 +122,7 @@ def add_jobs(app: FastAPI, service: Service) -> Jobs:
     )
     async def result(request: Request, job_id: str) -> Response:
         """The images of a job that is done, as often as asked for."""
-        job = find(request, job_id)
+        job = _find(jobs, request, job_id)
         if job.answer is None:
             raise NoResultError(f"the job is {job.status}, and has no result")
         content, media_type, headers = job.answer
@@ -136,11 +131,19 @@ def add_jobs(app: FastAPI, service: Service) -> Jobs:
     @app.delete("/v1/jobs/{job_id}", responses=errors(401, 404, 422), dependencies=secured)
     async def cancel(request: Request, job_id: str) -> JobRecord:
         """Cancel a job, which frees its experts; drop one that has ended, with its result."""
-        job = find(request, job_id)
+        job = _find(jobs, request, job_id)
         jobs.cancel(job)
         return record(job)
 
     return jobs
+
+
+def _find(jobs: Jobs, request: Request, job_id: str) -> Job:
+    """A job of the key that asks. Raises `MissingError`."""
+    job = jobs.find(key_of(request.scope), job_id)
+    if job is None:
+        raise MissingError(f"there is no job {shown(job_id)}, or not any more")
+    return job
 
 
 def _name(request: Request, body: JobRequest) -> tuple[str, str] | None:

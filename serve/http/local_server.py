@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ddm.errors import ConfigError, DdmError
 from serve.engine.metrics import Prometheus
-from serve.engine.service import Service
+from serve.engine.models import Models
 from serve.http.app import build_app
 from serve.http.middleware import LimitsMiddleware
 from serve.settings import LimitsConfig, Settings
@@ -43,10 +43,10 @@ def serve_here(config: Settings) -> None:
         # A core for the event loop: it and the arithmetic would keep interrupting each other.
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     with listen(serve.host, serve.port) as listener:
-        service = Service(config, metrics)
+        models = Models(config, metrics)
         gc.freeze()  # the model stays: collections need not look at it again
         app = LimitsMiddleware(
-            build_app(service),
+            build_app(models),
             keys,
             serve.limits.body_bytes,
             serve.limits.body_timeout_s,
@@ -65,7 +65,7 @@ def serve_here(config: Settings) -> None:
             timeout_keep_alive=serve.limits.keep_alive_s,  # type: ignore[arg-type]
             timeout_graceful_shutdown=_END_S,
         )
-        Server(service, server).run([listener])
+        Server(models, server).run([listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -194,10 +194,10 @@ class Server(uvicorn.Server):
     The second: the end.
     """
 
-    def __init__(self, service: Service, config: uvicorn.Config) -> None:
+    def __init__(self, models: Models, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self.service = service
-        self.drain_s = service.settings.serve.drain_s
+        self.models = models
+        self.drain_s = models.settings.serve.drain_s
         self._drain_until: float | None = None
         self._reloads: set[asyncio.Task[None]] = set()
 
@@ -219,7 +219,7 @@ class Server(uvicorn.Server):
         self._captured_signals.append(sig)  # uvicorn raises them again at the end
         if self._drain_until is None:
             self._drain_until = time.monotonic() + self.drain_s
-            self.service.drain()
+            self.models.drain()
         else:
             self.should_exit = self.force_exit = True
 
@@ -231,7 +231,7 @@ class Server(uvicorn.Server):
         return leave or not self.server_state.tasks or time.monotonic() >= self._drain_until
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.service.stop()  # requests under way end with an error
+        await self.models.stop()  # requests under way end with an error
         await super().shutdown(sockets)
 
     def _start_reload(self) -> None:
@@ -241,6 +241,6 @@ class Server(uvicorn.Server):
 
     async def _reload(self) -> None:
         try:
-            await self.service.switch(self.service.settings.run)
+            await self.models.reload()
         except (DdmError, OSError) as error:
             log.error("the old weights stay: %s", error)

@@ -19,6 +19,7 @@ from ddm.samplers import SAMPLERS
 from router.policies import POLICIES
 from router.sources import SOURCES
 from serve.engine.expert import ServingError
+from serve.engine.models import Models
 from serve.engine.service import AdmittedRequest, SamplingParams, Service
 from serve.http.middleware import key_of, shown
 from serve.http.prompt import condition_of, in_words
@@ -29,34 +30,29 @@ from serve.model.model import Model
 from serve.model.params import CONTROL_VARIATES, SETTINGS
 
 
-class UnknownModelError(Exception):
-    """A model of that name is not served here."""
-
-
-def add_openai(app: FastAPI, service: Service) -> None:
+def add_openai(app: FastAPI, models: Models) -> None:
     """Add these paths to the application."""
-    secured = secured_by(service.settings.serve)
+    secured = secured_by(models.settings.serve)
 
     @app.get("/v1/models", responses=errors(401, 503), dependencies=secured)
-    async def models() -> dict[str, Any]:
-        """The one model that is served, its clusters, choices, limits and defaults."""
-        return {"object": "list", "data": [_card(service)]}
+    async def listed() -> dict[str, Any]:
+        """The models, and of those that are loaded their clusters, choices, limits and defaults."""
+        return {"object": "list", "data": [_card(models, name) for name in models.names]}
 
-    @app.get("/v1/models/{model}", responses=errors(401, 404, 422, 503), dependencies=secured)
+    @app.get("/v1/models/{model}", responses=errors(401, 404, 422, 429, 503), dependencies=secured)
     async def model(model: str) -> dict[str, Any]:
-        """The model of that name."""
-        _check_name(service, model)
-        return _card(service)
+        """The model of that name, which is loaded if it is not."""
+        await models.get(model)
+        return _card(models, model)
 
     @app.post(
         "/v1/images/generations",
-        responses={200: {"content": {"text/event-stream": {}}}, **errors(404), **IMAGE_ERRORS},
+        responses={200: {"content": {"text/event-stream": {}}}, **IMAGE_ERRORS},
         dependencies=secured,
     )
     async def generations(request: Request, body: ImagesRequest) -> Response:
         """Sample images, as the public `openai` client asks for them."""
-        if body.model is not None:
-            _check_name(service, body.model)
+        service = await models.get(body.model)
         if service.current is None:
             raise ServingError("no bundle is in service")
         model = service.current.model
@@ -173,20 +169,17 @@ def _usage(admitted: AdmittedRequest) -> dict[str, Any]:
     }
 
 
-def _check_name(service: Service, name: str) -> None:
-    if name != service.name:
-        raise UnknownModelError(f"model must be {service.name!r}, got {shown(name)}")
-
-
-def _card(service: Service) -> dict[str, Any]:
+def _card(models: Models, name: str) -> dict[str, Any]:
+    facts = {"id": name, "object": "model", "created": models.began_s, "owned_by": "ddm"}
+    service = models.loaded(name)
+    if service is None:
+        return {**facts, "loaded": False}
     if service.current is None:
         raise ServingError("no bundle is in service")
     model, limits = service.current.model, service.settings.serve.limits
     return {
-        "id": service.name,
-        "object": "model",
-        "created": service.began_s,
-        "owned_by": "ddm",
+        **facts,
+        "loaded": True,
         "version": model.version,
         "shape": list(model.shape),
         "clusters": model.names,

@@ -20,6 +20,7 @@ from serve.engine.expert import CancelledRequestError, ServingError
 from serve.engine.service import AdmittedRequest, Service
 from serve.http.middleware import error_body
 from serve.model.images import contact_sheet, encoded, to_uint8
+from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -166,11 +167,11 @@ def json_of(admitted: AdmittedRequest) -> bytes:
     return json.dumps(answer).encode()
 
 
-def failure(service: Service, error: Exception) -> tuple[int, dict[str, Any]]:
+def failure(settings: Settings, error: Exception) -> tuple[int, dict[str, Any]]:
     """The status and the body of an error that is not the request's fault."""
     match error:
         case TimeoutError():
-            deadline_s = service.settings.serve.limits.deadline_s
+            deadline_s = settings.serve.limits.deadline_s
             return 504, error_body("deadline", f"not done within {deadline_s:g} s")
         case CancelledRequestError():
             return 409, error_body("cancelled", str(error))

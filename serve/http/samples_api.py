@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from ddm.errors import require
 from serve.engine.expert import ServingError
 from serve.engine.job_queue import Answer, Encode
+from serve.engine.models import Models
 from serve.engine.service import AdmittedRequest, SamplingParams, Service
 from serve.http.middleware import key_of, shown
 from serve.http.responses import (
@@ -29,9 +30,9 @@ from serve.http.streams import stream_samples
 RESULT_TYPES = ("image/png", "image/webp", "application/x-npz", "application/json")
 
 
-def add_samples(app: FastAPI, service: Service) -> None:
+def add_samples(app: FastAPI, models: Models) -> None:
     """Add these paths to the application."""
-    secured = secured_by(service.settings.serve)
+    secured = secured_by(models.settings.serve)
     content: dict[str, Any] = {kind: {} for kind in (*RESULT_TYPES, "text/event-stream")}
 
     @app.post(
@@ -42,6 +43,7 @@ def add_samples(app: FastAPI, service: Service) -> None:
     async def samples(request: Request, body: SampleRequest) -> Response:
         """Sample images."""
         check_combination(body)
+        service = await models.get(body.model)
         params = params_of(body, request)
         if body.stream:
             return stream_samples(service, params, body.preview_every)
@@ -60,7 +62,9 @@ def add_samples(app: FastAPI, service: Service) -> None:
     )
     async def cancel(request: Request, request_id: str) -> Response:
         """Cancel the request with this x-request-id: it ends with 409, and frees its experts."""
-        if not service.cancel(key_of(request.scope), request_id):
+        key = key_of(request.scope)
+        found = [service.cancel(key, request_id) for service in models.services]
+        if True not in found:
             raise MissingError(f"no request {shown(request_id)} of this key is under way")
         return Response(status_code=204)
 

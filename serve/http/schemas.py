@@ -63,6 +63,9 @@ class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
     Image i is the same whatever its company.
     """
 
+    model: Annotated[
+        str | None, Field(max_length=256, description="a model's name; none: the first")
+    ] = None
     n: Annotated[int, Field(ge=1, description="how many images")] = 1
     seed: Annotated[
         int | None,
@@ -276,4 +279,4 @@ def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: ERRORS[code] for code in codes}
 
 
-IMAGE_ERRORS = errors(400, 401, 408, 409, 413, 422, 429, 503, 504)
+IMAGE_ERRORS = errors(400, 401, 404, 408, 409, 413, 422, 429, 503, 504)

@@ -15,10 +15,13 @@ export class ApiError extends Error {
   }
 }
 
-export async function fetchModel() {
+/** The model of that name, or the first, which the server loads if need be; and the names of all. */
+export async function fetchModel(name) {
   const response = await send("v1/models");
   const { data } = await response.json();
-  return data[0];
+  let model = data.find(({ id }) => id === name) ?? data[0];
+  if (!model.loaded) model = await (await send(`v1/models/${encodeURIComponent(model.id)}`)).json();
+  return { model, names: data.map(({ id }) => id) };
 }
 
 /** Yield the events of a streamed request for samples, `[name, data]` each. */

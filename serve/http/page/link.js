@@ -28,6 +28,7 @@ function link() {
   const query = new URLSearchParams(run.settings);
   for (const name of run.clusters ?? []) query.append("clusters", name);
   query.set("version", shortVersion(run.version));
+  if (state.names.length > 1) query.set("model", state.model.id);
   if (run.selected > 0) query.set("image", run.selected);
   if (run.step !== null && run.step < run.steps) query.set("at", run.step);
   return `${location.pathname}?${query}`;
@@ -44,6 +45,6 @@ export function readAddress() {
   updateForm();
 }
 
-function settingsOf({ clusters, condition, version, image, at, ...settings }) {
+function settingsOf({ clusters, condition, version, model, image, at, ...settings }) {
   return settings;
 }

@@ -15,8 +15,10 @@ import { state } from "./state.js";
 async function start() {
   try {
     clearErrors();
-    state.model = await fetchModel();
-    showModel(state.model);
+    const { model, names } = await fetchModel(new URLSearchParams(location.search).get("model"));
+    Object.assign(state, { model, names });
+    showModel(model);
+    showOthers(names.filter((name) => name !== model.id));
     setUpForm(state.model);
     hideGate();
     form.hidden = false;
@@ -34,6 +36,19 @@ function showModel({ id, clusters, shape: [channels, height, width], version }) 
   setText("model", `${id}: ${plural(clusters.length, "expert")}, ${kind}, version ${shortVersion(version)}`);
   document.documentElement.style.setProperty("--tile", width < 32 ? "5.5rem" : "7.5rem");
   $("large").style.aspectRatio = `${width} / ${height}`;
+}
+
+/** Links to the other models of this server. */
+function showOthers(names) {
+  $("models").replaceChildren(
+    ...names.map((name) => {
+      const link = document.createElement("a");
+      link.href = `?${new URLSearchParams({ model: name })}`;
+      link.textContent = name;
+      return link;
+    }),
+  );
+  $("models").hidden = names.length === 0;
 }
 
 listen();

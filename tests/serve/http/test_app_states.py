@@ -12,7 +12,7 @@ from torch import Tensor
 
 from serve.engine.expert import UnavailableError
 from serve.engine.metrics import Prometheus
-from serve.engine.service import Service
+from serve.engine.models import Models
 from serve.engine.turn import Turn
 from serve.http.app import build_app
 from serve.settings import settings
@@ -48,8 +48,9 @@ class Served:
         self.gates = [Gate(k) for k in range(3)]
         self.metrics = Prometheus()
         tree = settings({"run": str(run)}, ["sample.steps=4", *words])
-        self.service = Service(tree, self.metrics, lambda *_: self.gates)
-        self.app = build_app(self.service)
+        self.models = Models(tree, self.metrics, lambda *_: self.gates)
+        (self.service,) = self.models.services
+        self.app = build_app(self.models)
 
     def open(self, error: Exception | None = None) -> None:
         for gate in self.gates:
@@ -75,11 +76,11 @@ class Served:
 def served(run: Path, test: Callable[[Served], Any], *words: str) -> None:
     async def whole() -> None:
         found = Served(run, *words)
-        await found.service.start()
+        await found.models.start()
         try:
             await test(found)
         finally:
-            await found.service.stop()
+            await found.models.stop()
 
     asyncio.run(whole())
 

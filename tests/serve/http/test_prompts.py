@@ -12,7 +12,7 @@ from ddm.condition import Vocabulary
 from ddm.errors import ConfigError
 from serve import Model, load
 from serve.engine.metrics import Prometheus
-from serve.engine.service import Service
+from serve.engine.models import Models
 from serve.http.app import build_app
 from serve.http.prompt import condition_of, in_words
 from serve.settings import settings
@@ -80,7 +80,7 @@ def model(small_labels_run: Path) -> Model:
 def answers(run: Path, *trees: tuple[str, dict[str, Any] | None], **sample: Any) -> list[Reply]:
     async def work() -> list[Reply]:
         tree = {"run": str(run), "serve": {"device": "cpu"}, "sample": {"steps": 4, **sample}}
-        service = Service(settings(tree), Prometheus())
+        service = Models(settings(tree), Prometheus())
         app = build_app(service)
         await service.start()
         try:
