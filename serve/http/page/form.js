@@ -111,7 +111,7 @@ export function formValues() {
 /** The JSON body of a request for the samples that the form describes. */
 export function requestBody() {
   const { seed, condition, ...values } = formValues();
-  const body = { stream: true, trace: true };
+  const body = { model: state.model.id, stream: true, trace: true };
   for (const [name, text] of Object.entries(values)) body[name] = parsed(form[name], text);
   const steps = body.n * body.steps || 0;
   body.preview_every = Math.min(1000, Math.max(1, Math.ceil(steps / MAX_PREVIEWS)));

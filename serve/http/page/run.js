@@ -36,7 +36,7 @@ export async function sample() {
 async function readEvents(signal) {
   const started = performance.now();
   const settings = formValues();
-  for await (const [name, data] of streamSamples({ ...requestBody(), model: state.model.id }, signal)) {
+  for await (const [name, data] of streamSamples(requestBody(), signal)) {
     if (name === "start") startRun(data, settings);
     else if (name === "step") addStep(data);
     else if (name === "image") state.run.images[data.index].final = pngUrl(data.b64_json);
