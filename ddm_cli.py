@@ -3,6 +3,8 @@
     ddm train [CONFIG] [stage ...] [key=value ...]    train experts and a router, sample, evaluate
     ddm serve RUN [key=value ...]                     serve a run's folder or a bundle over HTTP
     ddm table CONFIG [key=value ...]                  compare all methods on the images of a config
+    ddm import diffusers FOLDER [key=value ...]       make an expert of a UNet2DModel
+    ddm export diffusers RUN FOLDER                   write a bundle as a pipeline of diffusers
 
 --version prints the version.
 
@@ -16,7 +18,14 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-COMMANDS = {"train": "train", "serve": "serve", "table": "benchmarks.table"}
+# The package whose `main` a command is, and words that go before the user's.
+COMMANDS = {
+    "train": ["train"],
+    "serve": ["serve"],
+    "table": ["benchmarks.table"],
+    "import": ["train.exchange", "import"],
+    "export": ["train.exchange", "export"],
+}
 
 
 def main() -> int:
@@ -33,7 +42,8 @@ def main() -> int:
         print(f"error: the command must be one of {known}, got {command!r}", file=sys.stderr)
         return 2
     _find_packages_here()
-    status: int = import_module(f"{COMMANDS[command]}.__main__").main(words)
+    package, *first = COMMANDS[command]
+    status: int = import_module(f"{package}.__main__").main([*first, *words])
     return status
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError, one_of, require
-from ddm.schedules import EDM, Schedule, TwoPhase
+from ddm.schedules import EDM, Discrete, Schedule
 
 GRIDS = ("uniform_t", "uniform_log_snr", "quadratic", "cosine", "half", "edm", "own")
 
@@ -37,7 +37,7 @@ def time_grid(
     dense near the data (DDIM's choice for CIFAR-10, arXiv 2010.02502, appendix D.2). `cosine`:
     `s/(s + a) = (1 - cos pi u)/2` with u even in [0, 1], dense near the data and near the noise.
     `half`: `s/(s + a/2) = u`, or `s/a = u/(2 (1 - u))`. `edm`: even in (s/a)^(1/7), denser near
-    the data than any other (arXiv 2206.00364, eq. 5). `own`: the steps n/T of a two-phase
+    the data than any other (arXiv 2206.00364, eq. 5). `own`: the steps n/T of a discrete
     schedule, as many as it has. All but `uniform_t`, `quadratic` and `own` walk the same values of
     s/a on every schedule. `uniform_log_snr` and `edm` are even from t_max, or where a is 0
     there from t_max - 1e-3, which is then moved to t_max; to t_min, or where s is 0 there to t =
@@ -142,7 +142,7 @@ def _given(times: Tensor, steps: int) -> Tensor:
 
 
 def _own(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
-    if not isinstance(schedule, TwoPhase):
+    if not isinstance(schedule, Discrete):
         raise ConfigError(
             f"grid must not be own for {schedule}, which has no steps of its own", "grid"
         )

@@ -202,8 +202,32 @@ class EDM(_Positive):
         return Coeffs(1 + 0 * t, self.sigma_max * t, 0 * one, self.sigma_max * one)
 
 
+class Discrete:
+    """A process of `steps` steps with a noise rate `betas` each: the product of `1 - beta_j` over
+    j <= n is `a^2` at t = n / steps.
+    """
+
+    steps: int
+
+    @cached_property
+    def betas(self) -> Tensor:
+        """`beta_1 ... beta_T`, float64 `[T]`."""
+        raise NotImplementedError
+
+    def _check_steps(self) -> None:
+        whole = self.steps == int(self.steps) and 2 <= self.steps <= 1_000_000
+        require(whole, "steps", "be a whole number in [2, 1000000]", self.steps)
+
+    def _ends(self, t: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `values` at 0 ... T those before and after t, and the part of the step between."""
+        place = t.double() * self.steps
+        n = place.detach().floor().clamp(0, self.steps - 1)
+        below, above = (values.to(t.device)[(n + i).long()] for i in (0, 1))
+        return below, above, place - n
+
+
 @dataclass(frozen=True)
-class TwoPhase:
+class TwoPhase(Discrete):
     """The discrete schedule of the convergence proofs (arXiv 2408.02320, eq. 7; arXiv 2403.03852):
     step n at t = n / steps.
 
@@ -218,12 +242,7 @@ class TwoPhase:
     c1: float = 4.0
 
     def __post_init__(self) -> None:
-        require(
-            self.steps == int(self.steps) and 2 <= self.steps <= 1_000_000,
-            "steps",
-            "be a whole number in [2, 1000000]",
-            self.steps,
-        )
+        self._check_steps()
         require(self.c0 > 0, "c0", "be above 0", self.c0)
         highest = self.steps / math.log(self.steps)
         require(0 < self.c1 < highest, "c1", f"be in (0, T / log T = {highest:.4g})", self.c1)
@@ -244,13 +263,83 @@ class TwoPhase:
         )
 
     def __call__(self, t: Tensor) -> Coeffs:
-        place = t.double() * self.steps
-        n = place.detach().floor().clamp(0, self.steps - 1)
-        below, above = (self._log_a.to(t.device)[(n + i).long()] for i in (0, 1))
-        log_a = below + (place - n) * (above - below)
+        below, above, part = self._ends(t, self._log_a)
+        log_a = below + part * (above - below)
         return Coeffs(
             *(c.to(t.dtype) for c in _preserving(log_a, 2 * self.steps * (below - above)))
         )
+
+
+class _DDPM(Discrete):
+    """Between two steps a is linear, so da and ds jump at each of them."""
+
+    zero_terminal_snr: float
+
+    def _check(self) -> None:
+        self._check_steps()
+        flag = self.zero_terminal_snr
+        require(flag in (0, 1), "zero_terminal_snr", "be 0 or 1", flag)
+
+    @cached_property
+    def _a(self) -> Tensor:
+        signal = torch.log1p(-self.betas).cumsum(0).mul(0.5).exp()
+        if self.zero_terminal_snr:
+            first, last = signal[0], signal[-1]
+            signal = (signal - last) * (first / (first - last))
+        return torch.cat([signal.new_ones(1), signal])
+
+    def __call__(self, t: Tensor) -> Coeffs:
+        below, above, part = self._ends(t, self._a)
+        a, da = below + part * (above - below), self.steps * (above - below)
+        s = ((1 - a) * (1 + a)).sqrt()
+        return Coeffs(*(c.to(t.dtype) for c in (a, s, da, -a * da / s)))
+
+
+@dataclass(frozen=True)
+class DDPM(_DDPM):
+    """DDPM's discrete process, `beta_1 = beta_start` to `beta_T = beta_end` (arXiv 2006.11239,
+    section 4): step n at t = n / steps.
+
+    power: `beta^(1/power)` is linear in n; 1 is diffusers' `linear`, 2 its `scaled_linear`.
+    zero_terminal_snr: 1 moves and scales a so that it falls to 0 (arXiv 2305.08891, algorithm 1).
+    """
+
+    steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    power: float = 1.0
+    zero_terminal_snr: float = 0
+
+    def __post_init__(self) -> None:
+        self._check()
+        require(0 < self.beta_start < 1, "beta_start", "be in (0, 1)", self.beta_start)
+        rule = f"be in [beta_start = {self.beta_start:g}, 1)"
+        require(self.beta_start <= self.beta_end < 1, "beta_end", rule, self.beta_end)
+        require(self.power > 0, "power", "be above 0", self.power)
+
+    @cached_property
+    def betas(self) -> Tensor:
+        first, last = self.beta_start ** (1 / self.power), self.beta_end ** (1 / self.power)
+        return torch.linspace(first, last, int(self.steps), dtype=torch.float64) ** self.power
+
+
+@dataclass(frozen=True)
+class DDPMCosine(_DDPM):
+    """The cosine process in discrete steps (arXiv 2102.09672, eq. 17), with beta at most 0.999:
+    diffusers' `squaredcos_cap_v2`; `zero_terminal_snr` as in `DDPM`.
+    """
+
+    steps: int = 1000
+    zero_terminal_snr: float = 0
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @cached_property
+    def betas(self) -> Tensor:
+        t = torch.linspace(0, 1, int(self.steps) + 1, dtype=torch.float64)
+        a_square = ((t + 0.008) / 1.008 * (math.pi / 2)).cos().square()
+        return (1 - a_square[1:] / a_square[:-1]).clamp_max(0.999)
 
 
 _PROCESSES: dict[str, Any] = {
@@ -264,6 +353,8 @@ _PROCESSES: dict[str, Any] = {
     "rectified_flow": RectifiedFlow,
     "edm": EDM,
     "two_phase": TwoPhase,
+    "ddpm": DDPM,
+    "ddpm_cosine": DDPMCosine,
 }
 SCHEDULES = tuple(_PROCESSES)
 

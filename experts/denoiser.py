@@ -13,7 +13,7 @@ from ddm.schedules import Schedule
 from ddm.training import FitConfig
 from experts.unet import UNetConfig
 
-Parameterization = Literal["raw", "preconditioned"]
+Parameterization = Literal["raw", "preconditioned", "epsilon", "v"]
 LossWeight = Literal["constant", "snr", "min_snr", "edm"]
 Times = Literal["uniform", "uniform_log_snr", "logit_normal", "log_normal"]
 
@@ -25,7 +25,8 @@ class ExpertConfig(FitConfig):
     """One expert: its network, what the network predicts, and how it is trained.
 
     unet: sizes of the network.
-    parameterization: `raw` predicts x0; `preconditioned` is EDM's (see `Denoiser`).
+    parameterization: `raw` predicts x0; `preconditioned` is EDM's; `epsilon` predicts the noise and
+    `v` the velocity of a variance preserving process (see `Denoiser`).
     sigma_data: the root mean square of a pixel in [-1, 1], for `preconditioned`; above 0.
     loss_weight: of the squared error over t: constant, snr, min_snr or edm.
     min_snr_gamma: the bound of min_snr, above 0.
@@ -88,6 +89,9 @@ class Denoiser(nn.Module):
         v = sigma_data^2    c_in = 1 / sqrt(a^2 v + s^2)    c_skip = a v / (a^2 v + s^2)
                             c_out = s sqrt(v) / sqrt(a^2 v + s^2)
 
+    `epsilon`: F is eps (arXiv 2006.11239), so `D = (x - s F) / a`. `v`: F is `a eps - s x0` where
+    a^2 + s^2 = 1 (arXiv 2202.00512, appendix D), so `D = a x - s F`. Both see x / sqrt(a^2 + s^2).
+
     schedule: the process that the network is trained on. conversion: to it from the process of x
     and t, where that is another one. condition: the length of the condition's vector, 0 for a
     network without one. With one, `forward(x, t, vector [B, condition])` is `E[x0 | x_t = x, c]`;
@@ -117,13 +121,21 @@ class Denoiser(nn.Module):
         t = t.to(x)
         if self.parameterization == "raw":
             return self._network(x, t, vector).to(x.dtype)
-        a, s, _, _ = self.schedule(t).broadcast_to(x)
+        c_in, c_skip, c_out = self._coefficients(*self.schedule(t).broadcast_to(x)[:2])
+        return c_skip * x + c_out * self._network(c_in * x, t, vector).to(x.dtype)
+
+    def _coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_in, c_skip and c_out."""
+        match self.parameterization:
+            case "epsilon":
+                return torch.rsqrt(a**2 + s**2), 1 / a, -s / a
+            case "v":
+                total = a**2 + s**2
+                return torch.rsqrt(total), a / total, -s * torch.rsqrt(total)
         variance = self.sigma_data**2
         total = a**2 * variance + s**2
         c_in = torch.rsqrt(total)
-        c_skip = a * variance / total
-        c_out = s * self.sigma_data * torch.rsqrt(total)
-        return c_skip * x + c_out * self._network(c_in * x, t, vector).to(x.dtype)
+        return c_in, a * variance / total, s * self.sigma_data * c_in
 
     def _network(self, x: Tensor, t: Tensor, vector: Tensor | None) -> Tensor:
         if self.condition == 0:

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddm.blocks import Encoder, ResidualBlock, check_encoder, group_norm, zeroed
+from ddm.blocks import BlockStyle, Encoder, ResidualBlock, check_encoder, group_norm, zeroed
 
 
 @dataclass
-class UNetConfig:
+class UNetConfig(BlockStyle):
     """Sizes of a `UNet`; the defaults are those of DDPM on CIFAR-10 (arXiv 2006.11239, appendix B).
+    The keys of `BlockStyle` are its as well.
 
     channels: of the first level, a positive multiple of 4.
     multipliers: of the channels, one per level; each level halves the image's side.
@@ -21,6 +22,7 @@ class UNetConfig:
     dropout: in [0, 1).
     patch: side of the squares of pixels that the network takes for one, so that the first level is
     smaller and can be wider at the same cost; it divides the image's side.
+    middle_attention: whether the lowest feature map gets self-attention; null if any level does.
     """
 
     channels: int = 128
@@ -29,10 +31,22 @@ class UNetConfig:
     attention: list[int] = field(default_factory=lambda: [16])
     dropout: float = 0.1
     patch: int = 1
+    middle_attention: bool | None = None
+
+    @property
+    def middle_attends(self) -> bool:
+        """`middle_attention`, if it is given."""
+        return bool(self.attention) if self.middle_attention is None else self.middle_attention
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise `ConfigError` naming the key of a size that cannot be for images `[C, H, W]`."""
         check_encoder(self.channels, self.multipliers, self.blocks, self.dropout, shape, self.patch)
+        widths = [self.channels * multiplier for multiplier in self.multipliers]
+        sides = [shape[-1] // self.patch // 2**level for level in range(len(widths))]
+        attending = [
+            width for width, side in zip(widths, sides, strict=True) if side in self.attention
+        ]
+        self.check_style(self.channels, attending + widths[-1:] * self.middle_attends)
 
     def build(self, shape: Sequence[int], condition: int = 0) -> "UNet":
         """A fresh network for images `[C, H, W]`; `condition` is the length of the condition's
@@ -69,33 +83,28 @@ class UNet(nn.Module):
         super().__init__()
         c = config
         self.encoder = Encoder(
-            shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout, c.patch
+            shape, c.channels, c.multipliers, c.blocks, c.attention, c.dropout, c.patch, c
         )
         skips = list(self.encoder.widths)
-        width, embedding = skips[-1], 2 * c.channels
-        # As in DDPM, the middle attends if any level does.
-        attends = len(c.attention) > 0
+        width, embedding = skips[-1], self.encoder.embed.width
         self.middle = nn.ModuleList(
             [
-                ResidualBlock(width, width, embedding, c.dropout, attention=attends),
-                ResidualBlock(width, width, embedding, c.dropout, attention=False),
+                ResidualBlock(width, width, embedding, c.dropout, c.middle_attends, c),
+                ResidualBlock(width, width, embedding, c.dropout, attention=False, style=c),
             ]
         )
         self.stages = nn.ModuleList()
         for level in reversed(range(len(c.multipliers))):
             side, out = shape[-1] // c.patch // 2**level, c.channels * c.multipliers[level]
             for _ in range(c.blocks + 1):
-                self.stages.append(
-                    ResidualBlock(
-                        width + skips.pop(), out, embedding, c.dropout, side in c.attention
-                    )
-                )
+                inputs, attends = width + skips.pop(), side in c.attention
+                self.stages.append(ResidualBlock(inputs, out, embedding, c.dropout, attends, c))
                 width = out
             if level > 0:
                 self.stages.append(Upsample(width))
         pixels = shape[0] * c.patch**2
         self.head = nn.Sequential(
-            group_norm(width), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1))
+            group_norm(width, c), nn.SiLU(), zeroed(nn.Conv2d(width, pixels, 3, padding=1))
         )
         self.patch = c.patch
         self.condition: nn.Linear | None = None

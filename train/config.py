@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
@@ -353,7 +354,14 @@ class Config:
         require(0 <= self.seed < 2**63, "seed", "be in [0, 2^63)", self.seed)
         require("name" in self.schedule, "schedule.name", "be given", None)
         with within("schedule"):
-            schedule(**self.schedule)
+            process = schedule(**self.schedule)
+        signal = float(process(torch.ones((), dtype=torch.float64)).a)
+        require(
+            self.expert.parameterization != "epsilon" or signal > 1e-6,
+            "expert.parameterization",
+            f"not be epsilon on {process}: at t = 1 x is noise alone, from which no image follows",
+            self.expert.parameterization,
+        )
         with within("launch"):
             self.launch.check()
         measured = self.launch.backend == "ray" and self.expert.precision == "auto"

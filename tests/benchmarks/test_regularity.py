@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.lab.regularity import regularity
 from ddm.errors import ConfigError
-from ddm.schedules import SCHEDULES, Coeffs, TwoPhase, schedule
+from ddm.schedules import SCHEDULES, Coeffs, Discrete, TwoPhase, schedule
 
-SMOOTH = [name for name in SCHEDULES if name != "two_phase"]
+SMOOTH = [name for name in SCHEDULES if not isinstance(schedule(name), Discrete)]
 
 
 @pytest.mark.parametrize("name", SMOOTH)

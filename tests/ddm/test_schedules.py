@@ -12,7 +12,7 @@ from scipy.integrate import quad
 
 from benchmarks.lab.linear_sde import LinearSDE
 from ddm.errors import ConfigError
-from ddm.schedules import SCHEDULES, Coeffs, TwoPhase, schedule, velocity
+from ddm.schedules import SCHEDULES, Coeffs, Discrete, TwoPhase, schedule, velocity
 
 TIMES = torch.tensor(
     [1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999999], dtype=torch.float64
@@ -20,8 +20,9 @@ TIMES = torch.tensor(
 INSIDE_STEPS = torch.tensor(
     [0.0003, 0.0107, 0.2504, 0.4796, 0.5055, 0.9999], dtype=torch.float64
 )  # of 1,000
-VARIANCE_PRESERVING = [name for name in SCHEDULES if name.startswith("vp_")] + ["two_phase"]
-SMOOTH = [name for name in SCHEDULES if name != "two_phase"]
+DISCRETE = [name for name in SCHEDULES if isinstance(schedule(name), Discrete)]
+VARIANCE_PRESERVING = [name for name in SCHEDULES if name.startswith("vp_")] + DISCRETE
+SMOOTH = [name for name in SCHEDULES if name not in DISCRETE]
 
 # f and g^2 of `dx = -f x dt + g dW` as functions of u and of the module, math or torch, that they
 # are computed with

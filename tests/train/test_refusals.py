@@ -55,7 +55,7 @@ from train.config import Config, load_config
         (
             ["schedule.name=vp_quartic"],
             "schedule.name must be one of vp_constant vp_linear vp_polynomial vp_exponential vp_cosine ve_exponential"
-            " ve_polynomial rectified_flow edm two_phase, got 'vp_quartic'",
+            " ve_polynomial rectified_flow edm two_phase ddpm ddpm_cosine, got 'vp_quartic'",
         ),
         (
             ["schedule.beta_mix=3"],

@@ -1,0 +1,1 @@
+"""Networks from and for other projects: `ddm import` and `ddm export`."""
