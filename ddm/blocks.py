@@ -221,9 +221,7 @@ class Encoder(nn.Module):
             for _ in range(blocks):
                 out = channels * multiplier
                 self.stages.append(
-                    ResidualBlock(
-                        width, out, self.embed.width, dropout, side in attention, style
-                    )
+                    ResidualBlock(width, out, self.embed.width, dropout, side in attention, style)
                 )
                 self.widths.append(out)
                 width = out

@@ -124,4 +124,7 @@ def test_an_unknown_command_is_refused(
 ) -> None:
     done = ddm("trian")
     assert done.returncode == 2
-    assert done.stderr == "error: the command must be one of train, serve, table, import, export, got 'trian'\n"
+    assert (
+        done.stderr
+        == "error: the command must be one of train, serve, table, import, export, got 'trian'\n"
+    )

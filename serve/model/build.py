@@ -43,7 +43,7 @@ def build_expert(artifact: Artifact, schedule: Schedule, device: torch.device) -
     counts = build_counts(artifact)
     condition = 0 if counts is None else len(counts.counts)
     with _described_by(artifact), torch.device("meta"):
-        config = _config(ExpertConfig, artifact)
+        config = network_config(ExpertConfig, artifact)
         denoiser = config.build(artifact.facts["shape"], own, conversion, condition)
     _load_weights(denoiser, artifact, device, others=MOMENTS)
     return denoiser
@@ -65,7 +65,7 @@ def build_router(
     Raises `ArtifactError` naming its file.
     """
     with _described_by(artifact), torch.device("meta"):
-        config = _config(RouterConfig, artifact)
+        config = network_config(RouterConfig, artifact)
         posterior, derivative = config.build(shape, pi.cpu(), gaussians.schedule, gaussians)
     both = nn.ModuleDict({"posterior": posterior, "derivative": derivative})
     _load_weights(both, artifact, device)
@@ -99,7 +99,8 @@ def _described_by(artifact: Artifact) -> Iterator[None]:
         ) from error
 
 
-def _config(schema: type[C], artifact: Artifact) -> C:
+def network_config(schema: type[C], artifact: Artifact) -> C:
+    """The config of an artifact's networks. Raises `ConfigError` naming a bad key."""
     facts = artifact.facts.get("config")
     if not isinstance(facts, dict):
         raise ConfigError(f"config must be an object, got {shown(facts)}", "config")

@@ -154,7 +154,9 @@ def test_own_walks_the_steps_of_a_two_phase_schedule() -> None:
     assert (times.diff() < 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if not isinstance(schedule(name), Discrete)])
+@pytest.mark.parametrize(
+    "name", [name for name in SCHEDULES if not isinstance(schedule(name), Discrete)]
+)
 def test_own_is_refused_for_a_schedule_that_has_no_steps(name: str) -> None:
     message = f"grid must not be own for {schedule(name)}, which has no steps of its own"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):

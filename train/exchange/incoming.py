@@ -40,6 +40,14 @@ _SCHEDULERS = (
     "EulerAncestralDiscreteScheduler",
     "LMSDiscreteScheduler",
 )
+_USUAL = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+}
 _POWERS = {"linear": 1.0, "scaled_linear": 2.0}
 _COSINE = "squaredcos_cap_v2"
 # With these weights, our loss of x0 is the squared error of what the network predicts.
@@ -93,7 +101,9 @@ def import_diffusers(folder: Path, cfg: ImportConfig) -> Path:
     Raises `ConfigError` or `ArtifactError` naming the file or the key, the rule and the value.
     """
     if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder: give that of a UNet2DModel or of a pipeline")
+        raise ArtifactError(
+            f"{folder} is not a folder: give that of a UNet2DModel or of a pipeline"
+        )
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     trained = _trained(folder, cfg)
     with _of(unet / "config.json"):
@@ -149,16 +159,13 @@ def _trained(folder: Path, cfg: ImportConfig) -> Trained:
             "beta_start, beta_end and num_train_timesteps where they are not linear, 0.0001, 0.02 and 1000",
             "prediction_type",
         )
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    keys = (*keys, "rescale_betas_zero_snr", "prediction_type")
-    usual = dict(zip(keys, (1000, 1e-4, 0.02, "linear", False, "epsilon"), strict=True))
-    given = {key: getattr(cfg, key) for key in keys if getattr(cfg, key) is not None}
+    given = {key: getattr(cfg, key) for key in _USUAL if getattr(cfg, key) is not None}
     with _of(file):
         if file is not None and found.get("_class_name") not in _SCHEDULERS:
             raise one_of("_class_name", found.get("_class_name"), _SCHEDULERS)
         for key in ("trained_betas", "use_flow_sigmas"):
             require(not found.get(key), key, "not be set", found.get(key))
-        return _as_ours({**usual, **found, **given})
+        return _as_ours({**_USUAL, **found, **given})
 
 
 def _as_ours(theirs: Mapping[str, Any]) -> Trained:
@@ -170,7 +177,7 @@ def _as_ours(theirs: Mapping[str, Any]) -> Trained:
     if betas not in names:
         raise one_of("beta_schedule", betas, names)
     prediction = theirs["prediction_type"]
-    if prediction not in _PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in _PREDICTIONS:
         raise one_of("prediction_type", prediction, tuple(_PREDICTIONS))
     flag = theirs["rescale_betas_zero_snr"]
     process: dict[str, Any] = {"name": "ddpm_cosine", "steps": steps}

@@ -58,6 +58,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
+_WHOLE = ("in_channels", "layers_per_block", "freq_shift", "norm_num_groups")
+_WHOLE_OR_NULL = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")
+_NUMBERS = ("dropout", "norm_eps")
 _DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
 
@@ -77,9 +80,7 @@ def from_their_config(
         if not key.startswith("_") and key not in _DEFAULTS:
             raise one_of("its keys", key, tuple(_DEFAULTS))
     theirs = {**_DEFAULTS, **found}
-    for key, values in _FIXED.items():
-        rule = f"be {' or '.join(map(repr, values))}"
-        require(theirs[key] in values, key, rule, theirs[key])
+    _check(theirs)
     widths = _whole_numbers(theirs, "block_out_channels")
     channels = widths[0]
     rule = f"be multiples of the first, {channels}"
@@ -94,7 +95,6 @@ def from_their_config(
     whole = factor * channels == embedding
     require(whole, "time_embedding_dim", f"be a multiple of {channels}", embedding)
     groups = theirs["norm_num_groups"]
-    require(type(groups) is int, "norm_num_groups", "be a whole number", groups)
     adaptive = theirs["resnet_time_scale_shift"] == "scale_shift"
     if theirs["add_attention"]:
         middle = theirs["attn_norm_num_groups"]
@@ -125,6 +125,24 @@ def from_their_config(
     return config, shape
 
 
+def _check(theirs: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` naming the key of an option that our UNet does not have, or of a value of
+    another type.
+    """
+    for key, values in _FIXED.items():
+        rule = f"be {' or '.join(map(repr, values))}"
+        require(theirs[key] in values, key, rule, theirs[key])
+    for key in (*_WHOLE, *_WHOLE_OR_NULL):
+        value, least = theirs[key], 0 if key == "freq_shift" else 1
+        whole = type(value) is int and value >= least
+        null = " or null" * (key in _WHOLE_OR_NULL)
+        rule = f"be a whole number of at least {least}{null}"
+        require(whole or (bool(null) and value is None), key, rule, value)
+    for key in _NUMBERS:
+        value = theirs[key]
+        require(type(value) in (int, float), key, "be a number", value)
+
+
 def _whole_numbers(theirs: Mapping[str, Any], key: str) -> list[int]:
     found = theirs[key]
     whole = isinstance(found, list) and found and all(type(n) is int and n > 0 for n in found)
@@ -146,7 +164,8 @@ def _attends(theirs: Mapping[str, Any], levels: int) -> list[bool]:
     """Which levels attend, from the first down."""
     down, up = theirs["down_block_types"], theirs["up_block_types"]
     for key, names, known in (("down_block_types", down, _DOWN), ("up_block_types", up, _UP)):
-        fits = isinstance(names, list) and len(names) == levels and all(n in known for n in names)
+        fits = isinstance(names, list) and len(names) == levels
+        fits = fits and all(isinstance(name, str) and name in known for name in names)
         require(fits, key, f"be {levels} of {' '.join(known)}", names)
     attends = [_DOWN[name] for name in down]
     same = attends == [_UP[name] for name in reversed(up)]
