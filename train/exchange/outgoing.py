@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddm.artifacts import replaced, write_json, write_tensors
-from ddm.bundle import Artifact, read_bundle
+from ddm.artifacts import read_json, replaced, write_json, write_tensors
+from ddm.bundle import OLD_ROUTER, ROUTER, Artifact, read_bundle
 from ddm.errors import ConfigError, require
 from ddm.gaussian import MOMENTS
 from experts.denoiser import ExpertConfig
@@ -45,6 +45,10 @@ def export_diffusers(run: str, folder: Path) -> None:
     require(empty, "FOLDER", "be a new or an empty folder", str(folder))
     load(run, "cpu")  # checks every hash and layout
     bundle = read_bundle(bundle_folder(run))
+    parts = {ROUTER, OLD_ROUTER, *bundle.files}
+    for name in read_json(bundle.manifest)["artifacts"]:
+        if name not in parts:
+            raise ConfigError(f"{run} cannot be exported: pipeline.py knows no {name}")
     if any(one.facts.get("condition") for one in bundle.experts):
         raise ConfigError(f"{run} cannot be exported: its experts take a condition")
     source = self_contained("train.exchange.routed_pipeline", _HEAD, _PUBLIC)

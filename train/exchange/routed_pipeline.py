@@ -83,8 +83,9 @@ class Mixture(ModelMixin, ConfigMixin):
         """The clusters' Gaussians."""
         return Gaussians(self.means, self.variances, process(**self.config.schedule))
 
-    def source(self, name: str, relaxation_rate: float) -> Any:
-        """Where alpha comes from, by its name."""
+    def source(self, name: str | None, relaxation_rate: float) -> Any:
+        """Where alpha comes from, by its name; None for the router, or without one the Gaussians."""
+        name = name or ("gaussian" if self.posterior is None else "posterior")
         pi = self.pi.to(self.device)
         if self.posterior is not None and self.derivative is not None:  # loading has replaced both
             with_gaussians = self.posterior.blend is not None
@@ -142,7 +143,7 @@ class RoutedPipeline(DiffusionPipeline):
         sampler: str = "ipndm",
         order: int = 3,
         grid: str | Sequence[float] = "cosine",
-        source: str = "posterior",
+        source: str | None = None,
         relaxation_rate: float = 40.0,
         policy: str = "switching",
         top_k: int = 1,
@@ -158,9 +159,10 @@ class RoutedPipeline(DiffusionPipeline):
 
         generator: draws the seed, if it is given. latents: x at t = 1 in place of the seed's noise, `[B, C, H, W]`.
         sampler, order, grid: how the ODE or SDE is integrated. source, relaxation_rate: where the experts'
-        probabilities come from. policy and its top_k, nucleus_p, budget and switch_rate: which experts move the image.
-        control_variate: Gaussians in place of the experts that are not called, where a policy mixes. clip: the denoised
-        images to [-1, 1]. output_type: `pil`, `np` for `[B, H, W, C]` in [0, 1], or `pt` for `[B, C, H, W]` in [-1, 1].
+        probabilities come from; None for the router, or without one the Gaussians. policy and its top_k, nucleus_p,
+        budget and switch_rate: which experts move the image. control_variate: Gaussians in place of the experts that
+        are not called, where a policy mixes. clip: the denoised images to [-1, 1]. output_type: `pil`, `np` for
+        `[B, H, W, C]` in [0, 1], or `pt` for `[B, C, H, W]` in [-1, 1].
         """
         mixture, device = self.mixture, self._execution_device
         if generator is not None:
