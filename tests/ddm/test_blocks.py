@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ddm.blocks import (
+    BlockStyle,
     Encoder,
+    HalveAsymmetrically,
     ResidualBlock,
     SelfAttention,
     TimeEmbedding,
@@ -42,6 +44,56 @@ def test_times_become_ddpms_sines_and_cosines() -> None:
         phases = [1000 * t / 10000 ** (i / 3) for i in range(4)]
         expected = [math.sin(phase) for phase in phases] + [math.cos(phase) for phase in phases]
         assert embedding(torch.tensor([t]))[0].tolist() == pytest.approx(expected, abs=2e-4)
+
+
+def test_numbers_of_steps_become_sines_and_cosines_of_another_style() -> None:
+    style = BlockStyle(timesteps=500, cos_first=True, freq_shift=0, embedding=[4, 4])
+    embedding = TimeEmbedding(8, style)
+    assert embedding.width == 32
+    embedding.layers = nn.Identity()
+    for t, number in ((0.0, 0), (0.001, 0), (0.002, 0), (0.3, 149), (1.0, 499)):
+        phases = [number / 10000 ** (i / 4) for i in range(4)]
+        expected = [math.cos(phase) for phase in phases] + [math.sin(phase) for phase in phases]
+        assert embedding(torch.tensor([t]))[0].tolist() == pytest.approx(expected, abs=2e-4)
+
+
+def test_heads_attend_apart() -> None:
+    layer = SelfAttention(8, BlockStyle(head_channels=4, groups=2, norm_eps=0.1)).double()
+    randomize(layer)
+    x = noise(2, 8, 2, 3)
+    normed = F.group_norm(x, 2, layer.norm.weight, layer.norm.bias, 0.1).reshape(2, 8, 6)
+    weight = layer.qkv.weight[:, :, 0, 0]
+    q, k, v = (torch.einsum("oi,bin->bon", weight, normed) + layer.qkv.bias[:, None]).split(
+        8, dim=1
+    )
+    mixed = []
+    for part in (slice(0, 4), slice(4, 8)):
+        products = torch.einsum("bcn,bcm->bnm", q[:, part], k[:, part]) / math.sqrt(4)
+        mixed.append(torch.einsum("bnm,bcm->bcn", products.softmax(dim=2), v[:, part]))
+    out = torch.einsum("oi,bin->bon", layer.out.weight[:, :, 0, 0], torch.cat(mixed, dim=1))
+    expected = x + (out + layer.out.bias[:, None]).reshape(x.shape)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_ddpms_embedding_is_added_before_the_second_norm() -> None:
+    block = ResidualBlock(8, 8, 6, 0.0, False, BlockStyle(adaptive_norm=False)).double()
+    randomize(block)
+    x, embedding = noise(2, 8, 4, 4), noise(2, 6)
+    h = block.conv1(F.silu(F.group_norm(x, 2, block.norm1.weight, block.norm1.bias)))
+    assert block.shift is not None
+    h = h + (F.silu(embedding) @ block.shift.weight.T + block.shift.bias)[:, :, None, None]
+    h = F.group_norm(h, 2, block.norm2.weight, block.norm2.bias)
+    torch.testing.assert_close(block(x, embedding), x + block.conv2(F.silu(h)))
+
+
+def test_an_asymmetric_convolution_pads_right_and_bottom_alone() -> None:
+    layer = HalveAsymmetrically(2).double()
+    x = noise(1, 2, 4, 4)
+    padded = torch.zeros(1, 2, 5, 5, dtype=torch.float64)
+    padded[:, :, :4, :4] = x
+    expected = F.conv2d(padded, layer.weight, layer.bias, stride=2)
+    torch.testing.assert_close(layer(x), expected)
+    assert expected.shape[-2:] == (2, 2)
 
 
 def test_self_attention_is_the_softmax_of_scaled_products() -> None:

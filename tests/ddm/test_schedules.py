@@ -160,6 +160,35 @@ def test_log_a_of_two_phase_is_linear_inside_a_step() -> None:
             assert float(da / a) == pytest.approx(T / 2 * math.log1p(-betas[n]), rel=1e-10)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_ddpm_multiplies_its_betas(power: float) -> None:
+    process, product = schedule("ddpm", steps=50, beta_start=1e-3, beta_end=0.1, power=power), 1.0
+    first, last = 1e-3 ** (1 / power), 0.1 ** (1 / power)
+    for n in range(1, 51):
+        product *= 1 - (first + (last - first) * (n - 1) / 49) ** power
+        a, s, _, _ = process(torch.tensor(n / 50, dtype=torch.float64))
+        assert float(a) ** 2 == pytest.approx(product, rel=1e-10)
+        assert float(s) ** 2 == pytest.approx(1 - product, rel=1e-10)
+
+
+def test_ddpm_cosine_is_vp_cosine_until_beta_is_at_its_bound() -> None:
+    t = torch.arange(1, 1000, dtype=torch.float64) / 1000
+    found, smooth = schedule("ddpm_cosine")(t), schedule("vp_cosine")(t)
+    torch.testing.assert_close(found.a, smooth.a, rtol=1e-9, atol=0)
+    last = schedule("ddpm_cosine")(torch.ones((), dtype=torch.float64)).a
+    assert float(last**2) == pytest.approx(float(found.a[-1] ** 2) * 0.001, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddpm_cosine"])
+def test_zero_terminal_snr_shifts_a_to_0_and_keeps_its_first_step(name: str) -> None:
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    before, after = schedule(name)(t).a, schedule(name, zero_terminal_snr=1)(t).a
+    assert float(after[-1]) == 0
+    assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-12)
+    factor = after[:-1] / (before[:-1] - before[-1])
+    torch.testing.assert_close(factor, factor[:1].expand(999), rtol=1e-9, atol=0)
+
+
 def test_vp_linear_integrates_beta() -> None:
     for t in TIMES.tolist():
         integral, _ = quad(lambda u: 0.2 + (9.0 - 0.2) * u, 0, t)
@@ -332,6 +361,10 @@ def test_mixing_denoisers_is_mixing_velocities(name: str) -> None:
         ("vp_cosine", {"shift": math.nan}, "shift must be a finite number, got nan"),
         ("vp_cosine", {"shift": True}, "shift must be a finite number, got True"),
         ("vp_cosine", {"shift": -0.1}, "shift must be above 0, got -0.1"),
+        ("ddpm", {"beta_end": 1e-5}, "beta_end must be in [beta_start = 0.0001, 1), got 1e-05"),
+        ("ddpm", {"power": 0}, "power must be above 0, got 0"),
+        ("ddpm", {"steps": 1}, "steps must be a whole number in [2, 1000000], got 1"),
+        ("ddpm_cosine", {"zero_terminal_snr": 2}, "zero_terminal_snr must be 0 or 1, got 2"),
     ],
 )
 def test_parameters_that_make_no_sense_are_refused_by_name(

@@ -101,7 +101,26 @@ def test_raw_is_the_network_itself() -> None:
     torch.testing.assert_close(out, x**2 - t[:, None, None, None], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("parameterization", ["raw", "preconditioned"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_noise_and_the_velocity_give_the_image(name: str) -> None:
+    t = torch.tensor([1e-3, 0.1, 0.5, 0.9], dtype=torch.float64)
+    x0, eps = images(4), images(8)[4:]
+    a, s, _, _ = schedule(name)(t).broadcast_to(x0)
+    x, size = a * x0 + s * eps, (a**2 + s**2).sqrt()
+
+    def answers(value: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        def network(seen: Tensor, _: Tensor) -> Tensor:
+            torch.testing.assert_close(seen, x / size)
+            return value
+
+        return network
+
+    torch.testing.assert_close(denoiser(answers(eps), name, "epsilon")(x, t), x0)
+    v = (a * eps - s * x0) / size
+    torch.testing.assert_close(denoiser(answers(v), name, "v")(x, t), x0)
+
+
+@pytest.mark.parametrize("parameterization", ["raw", "preconditioned", "epsilon", "v"])
 def test_one_time_equals_a_time_per_image(
     parameterization: Parameterization,
 ) -> None:

@@ -134,6 +134,20 @@ def test_a_network_of_patches_is_one_of_their_pixels_as_channels() -> None:
             [1, 10, 10],
             "multipliers must halve a square image of 10 x 10 evenly, got [1, 1, 1]",
         ),
+        ({"groups": 3}, [1, 8, 8], "groups must be 0 or divide channels = 8, got 3"),
+        (
+            {"embedding": [4]},
+            [1, 8, 8],
+            "embedding must be two whole numbers in [1, 64], got [4]",
+        ),
+        (
+            {"head_channels": 3, "attention": [4]},
+            [1, 8, 8],
+            "head_channels must be 0 or divide the width 16 of a level that attends, got 3",
+        ),
+        ({"freq_shift": 2}, [1, 8, 8], "freq_shift must be 0 or 1, got 2"),
+        ({"norm_eps": 0.0}, [1, 8, 8], "norm_eps must be in (0, 1], got 0.0"),
+        ({"timesteps": -1}, [1, 8, 8], "timesteps must be in [0, 1000000], got -1"),
         (
             {"multipliers": [1]},
             [3, 8, 16],

@@ -61,6 +61,10 @@ from train.config import Config, load_config
             ["schedule.beta_mix=3"],
             "schedule.beta_mix must be a parameter of vp_linear (beta_min, beta_max), got 3",
         ),
+        (
+            ["schedule={name: vp_cosine}", "expert.parameterization=epsilon"],
+            "expert.parameterization must not be epsilon on VPCosine(shift=0.008): at t = 1 x is noise alone",
+        ),
         (["schedule.beta_min=-1"], "schedule.beta_min must be above 0, got -1"),
         (
             ["sample.sampler=heum"],

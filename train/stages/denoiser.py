@@ -19,6 +19,7 @@ from ddm.schedules import schedule
 from ddm.training import Batches, FitConfig
 from experts.denoiser import ExpertConfig
 from experts.expert_module import ExpertLearning
+from experts.unet import UNetConfig
 from train.config import Config, plain
 from train.fit import NotFiniteError, Report, fit
 from train.launch import cores
@@ -197,6 +198,8 @@ def _matching(stem: Path, facts: dict[str, Any]) -> Artifact:
     found = read_artifact(stem, None, {})
     there = {**found.facts, **found.facts.get("config", {})}
     here = {**facts, **facts["config"]}
+    if isinstance(there.get("unet"), dict):  # an option that is newer has its default there
+        there["unet"] = {**plain(UNetConfig()), **there["unet"]}
     for key in ("shape", "schedule", *_SAME):
         if there.get(key) != here[key]:
             raise ConfigError(
