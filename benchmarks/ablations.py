@@ -83,6 +83,18 @@ def _batches(factor: float) -> Variant:
     return Variant(f"expert.batch × {factor:g}, expert.steps × {1 / factor:g}", words)
 
 
+def _seeded(above: float | None = None, *more: str) -> Variant:
+    """Half of all steps in a seed model, which moves the images at t above a time."""
+    where = [] if above is None else [f"seed_model.above={above}"]
+
+    def words(config: Config) -> list[str]:
+        steps = config.expert.steps // 2
+        seed_steps = steps * _clusters(config)
+        return [f"seed_model.steps={seed_steps}", *where, f"expert.steps={steps}", *more]
+
+    return Variant(" ".join(["half of the steps in a seed model", *where, *more]), words)
+
+
 def _clusters(config: Config) -> int:
     return Partition.read(config.folder / "partition").k
 
@@ -142,6 +154,15 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
     "flips": (
         "Mirrored images",
         [Variant("data.flip inverted", lambda config: [f"data.flip={not config.data.flip}"])],
+    ),
+    "seed": (
+        "A seed model of half of the compute; at high noise, too; and experts of the rest alone",
+        [
+            _seeded(),
+            _seeded(0.6),
+            _seeded(0.6, "expert.t_max=0.6"),
+            _seeded(0.3, "expert.t_max=0.3"),
+        ],
     ),
     "dropout": ("Dropout", [_set("expert.unet.dropout=0.0"), _set("expert.unet.dropout=0.1")]),
     "clusters": (

@@ -28,11 +28,12 @@ from ddm.conversion import check_conversion
 from ddm.errors import ArtifactError, ConfigError, shown
 from ddm.mixture import Mixture
 from ddm.schedules import Schedule, schedule
+from ddm.seed_model import check_above, check_learned
 
 FORMAT = "ddm-bundle-2"
 MANIFEST = "manifest.json"
 CARD = "README.md"  # for people; no part of the version
-ROUTER, OLD_ROUTER = "router", "old-router"
+ROUTER, OLD_ROUTER, SEED_MODEL = "router", "old-router", "seed-model"
 IMAGE_RANGE = [-1, 1]  # of the images that the networks see
 _EXPERT = re.compile("expert-([0-9]{2,6})")
 
@@ -85,6 +86,8 @@ class Bundle:
     router: None if the bundle has none or it was not asked for
     old_router: one that was trained for other experts, from which the next can start
     old_names: the names of the clusters that its outputs belong to
+    seed_model: what moves the images at t > `above`; None if the bundle has none, whose `above` is 1,
+        or it was not asked for
     version: the SHA-256 of the manifest, which changes with any weight
     manifest: its file
     """
@@ -96,14 +99,16 @@ class Bundle:
     router: Artifact | None
     old_router: Artifact | None
     old_names: list[str]
+    seed_model: Artifact | None
+    above: float
     version: str
     manifest: Path
 
     @property
     def artifacts(self) -> list[Artifact]:
-        """The experts, then the routers."""
-        routers = [self.router, self.old_router]
-        return [*self.experts, *(router for router in routers if router)]
+        """The experts, then the routers and the seed model."""
+        others = [self.router, self.old_router, self.seed_model]
+        return [*self.experts, *(other for other in others if other)]
 
 
 def moved_aside(folder: Path) -> list[Path]:
@@ -162,6 +167,7 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
     old_names = manifest.get("old_router_names", [])
     if not (isinstance(old_names, list) and all(isinstance(name, str) for name in old_names)):
         raise ArtifactError(f"{path} is damaged: old_router_names must be names of clusters")
+    above = check_above(path, manifest.get("above"), SEED_MODEL in listed)
     files = _experts(listed)
     found = {
         name: read_artifact(
@@ -171,9 +177,40 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
         if only is None or name in only
     }
     experts = [found[name] for name in files if name in found]
-    check_same_vocabulary({one.json: one.facts.get("condition") for one in experts})
-    routers = found.get(ROUTER), found.get(OLD_ROUTER)
-    return Bundle(mixture, process, files, experts, *routers, old_names, sha256(path), path)
+    seed_model = found.get(SEED_MODEL)
+    check_networks(
+        above,
+        process,
+        {one.json: one.facts for one in experts},
+        {} if seed_model is None else {seed_model.json: seed_model.facts},
+    )
+    return Bundle(
+        mixture,
+        process,
+        files,
+        experts,
+        found.get(ROUTER),
+        found.get(OLD_ROUTER),
+        old_names,
+        seed_model,
+        above,
+        sha256(path),
+        path,
+    )
+
+
+def check_networks(
+    above: float,
+    process: dict[str, Any],
+    experts: dict[Path, dict[str, Any]],
+    seed_model: dict[Path, dict[str, Any]],
+) -> None:
+    """Raise `ArtifactError` naming the file of a network whose condition or times are not those of
+    the others. experts, seed_model: facts, by file; above: as in `Bundle`.
+    """
+    networks = {**experts, **seed_model}
+    check_same_vocabulary({file: facts.get("condition") for file, facts in networks.items()})
+    check_learned(above, process, seed_model, experts)
 
 
 def _is_plain(value: Any) -> bool:
@@ -187,15 +224,15 @@ def _experts(listed: Collection[str]) -> list[str]:
 
 
 def _listed(path: Path, listed: Any, k: int) -> dict[str, str]:
-    """The artifacts that a manifest lists: k experts, the routers at most, and nothing else, each
-    with a hash.
+    """The artifacts that a manifest lists: k experts, the routers and the seed model at most, and
+    nothing else, each with a hash.
     """
     if not isinstance(listed, dict):
         raise ArtifactError(f"{path} is damaged: artifacts must be an object, got {shown(listed)}")
     experts = _experts(listed)
     if len(experts) != k:
         raise ArtifactError(f"{path} lists {len(experts)} experts, but has {k} clusters")
-    for name in listed.keys() - {*experts, ROUTER, OLD_ROUTER}:
+    for name in listed.keys() - {*experts, ROUTER, OLD_ROUTER, SEED_MODEL}:
         raise ArtifactError(f"{path} lists an artifact that no cluster has: {shown(name)}")
     for name, value in listed.items():
         if not is_sha256(value):
@@ -208,8 +245,8 @@ def _listed(path: Path, listed: Any, k: int) -> dict[str, str]:
 def expected_facts(
     name: str, mixture: Mixture, process: dict[str, Any], files: list[str]
 ) -> dict[str, Any]:
-    """What the facts of an artifact must say to belong to a bundle; an expert has a process of its
-    own.
+    """What the facts of an artifact must say to belong to a bundle; an expert and a seed model have
+    a process of their own.
     """
     facts: dict[str, Any] = {"shape": mixture.shape, "range": IMAGE_RANGE}
     match name:
@@ -217,6 +254,8 @@ def expected_facts(
             return {"kind": "router", **facts, "schedule": process, "mixture": mixture.hash}
         case "old-router":
             return {"kind": "router", **facts, "schedule": process}
+        case "seed-model":
+            return facts
         case _:
             return {"kind": "expert", **facts, "cluster": mixture.clusters[files.index(name)]}
 

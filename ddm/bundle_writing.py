@@ -18,7 +18,6 @@ from ddm.artifacts import (
     is_sha256,
     naming,
     read_facts,
-    read_json,
     scratch_beside,
     sha256,
     write_artifact,
@@ -30,14 +29,15 @@ from ddm.bundle import (
     MANIFEST,
     OLD_ROUTER,
     ROUTER,
+    SEED_MODEL,
     Bundle,
+    check_networks,
     expected_facts,
     moved_aside,
     read_artifact,
     read_bundle,
 )
 from ddm.bundle_history import write_history
-from ddm.condition import check_same_vocabulary
 from ddm.errors import ArtifactError, require, shown
 from ddm.gaussian import MOMENTS
 from ddm.mixture import Mixture, is_whole
@@ -49,6 +49,7 @@ class Parts:
 
     experts: by the name of their files in the bundle, in the order of the mixture
     old_router: one that no longer fits, and the names of the clusters of its outputs
+    seed_model: what moves the images at high noise, and the time above which it does
     """
 
     mixture: Mixture
@@ -56,6 +57,7 @@ class Parts:
     experts: dict[str, Path]
     router: Path | None = None
     old_router: tuple[Path, list[str]] | None = None
+    seed_model: tuple[Path, float] | None = None
 
     @property
     def stems(self) -> dict[str, Path]:
@@ -65,6 +67,8 @@ class Parts:
             stems[ROUTER] = self.router
         if self.old_router:
             stems[OLD_ROUTER] = self.old_router[0]
+        if self.seed_model:
+            stems[SEED_MODEL] = self.seed_model[0]
         return stems
 
     @staticmethod
@@ -76,6 +80,7 @@ class Parts:
             {artifact.stem.name: artifact.stem for artifact in bundle.experts},
             bundle.router.stem if bundle.router else None,
             (bundle.old_router.stem, bundle.old_names) if bundle.old_router else None,
+            (bundle.seed_model.stem, bundle.above) if bundle.seed_model else None,
         )
 
 
@@ -144,14 +149,20 @@ def write_bundle(folder: Path, parts: Parts, what: str) -> None:
             read_artifact(stem, None, belongs, parts.schedule)
             for suffix in (".json", ".safetensors"):
                 _place(file_of(stem, suffix), scratch / f"{name}{suffix}")
-        jsons = [file_of(stem, ".json") for stem in parts.experts.values()]
-        check_same_vocabulary({json: read_json(json).get("condition") for json in jsons})
+        seed_stem, above = parts.seed_model or (None, 1.0)
+        check_networks(
+            above,
+            parts.schedule,
+            {file_of(stem, ".json"): read_facts(stem) for stem in parts.experts.values()},
+            {} if seed_stem is None else {file_of(seed_stem, ".json"): read_facts(seed_stem)},
+        )
         manifest = {
             "format": FORMAT,
             "schedule": parts.schedule,
             "mixture": parts.mixture.facts,
             "artifacts": {name: sha256(scratch / f"{name}.json") for name in stems},
             **({"old_router_names": old_names} if old_names else {}),
+            **({"above": above} if parts.seed_model else {}),
         }
         write_json(scratch / MANIFEST, manifest)
         for artifact in read_bundle(scratch).artifacts:
@@ -196,6 +207,7 @@ def write_half(bundle: Path, folder: Path) -> None:
             experts={name: stems[stem] for name, stem in parts.experts.items()},
             router=parts.router and stems[parts.router],
             old_router=parts.old_router and (stems[parts.old_router[0]], parts.old_router[1]),
+            seed_model=parts.seed_model and (stems[parts.seed_model[0]], parts.seed_model[1]),
         )
         write_bundle(folder, halved, f"half precision of {whole.version}")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddm.conversion import Conversion
 from ddm.errors import require, within
 from ddm.schedules import Schedule
+from ddm.seed_model import is_above
 from ddm.training import FitConfig
 from experts.unet import UNetConfig
 
@@ -31,6 +32,8 @@ class ExpertConfig(FitConfig):
     loss_weight: of the squared error over t: constant, snr, min_snr or edm.
     min_snr_gamma: the bound of min_snr, above 0.
     times: the distribution of training times: uniform, uniform_log_snr, logit_normal or log_normal.
+    t_max: no later times are learned: of the same distribution, those in [t_min, t_max], where the
+    bundle's seed model moves images at the others; in (t_min, 1), or null for 1.
     ema_also: further decays, in (0, 1), whose averages are kept as well. After training the average
     with the least loss on held-out images is taken; that of ema_decay where none are held out.
     condition: what of an image the network is told as well: none, its label, or its attributes.
@@ -44,6 +47,7 @@ class ExpertConfig(FitConfig):
     loss_weight: LossWeight = "constant"
     min_snr_gamma: float = 5.0
     times: Times = "uniform"
+    t_max: float | None = None
     ema_also: list[float] = field(default_factory=list)
     condition: Literal["none", "label", "attributes"] = "none"
     condition_dropout: float = 0.1
@@ -57,6 +61,9 @@ class ExpertConfig(FitConfig):
         for decay in self.ema_also:
             require(0 < decay < 1 and self.ema_decay > 0, "ema_also", _EMA_ALSO, decay)
         require(self.min_snr_gamma > 0, "min_snr_gamma", "be above 0", self.min_snr_gamma)
+        t_min, t_max = self.t_min, self.t_max
+        rule = f"be in (t_min = {t_min:g}, 1), or null"
+        require(t_max is None or t_min < t_max < 1, "t_max", rule, t_max)
         dropout = self.condition_dropout
         require(0 < dropout < 1, "condition_dropout", "be in (0, 1)", dropout)
 
@@ -143,3 +150,30 @@ class Denoiser(nn.Module):
         if vector is None:
             vector = x.new_zeros(len(x), self.condition)
         return self.network(x, t, vector)
+
+
+class SeededDenoiser(nn.Module):
+    """An expert of a bundle whose seed model moves the images at t > `above`: that, and the expert at
+    other times. See `ddm.seed_model`; all experts of a process share one seed model.
+    """
+
+    def __init__(self, expert: Denoiser, seed_model: Denoiser, above: float) -> None:
+        super().__init__()
+        self.expert = expert
+        self.seed_model = seed_model
+        self.above = above
+
+    def forward(self, x: Tensor, t: Tensor, vector: Tensor | None = None) -> Tensor:
+        high = is_above(t, self.above)
+        if not high.any():
+            return self.expert(x, t, vector)
+        if high.all():
+            return self.seed_model(x, t, vector)
+        denoised = torch.empty_like(x)
+        for denoiser, mask in ((self.expert, ~high), (self.seed_model, high)):
+            rows = mask.nonzero()[:, 0].to(x.device)
+            if len(rows) == 1:  # for which a network would be compiled apart
+                rows = rows.repeat(2)
+            given = None if vector is None else vector[rows]
+            denoised[rows] = denoiser(x[rows], t[rows.to(t.device)], given)
+        return denoised

@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +34,13 @@ def loss_weight(kind: LossWeight, c: Coeffs, gamma: float, sigma_data: float) ->
             return snr + sigma_data**-2
 
 
-def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 1000) -> Tensor:
+def training_times(
+    kind: Times,
+    t_min: float,
+    schedule: Schedule,
+    points: int = 1000,
+    t_max: float | None = None,
+) -> Tensor:
     """`points + 1` evenly spaced quantiles of the distribution of training times, rising in [t_min,
     1], float32.
 
@@ -41,7 +48,14 @@ def training_times(kind: Times, t_min: float, schedule: Schedule, points: int = 
     `logit_normal`: the logit of t is standard normal (arXiv 2403.03206, equation 19), so few at
     either end. `log_normal`: `log s/a` is normal with mean -1.2 and deviation 1.2 within
     [t_min, 1] (arXiv 2206.00364, table 1), so most where images get their detail.
+
+    t_max: the quantiles are those of the distribution given t <= t_max.
     """
+    if t_max is not None:
+        levels = np.linspace(0, 1, points + 1)
+        times = training_times(kind, t_min, schedule, points).double().numpy()
+        below = np.interp(t_max, times, levels)  # the fraction of times up to t_max
+        return torch.from_numpy(np.interp(below * levels, levels, times)).float()
     level = torch.linspace(0, 1, points + 1, dtype=torch.float64)
     match kind:
         case "uniform":
@@ -85,7 +99,8 @@ class ExpertLearning(pl.LightningModule):
         self.denoiser, self.batches, self.config = denoiser, batches, config
         self.conditions = conditions
         self.levels = nn.Buffer(
-            training_times(config.times, config.t_min, denoiser.schedule), persistent=False
+            training_times(config.times, config.t_min, denoiser.schedule, t_max=config.t_max),
+            persistent=False,
         )
         if config.compile:
             # Compiled once for all experts of a process, which differ in weights alone.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddm.seed_model import is_above
 from router import policies
 from router.policies import Policy
 from router.sources import Alpha, Source, Stateless
@@ -24,7 +25,8 @@ class RoutingState(NamedTuple):
 
     source: of the source of alpha, `[B, M]`. policy: of the policy, `[B, ...]`. chosen: the experts
     of the last call, bool `[B, K]`. alpha: as last evaluated, `[B, K]`. evaluated: whether that was
-    in the last call, bool `[B]`.
+    in the last call, bool `[B]`. first_u: the uniform number that draws the first expert, `[B]`.
+    seeded: whether the seed model was called last, bool `[B]`.
     """
 
     source: Tensor
@@ -32,6 +34,8 @@ class RoutingState(NamedTuple):
     chosen: Tensor
     alpha: Tensor
     evaluated: Tensor
+    first_u: Tensor
+    seeded: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Router:
     weights: `[K]`, factors of pi and alpha, which by Bayes' rule makes them those of the mixture
     with the weights `pi * weights`; 0 leaves a cluster out. None for all 1.
     temperature: the policy sees `alpha^(1/temperature)`, renormalized.
+    above: at times above it every expert is the seed model (`ddm.seed_model`); 1 for none. There an
+    image has one expert under every policy, the first, in whose place the seed model is called; alpha
+    is not needed. The first call at most there draws the first expert again, from alpha, also
+    within a step.
     """
 
     source: Source
@@ -53,6 +61,7 @@ class Router:
     pi: Tensor | None = None
     weights: Tensor | None = None
     temperature: float = 1.0
+    above: float = 1.0
 
     @staticmethod
     def of(
@@ -66,12 +75,15 @@ class Router:
         """The state of trajectories that start at x `[B, ...]`; u: `first_uniforms`, `[B]`."""
         assert self.pi is not None
         pi = _reweighted(self.pi.to(x), self.weights).expand(len(x), -1)
+        none = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         return RoutingState(
             source=self.source.start(x),
             policy=self.policy.start(pi, u),
             chosen=policies.sample_categorical(pi, u),
             alpha=pi,
-            evaluated=torch.zeros(len(x), dtype=torch.bool, device=x.device),
+            evaluated=none,
+            first_u=u,
+            seeded=none,
         )
 
     def uniforms(
@@ -113,17 +125,24 @@ class Router:
         if available is not None:
             eligible = available if eligible is None else eligible & available
         kept = u.isnan() | torch.as_tensor(keep, device=u.device)
+        seeded = state.seeded
+        if self.above < 1:
+            seeded = is_above(t, self.above).to(u.device).expand(len(x))
+            below = state.seeded & ~seeded
+            u = torch.where(below, state.first_u, u)
+            kept = (kept & ~below) | seeded
+        keeps = self.policy.keeps and not every_alpha
         # A source that integrates along the trajectory needs every step.
-        if self.policy.keeps and isinstance(self.source, Stateless) and not every_alpha:
-            evaluated = ~kept
-            if eligible is not None:
+        if isinstance(self.source, Stateless) and (keeps or self.above < 1):
+            evaluated = ~kept if keeps else ~seeded
+            if keeps and eligible is not None:
                 evaluated |= ~(state.chosen & eligible).any(dim=1)
             alpha, source_state = self._alpha_of(evaluated, x, t, state), state.source
         else:
             evaluated = torch.ones_like(kept)
             alpha, source_state = self.source.step(x, t, state.source)
             alpha = self._tempered(alpha)
-        after = state._replace(source=source_state, alpha=alpha, evaluated=evaluated)
+        after = state._replace(source=source_state, alpha=alpha, evaluated=evaluated, seeded=seeded)
         if available is not None:
             alpha = _reweighted(alpha, available.to(alpha))
         drawn, policy_state = self.policy.choose(alpha, state.policy, u)
@@ -204,7 +223,11 @@ def choose(
         x, t, state, u, keep, available, every_alpha=control_variate is not None
     )
     weight = policies.weights(alpha, state.chosen)
-    control = None if control_variate is None else control_variate(x, t, alpha - weight)
+    control = None
+    if control_variate is not None:
+        # The seed model is the mixture already.
+        missing = (alpha - weight).masked_fill(state.seeded[:, None], 0)
+        control = control_variate(x, t, missing)
     return Routed(alpha, weight, control), state
 
 

@@ -56,7 +56,7 @@ from serve.http.local_server import listen  # noqa: E402
 from serve.http.middleware import LimitsMiddleware  # noqa: E402
 from serve.model.loading import (  # noqa: E402
     bundle_folder,
-    load_expert,
+    load_experts,
 )
 from serve.ray_address import check_ray_answers  # noqa: E402
 from serve.settings import ServePrecision, Settings, settings  # noqa: E402
@@ -116,18 +116,15 @@ class ExpertReplica:
         return self.runners[version][k](torch.tensor(x), torch.tensor(t), conditions).numpy()
 
     def _load(self, folder: str) -> str:
-        found = {k: load_expert(folder, k, self.device) for k in self.experts}
-        versions = [version for _, _, version in found.values()]
-        if len(set(versions)) > 1:
-            raise ArtifactError(f"{folder} changed while its experts were read")
+        denoisers, shape, version = load_experts(folder, self.experts, self.device)
         runners = {}
-        for k, (denoiser, shape, _) in found.items():
+        for k, denoiser in zip(self.experts, denoisers, strict=True):
             runners[k] = Runner(denoiser, self.device, self.precision, self.compiled)
             runners[k].warm_up(shape)
-        self.runners[versions[0]] = runners
+        self.runners[version] = runners
         for old in list(self.runners)[:-_KEPT_VERSIONS]:
             del self.runners[old]
-        return versions[0]
+        return version
 
 
 class RayExpert:

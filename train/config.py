@@ -50,11 +50,14 @@ class SeedModelConfig:
     data: the images that it is trained on, as in `data`; null for those of all clusters
     t_min: it sees images at t in [t_min, 1] alone, so that their owners need only give away noisy ones; in (0, 1).
         null for expert.t_min
+    above: it also stays in the bundle and moves every image at t above this, the experts at the others; in [t_min, 1).
+        null for a bundle of the experts alone
     """
 
     steps: int = 0
     data: DataConfig | None = None
     t_min: float | None = None
+    above: float | None = None
 
     def check(self) -> None:
         """Raise `ConfigError` naming the key of a value out of its range."""
@@ -375,6 +378,7 @@ class Config:
             self.expert.check()
         with within("router"):
             self.router.check()
+        self._check_high_noise()
         with within("privacy"):
             self.privacy.check()
         require(
@@ -388,6 +392,34 @@ class Config:
         self.evaluate.check("evaluate")
         self.table.check("table")
         self.check_plan(self.sample, self.sample.steps)
+
+    def _check_high_noise(self) -> None:
+        """Raise `ConfigError` naming a key that does not fit to who moves the images at high noise."""
+        seed, cfg = self.seed_model, self.expert
+        if seed.above is not None:
+            least = cfg.t_min if seed.t_min is None else seed.t_min
+            known = seed.steps > 0 or cfg.init is not None
+            rule = "be null without a seed model: give seed_model.steps above 0, or expert.init"
+            require(known, "seed_model.above", rule, seed.above)
+            rule = f"be in [{least:g}, 1), from where on the seed model learns"
+            require(least <= seed.above < 1, "seed_model.above", rule, seed.above)
+            told = cfg.condition == "none" or seed.data is None
+            rule = (
+                f"be null for a seed model of its own images with expert.condition={cfg.condition}"
+            )
+            require(told, "seed_model.above", rule, seed.above)
+        if cfg.t_max is not None:
+            key = "expert.t_max"
+            reaches = seed.above is not None and seed.above <= cfg.t_max
+            rule = (
+                "be null, or at least seed_model.above, down to which the seed model moves images"
+            )
+            require(reaches, key, rule, cfg.t_max)
+            alone = "be null with {}: an expert that knows no noise samples nothing alone"
+            by_images = self.router.data != "experts"
+            require(by_images, key, alone.format("router.data=experts"), cfg.t_max)
+            unseen = self.watch.sheet_every == 0
+            require(unseen, key, alone.format("watch.sheet_every above 0"), cfg.t_max)
 
     def check_plan(self, cfg: SampleConfig, *steps: int) -> None:
         """Raise `ConfigError` if the sampler or the grid is not defined for the schedule at these numbers of steps."""

@@ -166,7 +166,7 @@ class _Plan:
         return Row(f"{cfg.steps} steps", cost.parameters, cost.memory_bytes, seconds, disk)
 
     def bundle(self) -> Row:
-        whole = self.k * self.weights_bytes + self.router_bytes
+        whole = self._loaded_bytes
         disk = whole * (1.5 if self.config.bundle.half else 1.0)
         return Row(f"{self.k} experts", 0, self.weights_bytes, 0, disk)
 
@@ -195,7 +195,8 @@ class _Plan:
 
     @property
     def _loaded_bytes(self) -> int:
-        return self.k * self.weights_bytes + self.router_bytes
+        networks = self.k + (self.config.seed_model.above is not None)
+        return networks * self.weights_bytes + self.router_bytes
 
     def _on_all(self, steps: list[int], more_bytes: int = 0) -> Row:
         """Networks like an expert's, one after another, on the images of all clusters."""

@@ -113,6 +113,7 @@ def _written(config: Config, bundle: Bundle, copy: str) -> str:
         held_out=_held_out(config),
         flip=config.data.flip,
         seed_model=first.get("init", {}).get("images_seen"),
+        above=bundle.above,
         trained=_trained(config, bundle),
         expert=first["config"],
         schedule=bundle.schedule["name"],

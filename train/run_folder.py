@@ -106,7 +106,8 @@ def read_clusters(config: Config) -> tuple[Path, Partition]:
 def _learned(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that decide what is learned, flat."""
     flat = _flat({key: value for key, value in tree.items() if key not in _FREE_SECTIONS})
-    return {key: value for key, value in flat.items() if key not in _FREE}
+    free = {*_FREE, "seed_model.above"}  # which the bundle depends on alone
+    return {key: value for key, value in flat.items() if key not in free}
 
 
 def _with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddm.condition import Conditions, guided
-from experts.denoiser import Denoiser
+from experts.denoiser import Denoiser, SeededDenoiser
 from serve.engine.expert import in_thread
 from serve.engine.turn import Turn
 from serve.model.model import Model
@@ -23,7 +23,7 @@ class Runner:
 
     precision: with bf16, its convolutions and products are in bfloat16; x and the answer are not.
     compiled: compile it, for batches of any size, and once for all experts of a process, whose
-    networks differ in weights alone; then it must be a `Denoiser`. `warm_up` does it, so that no
+    networks differ in weights alone; then it must be one of a bundle. `warm_up` does it, so that no
     request waits for it.
     """
 
@@ -37,8 +37,10 @@ class Runner:
         self.device, self.compiled, self.half = device, compiled, precision == "bf16"
         self.denoiser = denoiser
         if compiled:
-            assert isinstance(denoiser, Denoiser)
-            denoiser.network.compile()  # without the schedule, an object of each expert's own
+            assert isinstance(denoiser, Denoiser | SeededDenoiser)
+            for part in denoiser.modules():
+                if isinstance(part, Denoiser):
+                    part.network.compile()  # without the schedule, an object of each expert's own
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: Tensor, given: Conditions | None = None) -> Tensor:
@@ -60,7 +62,8 @@ class Runner:
     def warm_up(self, shape: Sequence[int]) -> None:
         """Compile it, if it is to be compiled, for images `[C, H, W]`."""
         for size in _SIZES if self.compiled else ():
-            self(torch.zeros(size, *shape), torch.full((size,), 0.5))
+            for t in (1e-3, 1.0):  # the expert, and perhaps a seed model
+                self(torch.zeros(size, *shape), torch.full((size,), t))
 
 
 class LocalExpert:

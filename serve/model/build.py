@@ -19,7 +19,7 @@ from ddm.conversion import Conversion
 from ddm.errors import ArtifactError, ConfigError, shown
 from ddm.gaussian import MOMENTS, Gaussians
 from ddm.schedules import Schedule
-from experts.denoiser import Denoiser, ExpertConfig
+from experts.denoiser import Denoiser, ExpertConfig, SeededDenoiser
 from router.networks import DerivativeNet, PosteriorNet, RouterConfig
 from serve.model.config_merge import filled
 
@@ -47,6 +47,21 @@ def build_expert(artifact: Artifact, schedule: Schedule, device: torch.device) -
         denoiser = config.build(artifact.facts["shape"], own, conversion, condition)
     _load_weights(denoiser, artifact, device, others=MOMENTS)
     return denoiser
+
+
+def build_experts(
+    bundle: Bundle, schedule: Schedule, device: torch.device
+) -> list[Denoiser | SeededDenoiser]:
+    """The denoisers of a bundle's experts, those that were read; they share its seed model, if it
+    has one.
+
+    Raises `ArtifactError` naming a file.
+    """
+    experts = [build_expert(artifact, schedule, device) for artifact in bundle.experts]
+    if bundle.seed_model is None:
+        return [*experts]
+    seed_model = build_expert(bundle.seed_model, schedule, device)
+    return [SeededDenoiser(expert, seed_model, bundle.above) for expert in experts]
 
 
 def build_counts(artifact: Artifact) -> ClusterCounts | None:

@@ -1,16 +1,17 @@
-"""Loading the folder of a run or of a bundle, or the demo: everything, or one expert."""
+"""Loading the folder of a run or of a bundle, or the demo: everything, or some experts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ddm.bundle import read_bundle, restore_bundle
+from ddm.bundle import SEED_MODEL, read_bundle, restore_bundle
 from ddm.device import pick_device
 from ddm.errors import ArtifactError
 from ddm.partition import Partition
-from experts.denoiser import Denoiser
-from serve.model.build import build_expert, build_schedule
+from experts.denoiser import Denoiser, SeededDenoiser
+from serve.model.build import build_experts, build_schedule
 from serve.model.model import Model
 
 DEMO = "demo"  # what the digits that come with the program are called
@@ -55,19 +56,20 @@ def bundle_folder(folder: str | Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
-def load_expert(
-    folder: str | Path, k: int, device: str | torch.device = "auto"
-) -> tuple[Denoiser, list[int], str]:
-    """Expert k of a run or a bundle, the shape `[C, H, W]` of its images, and the bundle's version;
-    no other artifact is read.
+def load_experts(
+    folder: str | Path, wanted: Sequence[int], device: str | torch.device = "auto"
+) -> tuple[list[Denoiser | SeededDenoiser], list[int], str]:
+    """Experts of a run or a bundle, by rising numbers, the shape `[C, H, W]` of their images, and the bundle's
+    version; but for the seed model, no other artifact is read.
 
     Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why.
     """
     inner = bundle_folder(folder)
     files = read_bundle(inner, only=()).files
-    if not 0 <= k < len(files):
-        raise ArtifactError(f"{inner} has no expert {k}, it has {len(files)}")
-    bundle = read_bundle(inner, only=[files[k]])
+    for k in wanted:
+        if not 0 <= k < len(files):
+            raise ArtifactError(f"{inner} has no expert {k}, it has {len(files)}")
+    bundle = read_bundle(inner, only=[*(files[k] for k in wanted), SEED_MODEL])
     where = torch.device(pick_device(str(device)))
-    denoiser = build_expert(bundle.experts[0], build_schedule(bundle), where)
-    return denoiser, bundle.mixture.shape, bundle.version
+    found = build_experts(bundle, build_schedule(bundle), where)
+    return found, bundle.mixture.shape, bundle.version

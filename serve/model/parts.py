@@ -18,7 +18,7 @@ from router.sources import Alpha
 from router.targets import exact_posterior
 from serve.model.build import (
     build_counts,
-    build_expert,
+    build_experts,
     build_gaussians,
     build_router,
     build_schedule,
@@ -46,6 +46,7 @@ class Parts:
     names, pi: of the clusters, `[K]`
     version: the SHA-256 of the manifest
     vocabulary: what a condition may name, None if the experts take none
+    above: the time above which the bundle's seed model moves the images, 1 if it has none
     schedule, experts, gaussians, posterior, derivative: the parts; the last two are None for a
         bundle without a router
     """
@@ -63,11 +64,10 @@ class Parts:
         self.version = bundle.version
         self.pi = bundle.mixture.pi.to(self.device)
         self.schedule: Schedule = build_schedule(bundle)
-        self.experts: list[nn.Module] = (
-            [build_expert(artifact, self.schedule, self.device) for artifact in bundle.experts]
-            if experts
-            else []
-        )
+        self.above = bundle.above
+        self.experts: list[nn.Module] = []
+        if experts:
+            self.experts = [*build_experts(bundle, self.schedule, self.device)]
         self.gaussians = build_gaussians(bundle.experts, self.schedule, self.device)
         self.posterior: PosteriorNet | None = None
         self.derivative: DerivativeNet | None = None
@@ -103,8 +103,10 @@ class Parts:
             told = f", told the {self.vocabulary.kind}, one of {len(names)}"
             if self.vocabulary.kind == "attributes":
                 told = f", told {len(names)} attributes"
-        millions = _parameters(self.experts) / len(self.experts) / 1e6
-        return f"{len(self.experts)} of {millions:.2f}M parameters, {str(dtype)[6:]}{told}"
+        seeded = self.above < 1  # by one more network of their size
+        millions = _parameters(self.experts) / (len(self.experts) + seeded) / 1e6
+        high = f", a seed model above t = {self.above:g}" if seeded else ""
+        return f"{len(self.experts)} of {millions:.2f}M parameters, {str(dtype)[6:]}{told}{high}"
 
     def _router_in_words(self) -> str:
         if self.posterior is None:
@@ -176,4 +178,4 @@ class Parts:
 
 
 def _parameters(networks: list[nn.Module]) -> int:
-    return sum(p.numel() for network in networks for p in network.parameters())
+    return sum(p.numel() for p in nn.ModuleList(networks).parameters())  # shared ones once

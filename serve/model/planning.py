@@ -230,7 +230,12 @@ class Planner(Parts):
     ) -> Router:
         weights = None if factors is None else self.pi.new_tensor(factors)
         return Router(
-            self._source(source, relaxation_rate), policy(*rule), self.pi, weights, temperature
+            self._source(source, relaxation_rate),
+            policy(*rule),
+            self.pi,
+            weights,
+            temperature,
+            self.above,
         )
 
     def _source(self, source: str, relaxation_rate: float) -> Source:

@@ -19,7 +19,8 @@ class Trace(NamedTuple):
 
     t: times of the calls, `[N]`
     alpha: `[N, B, K]`
-    chosen: which experts moved which image at which call, bool `[N, B, K]`
+    chosen: which experts moved which image at which call, bool `[N, B, K]`; at times above a
+        bundle's `above`, in whose place the seed model did
     calls: expert evaluations, counted per image
     router_calls: evaluations of alpha, counted per image; between two, `alpha` is the last
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ddm.errors import ConfigError
 from ddm.oracle import GaussianMixture
 from ddm.schedules import SCHEDULES, schedule
-from experts.denoiser import Denoiser, ExpertConfig, Parameterization
+from experts.denoiser import Denoiser, ExpertConfig, Parameterization, SeededDenoiser
 from experts.unet import UNetConfig
 
 SIGMA_DATA = 0.7
@@ -159,3 +159,33 @@ def test_a_value_out_of_its_range_is_refused_by_key_rule_and_value(
     ExpertConfig().check()
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         ExpertConfig(**{key: value}).check()  # type: ignore[arg-type]
+
+
+def test_above_its_time_an_expert_is_the_seed_model() -> None:
+    sizes: list[int] = []
+
+    def constant(value: float) -> Denoiser:
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return torch.full_like(x, value) + t.reshape(-1, 1, 1, 1)
+
+        return denoiser(network, "vp_linear", "raw")
+
+    seeded = SeededDenoiser(constant(10), constant(20), above=0.6)
+    times = torch.tensor([0.6, 0.7, 0.1, 1.0, 0.9], dtype=torch.float64)
+    x = images(5)
+    whole = seeded(x, times)
+    expected = torch.tensor([10.6, 20.7, 10.1, 21.0, 20.9], dtype=torch.float64)
+    torch.testing.assert_close(whole, expected.reshape(-1, 1, 1, 1).expand_as(x))
+    assert sorted(sizes) == [2, 3]
+    for t, value in zip(times, expected, strict=True):
+        torch.testing.assert_close(seeded(x[:1], t), torch.full_like(x[:1], float(value)))
+    sizes.clear()
+    torch.testing.assert_close(seeded(x[:3], times[:3]), whole[:3])
+    assert sizes == [2, 2]  # no network is compiled for one image
+
+
+@pytest.mark.parametrize("t_max", [0.001, 0, 1.0, 2])
+def test_a_last_time_that_cannot_be_is_refused(t_max: float) -> None:
+    with pytest.raises(ConfigError, match=r"t_max must be in \(t_min = 0.001, 1\), or null, got"):
+        ExpertConfig(t_max=t_max).check()

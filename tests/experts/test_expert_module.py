@@ -193,6 +193,23 @@ def test_training_times_lie_at_the_even_levels_of_their_distribution(
     torch.testing.assert_close(times, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_times_up_to_a_last_one_are_those_of_the_distribution_below_it(kind: Times) -> None:
+    times = training_times(kind, T_MIN, schedule("vp_linear"), points=2000).double()
+    below = times[times <= 0.4]
+    found = training_times(kind, T_MIN, schedule("vp_linear"), 2000, t_max=0.4).double()
+    assert len(found) == 2001 and float(found[-1]) == pytest.approx(0.4)
+    level = np.linspace(0, 1, 41)
+    torch.testing.assert_close(
+        found.quantile(torch.from_numpy(level)),
+        below.quantile(torch.from_numpy(level)),
+        rtol=5e-3,
+        atol=2e-4,
+    )
+    learning = spied(times=kind, t_max=0.4)
+    assert learning.at(torch.tensor([0.0, 1.0])).max() <= 0.4 + 1e-6
+
+
 @pytest.mark.parametrize(
     "name", ["vp_linear", "vp_cosine", "rectified_flow", "edm", "ve_exponential"]
 )

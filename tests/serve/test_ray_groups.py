@@ -18,7 +18,7 @@ from ddm.condition import Conditions
 from ddm.errors import ArtifactError
 from serve import load
 from serve.model.images import to_uint8
-from serve.model.loading import load_expert
+from serve.model.loading import load_experts
 from serve.ray_app import ExpertReplica
 
 pytestmark = [
@@ -62,7 +62,7 @@ def test_a_replica_answers_as_each_of_its_experts(small_run: Path, tmp_path: Pat
     x = x.astype(np.float32)
     answers = []
     for k in (1, 2):
-        denoiser, _, version = load_expert(bundle, k, "cpu")
+        (denoiser,), _, version = load_experts(bundle, [k], "cpu")
         answers.append(asyncio.run(replica.denoise(k, str(bundle), version, x, t)))
         with torch.inference_mode():
             expected = denoiser(torch.tensor(x), torch.tensor(t))
@@ -75,7 +75,7 @@ def test_a_replica_answers_as_each_of_its_experts(small_run: Path, tmp_path: Pat
 def test_a_replica_is_told_conditions_and_guidance(small_labels_run: Path) -> None:
     bundle = small_labels_run / "bundle"
     replica = ExpertReplica([0], str(bundle), "cpu", "float32", False)
-    denoiser, _, version = load_expert(bundle, 0, "cpu")
+    (denoiser,), _, version = load_experts(bundle, [0], "cpu")
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 0.7, 0.9])
     vector = torch.eye(10)[[2, 2, 7]]
     given = Conditions(vector, torch.tensor([1.0, 3.0, 3.0]))

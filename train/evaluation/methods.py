@@ -47,6 +47,9 @@ def methods(
 def _settings(name: str, config: Config) -> dict[str, Any]:
     """What a row sets of `sample`."""
     row = ROWS[name]
+    if name == "Naive" and config.seed_model.above is not None:
+        # Its one expert is drawn where the seed model ends, and there alpha is not pi.
+        row = row._replace(source=None)
     return {
         "source": row.source or config.sample.source,
         "temperature": 1.0 if row.source else config.sample.temperature,

@@ -13,7 +13,7 @@ from ddm.mixture import Mixture
 from train.config import Config
 from train.model_card import write_cards
 from train.run_folder import claim, read_partition
-from train.stages.denoiser import artifact_stem
+from train.stages.denoiser import artifact_stem, hash_of, initial
 from train.stages.expert import expert_stem
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ def make_bundle(config: Config) -> None:
         config.schedule,
         dict(zip(expert_names(mixture.k), experts, strict=True)),
         router if fits else None,
+        seed_model=_seed_model(config),
     )
     folder, half = config.folder / "bundle", config.folder / "bundle-half"
     if _holds(folder, parts):
@@ -50,6 +51,18 @@ def make_bundle(config: Config) -> None:
         size = sum(file.stat().st_size for file in half.iterdir()) / 1e6
         log.info("bundle     in half precision, %.1f MB: %s", size, half)
     write_cards(config)
+
+
+def _seed_model(config: Config) -> tuple[Path, float] | None:
+    """The seed model that stays in the bundle, and the time above which it moves images.
+
+    Raises `ArtifactError` if it is missing.
+    """
+    above, stem = config.seed_model.above, initial(config)
+    if above is None or stem is None:
+        return None
+    hash_of(stem)
+    return stem, above
 
 
 def _own_experts(config: Config) -> list[Path]:
@@ -95,7 +108,8 @@ def _holds(folder: Path, parts: Parts) -> bool:
     found = read_json(folder / MANIFEST)
     hashes = {name: sha256(file_of(stem, ".json")) for name, stem in parts.stems.items()}
     same = found["schedule"] == parts.schedule and found["mixture"] == parts.mixture.facts
-    return same and found["artifacts"] == hashes
+    above = parts.seed_model[1] if parts.seed_model else None
+    return same and found["artifacts"] == hashes and found.get("above") == above
 
 
 def _is_half_of(half: Path, whole: Path) -> bool:

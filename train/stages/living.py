@@ -152,7 +152,7 @@ def _given_expert(config: Config) -> Path:
     owner = replace(
         config,
         run=str(config.folder / "owners" / shard.hashes[0][:12]),
-        seed_model=SeedModelConfig(),
+        seed_model=SeedModelConfig(above=config.seed_model.above),
         expert=replace(config.expert, init=None if start is None else str(start)),
     )
     train_experts(owner)
@@ -212,6 +212,11 @@ def _save(config: Config, parts: Parts, what: str) -> None:
         f"{name} {p:.3f}" for name, p in zip(bundle.mixture.names, bundle.mixture.pi, strict=True)
     )
     log.info("%s: pi %s; version %s", what, pi, bundle.version[:12])
+    if bundle.seed_model is not None and what != "reroute":
+        log.info(
+            "its seed model stays as it is: at t above %g it moves images by what it has learned",
+            bundle.above,
+        )
     if bundle.mixture.k > 1 and bundle.router is None:
         log.info(
             "its router does not fit: sample.source=gaussian routes until 'reroute' has trained it on"

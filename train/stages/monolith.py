@@ -20,7 +20,7 @@ def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Co
 
     `one-model`: unless `monolith_steps` says otherwise, it sees as many images as all experts together.
     `one-model-time`: as many as one expert, so that it takes as long, where each expert has a machine of its own.
-    Both have an expert's network, and start from what the experts start from.
+    Both have an expert's network, start from what the experts start from, and learn and move images at every t.
     """
     config = with_precision(config)
     k, steps = read_partition(config).k, config.expert.steps
@@ -36,7 +36,11 @@ def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Co
             partition=replace(config.partition, k=1),
             seed_model=SeedModelConfig(),
             expert=replace(
-                config.expert, steps=count, index=None, init=None if start is None else str(start)
+                config.expert,
+                steps=count,
+                index=None,
+                init=None if start is None else str(start),
+                t_max=None,
             ),
         )
         for row, (folder, count) in rows.items()

@@ -137,7 +137,8 @@ def _config(config: Config) -> ExpertConfig:
     """An expert's config with the seed model's steps and times."""
     cfg, asked = expert_config(config), config.seed_model
     t_min = cfg.t_min if asked.t_min is None else asked.t_min
-    return replace(cfg, steps=asked.steps, cooldown=0.0, cooldown_shape="linear", t_min=t_min)
+    cfg = replace(cfg, steps=asked.steps, cooldown=0.0, cooldown_shape="linear")
+    return replace(cfg, t_min=t_min, t_max=None)
 
 
 def _others(config: Config, partition: Partition) -> ImageSet | None:

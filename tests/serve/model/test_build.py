@@ -15,7 +15,7 @@ from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, writ
 from ddm.errors import ArtifactError
 from serve import load
 from serve.model import build
-from serve.model.loading import load_expert
+from serve.model.loading import load_experts
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
@@ -78,7 +78,7 @@ def test_a_network_that_the_weights_do_not_fit_is_refused_before_it_takes_memory
     change: Callable[[str, Change], Path], unet: dict[str, Any], file: str
 ) -> None:
     bundle = change("expert-00", lambda _, facts: facts["config"]["unet"].update(unet))
-    for read in (load, lambda folder: load_expert(folder, 0)):
+    for read in (load, lambda folder: load_experts(folder, [0])):
         with pytest.raises(ArtifactError, match=f"{file} does not (fit|describe)"):
             read(bundle)
 
@@ -163,7 +163,7 @@ def test_a_schedule_that_is_none_is_refused_by_file(
 
 def test_loaded_weights_are_copies_laid_out_as_built(small_run: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(small_run / "bundle", tmp_path / "bundle"))
-    expert, *_ = load_expert(bundle, 0)
+    (expert,), *_ = load_experts(bundle, [0])
     weights = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
     kernel = expert.network.encoder.stages[0].conv1.weight
     assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.requires_grad

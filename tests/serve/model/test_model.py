@@ -24,7 +24,7 @@ from router.policies import POLICIES
 from router.sources import SOURCES
 from serve import SampleConfig, load
 from serve.http.schemas import SampleRequest
-from serve.model.loading import load_expert
+from serve.model.loading import load_experts
 from serve.model.model import Model
 from serve.model.params import SETTINGS, SampleSettings
 
@@ -432,7 +432,7 @@ def test_weights_that_are_not_finite_are_refused_by_file(
     name = "network.head.2.weight"
     tensors[name][0, 1, 2, 0] = value
     rewrite(bundle, "expert-01", tensors, facts)
-    for read in (load, lambda folder: load_expert(folder, 1)):
+    for read in (load, lambda folder: load_experts(folder, [1])):
         with pytest.raises(
             ArtifactError, match=f"expert-01.safetensors is damaged: {name} must be finite numbers"
         ):
@@ -608,16 +608,16 @@ def test_an_expert_loads_without_the_files_of_the_others(small_run: Path, tmp_pa
         bundle.mkdir()
         for name in ("manifest.json", f"expert-{k:02d}.json", f"expert-{k:02d}.safetensors"):
             shutil.copyfile(small_run / "bundle" / name, bundle / name)
-        expert, shape, version = load_expert(bundle, k)
+        (expert,), shape, version = load_experts(bundle, [k])
         assert (shape, version) == (model.shape, model.version)
         assert not expert.training and not any(p.requires_grad for p in expert.parameters())
         torch.testing.assert_close(expert(x, t), model.experts[k](x, t))
-    assert load_expert(small_run, 1)[2] == model.version
+    assert load_experts(small_run, [1])[2] == model.version
 
 
 def test_a_missing_or_damaged_expert_is_refused_by_name(small_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="bundle has no expert 3, it has 3"):
-        load_expert(small_run, 3)
+        load_experts(small_run, [3])
     bundle = shutil.copytree(small_run / "bundle", tmp_path / "bundle")
     without(bundle, "expert-02", "gaussian.mean")
     with pytest.raises(
@@ -628,8 +628,8 @@ def test_a_missing_or_damaged_expert_is_refused_by_name(small_run: Path, tmp_pat
     path = bundle / "expert-01.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(ArtifactError, match="expert-01.safetensors is damaged or foreign"):
-        load_expert(bundle, 1)
-    assert load_expert(bundle, 0)
+        load_experts(bundle, [1])
+    assert load_experts(bundle, [0])
 
 
 def test_a_model_without_its_experts_routes_as_the_whole_one(small_run: Path) -> None:
