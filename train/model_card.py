@@ -135,8 +135,8 @@ def _trained(config: Config, bundle: Bundle) -> list[dict[str, Any]]:
     """The networks of the bundle, and the seed model; times are those that the run's folder knows."""
     networks = trained_networks(config.folder)
     here = {one.sha256: one for one in networks}
-    seeds = [one for one in networks if one.name == "seed model"]
-    rows = [*seeds]
+    bundled = {artifact.facts["sha256"] for artifact in bundle.artifacts}
+    rows = [one for one in networks if one.name == "seed model" and one.sha256 not in bundled]
     for artifact in bundle.artifacts:
         facts = artifact.facts
         known = here.get(facts["sha256"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddm.bundle import Artifact
+from ddm.errors import require
 from ddm.gaussian import Gaussians
 from ddm.mixture import Mixture
 from ddm.rng import RngStream, derive_seed, normal
@@ -47,7 +48,13 @@ def of_images(config: Config, clusters: Sequence[Tensor]) -> Data:
 def sampled(config: Config, mixture: Mixture, artifacts: list[Artifact]) -> Data:
     """The training data of images sampled from the experts in proportion to pi; the Gaussians are those that their
     artifacts carry.
+
+    Raises `ConfigError` for an expert that has not learned to sample alone.
     """
+    for artifact in artifacts:
+        t_max = artifact.facts.get("config", {}).get("t_max")
+        rule = f"be pooled or shards: {artifact.json} has learned no t above {t_max}"
+        require(t_max is None, "router.data", rule, "experts")
     process, device = schedule(**config.schedule), torch.device(config.device)
     images, labels = [], []
     with bar("router: sampling", config.router.samples) as advance:
