@@ -93,12 +93,12 @@ def test_a_bundle_of_a_run_gets_a_seed_model_and_loses_it(
 
 
 def test_one_model_learns_all_times_and_naive_draws_where_the_seed_model_ends(
-    seeded: Path, small: Callable[..., Config]
+    small_run: Path, small: Callable[..., Config]
 ) -> None:
-    config = small(seeded, *HIGH)
+    config = small(small_run, *HIGH)
     for monolith in monolith_configs(config, config.evaluate).values():
         assert monolith.expert.t_max is None and monolith.seed_model.above is None
-        assert monolith.expert.init == str(seeded / "seed_model" / "seed_model")
+        assert monolith.expert.init == str(small_run / "seed_model" / "seed_model")
     rows = {row.name: row.settings for row in methods(config, {}, METHODS, 3)}
     assert rows["Naive"]["policy"] == "fixed" and rows["Naive"]["source"] == config.sample.source
 
