@@ -52,7 +52,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _edit(arguments: argparse.Namespace) -> None:
     for name in ("n", "inverted"):
-        require(getattr(arguments, name) >= _SHOWN, f"--{name}", f"be at least {_SHOWN}", name)
+        count = getattr(arguments, name)
+        require(count >= _SHOWN, f"--{name}", f"be at least {_SHOWN}", count)
     model = load(arguments.run)
     whole = _real(arguments.run)
     order = torch.randperm(

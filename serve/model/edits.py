@@ -11,7 +11,7 @@ from ddm.editing import Given
 from ddm.errors import ConfigError, require, shown
 
 STRENGTH = 0.5  # of an image without a mask
-RESAMPLINGS = 10  # as in RePaint
+RESAMPLINGS = 4
 MAX_RESAMPLINGS = 100
 
 

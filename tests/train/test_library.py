@@ -1,0 +1,97 @@
+"""Training and sampling from Python; docs/library.md runs as it stands, but for the sizes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddm.errors import ArtifactError, ConfigError
+from serve.model.model import Model
+from train import train_model
+from train.data.digits import load_digits
+
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = {
+    "accelerator": "cpu",
+    "partition": {"k": 2},
+    "expert": {
+        "unet": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": []},
+        "steps": 4,
+        "batch": 8,
+    },
+    "router": {
+        "net": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": []},
+        "steps": 4,
+        "switch_step": 2,
+        "batch": 8,
+    },
+}
+# The page's own numbers, and those with which it takes seconds.
+SMALLER = {
+    '"steps": 1000, "batch": 64': '"steps": 6, "batch": 8',
+    '"steps": 1000, "switch_step": 500': '"steps": 6, "switch_step": 3, "batch": 8',
+    "1000, batch=100, steps=2": "20, batch=10, steps=2",
+    "n=200": "n=20",
+    '"steps": 50': '"steps": 4',
+}
+
+
+def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
+    program = "\n".join(blocks)
+    for own, smaller in SMALLER.items():
+        assert program.count(own) == 1, own
+        program = program.replace(own, smaller)
+    names: dict[str, Any] = {}
+    exec(compile(program, "docs/library.md", "exec"), names)
+    assert names["samples"].shape == (16, 1, 8, 8) and len(names["way"]) == 9
+    assert names["back"].shape == names["noise"].shape == (1, 1, 8, 8)
+    assert len(list(Path("runs/mine/png").glob("*.png"))) == 20
+    assert not list(tmp_path.rglob("*.yml")) and not list(tmp_path.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return load_digits(60).images
+
+
+def test_the_same_call_trains_nothing_again(images: torch.Tensor, tmp_path: Path) -> None:
+    first = train_model(images, tmp_path / "run", **TINY)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    again = train_model(images, tmp_path / "run", **TINY)
+    assert isinstance(first, Model) and first.version == again.version and len(times) > 4
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    with pytest.raises(ConfigError, match="folder must be another one: it was made of other"):
+        train_model(images.flip(0), tmp_path / "run", **TINY)
+    with pytest.raises(ArtifactError, match="was made by another config: seed is 0 there, 1 here"):
+        train_model(images, tmp_path / "run", seed=1, **TINY)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"images": torch.zeros(3, 8, 8)},
+            r"images must be a tensor \[N, C, H, W\].*got \[3, 8, 8",
+        ),
+        ({"images": [1]}, r"images must be a tensor .*got \[1\]"),
+        (
+            {"images": torch.full((2, 1, 8, 8), 2.0)},
+            r"images must be uint8, or floats in \[-1, 1\]",
+        ),
+        ({"images": torch.zeros(2, 1, 8, 8).long()}, "images must be uint8, .*got torch.int64"),
+        ({"labels": torch.tensor([0, 1])}, "labels must be 60 whole numbers of at least 0"),
+        ({"expert": {"stepz": 3}}, "stepz"),
+        ({"expert": {"steps": -3}}, "expert.steps must"),
+        ({"experts": {"steps": 3}}, "experts"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    images: torch.Tensor, tmp_path: Path, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        train_model(**{"images": images, "folder": tmp_path / "run", **TINY, **given})
+    assert not (tmp_path / "run").exists()
