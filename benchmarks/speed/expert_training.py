@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -40,6 +40,8 @@ from ddm.training import Batches
 from experts.denoiser import ExpertConfig
 from experts.expert_module import ExpertLearning
 from experts.unet import UNetConfig
+
+L = TypeVar("L", bound=ExpertLearning)
 
 SHAPE = (3, 32, 32)
 TINY = Path(__file__).parents[2] / "configs" / "cifar10_tiny.yaml"
@@ -66,7 +68,7 @@ class Training:
     images: int = 50_000
     shape: tuple[int, int, int] = SHAPE
 
-    def learning(self, kind: type[ExpertLearning] = ExpertLearning) -> ExpertLearning:
+    def learning(self, kind: type[L]) -> L:
         """A fresh expert that learns."""
         config = self.config
         torch.manual_seed(0)
@@ -89,15 +91,21 @@ class Training:
         accelerator = "cpu" if self.device == "cpu" else "gpu"
         try:
             with mock.patch.object(train.fit, "_REPORTS", reports):
-                train.fit.fit(self.learning(), steps, config, folder, accelerator, report)
+                train.fit.fit(
+                    self.learning(ExpertLearning), steps, config, folder, accelerator, report
+                )
         finally:
             shutil.rmtree(folder)
         return _seconds_per_step(marks)
 
+    def step(self) -> "BareStep":
+        """The bare step of a fresh expert."""
+        return BareStep(self.learning(BareLearning), self.device)
+
     def bare(self, steps: int) -> float:
         """Seconds per step of the bare loop, after a quarter of the steps."""
         marks = []
-        step = BareStep(self)
+        step = self.step()
         for n in range(1, steps + 1):
             step()
             if n % (steps // _REPORTS) == 0:
@@ -114,14 +122,12 @@ def _seconds_per_step(marks: list[tuple[int, float]]) -> float:
 class BareStep:
     """A step of training, and its parts."""
 
-    def __init__(self, training: Training) -> None:
-        learning = training.learning(BareLearning).to(training.device)
-        assert isinstance(learning, BareLearning)
-        self.learning = learning
+    def __init__(self, learning: BareLearning, device: str) -> None:
+        self.learning = learning.to(device)
         learning.on_fit_start()
         learning.train()
-        self.device = training.device
-        self.config = training.config
+        self.device = device
+        self.config = learning.config
         self.weights: list[nn.Parameter] = [*learning.parameters()]
         self.averages = [weight.detach().clone() for weight in self.weights]
         found: dict[str, Any] = learning.configure_optimizers()
@@ -215,9 +221,9 @@ def _peer(device: str, bf16: bool, batch: int) -> Figures:
         precision="bf16-mixed" if bf16 else "32-true",
     )
     training = Training(config, device, images=2000)
-    images = training.learning().batches.images
+    images = training.learning(ExpertLearning).batches.images
     sides: dict[str, Call] = {"diffusers": DiffusersStep(128, images, batch, bf16, device)}
-    sides["ddm"] = BareStep(training)
+    sides["ddm"] = training.step()
     timing = alternate(sides, device, rounds=3, most_s=60)
     return {
         **timing.rates(("ddm", "diffusers"), batch, "images/s"),
@@ -235,7 +241,7 @@ def _measured(training: Training) -> Figures:
         for name, side in sides.items():
             timing.seconds[name].append(side(steps))
     batch = training.config.batch
-    network = training.learning().denoiser.network
+    network = training.learning(ExpertLearning).denoiser.network
     return {
         "Mparameters": parameters(network),
         **timing.rates(("fit", "bare"), batch, "images/s"),
@@ -245,7 +251,7 @@ def _measured(training: Training) -> Figures:
 
 
 def _parts(training: Training) -> Figures:
-    step = BareStep(training)
+    step = training.step()
     batches = step.learning.batches
     numbers = itertools.count()  # what is drawn for a step is kept until another is asked for
 
@@ -270,7 +276,7 @@ def _parts(training: Training) -> Figures:
 
 def _without(training: Training) -> Figures:
     """Steps that leave one part out, in turn with the whole."""
-    whole, no_average, other_noise, no_data = (BareStep(training) for _ in range(4))
+    whole, no_average, other_noise, no_data = (training.step() for _ in range(4))
     x0, place = no_data.learning.batches.x0(0)
     times = no_data.learning.batches.times(0)
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.speed.expert_training import BareStep, Training
+from benchmarks.speed.expert_training import Training
 from benchmarks.speed.memory import available, peak_beyond
 from benchmarks.speed.routed_sampling import router_of, sizes
 from benchmarks.speed.timing import Call, Figures, Variant, brief, synchronize
@@ -78,7 +78,7 @@ def sampling(device: str, images: int, k: int = 8, steps: int = 5, side: int = 3
 def training(device: str, batch: int, side: int = 32) -> Call:
     """A step of training of one expert."""
     config = ExpertConfig(unet=sizes(device).unet, batch=batch)
-    return BareStep(Training(config, device, images=64, shape=(3, side, side)))
+    return Training(config, device, images=64, shape=(3, side, side)).step()
 
 
 def targets(device: str, images: int, side: int = 32) -> Call:

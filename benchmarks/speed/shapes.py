@@ -41,18 +41,22 @@ def variants(device: str) -> list[Variant]:
     if device != "cpu":
         return []
     return [
-        Variant(shown(sizes, batch), partial(measured, sizes, batch), 2 if batch == 16 else 3, 15)
+        Variant(
+            f"{shown_shape(sizes)}, batch {batch}",
+            partial(measured, sizes, batch),
+            2 if batch == 16 else 3,
+            15,
+        )
         for batch in (16, 64)
         for sizes in SHAPES
     ]
 
 
-def shown(sizes: dict[str, Any], batch: int) -> str:
+def shown_shape(sizes: dict[str, Any]) -> str:
     """A shape in words."""
     multipliers = " ".join(map(str, sizes["multipliers"]))
-    patch = f"patch {sizes['patch']}, " if "patch" in sizes else ""
-    blocks = f"{sizes['blocks']} per level"
-    return f"{patch}{sizes['channels']} channels, {multipliers}; {blocks}, batch {batch}"
+    patch = f"patch {sizes['patch']}, " if sizes.get("patch", 1) > 1 else ""
+    return f"{patch}{sizes['channels']} channels, {multipliers}; {sizes['blocks']} per level"
 
 
 def measured(sizes: dict[str, Any], batch: int) -> Figures:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import exact_targets, expert_training, shapes
 from benchmarks.speed.diffusers_training import DiffusersStep
-from benchmarks.speed.expert_training import BareStep, Training
+from benchmarks.speed.expert_training import Training
 from benchmarks.speed.speed_page import page, write_page
 from benchmarks.speed.timing import (
     Ceiling,
@@ -25,6 +25,7 @@ from benchmarks.speed.timing import (
 )
 from ddm.schedules import schedule
 from experts.denoiser import ExpertConfig
+from experts.expert_module import ExpertLearning
 from experts.unet import UNetConfig
 from router.targets import exact_posterior_rate
 from train.fit import fit
@@ -181,9 +182,9 @@ def test_the_bare_loop_is_the_loop_of_fit(tmp_path: Path) -> None:
     unet = UNetConfig(channels=4, multipliers=[1], blocks=1, attention=[], dropout=0.1)
     config = ExpertConfig(unet=unet, steps=3, batch=2, warmup_steps=2, learning_rate=0.01)
     training = Training(config, "cpu", images=8)
-    fitted = training.learning()
+    fitted = training.learning(ExpertLearning)
     fit(fitted, 3, config, tmp_path, "cpu", lambda step, loss: None)
-    bare = BareStep(training)
+    bare = training.step()
     for _ in range(3):
         bare()
     for average, weight in zip(bare.averages, fitted.parameters(), strict=True):
