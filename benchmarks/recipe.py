@@ -1,7 +1,7 @@
 """How one network learns most in the same time: a choice of the recipe in each row.
 
-Every variant trains one network on all images of the config, alone on one core, for as many steps
-as fit into the seconds given. Then its loss on held-out images, at times and with noise that are
+Every variant trains one network on all images of the config, on one core, for as many steps as
+fit into the seconds given. Then its loss on held-out images, at times and with noise that are
 the same for all, and the Fréchet distance of samples from the same noise are measured. Writes
 recipe-NAME.json and recipe.md. If interrupted, the same command resumes.
 """
@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,9 +47,10 @@ log = logging.getLogger("recipe")
 _STEPS = [5, 10]  # of the sampler; the second is shown
 _SEEDS = 2  # of samples
 _HELD_OUT = 512  # images, each at a time of its own
-_TIMED_S = 8.0
+_TIMED_S = 5.0  # of steps, in each precision
 
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "auto"]
 Choice = tuple[str, list[str]]  # what a row is called, and its `key=value` words
 
 
@@ -80,6 +81,11 @@ GROUPS: dict[str, list[Choice]] = {
     ],
     "parameterization": [_words("expert.parameterization=raw")],
     "mirrored": [_words("data.flip=false")],
+    "precision": [
+        _words("expert.precision=32-true"),
+        _words("expert.precision=bf16-mixed"),
+        _words("table.precision=bf16-mixed"),
+    ],
 }
 
 
@@ -110,9 +116,9 @@ def measured(
 
 def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, float]:
     """The config of a network that was trained for about so many seconds in a run of its own, and
-    the seconds that it took.
+    the seconds that it took: of the core's time, so that other work does not count.
 
-    The number of steps is chosen once, by the time that a step takes.
+    The precision and the number of steps are chosen once, by the time that a step takes.
     """
     base = load_config(path, words)
     name = digest([settled(base), seconds])[:12]
@@ -123,34 +129,44 @@ def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, f
         seed_model=replace(base.seed_model, steps=0),
         expert=replace(base.expert, workers=0, threads=1),
     )
-    chosen = config.folder.with_suffix(".steps.json")
+    chosen = config.folder.with_suffix(".chosen.json")
     took = config.folder.with_suffix(".seconds.json")
     if not chosen.exists():
-        write_json(chosen, {"steps": max(1, round(seconds / _step_s(config)))})
-    config = replace(config, expert=replace(config.expert, steps=read_json(chosen)["steps"]))
+        precision, step_s = _fastest(config)
+        write_json(chosen, {"precision": precision, "steps": max(1, round(seconds / step_s))})
+    config = replace(config, expert=replace(config.expert, **read_json(chosen)))
     run_stages(config, ("partition",))
-    began = time.monotonic()
+    began = time.process_time()
     run_stages(config, ("expert", "bundle"))
     if not took.exists():
-        write_json(took, {"seconds": time.monotonic() - began})
+        write_json(took, {"seconds": time.process_time() - began})
     return config, read_json(took)["seconds"]
 
 
-def _step_s(config: Config) -> float:
-    """The seconds of a training step: the median of those within a few seconds."""
-    cfg = expert_config(config)
+def _fastest(config: Config) -> tuple[Precision, float]:
+    """The precision that the config asks for, the faster one for `auto`, and the seconds of a step."""
+    asked: Precision = config.expert.precision
+    choices: tuple[Precision, ...] = ("32-true", "bf16-mixed") if asked == "auto" else (asked,)
     images = config.data.build().images
-    denoiser = cfg.build(images.shape[1:], schedule(**config.schedule))
-    batches = Batches(images, cfg.batch, 0, config.data.flip)
-    step = BareStep(BareLearning(denoiser, batches, cfg), config.device)
+    found: dict[Precision, float] = {}
+    for name in choices:
+        cfg = replace(expert_config(config), precision=name)
+        denoiser = cfg.build(images.shape[1:], schedule(**config.schedule))
+        batches = Batches(images, cfg.batch, 0, config.data.flip)
+        found[name] = _step_s(BareStep(BareLearning(denoiser, batches, cfg), config.device))
+    fastest = min(found, key=lambda name: found[name])
+    return fastest, found[fastest]
+
+
+def _step_s(step: BareStep) -> float:
+    """The seconds of a step: the median of those within a few seconds."""
     for _ in range(3):
         step()
     found: list[float] = []
-    ended = time.perf_counter() + _TIMED_S
-    while len(found) < 5 or time.perf_counter() < ended:
-        began = time.perf_counter()
+    while len(found) < 5 or sum(found) < _TIMED_S:
+        began = time.process_time()
         step()
-        found.append(time.perf_counter() - began)
+        found.append(time.process_time() - began)
     return median(found)
 
 
@@ -175,6 +191,7 @@ def make(
     if path is None:
         raise ConfigError(f"the first word must be a config, got {name!r}")
     base = load_config(path, overrides)
+    require(base.partition.holdout > 0, "partition.holdout", "be above 0", base.partition.holdout)
     file = folder / f"recipe-{base.folder.name}.json"
     rows: dict[str, Any] = {}
     if file.exists():
@@ -222,7 +239,7 @@ def _work(
 
 _INTRODUCTION = """# The recipe
 
-What one network learns in the same time, alone on one core: each row changes one thing of a config.
+What one network learns in the same time on one core: each row changes one thing of a config.
 The loss is that of held-out images, weighted by min-SNR at evenly spaced times; the Fréchet
 distances are of samples in 10 steps, mean and deviation over two seeds. Lower is better. Chance is
 another training seed: a smaller difference means nothing."""
@@ -234,7 +251,9 @@ def page(folder: Path) -> str:
     for file in sorted(folder.glob("recipe-*.json")):
         record = read_json(file)
         parts += [f"## {file.stem.removeprefix('recipe-')}", f"    {record['command']}"]
-        parts.append(f"{record['seconds']:g} seconds each; {record['n']} images per seed.")
+        parts.append(
+            f"{record['seconds']:g} seconds of a core each; {record['n']} images per seed."
+        )
         (base,) = record["groups"][""]
         for name, rows in record["groups"].items():
             if name:

@@ -12,6 +12,8 @@ import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start; before torch
+
 import pytest
 import torch
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations
+from benchmarks import ablations, recipe
 from benchmarks.speed import speed_page
 from benchmarks.table.measurements import made_by
 from benchmarks.table.results_page import main_table, page
 from ddm.artifacts import digest, sha256
-from train.config import load_config
+from train.config import config_file, load_config
 from train.evaluation.results import Evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +29,15 @@ def complaints(folder: Path) -> list[str]:
     speeds = {f"{stem}{end}.json" for stem in speed_page.MACHINES for end in ("", "-history")}
     paths = [path for path in sorted(folder.glob("*.json")) if path.name not in speeds]
     records = {path.stem: json.loads(path.read_text()) for path in paths}
-    tables = {name: record for name, record in records.items() if not name.startswith("ablations-")}
+    others = ("ablations-", "recipe-")
+    tables = {name: record for name, record in records.items() if not name.startswith(others)}
     files = set().union(*(record["files"] for record in tables.values()))
-    pages = {f"{name}.md" for name in tables} | {"README.md", "ablations.md", "speed.md"}
+    pages = {f"{name}.md" for name in tables} | {
+        "README.md",
+        "ablations.md",
+        "recipe.md",
+        "speed.md",
+    }
     for path in sorted(folder.iterdir()):
         known = files | pages | speeds | {f"{name}.json" for name in records}
         if path.name not in known:
@@ -46,12 +52,15 @@ def complaints(folder: Path) -> list[str]:
         config, *words = shlex.split(record["command"])[3:]
         if digest(record["config"]) != record["config_hash"]:
             found.append(f"the config in {name}.json does not have the hash there")
-        same = made_by(record, load_config(ROOT / config, words))
+        same = made_by(record, load_config(config_file(Path(config).stem), words))
         if not same and not record.get("earlier"):
             found.append(f"{name}.json was made by another {config} than the one in the tree")
     measured = any(name.startswith("ablations-") for name in records)
     if measured and (folder / "ablations.md").read_text() != ablations.page(folder):
         found.append("ablations.md does not say what its records do")
+    recipes = folder / "recipe.md"
+    if recipes.exists() and recipes.read_text() != recipe.page(folder):
+        found.append("recipe.md does not say what its records do")
     written = folder / "speed.md"
     if written.exists() and written.read_text() != speed_page.page(folder):
         found.append("speed.md does not say what its records do")

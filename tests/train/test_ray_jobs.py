@@ -27,7 +27,7 @@ from train.stages.run import run
 from train.stopping import Stopped
 from train.storage import Storage, pack, unpack
 
-K = 8
+K = 4
 WORDS = [f"partition.k={K}", "expert.steps=60", "expert.checkpoint_every=5", "launch.backend=ray"]
 # A node counts as dead after two seconds instead of half a minute.
 QUICK = {
