@@ -84,7 +84,6 @@ GROUPS: dict[str, list[Choice]] = {
     "precision": [
         _words("expert.precision=32-true"),
         _words("expert.precision=bf16-mixed"),
-        _words("table.precision=bf16-mixed"),
     ],
 }
 
@@ -121,7 +120,8 @@ def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, f
     The precision and the number of steps are chosen once, by the time that a step takes.
     """
     base = load_config(path, words)
-    name = digest([settled(base), seconds])[:12]
+    learned = {key: value for key, value in settled(base).items() if not key.startswith("table.")}
+    name = digest([learned, seconds])[:12]
     config = replace(
         base,
         run=f"{base.folder}-recipe/{name}",
