@@ -120,8 +120,9 @@ def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, f
     The precision and the number of steps are chosen once, by the time that a step takes.
     """
     base = load_config(path, words)
-    learned = {key: value for key, value in settled(base).items() if not key.startswith("table.")}
-    name = digest([learned, seconds])[:12]
+    others = ("table.", "seed_model.", "expert.steps")
+    same = {key: value for key, value in settled(base).items() if not key.startswith(others)}
+    name = digest([same, seconds])[:12]
     config = replace(
         base,
         run=f"{base.folder}-recipe/{name}",
