@@ -98,6 +98,7 @@ def measured(
     found = Measurement(config, {}, cfg, "recipe").make()
     model = load(config.run, device="cpu")
     network = model.experts[0].requires_grad_()
+    assert isinstance(network, Denoiser)
     x = torch.zeros(1, *model.shape)
     flop = flop_of(network, x, torch.full((1,), 0.5), backward=True) * config.expert.batch
     return {
