@@ -205,7 +205,11 @@ class Sampling:
     def __serve_build_asgi_app__(self) -> Any:
         limits = self.settings.serve.limits
         return LimitsMiddleware(
-            build_app(self.models), self.settings.keys(), limits.body_bytes, limits.body_timeout_s
+            build_app(self.models),
+            self.settings.keys(),
+            limits.body_bytes,
+            limits.body_timeout_s,
+            limits.upload_bytes,
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -287,13 +291,21 @@ class RayMetrics(Metrics):
 def proxy_middlewares() -> list[Middleware]:
     """The middleware of Serve's HTTP proxy, which would read bodies of any size; see `RAY_ENV`.
 
-    The environment sets the limits: `DDM_BODY_BYTES` and `DDM_BODY_TIMEOUT_S`. The service behind
+    The environment sets the limits: `DDM_BODY_BYTES`, `DDM_UPLOAD_BYTES` and `DDM_BODY_TIMEOUT_S`. The service behind
     the proxy checks the token, which the proxy does not know.
     """
     limits = Settings().serve.limits
     body_bytes = int(os.environ.get("DDM_BODY_BYTES", limits.body_bytes))
     body_timeout_s = float(os.environ.get("DDM_BODY_TIMEOUT_S", limits.body_timeout_s))
-    return [Middleware(LimitsMiddleware, body_bytes=body_bytes, body_timeout_s=body_timeout_s)]
+    upload_bytes = int(os.environ.get("DDM_UPLOAD_BYTES", limits.upload_bytes))
+    return [
+        Middleware(
+            LimitsMiddleware,
+            body_bytes=body_bytes,
+            body_timeout_s=body_timeout_s,
+            upload_bytes=upload_bytes,
+        )
+    ]
 
 
 def build(args: dict[str, Any]) -> ray_serve.Application:
@@ -435,6 +447,7 @@ def _ray(config: Settings) -> Iterator[None]:
     limits = config.serve.limits
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # the terminal shows our own log
     os.environ.setdefault("DDM_BODY_BYTES", str(limits.body_bytes))
+    os.environ.setdefault("DDM_UPLOAD_BYTES", str(limits.upload_bytes))
     os.environ.setdefault("DDM_BODY_TIMEOUT_S", str(limits.body_timeout_s))
     log.info("starting Ray and the experts of %s", config.run)
     try:

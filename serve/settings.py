@@ -23,6 +23,7 @@ class LimitsConfig:
     n: images per request
     steps: steps per image
     body_bytes: size of a request's body
+    upload_bytes: size of one with images, for edits and variations
     body_timeout_s: for a request's body to arrive
     header_timeout_s: for a request's headers to arrive; not behind Ray's proxy
     send_timeout_s: for a client that does not read its answer; then it is cut off
@@ -35,6 +36,7 @@ class LimitsConfig:
     n: int = 64
     steps: int = 250
     body_bytes: int = 65_536
+    upload_bytes: int = 4 << 20
     body_timeout_s: float = 10.0
     header_timeout_s: float = 10.0
     send_timeout_s: float = 30.0

@@ -18,8 +18,9 @@ from serve.engine.expert import ServingError
 from serve.engine.metrics import Prometheus
 from serve.engine.models import Models, UnknownModelError
 from serve.engine.service import BusyError
+from serve.http.edits_api import add_edits
 from serve.http.jobs_api import NoResultError, add_jobs
-from serve.http.middleware import HeadAsGet, error_body, key_of, shown
+from serve.http.middleware import UPLOADS, HeadAsGet, error_body, key_of, shown
 from serve.http.openai_api import add_openai
 from serve.http.responses import (
     ClientGoneError,
@@ -32,7 +33,7 @@ from serve.http.schemas import fault
 _PAGE = Path(__file__).parent / "page"
 _DOCS_FILES = "page/docs"
 _REVALIDATED = {"Cache-Control": "no-cache"}  # so that an upgrade never mixes old and new modules
-_IMAGE_PATHS = ("/v1/samples", "/v1/images/generations", "/v1/jobs")
+_IMAGE_PATHS = ("/v1/samples", "/v1/images/generations", "/v1/jobs", *UPLOADS)
 
 
 def build_app(models: Models) -> FastAPI:
@@ -60,6 +61,7 @@ def build_app(models: Models) -> FastAPI:
     add_samples(app, models)
     jobs = add_jobs(app, models)
     add_openai(app, models)
+    add_edits(app, models)
     _add_health(app, models)
     app.mount("/page", _PageFiles(directory=_PAGE))
 

@@ -50,6 +50,7 @@ def serve_here(config: Settings) -> None:
             keys,
             serve.limits.body_bytes,
             serve.limits.body_timeout_s,
+            serve.limits.upload_bytes,
             lambda kind: metrics.count("rejections", reason=kind),
         )
         most = min(serve.limits.connections, _open_files() - _RESERVED_FILES)

@@ -23,6 +23,7 @@ _STRIPPED = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
 # Paths that need no token: the page and its files, the API's description, probes.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")
 _OPEN_UNDER = "/page/"
+UPLOADS = ("/v1/images/edits", "/v1/images/variations")  # paths whose bodies hold images
 _KEY = "ddm.key"  # in a request's scope
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel = 3
@@ -50,7 +51,7 @@ class LimitsMiddleware:
 
     keys: by the tokens of which `Authorization: Bearer` must carry one; none: anything passes.
     The application finds the key of a request with `key_of`. body_bytes and body_timeout_s: of a
-    body; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
+    body, upload_bytes: of one of `UPLOADS`; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class LimitsMiddleware:
         keys: Mapping[str, Key] | None = None,
         body_bytes: int = 65_536,
         body_timeout_s: float = 10.0,
+        upload_bytes: int = 4 << 20,
         on_refusal: Callable[[str], object] = lambda kind: None,
     ) -> None:
         self.app, self.on_refusal = app, on_refusal
         self.keys = {token.encode(): key for token, key in (keys or {}).items()}
         self.body_bytes, self.body_timeout_s = body_bytes, body_timeout_s
+        self.upload_bytes = upload_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # not supported
@@ -85,7 +88,8 @@ class LimitsMiddleware:
             return
         try:
             async with asyncio.timeout(self.body_timeout_s):
-                body = await self._body(headers, receive)
+                most = self.upload_bytes if scope["path"] in UPLOADS else self.body_bytes
+                body = await self._body(headers, receive, most)
         except TimeoutError:
             await self._refuse(
                 send, 408, "body_timeout", f"the body must arrive within {self.body_timeout_s:g} s"
@@ -98,7 +102,7 @@ class LimitsMiddleware:
                 send,
                 413,
                 "body_too_large",
-                f"a body must be at most {self.body_bytes} bytes",
+                f"a body must be at most {most} bytes",
                 receive,
             )
             return
@@ -123,13 +127,12 @@ class LimitsMiddleware:
         found = [key for own, key in self.keys.items() if hmac.compare_digest(token, own)]
         return found[0] if found else None
 
-    async def _body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
-        """The whole body, None if it is too large; nothing above the limit is kept."""
+    async def _body(
+        self, headers: list[tuple[bytes, bytes]], receive: Receive, most: int
+    ) -> bytes | None:
+        """The whole body, None if it has more than `most` bytes; nothing above that is kept."""
         lengths = [value for name, value in headers if name.lower() == b"content-length"]
-        if any(
-            value.isdigit() and (len(value) > 18 or int(value) > self.body_bytes)
-            for value in lengths
-        ):
+        if any(value.isdigit() and (len(value) > 18 or int(value) > most) for value in lengths):
             return None
         parts, size = [], 0
         while True:
@@ -138,7 +141,7 @@ class LimitsMiddleware:
                 raise _GoneError
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > self.body_bytes:
+            if size > most:
                 return None
             if not message.get("more_body", False):
                 return b"".join(parts)

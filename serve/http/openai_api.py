@@ -26,6 +26,7 @@ from serve.http.prompt import condition_of, in_words
 from serve.http.responses import b64, headers_of, id_of, images_of, run_while_connected
 from serve.http.schemas import IMAGE_ERRORS, ImagesRequest, errors, secured_by
 from serve.http.streams import EventStream, StreamQueue, event, failed, steps_of
+from serve.http.uploads import Uploads
 from serve.model.model import Model
 from serve.model.params import CONTROL_VARIATES, SETTINGS
 
@@ -52,41 +53,54 @@ def add_openai(app: FastAPI, models: Models) -> None:
     )
     async def generations(request: Request, body: ImagesRequest) -> Response:
         """Sample images, as the public `openai` client asks for them."""
-        service = await models.get(body.model)
-        if service.current is None:
-            raise ServingError("no bundle is in service")
-        model = service.current.model
-        form, size = body.output_format or "png", f"{model.shape[2]}x{model.shape[1]}"
-        _check_combination(body, form, size)
-        settings, understood = _settings(body, model)
-        params = SamplingParams(
-            body.n or 1, body.seed, settings=settings, key=key_of(request.scope), id=id_of(request)
-        )
-        facts = {
-            "created": int(time.time()),
-            "output_format": form,
-            "size": size,
-            "quality": "auto",
-            "background": "opaque",
-        }
-        encode = functools.partial(b64, form=form, quality=body.output_compression)
-        if body.stream:
-            queue = StreamQueue(0)
-            admitted = service.admit(params, queue)
-            if body.partial_images:
-                calls = admitted.request.denoiser_calls
-                queue.preview_every = math.ceil(calls / (body.partial_images + 1))
-            return EventStream(service, admitted, _events(service, admitted, queue, facts, encode))
-        admitted = service.admit(params)
-        await run_while_connected(service, admitted, request)
-        files = await asyncio.to_thread(lambda: [encode(image) for image in images_of(admitted)])
-        answer = {
-            **facts,
-            "data": [{"b64_json": file, **understood} for file in files],
-            "usage": _usage(admitted),
-        }
-        service.metrics.count("requests", status="200")
-        return JSONResponse(answer, headers=headers_of(admitted))
+        return await answer(await models.get(body.model), request, body)
+
+
+async def answer(
+    service: Service, request: Request, body: ImagesRequest, of: Uploads | None = None
+) -> Response:
+    """Sample images, perhaps from an uploaded one. Raises as `Service.admit`, and `ConfigError`."""
+    if service.current is None:
+        raise ServingError("no bundle is in service")
+    model = service.current.model
+    form, size = body.output_format or "png", f"{model.shape[2]}x{model.shape[1]}"
+    _check_combination(body, form, size)
+    settings, understood = _settings(body, model)
+    params = SamplingParams(
+        body.n or 1,
+        body.seed,
+        settings=settings,
+        key=key_of(request.scope),
+        id=id_of(request),
+        edit=None if of is None else await asyncio.to_thread(of.edit, model.shape),
+    )
+    facts = {
+        "created": int(time.time()),
+        "output_format": form,
+        "size": size,
+        "quality": "auto",
+        "background": "opaque",
+    }
+    encode = functools.partial(b64, form=form, quality=body.output_compression)
+    if body.stream:
+        queue = StreamQueue(0)
+        admitted = service.admit(params, queue)
+        if body.partial_images:
+            calls = admitted.request.denoiser_calls
+            queue.preview_every = math.ceil(calls / (body.partial_images + 1))
+        kind = "image_generation" if of is None else "image_edit"
+        events = _events(service, admitted, queue, facts, encode, kind)
+        return EventStream(service, admitted, events)
+    admitted = service.admit(params)
+    await run_while_connected(service, admitted, request)
+    files = await asyncio.to_thread(lambda: [encode(image) for image in images_of(admitted)])
+    answer = {
+        **facts,
+        "data": [{"b64_json": file, **understood} for file in files],
+        "usage": _usage(admitted),
+    }
+    service.metrics.count("requests", status="200")
+    return JSONResponse(answer, headers=headers_of(admitted))
 
 
 def _check_combination(body: ImagesRequest, form: str, size: str) -> None:
@@ -134,6 +148,7 @@ async def _events(
     queue: StreamQueue,
     facts: dict[str, Any],
     encode: Callable[[Tensor], str],
+    kind: str,
 ) -> AsyncGenerator[str]:
     facts = {"created_at" if key == "created" else key: value for key, value in facts.items()}
     partials = [0] * len(admitted.request.index)
@@ -142,16 +157,16 @@ async def _events(
             async for step in steps:
                 if step.preview is None or step.call == admitted.request.denoiser_calls:
                     continue
-                kind = "image_generation.partial_image"
+                name = f"{kind}.partial_image"
                 file = await asyncio.to_thread(encode, step.preview)
-                data = {"type": kind, "b64_json": file, **facts}
-                yield event(kind, {**data, "partial_image_index": partials[step.place]})
+                data = {"type": name, "b64_json": file, **facts}
+                yield event(name, {**data, "partial_image_index": partials[step.place]})
                 partials[step.place] += 1
         for image in images_of(admitted):
-            kind = "image_generation.completed"
+            name = f"{kind}.completed"
             file = await asyncio.to_thread(encode, image)
-            data = {"type": kind, "b64_json": file, **facts}
-            yield event(kind, {**data, "usage": _usage(admitted)})
+            data = {"type": name, "b64_json": file, **facts}
+            yield event(name, {**data, "usage": _usage(admitted)})
         service.metrics.count("requests", status="200")
     except Exception as error:
         yield event("error", {"type": "error", **failed(service, error)})

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from serve.engine.job_queue import JobStatus
 from serve.http.middleware import shown
+from serve.model.edits import MAX_RESAMPLINGS, RESAMPLINGS
 from serve.model.params import SETTINGS, rule
 from serve.settings import ServeConfig
 
@@ -186,6 +187,28 @@ class ImagesRequest(RequestSettings):  # type: ignore[misc, valid-type]
     user: Annotated[str | None, Field(max_length=512, description="not used")] = None
 
 
+class EditRequest(ImagesRequest):
+    """OpenAI's `images.edit` and `images.create_variation`, as multipart/form-data.
+
+    The files `image` and `mask` come beside these fields. Of a list or an object the text is JSON.
+    """
+
+    model_config = ConfigDict(strict=False)  # all is text
+
+    prompt: Annotated[
+        str, Field(description="as for generations; a variation has none", max_length=32_000)
+    ] = ""
+    strength: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="the t to which the image is noised; 0.5, or 1 with a mask"),
+    ] = None
+    resamplings: Annotated[
+        int,
+        Field(ge=1, le=MAX_RESAMPLINGS, description="how often each step is taken, with a mask"),
+    ] = RESAMPLINGS
+    input_fidelity: Literal["high", "low"] | None = None
+
+
 def _rule(field: Mapping[str, Any]) -> str:
     """What a field's JSON schema asks of a value, in words."""
     kinds = [kind for kind in field.get("anyOf", [field]) if kind["type"] != "null"]
@@ -217,7 +240,7 @@ def _rule(field: Mapping[str, Any]) -> str:
 _OF_SAMPLING = {setting.name: rule(setting) for setting in SETTINGS}
 RULES = {
     name: _OF_SAMPLING.get(name) or _rule(field)
-    for kind in (JobRequest, ImagesRequest)
+    for kind in (JobRequest, ImagesRequest, EditRequest)
     for name, field in kind.model_json_schema()["properties"].items()
 }
 
