@@ -31,7 +31,7 @@ from ddm.partition import Partition
 from ddm.schedules import schedule
 from ddm.training import Batches
 from router.targets import exact_posterior_rate
-from train.config import Config, load_config
+from train.config import Config, config_file, default_config, load_config
 from train.evaluation.measure import Measurement
 from train.evaluation.results import Evaluation
 from train.run_folder import settled
@@ -368,10 +368,12 @@ def _deviation(values: Sequence[float]) -> float:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = Parser("ablations", f"{__doc__}\nGroups: {' '.join(GROUPS)}")
-    help_text = "CONFIG, a YAML file; names of groups, default all; key=value overrides"
+    help_text = (
+        "CONFIG, a YAML file or a shipped name; names of groups, default all; key=value overrides"
+    )
     parser.add_argument("words", nargs="*", metavar="word", help=help_text)
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="the folder to write to; default docs/results"
+        "--out", type=Path, default=RESULTS, help="the folder to write to; default: %(default)s"
     )
     parser.add_argument(
         "--page", type=Path, metavar="FOLDER", help="only write ablations.md from the records there"
@@ -383,8 +385,8 @@ def _make_all(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = [word for word in arguments.words if "=" in word]
     plain = [word for word in arguments.words if "=" not in word]
-    paths = [Path(word) for word in plain if word.endswith((".yaml", ".yml"))]
-    groups = [word for word in plain if not word.endswith((".yaml", ".yml"))]
+    paths = [path for word in plain if (path := config_file(word)) is not None]
+    groups = [word for word in plain if config_file(word) is None]
     if len(paths) > 1 or (arguments.page is not None and arguments.words):
         raise ConfigError("give at most one config, groups and key=value words, or --page alone")
     for group in groups:
@@ -393,7 +395,7 @@ def _make_all(arguments: argparse.Namespace) -> None:
     if arguments.page is not None:
         write_page(arguments.page)
         return
-    make(paths[0] if paths else Path("configs/digits.yaml"), groups, overrides, arguments.out)
+    make(paths[0] if paths else default_config(), groups, overrides, arguments.out)
     write_page(arguments.out)
 
 

@@ -3,17 +3,20 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from ddm.errors import ConfigError, DdmError
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments of `python -m benchmarks.NAME`; the module's docstring is the help."""
+    """Arguments of `python -m benchmarks.NAME` or `ddm NAME`; the module's docstring is the help."""
 
     def __init__(self, name: str, doc: str | None) -> None:
         super().__init__(
-            prog=f"python -m benchmarks.{name}",
+            prog=f"ddm {name}"
+            if Path(sys.argv[0]).stem == "ddm"
+            else f"python -m benchmarks.{name}",
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

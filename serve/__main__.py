@@ -1,4 +1,4 @@
-"""python -m serve RUN [key=value ...]
+"""ddm serve RUN [key=value ...]          (in the checkout: python -m serve ...)
 
 Serves a run's folder, a bundle's, or `demo`, the digits that come with the program, over HTTP on
 127.0.0.1:8000: a page for people at /, the API at /docs. ctrl-C or SIGTERM lets requests under way
@@ -11,7 +11,11 @@ import os
 import signal
 import sys
 
-from ddm.errors import ConfigError, DdmError
+from ddm_cli import check_packages
+
+check_packages()  # before any of them is imported
+
+from ddm.errors import ConfigError, DdmError  # noqa: E402
 
 
 def main(words: list[str]) -> int:

@@ -107,6 +107,8 @@ def test_imports_run_one_way(package: str) -> None:
         found
         for found in imports_of(package)
         if found.top in OURS - MAY_IMPORT[package] - {package}
+        # `python -m` has the command line check whose packages it found.
+        and not (found.top == "ddm_cli" and found.file == f"{package}/__main__.py")
     ] == []
 
 

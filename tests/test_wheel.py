@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+import ddm_cli
 from benchmarks.load.child import free_port
 from tests.conftest import SMALL
 
@@ -29,8 +30,7 @@ def packaged() -> list[str]:
         for path in (ROOT / name).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     ]
-    modules = [f"{name}.py" for name in setuptools["py-modules"]]
-    return sorted([*modules, *(str(path.relative_to(ROOT)) for path in files)])
+    return sorted({str(path.relative_to(ROOT)) for path in files})
 
 
 def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
@@ -107,11 +107,64 @@ def serves(installed_ddm: Path, hostile: Path, run: str) -> None:
     assert "hijacked" not in rest
 
 
-def test_help(ddm: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    for words in (["--help"], ["table", "--help"]):
-        done = ddm(*words, PYTHONPATH=".")
-        assert (done.returncode, done.stderr) == (0, ""), words
-        assert "key=value" in done.stdout
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train", "ddm train [CONFIG]"),
+        ("serve", "ddm serve RUN"),
+        ("sample", "ddm sample RUN"),
+        ("evaluate", "ddm evaluate RUN"),
+        ("table", "usage: ddm table"),
+        ("ablations", "usage: ddm ablations"),
+        ("load", "usage: ddm load"),
+        ("import", "ddm import diffusers"),
+        ("completion", "ddm completion bash"),
+    ],
+)
+def test_help(
+    ddm: Callable[..., subprocess.CompletedProcess[str]], command: str, said: str
+) -> None:
+    done = ddm(command, "--help", PYTHONPATH=".")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(said)
+
+
+def test_help_lists_every_command(ddm: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = ddm("--help", PYTHONPATH=".")
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("    ddm ")]
+    assert listed == list(ddm_cli.COMMANDS)
+
+
+def test_it_samples_a_folder_of_images(
+    ddm: Callable[..., subprocess.CompletedProcess[str]], hostile: Path
+) -> None:
+    words = ["sample", "demo", "steps=2", "format=folder", "out=mine"]
+    assert ddm(*words, "n=2").returncode == 0
+    first = (hostile / "mine" / "000000.png").stat().st_mtime_ns
+    assert ddm(*words, "n=3").returncode == 0
+    assert sorted(path.name for path in (hostile / "mine").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+        "samples.json",
+    ]
+    assert (hostile / "mine" / "000000.png").stat().st_mtime_ns == first
+
+
+def test_python_m_says_that_it_found_a_foreign_module(installed_ddm: Path, hostile: Path) -> None:
+    (hostile / "train.py").unlink()
+    done = subprocess.run(
+        [installed_ddm.parent / "python", "-m", "train", "digits"],
+        cwd=hostile,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: the module benchmarks was found at {hostile}/benchmarks")
+    assert "use the command `ddm`" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_version_is_the_projects(ddm: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -124,7 +177,6 @@ def test_an_unknown_command_is_refused(
 ) -> None:
     done = ddm("trian")
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == "error: the command must be one of train, serve, table, import, export, got 'trian'\n"
+    assert done.stderr == (
+        f"error: the command must be one of {', '.join(ddm_cli.COMMANDS)}, got 'trian'\n"
     )

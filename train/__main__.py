@@ -1,4 +1,4 @@
-"""python -m train [CONFIG] [stage ...] [key=value ...] [--dry-run]
+"""ddm train [CONFIG] [stage ...] [key=value ...] [--dry-run]          (in the checkout: python -m train ...)
 
 Stages: partition seed_model expert router bundle monolith sample evaluate, in this order; all of them if none is named. A
 stage is skipped if its output exists and its inputs are unchanged; an interrupted one resumes. CONFIG is a YAML file or the
@@ -21,8 +21,12 @@ import gc
 import logging
 import sys
 
-from ddm.errors import ConfigError, DdmError, require
-from train import stopping
+from ddm_cli import check_packages
+
+check_packages()  # before any of them is imported
+
+from ddm.errors import ConfigError, DdmError, require  # noqa: E402
+from train import stopping  # noqa: E402
 
 log = logging.getLogger(__name__)
 

@@ -31,8 +31,6 @@ from benchmarks.load.child import server
 from benchmarks.load.client import Tally, closed, opened
 from benchmarks.load.fairness import fairness_mode, stalled_mode
 from ddm.errors import ConfigError, require
-from serve import load
-from serve.model.loading import bundle_folder
 
 MODES = ("closed", "open", "ray", "drill", "fairness", "stalled")
 COLUMNS = ("requests", "failed", "images_per_s", "p50_ms", "p90_ms", "p99_ms", "max_ms")
@@ -42,6 +40,8 @@ def closed_mode(run: str, clients: int, requests: int) -> list[dict[str, Any]]:
     """Offline, one after another, and many clients; `of_offline` and `of_sequential` are ratios of
     images a second.
     """
+    from serve import load  # imports torch
+
     rows: list[dict[str, Any]] = []
     model = load(run)
     with server(run) as (url, first_s):
@@ -95,6 +95,8 @@ def open_mode(run: str, rate_per_s: float, requests: int) -> list[dict[str, Any]
 
 def ray_mode(run: str, clients: int, requests: int) -> list[dict[str, Any]]:
     """A step alone and under load, local and on Ray, and a bare handle call in the same Ray."""
+    from serve import load  # imports torch
+
     rows: list[dict[str, Any]] = []
     steps = load(run).settings().steps
     for placement in ("local", "ray"):
@@ -157,6 +159,8 @@ def _run_all(arguments: argparse.Namespace) -> None:
     runs = [word for word in arguments.words if word not in MODES] or ["runs/digits"]
     if len(runs) != 1:
         raise ConfigError(f"give one run and modes of {' '.join(MODES)}, got {' '.join(runs)}")
+    from serve.model.loading import bundle_folder  # imports torch
+
     bundle_folder(runs[0])  # refuses what is not a run before a server is started
     found: dict[str, Any] = {"run": runs[0], "cpus": os.cpu_count()}
     for mode in modes:

@@ -92,8 +92,7 @@ def test_the_image_has_the_projects_python() -> None:
 def test_every_package_of_the_project_is_in_the_image() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = [pattern.removesuffix("*") for pattern in setuptools["packages"]["find"]["include"]]
-    modules = [f"{name}.py" for name in setuptools["py-modules"]]
-    files = {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", *modules}
+    files = {"constraints.txt", "pyproject.toml", "README.md", "LICENSE"}
     assert copied() == {*packages, *files}
     assert [path for path in copied() if not (ROOT / path).exists()] == []
 

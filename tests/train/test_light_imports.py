@@ -41,6 +41,10 @@ def slow_imports_of(module: str, *words: str) -> set[str]:
         ("benchmarks.table.__main__", ["--help"]),
         ("ddm_cli", ["train", "--help"]),
         ("ddm_cli", ["serve", "--help"]),
+        ("ddm_cli", ["sample", "--help"]),
+        ("ddm_cli", ["evaluate", "--help"]),
+        ("ddm_cli", ["completion", "--help"]),
+        ("ddm_cli", ["--help"]),
     ],
 )
 def test_help_needs_no_torch(module: str, words: list[str]) -> None:
