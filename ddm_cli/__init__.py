@@ -72,8 +72,8 @@ def check_packages() -> None:
     """
     for name in PACKAGES:
         spec = find_spec(name)
-        places = [] if spec is None else [*(spec.submodule_search_locations or [spec.origin])]
-        if [Path(str(place)).resolve() for place in places] != [HERE / name]:
+        places = [] if spec is None else (spec.submodule_search_locations or [str(spec.origin)])
+        if [Path(place).resolve() for place in places] != [HERE / name]:
             found = places[0] if places else "nowhere"
             print(
                 f"error: the module {name} was found at {found}, which is not ddm's ({HERE / name}): "
