@@ -213,7 +213,9 @@ def make(
                 raise found
             rows[kind].append({"name": title, "words": words, **found})
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.recipe", name, *overrides]),
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.recipe", name, *overrides, f"--seconds={seconds:g}"]
+        ),
         "config": settled(base),
         "config_hash": digest(settled(base)),
         "seconds": seconds,

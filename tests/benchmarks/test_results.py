@@ -49,7 +49,7 @@ def complaints(folder: Path) -> list[str]:
         if (folder / f"{name}.md").read_text() != page(record, name):
             found.append(f"{name}.md does not say what {name}.json does")
     for name, record in records.items():
-        config, *words = shlex.split(record["command"])[3:]
+        config, *words = [w for w in shlex.split(record["command"])[3:] if not w.startswith("--")]
         if digest(record["config"]) != record["config_hash"]:
             found.append(f"the config in {name}.json does not have the hash there")
         same = made_by(record, load_config(config_file(Path(config).stem), words))
