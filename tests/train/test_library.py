@@ -30,8 +30,9 @@ TINY: dict[str, Any] = {
 }
 # The page's own numbers, and those with which it takes seconds.
 SMALLER = {
-    '"steps": 1000, "batch": 64': '"steps": 6, "batch": 8',
-    '"steps": 1000, "switch_step": 500': '"steps": 6, "switch_step": 3, "batch": 8',
+    '"steps": 300': '"batch": 8, "steps": 6',
+    '"steps": 480': '"batch": 8, "steps": 6',
+    '"switch_step": 160': '"switch_step": 3',
     "1000, batch=100, steps=2": "20, batch=10, steps=2",
     "n=200": "n=20",
     '"steps": 50': '"steps": 4',
