@@ -213,6 +213,21 @@ def check_networks(
     check_learned(above, process, seed_model, experts)
 
 
+def listed_artifacts(path: Path) -> dict[str, str]:
+    """The artifacts that a manifest names, with the hash of each one's JSON; they need not be there.
+
+    Raises `ArtifactError` naming the manifest.
+    """
+    manifest = read_json(path)
+    mixture = Mixture.from_facts(manifest.get("mixture"), path)
+    return _listed(path, manifest.get("artifacts"), mixture.k)
+
+
+def signature_of(path: Path) -> Path:
+    """Where the signature of a file is, if it has one (serve/model/signatures.py)."""
+    return path.with_name(f"{path.name}.minisig")
+
+
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float)
 

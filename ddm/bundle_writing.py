@@ -36,6 +36,7 @@ from ddm.bundle import (
     moved_aside,
     read_artifact,
     read_bundle,
+    signature_of,
 )
 from ddm.bundle_history import write_history
 from ddm.errors import ArtifactError, require, shown
@@ -149,6 +150,9 @@ def write_bundle(folder: Path, parts: Parts, what: str) -> None:
             read_artifact(stem, None, belongs, parts.schedule)
             for suffix in (".json", ".safetensors"):
                 _place(file_of(stem, suffix), scratch / f"{name}{suffix}")
+            signature = signature_of(file_of(stem, ".json"))
+            if signature.exists():  # its owner's
+                _place(signature, signature_of(scratch / f"{name}.json"))
         seed_stem, above = parts.seed_model or (None, 1.0)
         check_networks(
             above,

@@ -4,6 +4,7 @@
     ddm serve RUN [key=value ...]                     serve a run's folder or a bundle over HTTP
     ddm sample RUN [key=value ...]                    images as one PNG file or as a folder of them
     ddm evaluate RUN | IMAGES against=RUN             distances from the training images
+    ddm bundle info | push | pull | keygen | sign     what is in a bundle, where it is, who signed it
     ddm table CONFIG [key=value ...]                  compare all methods on the images of a config
     ddm ablations [CONFIG] [group ...]                change one setting of a config at a time
     ddm load [RUN] [mode ...]                         throughput and latency of the server
@@ -31,6 +32,7 @@ COMMANDS = {
     "serve": ["serve.__main__"],
     "sample": ["ddm_cli.sample"],
     "evaluate": ["ddm_cli.evaluate"],
+    "bundle": ["ddm_cli.bundle"],
     "table": ["benchmarks.table.__main__"],
     "ablations": ["benchmarks.ablations"],
     "load": ["benchmarks.load.__main__"],

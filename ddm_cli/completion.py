@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from benchmarks.load.__main__ import MODES
 from ddm.errors import ConfigError
 from ddm_cli import COMMANDS
+from ddm_cli.bundle import ACTIONS, BundleCommand
 from ddm_cli.evaluate import CompareCommand
 from ddm_cli.sample import SampleCommand
 from ddm_cli.terminal import run
@@ -62,6 +63,7 @@ def words_of() -> dict[str, list[str]]:
         "serve": [DEMO, *(f"{key}=" for key, _ in keys_of(Settings))],
         "sample": [DEMO, *(f"{key}=" for key, _ in keys_of(SampleCommand))],
         "evaluate": [f"{key}=" for key, _ in keys_of(CompareCommand)] + run_keys,
+        "bundle": [*ACTIONS, *(f"{key}=" for key, _ in keys_of(BundleCommand))],
         "table": [*configs, "--out=", "--page=", *run_keys],
         "ablations": [*configs, "--out=", "--page=", *run_keys],
         "load": [DEMO, *MODES, "--clients=", "--requests=", "--rate=", "--out="],

@@ -13,21 +13,30 @@ from ddm.partition import Partition
 from experts.denoiser import Denoiser, SeededDenoiser
 from serve.model.build import build_experts, build_schedule
 from serve.model.model import Model
+from serve.model.signatures import check_signed
 
 DEMO = "demo"  # what the digits that come with the program are called
 _SHIPPED = Path(__file__).parents[1] / "demo"
 
 
-def load(folder: str | Path, device: str | torch.device = "auto", experts: bool = True) -> Model:
+def load(
+    folder: str | Path,
+    device: str | torch.device = "auto",
+    experts: bool = True,
+    signers: str | Path | None = None,
+) -> Model:
     """Load the folder of a run or of a bundle, checking every hash; `experts=False` leaves their
     networks out. `demo` is the bundle of digits that comes with the program.
 
     device: a torch device, or `auto`: cuda if there is one, else cpu.
+    signers: a public key or a folder of them, one of which must have signed the bundle.
 
-    Raises `ArtifactError` naming the file that is missing, damaged or foreign, and why;
+    Raises `ArtifactError` naming the file that is missing, damaged, foreign or not signed, and why;
     `ConfigError` naming a device that this machine does not have.
     """
     inner = bundle_folder(folder)
+    if signers is not None:
+        check_signed(inner, Path(signers))
     bundle = read_bundle(inner)
     clusters = Path(folder) / "partition"
 
