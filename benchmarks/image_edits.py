@@ -42,7 +42,7 @@ _SIDE = 48  # pixels of an image in a sheet, at least
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = Parser("edits", __doc__)
+    parser = Parser("image_edits", __doc__)
     parser.add_argument("run", nargs="?", default=DEMO, help="default demo")
     parser.add_argument("--n", type=int, default=500, help="images per figure; default 500")
     parser.add_argument("--inverted", type=int, default=32, help="images inverted; default 32")
