@@ -235,7 +235,6 @@ def _work(
     words: list[str],
     tell: Callable[[str], object],
 ) -> dict[str, Any]:
-    logging.getLogger("train").setLevel(logging.WARNING)
     found = measured(path, overrides, seconds, words)
     tell(f"{' '.join(words) or 'the config as it is'}: loss {found['loss']:.5f}")
     return found

@@ -115,13 +115,15 @@ def distance(oracle: GaussianMixture, routed: RoutedDenoiser, n: int) -> float:
 
 
 def test_images_have_the_law_of_the_data() -> None:
-    oracle, n = line(), 1024
+    oracle, n = line(), 4096
     right = {
-        rule: distance(oracle, seeded(oracle, rule, 0.35), n) for rule in ("fixed", "switching")
+        rule: distance(oracle, seeded(oracle, rule, 0.35, calls_per_step=2), n)
+        for rule in ("fixed", "switching")
     }
     assert max(right.values()) < 0.03, right
     from_pi = Router.of(oracle.posterior, "fixed", oracle.weights)  # and never drawn again
-    wrong = distance(oracle, RoutedDenoiser(seeded_experts(oracle, 0.35), from_pi), n)
+    experts = seeded_experts(oracle, 0.35)
+    wrong = distance(oracle, RoutedDenoiser(experts, from_pi, calls_per_step=2), n)
     assert wrong > 4 * max(right.values())
 
 

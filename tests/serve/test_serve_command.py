@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ),
         (
             "serve.host=0.0.0.0",
-            "serve.host must be this machine's own (127.0.0.1) unless serve.token_file is given",
+            "serve.host must be this machine's own (127.0.0.1) unless serve.token_file or serve.keys is given",
         ),
         ('serve.host="::"', "serve.host must be this machine's own"),
         ("serve.host=example.com", "serve.host must be this machine's own"),
@@ -78,7 +78,7 @@ def test_a_run_that_is_not_there_is_named(
 
 def test_help_is_a_page_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "python -m serve RUN" in capsys.readouterr().out
+    assert "ddm serve RUN" in capsys.readouterr().out
 
 
 def test_a_token_allows_a_host_beyond_this_machine_and_so_does_open(

@@ -208,7 +208,7 @@ from train.config import Config, load_config
         ),
         (
             ["exprt"],
-            "a word must be a config (*.yaml, or one of celeba_hq celeba_hq_h100 cifar10 cifar10_h100 cifar10_tiny digits), a stage",
+            "a word must be a config (*.yaml, or one of celeba_hq celeba_hq_h100 cifar10 cifar10_cpu cifar10_h100 cifar10_tiny digits faces_cpu), a stage",
         ),
         (["seed=-1"], "seed must be in [0, 2^63), got -1"),
     ],
