@@ -353,9 +353,7 @@ def test_clusters_are_names_or_weights(small_run: Path) -> None:
     assert images.equal(model.sample(3, steps=2, clusters={first: 1.0, second: 1.0}))
 
 
-@pytest.mark.parametrize(
-    "clusters", [3, [["a"]], [None], {"a": "b"}, {"a": True}, {"a": []}]
-)
+@pytest.mark.parametrize("clusters", [3, [["a"]], [None], {"a": "b"}, {"a": True}, {"a": []}])
 def test_clusters_of_another_type_are_refused(clusters: object) -> None:
     with pytest.raises(ConfigError, match="^sample.clusters must be a list of clusters, or"):
         SampleConfig(clusters=clusters).check()
