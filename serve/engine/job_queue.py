@@ -1,6 +1,6 @@
 """Jobs: requests that are accepted now, sampled when it is their turn, and fetched later.
 
-They live in this process: whoever submitted one may leave, but a restart of the server ends them.
+They live in this process: the client that submitted one may leave, but a restart of the server ends them.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Who computes next among those that share a device: whoever has the work of lowest rank."""
+"""Who computes next among those that share a device: the one with the work of lowest rank."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

@@ -203,7 +203,7 @@ class Model(Planner):
         2011.13456, section 4.3; DDIM's inversion, arXiv 2010.02502, section 5.4). It is that of the
         whole mixture, `policy="full"`: its velocity is a function of (x, t) alone, so that both
         ways meet the same one, and every image has one noise. An expert that was drawn by lot
-        could not be met again. K calls a step are the price; `policy="nucleus"` or `"top_k"` calls
+        could not be met again. K calls per step are the price; `policy="nucleus"` or `"top_k"` calls
         fewer, and `clusters=[name]` is the ODE of one expert, one call a step, if the image is known
         to be of its cluster.
 

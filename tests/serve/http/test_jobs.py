@@ -1,4 +1,4 @@
-"""Jobs: asked for now and fetched later, whoever leaves meanwhile; queue, cancelling, limits, webhooks."""
+"""Jobs: asked for now and fetched later by a client that may leave meanwhile; queue, cancelling, limits, webhooks."""
 
 import asyncio
 import base64
