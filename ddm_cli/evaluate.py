@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -77,9 +78,10 @@ def _compare(words: list[str]) -> None:
 
 def _table(folder: str, run: str, found: dict[str, Any]) -> Table:
     """A row for each kind of features."""
-    table = Table("features", title=f"{folder} against {run}")
-    for column in ("images", "frechet", "of real images", *_MEASURES):
-        table.add_column(column, justify="right")
+    title = f"{folder} against {run}"
+    table = Table("features", title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("images", "frechet", "real", *_MEASURES):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, each in found.items():
         numbers = [each.score.frechet, each.floor, *(getattr(each.score, m) for m in _MEASURES)]
         table.add_row(name, str(each.images), *(f"{number:.3f}" for number in numbers))
