@@ -1,6 +1,6 @@
 """The routed mixture of K experts, itself a denoiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddm.condition import Condition, guided
 from router import policies
+from router.cores import Expert, side_by_side
 from router.policies import Policy
 from router.sources import Alpha, Source
 from router.step import ControlVariate, Routed, Router, RoutingState, choose, combine
@@ -50,7 +51,7 @@ class RoutedDenoiser:
 
     def __init__(
         self,
-        experts: Sequence[Callable[..., Tensor]],
+        experts: Sequence[Expert],
         alpha: Alpha | Source | Router,
         policy: str | Policy = "balanced",
         seed: int = 0,
@@ -120,17 +121,17 @@ class RoutedDenoiser:
 
     def _call(self, x: Tensor, t: Tensor, counts: list[int], row: Tensor) -> Tensor:
         """The experts' answers `[M, ...]` for the images `row` `[M]`, the first `counts[0]` of which
-        are the first expert's, and so on: one call to each expert.
+        are the first expert's, and so on.
         """
         images = x[row].split(counts)
-        times = t[row.to(t.device)].split(counts) if t.ndim else [t] * len(counts)
-        calls = zip(self.experts, images, times, strict=True)
-        return torch.cat([self._answer(*call) for call in calls if len(call[1])])
+        times = t[row.to(t.device)] if t.ndim else t
+        each = times.split(counts) if t.ndim else [t] * len(counts)
+        given = None if self.condition is None else self.condition.at(times, len(row))
+        self.calls += len(row) if given is None else int(given.evaluations.sum())
+        calls = zip(self.experts, images, each, strict=True)
+        return side_by_side(self._answer, [call for call in calls if len(call[1])])
 
-    def _answer(self, expert: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor:
+    def _answer(self, expert: Expert, x: Tensor, t: Tensor) -> Tensor:
         if self.condition is None:
-            self.calls += len(x)
             return expert(x, t)
-        given = self.condition.at(t, len(x))
-        self.calls += int(given.evaluations.sum())
-        return guided(expert, x, t, given)
+        return guided(expert, x, t, self.condition.at(t, len(x)))
