@@ -85,15 +85,17 @@ def add_jobs(app: FastAPI, models: Models) -> Jobs:
         check_combination(body)
         if body.webhook is not None:
             check_webhook(body.webhook, config.webhook_hosts)
-        name = _name(request, body)
+        service = await models.get(body.model)
+        params = await params_of(service, body, request)
+        name = _name(
+            request, body
+        )  # from here on nothing waits, so that no other request comes between
         if name is not None:
             before = jobs.known(key_of(request.scope), name)
             if before is not None:
                 response.status_code = 200
                 return record(before)
         jobs.require_room()
-        service = await models.get(body.model)
-        params = params_of(body, request)
         encode = encoder(service, body)
         admitted = service.admit(params)
         job = Job(params.key, service, admitted, encode, service.name, name, body.webhook)

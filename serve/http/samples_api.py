@@ -26,7 +26,10 @@ from serve.http.responses import (
 )
 from serve.http.schemas import IMAGE_ERRORS, SampleRequest, errors, secured_by
 from serve.http.streams import stream_samples
+from serve.http.uploads import Uploads, from_base64
+from serve.model.edits import Edit
 
+_OF_AN_IMAGE = ("mask", "strength", "resamplings")
 RESULT_TYPES = ("image/png", "image/webp", "application/x-npz", "application/json")
 
 
@@ -44,7 +47,7 @@ def add_samples(app: FastAPI, models: Models) -> None:
         """Sample images."""
         check_combination(body)
         service = await models.get(body.model)
-        params = params_of(body, request)
+        params = await params_of(service, body, request)
         if body.stream:
             return stream_samples(service, params, body.preview_every)
         encode = encoder(service, body)
@@ -69,8 +72,9 @@ def add_samples(app: FastAPI, models: Models) -> None:
         return Response(status_code=204)
 
 
-def params_of(body: SampleRequest, request: Request) -> SamplingParams:
-    """What a request asks of the service. Raises `ConfigError`."""
+async def params_of(service: Service, body: SampleRequest, request: Request) -> SamplingParams:
+    """What a request asks of the service. Raises `ConfigError`, and `ServingError` without a bundle."""
+    edit = None if body.image is None else await asyncio.to_thread(_edit, service, body)
     return SamplingParams(
         body.n,
         body.seed,
@@ -79,7 +83,16 @@ def params_of(body: SampleRequest, request: Request) -> SamplingParams:
         body.given(),
         key_of(request.scope),
         id_of(request),
+        edit,
     )
+
+
+def _edit(service: Service, body: SampleRequest) -> Edit:
+    """What the images start from. Raises `ConfigError` naming `image` or `mask`."""
+    assert body.image is not None
+    image = from_base64("image", body.image)
+    mask = None if body.mask is None else from_base64("mask", body.mask)
+    return Uploads(image, mask, body.strength, body.resamplings).edit(_shape(service))
 
 
 def encoder(service: Service, body: SampleRequest) -> Encode:
@@ -103,7 +116,9 @@ def check_combination(body: SampleRequest) -> None:
     """Refuse fields that would be ignored. Raises `ConfigError`."""
     given = body.model_fields_set
     is_file = body.format in ("png", "webp") and not body.stream
+    alone = body.image is None
     rules = (
+        *((field, alone, "be left out without an image") for field in _OF_AN_IMAGE),
         ("format", body.stream, "be left out of a stream, whose images are PNGs"),
         ("preview_every", not body.stream, "be left out unless stream is true"),
         ("scale", not is_file and body.scale is not None, "be left out unless a png or webp comes"),
@@ -116,11 +131,16 @@ def check_combination(body: SampleRequest) -> None:
 
 def _scale(service: Service, body: SampleRequest) -> int:
     """How many times each image is enlarged. Raises `ConfigError`."""
-    if service.current is None:
-        raise ServingError("no bundle is in service")
-    side = service.current.model.shape[-1]
+    side = _shape(service)[-1]
     if body.scale is None:
         return sheet_scale(body.n, side)
     most = max(1, LARGEST_SIDE // side)
     require(body.scale <= most, "scale", f"be in [1, {most}] for images of {side} px", body.scale)
     return body.scale
+
+
+def _shape(service: Service) -> list[int]:
+    """Of the images of the bundle in service."""
+    if service.current is None:
+        raise ServingError("no bundle is in service")
+    return service.current.model.shape

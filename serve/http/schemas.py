@@ -58,6 +58,19 @@ RequestSettings = create_model(
 )
 
 
+Strength = Annotated[
+    float | None,
+    Field(gt=0, le=1, description="the t to which the image is noised; 0.5, or 1 with a mask"),
+]
+Resamplings = Annotated[
+    int, Field(ge=1, le=MAX_RESAMPLINGS, description="how often each step is taken, with a mask")
+]
+_FILE = Field(
+    max_length=2**16,
+    description="a PNG, JPEG or WebP in base64; its transparent pixels are sampled",
+)
+
+
 class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
     """Images `first_index ... first_index + n - 1` of a seed.
 
@@ -109,6 +122,10 @@ class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
             description="an image's calls between its previews in a stream; 0 for none",
         ),
     ] = 1
+    image: Annotated[str | None, _FILE] = None
+    mask: Annotated[str | None, _FILE] = None
+    strength: Strength = None
+    resamplings: Resamplings = RESAMPLINGS
 
 
 class JobRequest(SampleRequest):
@@ -198,14 +215,8 @@ class EditRequest(ImagesRequest):
     prompt: Annotated[
         str, Field(description="as for generations; a variation has none", max_length=32_000)
     ] = ""
-    strength: Annotated[
-        float | None,
-        Field(gt=0, le=1, description="the t to which the image is noised; 0.5, or 1 with a mask"),
-    ] = None
-    resamplings: Annotated[
-        int,
-        Field(ge=1, le=MAX_RESAMPLINGS, description="how often each step is taken, with a mask"),
-    ] = RESAMPLINGS
+    strength: Strength = None
+    resamplings: Resamplings = RESAMPLINGS
     input_fidelity: Literal["high", "low"] | None = None
 
 

@@ -1,5 +1,7 @@
 """Uploaded images: read, cut and scaled to those of a model."""
 
+import base64
+import binascii
 import io
 from dataclasses import dataclass
 
@@ -8,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ddm.errors import ConfigError, require
+from ddm.errors import ConfigError, require, shown
 from serve.model.edits import RESAMPLINGS, Edit
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -37,6 +39,15 @@ class Uploads:
             require(alpha is not None, "mask", rule, "an opaque one")
         mask = None if alpha is None else 1 - alpha
         return Edit(image, mask, self.strength, self.resamplings)
+
+
+def from_base64(key: str, text: str) -> bytes:
+    """The bytes of a file. Raises `ConfigError` naming the key."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        rule = "be a file in base64, without line breaks"
+        raise ConfigError(f"{key} must {rule}, got {shown(text)}", key) from error
 
 
 def read_image(file: bytes, key: str, shape: list[int]) -> tuple[Tensor, Tensor | None]:

@@ -2,18 +2,28 @@
 
 import { stepAt } from "./chart.js";
 import { paintDetail } from "./detail.js";
+import { downloadAll } from "./download.js";
 import { $, form, reducedMotion, setText } from "./dom.js";
 import { updateForm } from "./form.js";
 import { updateAddress } from "./link.js";
 import { sample } from "./run.js";
 import { state } from "./state.js";
+import { listenToUploads } from "./upload.js";
 import { pause, refreshSoon, selectImage, showStep, togglePlay } from "./view.js";
 
 export function listen() {
   listenToForm();
   listenToTime();
   listenToGallery();
+  listenToUploads();
   $("copy").addEventListener("click", copyLink);
+  $("save").addEventListener("click", downloadAll);
+  $("next").addEventListener("click", () => {
+    const { n, first, settings } = state.run;
+    form.seed.value = settings.seed;
+    form.first_index.value = first + n;
+    sampleForm();
+  });
   $("numbers").addEventListener("toggle", () => state.run && paintDetail());
   addEventListener("resize", () => state.run && refreshSoon());
 }
@@ -31,6 +41,7 @@ function listenToForm() {
   });
   form.addEventListener("change", updateForm);
   $("new-seed").addEventListener("click", () => {
+    form.first_index.value = "";
     form.seed.value = crypto.getRandomValues(new Uint32Array(1))[0];
     sampleForm();
   });

@@ -1,7 +1,8 @@
 // The selected image: enlarged, with its experts, the chart of alpha, and the same as a table.
 
 import { chart } from "./chart.js";
-import { $, element, expertColour, plural, setText } from "./dom.js";
+import { $, element, expertColour, imageNumber, plural, setText } from "./dom.js";
+import { fileName } from "./download.js";
 import { appearance } from "./gallery.js";
 import { state } from "./state.js";
 
@@ -12,7 +13,7 @@ export function paintDetail() {
   const { run } = state;
   const image = run.images[run.selected];
   const now = appearance(image);
-  const number = `Image ${run.selected + 1}`;
+  const number = `Image ${imageNumber(run, run.selected)}`;
   setText("which", now ? `${number}: ${run.experts[now.expert]}` : number);
   if (!now) {
     clearDetail();
@@ -20,6 +21,7 @@ export function paintDetail() {
   }
   if (now.source) $("large").src = now.source;
   else $("large").removeAttribute("src");
+  offerDownload(image);
   $("large").alt = `${number}, enlarged`;
   $("large").style.color = expertColour(now.expert);
   setText("when", when(now, image));
@@ -28,7 +30,15 @@ export function paintDetail() {
   if ($("numbers").open) paintTable(image.steps);
 }
 
+function offerDownload({ final }) {
+  $("download").hidden = final === null;
+  if (final === null) return;
+  $("download").href = final;
+  $("download").download = fileName(state.run, state.run.selected);
+}
+
 function clearDetail() {
+  $("download").hidden = true;
   $("large").removeAttribute("src");
   for (const id of ["when", "alphas", "chart"]) $(id).replaceChildren();
 }

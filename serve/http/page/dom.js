@@ -35,4 +35,5 @@ export const holdsAlpha = (settings) => keepsExperts(settings) && !["derivative"
 export const indexOfLargest = (values) => values.indexOf(Math.max(...values));
 export const formatNumber = (n) => n.toLocaleString("en", { maximumFractionDigits: 1 });
 export const plural = (n, noun) => `${formatNumber(n)} ${noun}${n === 1 ? "" : "s"}`;
+export const imageNumber = ({ first }, index) => first + index + 1;
 export const pngUrl = (b64) => `data:image/png;base64,${b64}`;

@@ -33,6 +33,7 @@ const USED = {
   relaxation_rate: ({ source }) => source === "combined",
   switch_rate: ({ policy }) => policy === "switching",
   guidance: ({ condition }) => condition !== "",
+  strength: ({ image }) => image !== null,
 };
 
 const clusterBoxes = () => [...form.querySelectorAll("[name=clusters]")];
@@ -89,6 +90,7 @@ export function updateForm() {
     sampler: form.sampler.value,
     source: form.source.value,
     condition: conditionText(),
+    image: state.image,
   };
   for (const [name, isUsed] of Object.entries(USED)) form[name].closest("label").hidden = !isUsed(choices);
   const explained = [choices.policy, choices.source].filter((name) => EXPLANATIONS[name]);
@@ -99,7 +101,7 @@ export function updateForm() {
 export function formValues() {
   const values = {};
   for (const field of form.elements) {
-    if (!field.name || field.name === "clusters" || field.closest("label")?.hidden) continue;
+    if (!field.name || ["clusters", "image"].includes(field.name) || field.closest("label")?.hidden) continue;
     if (field.type === "checkbox") values[field.name] = String(field.checked);
     else if (field.validity.badInput) values[field.name] = "?"; // browsers hide text that is not a number
     else if (field.value) values[field.name] = field.value;
@@ -116,6 +118,7 @@ export function requestBody() {
   const steps = body.n * body.steps || 0;
   body.preview_every = Math.min(1000, Math.max(1, Math.ceil(steps / MAX_PREVIEWS)));
   if (selectedClusters()) body.clusters = clusterWeights();
+  if (state.image) body.image = state.image.split(",")[1];
   if (condition) body.condition = conditionBody(condition);
   else if (Object.keys(state.model.defaults.condition).length > 0) body.condition = {}; // none, whatever the default
   return withSeed(body, seed);

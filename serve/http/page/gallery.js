@@ -1,6 +1,6 @@
 // The gallery: one tile per image, with a frame in the expert's colour and a strip of the experts used at each step.
 
-import { $, element, expertColour, indexOfLargest, keepsExperts, svg } from "./dom.js";
+import { $, element, expertColour, imageNumber, indexOfLargest, keepsExperts, svg } from "./dom.js";
 import { state } from "./state.js";
 
 /** An image at the step on display: that step's record, its expert, and the PNG. Null before the first step. */
@@ -49,7 +49,8 @@ function paintTile(image, index) {
   paintStrip(image);
   const now = appearance(image);
   const expert = now ? run.experts[now.expert] : "";
-  tile.setAttribute("aria-label", expert ? `Image ${index + 1}, ${expert}` : `Image ${index + 1}`);
+  const label = `Image ${imageNumber(run, index)}`;
+  tile.setAttribute("aria-label", expert ? `${label}, ${expert}` : label);
   if (!now) return;
   if (now.source && img.getAttribute("src") !== now.source) img.src = now.source;
   img.hidden = !now.source;

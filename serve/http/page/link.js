@@ -25,6 +25,7 @@ export function updateAddressSoon() {
 
 function link() {
   const { run } = state;
+  if (run.fromImage) return location.pathname; // no link can hold the image
   const query = new URLSearchParams(run.settings);
   for (const name of run.clusters ?? []) query.append("clusters", name);
   query.set("version", shortVersion(run.version));

@@ -1,7 +1,7 @@
 // The entry of the page: load the model's description, then sample what the address asks for.
 //
 // The modules, each importing only earlier ones:
-// state, dom, api | condition, form, link, gate | chart, gallery, detail, view | run, controls.
+// state, dom, api | condition, form, link, gate, upload | chart, gallery, download, detail, view | run, controls.
 
 import { fetchModel } from "./api.js";
 import { listen, sampleForm } from "./controls.js";

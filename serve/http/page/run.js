@@ -39,11 +39,14 @@ async function readEvents(signal) {
   for await (const [name, data] of streamSamples(requestBody(), signal)) {
     if (name === "start") startRun(data, settings);
     else if (name === "step") addStep(data);
-    else if (name === "image") state.run.images[data.index].final = pngUrl(data.b64_json);
+    else if (name === "image") imageOf(data).final = pngUrl(data.b64_json);
     else if (name === "done") finishRun(data, (performance.now() - started) / 1000);
     else if (name === "error") throw new ApiError(data.error.message, { param: data.error.param });
   }
 }
+
+/** The server counts from the first image of the seed. */
+const imageOf = ({ index }) => state.run.images[index - state.run.first];
 
 function hideStop() {
   state.request = null;
@@ -60,12 +63,14 @@ function newRun(start, settings) {
   const seed = settings.seed ?? String(start.seed); // text, because a seed has more digits than a number here
   return {
     n: start.n,
+    first: start.first_index,
     experts: start.experts,
     shape: start.shape,
     version: start.version,
     steps: start.steps,
     settings: { seed, ...settings }, // the seed comes first whether it was given or not, for one link per run
     clusters: selectedClusters(),
+    fromImage: state.image !== null,
     images: Array.from({ length: start.n }, () => ({ steps: [], evaluations: 0, final: null })),
     stepsDone: 0, // over all images
     selected: toIndex(state.link?.image ?? 0, start.n - 1),
@@ -87,7 +92,7 @@ function startRun(start, settings) {
   $("results").hidden = false;
   pause();
   $("time").hidden = true;
-  $("copy").hidden = true;
+  $("actions").hidden = true;
   $("progress").hidden = false;
   $("progress").max = start.n * start.steps;
   $("progress").value = 0;
@@ -110,7 +115,7 @@ function toIndex(text, largest) {
  */
 function addStep({ index, step, call, t, alpha, chosen, b64_json: preview }) {
   const { run } = state;
-  const image = run.images[index];
+  const image = imageOf({ index });
   const { steps } = image;
   image.evaluations = call;
   while (steps.length < step) {
@@ -139,7 +144,8 @@ function finishRun({ nfe, degraded }, duration_s) {
   state.link = null;
   endRun(summary(nfe / run.n, degraded, duration_s));
   $("time").hidden = false;
-  $("copy").hidden = false;
+  $("actions").hidden = false;
+  $("copy").hidden = run.fromImage; // which no link can hold
   $("progress").hidden = true;
   updateAddress();
 }

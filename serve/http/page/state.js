@@ -4,6 +4,7 @@ export const state = {
   model: null, // the model's entry in /v1/models
   names: [], // of all models
   run: null, // the samples on display: see newRun in run.js
+  image: null, // that samples start from, scaled to the model's size, as a data URL
   request: null, // the AbortController of the request in progress
   link: null, // the parameters of the address that have not been sampled yet
 };
