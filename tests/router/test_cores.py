@@ -90,5 +90,7 @@ def test_autocast_of_the_caller_holds(two_threads: None) -> None:
             return x
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        RoutedDenoiser([Halved(0)] * 3, router, "fixed")(torch.zeros(40, 1, 4, 4), torch.tensor(0.5))
+        RoutedDenoiser([Halved(0)] * 3, router, "fixed")(
+            torch.zeros(40, 1, 4, 4), torch.tensor(0.5)
+        )
     assert set(found) == {torch.bfloat16}
