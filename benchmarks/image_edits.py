@@ -3,7 +3,8 @@
 Inpainting: half of each image is hidden and sampled anew. Completions of real images have the law
 of real images if they have the right one given what is kept, so that their Frechet distance to the
 real images measures them; the first rows repeat no step. The same holds at every strength of img2img.
-Inversion: the root mean square error of `sample(x=invert(images))` by the number of steps.
+Inversion: the root mean square error of `sample(x=invert(images))` by the number of steps, its
+median over the images and the largest.
 
 RUN is a run's folder, or demo: the digits that come with the program, and those of scikit-learn, on
 which they were trained. The sheets go to the folder of --out.
@@ -159,7 +160,8 @@ def _inversion(model: Model, images: Tensor, out: Path) -> None:
                     t_min=1e-3,
                     progress=advance,
                 )
-                errors.append(f"{(back - images).square().mean().sqrt():.4f}")
+                error = (back - images).square().mean(dim=(1, 2, 3)).sqrt()
+                errors.append(f"{error.median():.4f} ({error.max():.2f})")
                 if sampler == "heun" and steps < _STEPS[-1]:
                     sheet.append(back)
             rows.append([sampler, *errors])
