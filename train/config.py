@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import configs
 from ddm.device import pick_device
-from ddm.errors import ConfigError, DdmError, one_of, require, within
+from ddm.errors import ConfigError, DdmError, require, within
 from ddm.grids import check_grid
 from ddm.privacy import PrivacyConfig
 from ddm.samplers import plan_steps
@@ -22,9 +22,7 @@ from serve import SampleConfig
 from serve.model.config_merge import filled, read_yaml
 from train.clustering import PartitionConfig
 from train.data import DataConfig
-from train.evaluation.feature_files import script_files
-from train.evaluation.pixels import DIRECTIONS
-from train.evaluation.rows import METHODS, PAPER
+from train.evaluation_config import EvaluateConfig, TableConfig
 from train.launch_config import LaunchConfig
 from train.watch_config import WatchConfig
 
@@ -171,147 +169,6 @@ class SampleStageConfig(SampleConfig):
         require(self.n >= 1, "sample.n", "be at least 1", self.n)
         require(0 <= self.seed < 2**63, "sample.seed", "be in [0, 2^63)", self.seed)
         require(self.first_index >= 0, "sample.first_index", "be at least 0", self.first_index)
-
-
-Precision = Literal["32-true", "bf16-mixed"]
-
-
-@dataclass
-class EvaluateConfig:
-    """What is measured: which methods and samplers, on how many images, and with which features.
-
-    n: images per method, sampler, number of steps and seed; at least 20
-    seeds: sampling seeds 0, 1, ...; in [1, 100]; with one there are no error bars
-    steps: two or more numbers of steps in [1, 1000]
-    steps_up_to: `{METHOD: steps}`: a row that costs more is measured up to this many steps, the others at all of them;
-        at two numbers of steps at least
-    methods: rows of the table, of `METHODS`
-    samplers: `{NAME: {settings over sample}}`; empty for the sampler of `sample`
-    features: `classifier` (a small one, trained on the spot), `pixels` (whitened: for small images), `inception`,
-        TorchScript files, or folders of them. Name at least two of different kinds: a classifier rewards images that
-        are clearly of a class, pixels do not
-    pixel_directions: leading principal directions of the real images for pixels; in [1, 1024]
-    reference: distances are to `REFERENCE.NETWORK.npz` beside `NETWORK.pt`; null for the run's images
-    inception_weights: the file pt_inception-2015-12-05-6726825d.pth, for inception
-    trajectories: trajectories for the trajectory error, of seed 0; in [1, n]
-    reference_steps: steps of the trajectories that these are compared with; above `steps`, at most 1000
-    monolith_steps: training steps of the row one-model; null for as many as all experts together, 0 for no such row
-    batch: images per call of the networks
-    precision: of the networks while sampling
-    """
-
-    n: int = 1000
-    seeds: int = 2
-    steps: list[int] = field(default_factory=lambda: [5, 10, 25, 50, 100])
-    steps_up_to: dict[str, int] = field(default_factory=dict)
-    methods: list[str] = field(
-        default_factory=lambda: [*PAPER, "balanced", "balanced-cv", "top-1", "full"]
-    )
-    samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    features: list[str] = field(default_factory=lambda: ["classifier", "pixels"])
-    pixel_directions: int = DIRECTIONS
-    reference: str | None = None
-    inception_weights: str | None = None
-    trajectories: int = 64
-    reference_steps: int = 1000
-    monolith_steps: int | None = None
-    batch: int = 256
-    precision: Precision = "32-true"
-
-    def check(self, section: str) -> None:
-        """Raise `ConfigError` naming the key `section.…` of a value out of its range."""
-        require(self.n >= 20, f"{section}.n", "be at least 20", self.n)
-        require(1 <= self.seeds <= 100, f"{section}.seeds", "be in [1, 100]", self.seeds)
-        steps = self.steps
-        require(
-            len(set(steps)) == len(steps) >= 2 and all(1 <= n <= 1000 for n in steps),
-            f"{section}.steps",
-            "be two or more different step counts in [1, 1000]",
-            steps,
-        )
-        require(len(self.methods) > 0, f"{section}.methods", "name at least one method", [])
-        for name in self.methods:
-            if name not in METHODS:
-                raise one_of(f"{section}.methods", name, METHODS)
-        for name, most in self.steps_up_to.items():
-            if name not in METHODS:
-                raise one_of(f"{section}.steps_up_to", name, METHODS)
-            require(1 <= most <= 1000, f"{section}.steps_up_to.{name}", "be in [1, 1000]", most)
-        require(
-            1 <= self.pixel_directions <= 1024,
-            f"{section}.pixel_directions",
-            "be in [1, 1024]",
-            self.pixel_directions,
-        )
-        for name in self.samplers:
-            require(
-                name.replace("-", "").replace("_", "").isalnum(),
-                f"{section}.samplers",
-                "have plain names",
-                name,
-            )
-        require(
-            1 <= self.trajectories <= self.n,
-            f"{section}.trajectories",
-            f"be in [1, {section}.n = {self.n}]",
-            self.trajectories,
-        )
-        reference = self.reference_steps
-        require(
-            max(steps) < reference <= 1000,
-            f"{section}.reference_steps",
-            f"be in ({max(steps)}, 1000], above every {section}.steps",
-            reference,
-        )
-        require(
-            self.monolith_steps is None or self.monolith_steps >= 0,
-            f"{section}.monolith_steps",
-            "be at least 0, or null",
-            self.monolith_steps,
-        )
-        require(self.batch >= 1, f"{section}.batch", "be at least 1", self.batch)
-
-    def steps_for(self, method: str) -> list[int]:
-        """The numbers of steps that a method is measured at, at least two."""
-        most = self.steps_up_to.get(method, 1000)
-        kept = [n for n in self.steps if n <= most]
-        return kept if len(kept) > 1 else sorted(self.steps)[:2]
-
-    def check_files(self, section: str) -> None:
-        """Raise `ConfigError` naming the key of a file that does not exist: checked only before measuring."""
-        found = 0
-        for name in self.features:
-            if name == "inception":
-                weights = self.inception_weights
-                require(
-                    weights is not None and Path(weights).is_file(),
-                    f"{section}.inception_weights",
-                    f"be a file for inception among {section}.features",
-                    weights,
-                )
-            elif name not in ("classifier", "pixels") and not Path(name).is_dir():
-                require(
-                    Path(name).is_file(),
-                    f"{section}.features",
-                    "be of classifier, pixels, inception, TorchScript files and folders of them",
-                    name,
-                )
-            built_in = name in ("classifier", "pixels", "inception")
-            found += built_in or len(script_files(Path(name)))
-        require(
-            found > 0,
-            f"{section}.features",
-            "hold at least one network: such as [classifier, pixels]",
-            list(self.features),
-        )
-
-
-@dataclass
-class TableConfig(EvaluateConfig):
-    """What `python -m benchmarks.table` measures: every method, over three seeds."""
-
-    seeds: int = 3
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
 
 
 @dataclass

@@ -11,9 +11,10 @@ from torch import Tensor
 from ddm.artifacts import file_of
 from ddm.errors import ConfigError, DataError, require
 from train.clustering import assign, check_left, held_out
-from train.config import Config, EvaluateConfig
+from train.config import Config
 from train.costs import FLOAT_BYTES, expert_cost, forward_s, router_cost, states
 from train.evaluation.rows import ROWS
+from train.evaluation_config import EvaluateConfig
 from train.kmeans import MEMORY_BYTES
 from train.launch import workers_for
 from train.run_folder import read_clusters

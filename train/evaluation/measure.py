@@ -16,7 +16,7 @@ from ddm.errors import require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
 from router.policies import policy
-from train.config import Config, EvaluateConfig, plain
+from train.config import Config, plain
 from train.evaluation.classifier import check_classes, classes_of, held_out
 from train.evaluation.feature_files import feature_files, reference_file
 from train.evaluation.feature_network import FeatureNetwork
@@ -29,6 +29,7 @@ from train.evaluation.rows import ONE_MODEL
 from train.evaluation.samples import SampleSet, SampleSpec, SampleStore
 from train.evaluation.scores import Scores, class_frequencies_of, read_reference
 from train.evaluation.tables import middle, print_tables
+from train.evaluation_config import EvaluateConfig
 from train.launch import workers_for
 from train.progress import bar
 

@@ -14,8 +14,8 @@ from ddm.errors import ArtifactError, DdmError
 from serve import Model, SampleConfig, load
 from serve.model.images import to_uint8
 from serve.model.params import over
-from train.config import Precision
 from train.evaluation.methods import Method
+from train.evaluation_config import Precision
 from train.launch import OnProgress, run_jobs
 from train.progress import bar
 

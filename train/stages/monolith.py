@@ -4,7 +4,8 @@ import logging
 from dataclasses import replace
 
 from ddm.errors import ArtifactError
-from train.config import Config, EvaluateConfig, SeedModelConfig
+from train.config import Config, SeedModelConfig
+from train.evaluation_config import EvaluateConfig
 from train.precision import with_precision
 from train.run_folder import check_claim, read_partition
 from train.stages.bundle import make_bundle
