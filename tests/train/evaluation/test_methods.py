@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ddm.artifacts import sha256
-from train.config import METHODS, Config
+from train.config import Config
 from train.evaluation.measure import Measurement
 from train.evaluation.methods import methods
-from train.evaluation.rows import ONE_MODEL
+from train.evaluation.rows import METHODS, ONE_MODEL
 from train.evaluation.rows import ROWS as KNOWN
 from train.evaluation.samples import SampleSet
 from train.stages.monolith import monolith_configs, train_monoliths
