@@ -27,6 +27,7 @@ from benchmarks.speed.shapes import SHAPES, shown_shape
 from benchmarks.speed.timing import flop_of, parameters
 from benchmarks.table.__main__ import RESULTS
 from benchmarks.table.measurements import machine, rounded
+from benchmarks.table.results_page import earlier
 from ddm.artifacts import digest, read_json, write_json
 from ddm.errors import ConfigError, one_of, require
 from ddm.partition import Partition
@@ -254,6 +255,7 @@ def page(folder: Path) -> str:
     for file in sorted(folder.glob("recipe-*.json")):
         record = read_json(file)
         parts += [f"## {file.stem.removeprefix('recipe-')}", f"    {record['command']}"]
+        parts += [earlier(record).strip()] if record.get("earlier") else []
         parts.append(
             f"{record['seconds']:g} seconds of a core each; {record['n']} images per seed."
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations, recipe
+from benchmarks import ablations, curve, recipe
 from benchmarks.speed import speed_page
 from benchmarks.table.measurements import made_by
 from benchmarks.table.results_page import main_table, page
@@ -29,12 +29,14 @@ def complaints(folder: Path) -> list[str]:
     speeds = {f"{stem}{end}.json" for stem in speed_page.MACHINES for end in ("", "-history")}
     paths = [path for path in sorted(folder.glob("*.json")) if path.name not in speeds]
     records = {path.stem: json.loads(path.read_text()) for path in paths}
-    others = ("ablations-", "recipe-")
+    others = ("ablations-", "curve-", "recipe-")
     tables = {name: record for name, record in records.items() if not name.startswith(others)}
-    files = set().union(*(record["files"] for record in tables.values()))
+    with_files = {name: record for name, record in records.items() if "files" in record}
+    files = set().union(*(record["files"] for record in with_files.values()))
     pages = {f"{name}.md" for name in tables} | {
         "README.md",
         "ablations.md",
+        "curve.md",
         "recipe.md",
         "speed.md",
     }
@@ -42,10 +44,11 @@ def complaints(folder: Path) -> list[str]:
         known = files | pages | speeds | {f"{name}.json" for name in records}
         if path.name not in known:
             found.append(f"{path.name} has no record")
-    for name, record in tables.items():
+    for name, record in with_files.items():
         for file, expected in record["files"].items():
             if not (folder / file).exists() or sha256(folder / file) != expected:
                 found.append(f"{file} is not the one of {name}.json")
+    for name, record in tables.items():
         if (folder / f"{name}.md").read_text() != page(record, name):
             found.append(f"{name}.md does not say what {name}.json does")
     for name, record in records.items():
@@ -58,9 +61,9 @@ def complaints(folder: Path) -> list[str]:
     measured = any(name.startswith("ablations-") for name in records)
     if measured and (folder / "ablations.md").read_text() != ablations.page(folder):
         found.append("ablations.md does not say what its records do")
-    recipes = folder / "recipe.md"
-    if recipes.exists() and recipes.read_text() != recipe.page(folder):
-        found.append("recipe.md does not say what its records do")
+    for written, module in ((folder / "recipe.md", recipe), (folder / "curve.md", curve)):
+        if written.exists() and written.read_text() != module.page(folder):
+            found.append(f"{written.name} does not say what its records do")
     written = folder / "speed.md"
     if written.exists() and written.read_text() != speed_page.page(folder):
         found.append("speed.md does not say what its records do")

@@ -1,0 +1,220 @@
+"""Where the lines cross: the mixture and the single models over the steps that each expert takes.
+
+All start from the seed model of CONFIG, which is trained once, as is the router. For every number
+of steps the experts take it, one model takes as many as all of them together, and another as many
+as one of them: equal compute, and equal time where each expert has a machine. Writes
+curve-NAME.json, curve.md and a figure for each kind of features. If interrupted, the same command
+resumes.
+"""
+
+import argparse
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from benchmarks.cli import Parser, run
+from benchmarks.lab.markdown import table
+from benchmarks.table.__main__ import RESULTS
+from benchmarks.table.compute import compute
+from benchmarks.table.measurements import machine, rounded
+from ddm.artifacts import digest, read_json, sha256, write_json
+from ddm.errors import ConfigError, require
+from train.config import Config, config_file, load_config
+from train.evaluation.measure import Measurement
+from train.evaluation.plots import COLOURS, STYLE, save
+from train.evaluation.results import Spread
+from train.run_folder import read_partition, settled
+from train.stages.denoiser import seed_stem
+from train.stages.monolith import train_monoliths
+from train.stages.run import run as run_stages
+
+METHODS = {
+    "one-model": "one model, as many steps as all experts",
+    "one-model-time": "one model, as many steps as one expert",
+    "switching": "mixture, switching",
+}
+_FACTORS = (0.125, 0.25, 0.5, 1.0)  # of expert.steps
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = Parser("curve", __doc__)
+    parser.add_argument("words", nargs="+", metavar="word", help="CONFIG and key=value overrides")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        help="of each expert; default an eighth, a quarter, half and all of expert.steps",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="the folder to write to; default: %(default)s"
+    )
+    return run(parser, _make, words)
+
+
+def _make(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    path = config_file(arguments.words[0])
+    if path is None:
+        raise ConfigError(f"the first word must be a config, got {arguments.words[0]!r}")
+    config = load_config(path, arguments.words[1:])
+    seed = config.seed_model
+    require(seed.steps > 0, "seed_model.steps", "be above 0", seed.steps)
+    require(seed.above is None, "seed_model.above", "be null", seed.above)
+    asked = arguments.steps or [round(factor * config.expert.steps) for factor in _FACTORS]
+    steps = sorted(set(asked))
+    require(steps[0] >= 1, "--steps", "be at least 1", steps[0])
+    words = [*arguments.words, "--steps", *map(str, steps)]
+    write(config, steps, shlex.join(["python", "-m", "benchmarks.curve", *words]), arguments.out)
+
+
+def write(config: Config, steps: Sequence[int], command: str, folder: Path) -> None:
+    """Measure every number of steps; write the record, the page and the figures."""
+    run_stages(config, ("partition", "seed_model", "router"))
+    name = config.folder.name
+    points = [point(config, count) for count in steps]
+    files = _figures(folder, name, points)
+    record = {
+        "command": command,
+        "config": settled(config),
+        "config_hash": digest(settled(config)),
+        "machine": machine(config.device),
+        "n": config.table.n,
+        "points": points,
+        "files": {file: sha256(folder / file) for file in files},
+    }
+    write_json(folder / f"curve-{name}.json", rounded(record))
+    (folder / "curve.md").write_text(page(folder))
+    print(page(folder))
+
+
+def point(config: Config, steps: int) -> dict[str, Any]:
+    """What comes of that many steps of each expert: the operations, and the Frechet distances by
+    features, row, and number of the sampler's steps, of each seed.
+    """
+    branch = replace(
+        config,
+        run=f"{config.folder}-curve/{steps}",
+        seed_model=replace(config.seed_model, steps=0),
+        expert=replace(config.expert, steps=steps, init=str(seed_stem(config))),
+    )
+    run_stages(branch, ("partition",))
+    if not (branch.folder / "router").exists():  # it does not depend on the experts
+        shutil.copytree(config.folder / "router", branch.folder / "router")
+    run_stages(branch, ("expert", "router", "bundle"))
+    cfg = replace(config.table, methods=list(METHODS))
+    monoliths = train_monoliths(branch, cfg)
+    found = Measurement(branch, monoliths, cfg, "table").make()
+    counted = replace(branch, seed_model=config.seed_model)
+    flop = compute(counted, read_partition(branch), monoliths)
+
+    def distances(feature: str, row: str, n: int) -> list[float]:
+        cells = [cell for cell in found.cells if (cell.method, cell.steps) == (row, n)]
+        return [cell.scores[feature].frechet for cell in cells]
+
+    return {
+        "steps": steps,
+        "flop": {"seed_model": flop["seed_model"], "switching": flop["experts"]}
+        | {row: flop[row] for row in monoliths},
+        "frechet": {
+            feature: {
+                row: {str(n): distances(feature, row, n) for n in found.steps} for row in METHODS
+            }
+            for feature in found.features
+        },
+    }
+
+
+def _figures(folder: Path, name: str, points: Sequence[dict[str, Any]]) -> list[str]:
+    """A figure for each kind of features, at the middle number of the sampler's steps."""
+    files = []
+    for feature, rows in points[0]["frechet"].items():
+        shown = _middle(rows)
+        with plt.rc_context(STYLE):
+            figure, axes = plt.subplots(figsize=(5.2, 3.4))
+            for row, label in METHODS.items():
+                spreads = [Spread.of(each["frechet"][feature][row][shown]) for each in points]
+                axes.errorbar(
+                    [each["steps"] for each in points],
+                    [spread.mean for spread in spreads],
+                    [spread.deviation or 0 for spread in spreads],
+                    fmt="o-",
+                    color=COLOURS[row],
+                    label=label,
+                    markersize=4,
+                    linewidth=1.2,
+                )
+            axes.set_xscale("log")
+            axes.set_xticks([each["steps"] for each in points])
+            axes.set_xticks([], minor=True)
+            axes.xaxis.set_major_formatter("{x:,g}")
+            axes.set_xlabel("training steps of each expert, after the seed model")
+            axes.set_ylabel(f"Fréchet distance, {shown} steps")
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8.5)
+            files.append(f"curve-{name}-{feature}.png")
+            save(folder / files[-1], figure)
+    return files
+
+
+def _middle(rows: dict[str, dict[str, Any]]) -> str:
+    steps = list(rows["switching"])
+    return steps[len(steps) // 2]
+
+
+_INTRODUCTION = """# The curve
+
+Where the lines cross: Fréchet distances over the steps that each expert takes after the seed model.
+One model takes as many steps as all experts together (equal compute), another as many as one of
+them (equal time, where each expert has a machine). Mean and deviation over the seeds of the
+samples; training has one seed. PFLOP: operations of the experts' training, beside the seed model's."""
+
+
+def page(folder: Path) -> str:
+    """`curve.md`, from the records in the folder."""
+    parts = [_INTRODUCTION]
+    for file in sorted(folder.glob("curve-*.json")):
+        record = read_json(file)
+        points = record["points"]
+        seed = points[0]["flop"]["seed_model"] / 1e15
+        parts += [
+            f"## {file.stem.removeprefix('curve-')}",
+            f"    {record['command']}",
+            f"The seed model: {seed:.3g} PFLOP. {record['n']} images per seed.",
+        ]
+        for feature, rows in points[0]["frechet"].items():
+            name = f"curve-{file.stem.removeprefix('curve-')}-{feature}.png"
+            parts.append(f"![{feature}: distance over steps, a line per row]({name})")
+            head = [f"{feature}, after N steps of the sampler", "N", *METHODS.values(), "PFLOP"]
+            parts.append(table(head, _rows(points, feature, list(rows["switching"]))))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(
+    points: Sequence[dict[str, Any]], feature: str, numbers: Sequence[str]
+) -> list[list[str]]:
+    return [
+        [
+            f"{each['steps']:,} steps of each expert",
+            n,
+            *(_spread(each["frechet"][feature][row][n]) for row in METHODS),
+            f"{each['flop']['switching'] / 1e15:.3g}",
+        ]
+        for each in points
+        for n in numbers
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    found = Spread.of(values)
+    return f"{found.mean:.3g}" + ("" if found.deviation is None else f" ± {found.deviation:.2g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
