@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddm.errors import require
+from ddm.muon import Muon
 from ddm.rng import RngStream, derive_seed, normal, uniform
 
 _NAMED = 8  # images of a batch, in an error
@@ -22,6 +23,7 @@ class FitConfig:
     """How a network is trained: Adam with a linear warm-up, gradient clipping and an average of the
     weights (EMA).
 
+    optimizer: adam, or muon for matrices and convolutions (arXiv 2502.16982).
     steps: optimizer steps, at least 1.
     batch: images per step, at least 1.
     accumulate: parts that a batch is split into, one after another, so that it fits into memory; at
@@ -39,6 +41,7 @@ class FitConfig:
     t_min: times are sampled from [t_min, 1]; in (0, 1).
     """
 
+    optimizer: Literal["adam", "muon"] = "adam"
     steps: int = 1000
     batch: int = 128
     accumulate: int = 1
@@ -72,9 +75,9 @@ class FitConfig:
         done: of `steps`, those before this optimizer's first, which warms up anew.
         """
         # A fused step unscales float16 gradients itself, which is too late for clipping.
-        optimizer = torch.optim.Adam(
-            parameters, lr=self.learning_rate, fused=self.precision != "16-mixed"
-        )
+        kind = Muon if self.optimizer == "muon" else torch.optim.Adam
+        fused = self.precision != "16-mixed"
+        optimizer = kind(parameters, lr=self.learning_rate, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda n: min(self.rate(n), self.rate(done + n))
         )
