@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 _RMS = 0.2  # of an update over the learning rate: that of Adam's (arXiv 2502.16982, equation 4)
 _MOMENTUM = 0.95
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial in an iteration
+_ITERATIONS = 5
 
 
 class Muon(torch.optim.Adam):
@@ -49,10 +51,19 @@ class Muon(torch.optim.Adam):
 def orthogonalized(matrix: Tensor) -> Tensor:
     """About the polar factor U V^T of a matrix U S V^T, `[m, n]`, by five Newton-Schulz iterations:
     singular values in about [0.7, 1.2].
+
+    x_{i+1} = P(x_i x_i^T) x_i with a polynomial P, so the iteration is one of the smaller Gram
+    matrix, and the matrix itself is multiplied once, by the product of all P.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / wide.norm().clamp_min(1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    gram = x @ x.T
+    a, b, c = _COEFFICIENTS
+    product = None
+    for _ in range(_ITERATIONS):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     return x if wide is matrix else x.T
