@@ -21,9 +21,9 @@ class Muon(torch.optim.Adam):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, fused: bool) -> None:
-        matrices, others = [], []
-        for parameter in parameters:
-            (matrices if parameter.ndim >= 2 else others).append(parameter)
+        every = list(parameters)
+        matrices = [parameter for parameter in every if parameter.ndim >= 2]
+        others = [parameter for parameter in every if parameter.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others}]
         super().__init__(groups, lr=lr, fused=fused)
 
@@ -37,6 +37,7 @@ class Muon(torch.optim.Adam):
                 continue
             state = self.state[weight]
             if not state:
+                state["step"] = torch.zeros(())  # Adam asks for it when a state is loaded
                 state["momentum"] = torch.zeros_like(weight)
             momentum: Tensor = state["momentum"].lerp_(weight.grad, 1 - _MOMENTUM)
             update = weight.grad.lerp(momentum, _MOMENTUM).flatten(1)  # Nesterov's

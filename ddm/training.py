@@ -20,10 +20,10 @@ _NAMED = 8  # images of a batch, in an error
 
 @dataclass
 class FitConfig:
-    """How a network is trained: Adam with a linear warm-up, gradient clipping and an average of the
-    weights (EMA).
+    """How a network is trained: Adam or Muon with a linear warm-up, gradient clipping and an average
+    of the weights (EMA).
 
-    optimizer: adam, or muon for matrices and convolutions (arXiv 2502.16982).
+    optimizer: adam; or muon for matrices and convolutions, and adam for the rest (`ddm.muon`).
     steps: optimizer steps, at least 1.
     batch: images per step, at least 1.
     accumulate: parts that a batch is split into, one after another, so that it fits into memory; at
@@ -69,7 +69,7 @@ class FitConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", "be in [0, 1)", self.ema_decay)
         require(0 < self.t_min < 1, "t_min", "be in (0, 1)", self.t_min)
 
-    def adam(self, parameters: Iterable[nn.Parameter], done: int = 0) -> Any:
+    def optimization(self, parameters: Iterable[nn.Parameter], done: int = 0) -> Any:
         """The optimizer and schedule, as `LightningModule.configure_optimizers` returns them.
 
         done: of `steps`, those before this optimizer's first, which warms up anew.
