@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddm.errors import require
+from ddm.muon import Muon
 from ddm.rng import RngStream, derive_seed, normal, uniform
 
 _NAMED = 8  # images of a batch, in an error
@@ -19,9 +20,10 @@ _NAMED = 8  # images of a batch, in an error
 
 @dataclass
 class FitConfig:
-    """How a network is trained: Adam with a linear warm-up, gradient clipping and an average of the
-    weights (EMA).
+    """How a network is trained: Adam or Muon with a linear warm-up, gradient clipping and an average
+    of the weights (EMA).
 
+    optimizer: adam; or muon for matrices and convolutions, and adam for the rest (`ddm.muon`).
     steps: optimizer steps, at least 1.
     batch: images per step, at least 1.
     accumulate: parts that a batch is split into, one after another, so that it fits into memory; at
@@ -39,6 +41,7 @@ class FitConfig:
     t_min: times are sampled from [t_min, 1]; in (0, 1).
     """
 
+    optimizer: Literal["adam", "muon"] = "adam"
     steps: int = 1000
     batch: int = 128
     accumulate: int = 1
@@ -66,15 +69,15 @@ class FitConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", "be in [0, 1)", self.ema_decay)
         require(0 < self.t_min < 1, "t_min", "be in (0, 1)", self.t_min)
 
-    def adam(self, parameters: Iterable[nn.Parameter], done: int = 0) -> Any:
+    def optimization(self, parameters: Iterable[nn.Parameter], done: int = 0) -> Any:
         """The optimizer and schedule, as `LightningModule.configure_optimizers` returns them.
 
         done: of `steps`, those before this optimizer's first, which warms up anew.
         """
         # A fused step unscales float16 gradients itself, which is too late for clipping.
-        optimizer = torch.optim.Adam(
-            parameters, lr=self.learning_rate, fused=self.precision != "16-mixed"
-        )
+        kind = Muon if self.optimizer == "muon" else torch.optim.Adam
+        fused = self.precision != "16-mixed"
+        optimizer = kind(parameters, lr=self.learning_rate, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda n: min(self.rate(n), self.rate(done + n))
         )

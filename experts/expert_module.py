@@ -157,7 +157,7 @@ class ExpertLearning(pl.LightningModule):
         return denoising_losses(denoised, x0, weight)
 
     def configure_optimizers(self) -> Any:
-        return self.config.adam(self.denoiser.parameters())
+        return self.config.optimization(self.denoiser.parameters())
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self.config.clip(optimizer.param_groups[0]["params"])
+        self.config.clip(p for group in optimizer.param_groups for p in group["params"])

@@ -79,10 +79,10 @@ class _RouterLearning(pl.LightningModule):
         return exact_posterior_rate(x0, eps, t, images, self.cluster, schedule, k)
 
     def configure_optimizers(self) -> Any:
-        return self.config.adam(self.parameters(), self.done)
+        return self.config.optimization(self.parameters(), self.done)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self.config.clip(optimizer.param_groups[0]["params"])
+        self.config.clip(p for group in optimizer.param_groups for p in group["params"])
 
 
 class PosteriorLearning(_RouterLearning):

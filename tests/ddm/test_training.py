@@ -114,7 +114,7 @@ def test_the_learning_rate_falls_linearly_over_the_last_part_of_the_steps(
     cooldown: float, done: int, expected: list[float]
 ) -> None:
     config = FitConfig(learning_rate=0.5, steps=8, cooldown=cooldown)
-    setup = config.adam([nn.Parameter(torch.zeros(1))], done)
+    setup = config.optimization([nn.Parameter(torch.zeros(1))], done)
     found = []
     for _ in expected:
         found.append(setup["optimizer"].param_groups[0]["lr"] / 0.5)
@@ -132,7 +132,7 @@ def test_the_learning_rate_falls_as_a_cosine() -> None:
 @pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1, 1]), (3, [0.25, 0.5, 0.75, 1, 1])])
 def test_the_learning_rate_warms_up_linearly(warmup: int, expected: list[float]) -> None:
     weight = nn.Parameter(torch.zeros(1))
-    setup = FitConfig(learning_rate=0.5, warmup_steps=warmup).adam([weight])
+    setup = FitConfig(learning_rate=0.5, warmup_steps=warmup).optimization([weight])
     optimizer, schedule = setup["optimizer"], setup["lr_scheduler"]["scheduler"]
     moved, last = [], 0.0
     for _ in expected:
