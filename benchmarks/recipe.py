@@ -69,7 +69,7 @@ GROUPS: dict[str, list[Choice]] = {
     "shape": [_shape(sizes) for sizes in SHAPES],
     "optimizer": [
         _words("expert.optimizer=muon", f"expert.learning_rate={rate}")
-        for rate in (1e-3, 2e-3, 4e-3)
+        for rate in (1e-3, 2e-3, 4e-3, 8e-3)
     ],
     "learning rate": [_words(f"expert.learning_rate={rate}") for rate in (5e-4, 1e-3, 2e-3, 4e-3)],
     "batch": [_words(f"expert.batch={batch}") for batch in (8, 32, 64)],
