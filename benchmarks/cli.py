@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddm.errors import ConfigError, DdmError
+from train import stopping
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +33,8 @@ def run(
 ) -> int:
     """Parse the words (default: the command line's), do the work, and return the exit status.
 
-    0: done, or help was asked for. 2: an error that the user can fix, in one line on stderr. 130:
-    interrupted.
+    0: done, or help was asked for. 2: an error that the user can fix, in one line on stderr. 128
+    and the signal's number: stopped, what was being trained with a checkpoint.
     """
     try:
         arguments = parser.parse_intermixed_args(words)
@@ -43,11 +44,13 @@ def run(
     except SystemExit:  # after --help
         return 0
     try:
-        work(arguments)
+        with stopping.on_signals():
+            work(arguments)
+    except stopping.Stopped as stop:
+        again = "interrupted; the same command starts again, or resumes"
+        print(stop if stop.steps else again, file=sys.stderr)
+        return 128 + stop.signum
     except DdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        print("interrupted; the same command starts again, or resumes", file=sys.stderr)
-        return 130
     return 0
