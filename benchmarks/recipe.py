@@ -68,8 +68,8 @@ GROUPS: dict[str, list[Choice]] = {
     "chance": [_words("seed=1")],
     "shape": [_shape(sizes) for sizes in SHAPES],
     "optimizer": [
-        _words("expert.optimizer=muon", f"expert.learning_rate={rate}")
-        for rate in (1e-3, 2e-3, 4e-3, 8e-3)
+        _words(f"expert.optimizer={name}", f"expert.learning_rate={rate}")
+        for name, rate in (("adam", 2e-3), ("muon", 1e-3), ("muon", 2e-3), ("muon", 4e-3))
     ],
     "learning rate": [_words(f"expert.learning_rate={rate}") for rate in (5e-4, 1e-3, 2e-3, 4e-3)],
     "batch": [_words(f"expert.batch={batch}") for batch in (8, 32, 64)],
