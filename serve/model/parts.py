@@ -85,7 +85,7 @@ class Parts:
     def __repr__(self) -> str:
         lines = {
             "data": f"{' x '.join(map(str, self.shape))} images of {len(self.names)} clusters: "
-            f"{', '.join(self.names[:8])}{', ...' if len(self.names) > 8 else ''}",
+            f"{'; '.join(self.names[:8])}{'; ...' if len(self.names) > 8 else ''}",
             "experts": self._experts_in_words(),
             "router": self._router_in_words(),
             "process": str(self.schedule),
