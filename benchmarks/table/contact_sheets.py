@@ -18,14 +18,15 @@ from train.evaluation.results import Evaluation
 from train.evaluation.rows import ROWS
 
 _COLUMNS = 12
+_NOT_PASSED_ON = ("celeba_hq",)  # its terms allow no copies of the images
 _PIXELS = 48  # the least height of an image on a contact sheet
 
 
 def write(
     folder: Path, name: str, config: Config, measured: Measurement, evaluation: Evaluation
 ) -> list[str]:
-    """Write `NAME-methods-STEPS.png`, `NAME-images.png` and `NAME-real.png`; returns the files'
-    names.
+    """Write `NAME-methods-STEPS.png`, `NAME-images.png` and, where the images may be passed on,
+    `NAME-real.png`; returns the files' names.
     """
     middle = shown_steps(evaluation)
     samples = {
@@ -39,10 +40,10 @@ def write(
         files.append(f"{name}-methods-{steps}.png")
         save(folder / files[-1], _labelled(rows), dpi=100)
     shown = samples[shown_method(evaluation), middle][: 8 * _COLUMNS]
-    for file, images in (
-        (f"{name}-images.png", shown),
-        (f"{name}-real.png", _real(config, measured)),
-    ):
+    sheets = {f"{name}-images.png": shown}
+    if config.data.name not in _NOT_PASSED_ON:
+        sheets[f"{name}-real.png"] = _real(config, measured)
+    for file, images in sheets.items():
         write_png(folder / file, contact_sheet(images.split(_COLUMNS), _PIXELS))
         files.append(file)
     return files

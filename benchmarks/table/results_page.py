@@ -308,11 +308,13 @@ Not selected: the first ones of seed 0.
 
 {record["shown"]}, {middle} steps of {sampler}:
 
-![Samples]({name}-images.png)
+![Samples]({name}-images.png){_real_images(name, record)}"""
 
-Real images:
 
-![Real images]({name}-real.png)"""
+def _real_images(name: str, record: dict[str, Any]) -> str:
+    """None where they may not be passed on."""
+    file = f"{name}-real.png"
+    return f"\n\nReal images:\n\n![Real images]({file})" if file in record["files"] else ""
 
 
 def _copies(evaluation: Evaluation) -> str:
