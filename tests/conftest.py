@@ -44,11 +44,6 @@ SMALL = [
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take minutes first, so that they are not what is left at the end."""
-    items.sort(key=lambda item: not item.path.name.startswith(("test_ray", "test_wheel")))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

@@ -340,6 +340,8 @@ def test_concurrent_writers_never_tear_a_file(tmp_path: Path) -> None:
             assert len(numbers) == 5000
             assert len(set(numbers)) == 1
         writers.get()
+        pool.close()
+        pool.join()  # a process may ignore the SIGTERM of `terminate`: Ray in this one has set a handler
     assert list(tmp_path.iterdir()) == [path]
 
 

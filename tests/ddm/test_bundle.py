@@ -453,6 +453,8 @@ def write_often(run: Run, folder: Path, experts: int) -> None:
 def test_concurrent_writers_leave_one_whole_bundle(run: Run, tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(3) as pool:
         pool.starmap(write_often, [(run, tmp_path, writer) for writer in range(3)])
+        pool.close()
+        pool.join()  # as in test_artifacts
     weight = float(read_whole(run.bundle).experts[1].tensors["weight"])
     assert weight in {1.0 + 10 * writer + 9 for writer in range(3)}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
