@@ -87,9 +87,8 @@ def add_jobs(app: FastAPI, models: Models) -> Jobs:
             check_webhook(body.webhook, config.webhook_hosts)
         service = await models.get(body.model)
         params = await params_of(service, body, request)
-        name = _name(
-            request, body
-        )  # from here on nothing waits, so that no other request comes between
+        # From here on nothing waits, so that no other request of this name comes between.
+        name = _name(request, body)
         if name is not None:
             before = jobs.known(key_of(request.scope), name)
             if before is not None:
