@@ -1,12 +1,12 @@
 // Files of the images on display.
 
 import { downloadZip } from "./client-zip.js";
-import { element, imageNumber } from "./dom.js";
+import { element } from "./dom.js";
 import { state } from "./state.js";
 
 /** By model, seed and the image's index in the API, which counts from 0. */
 export function fileName(run, index) {
-  return `${stem(run)}-${imageNumber(run, index) - 1}.png`;
+  return `${stem(run)}-${run.first + index}.png`;
 }
 
 const stem = ({ settings }) => `${state.model.id}-${settings.seed}`.replace(/[^\w.-]+/g, "-");

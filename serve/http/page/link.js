@@ -25,11 +25,14 @@ export function updateAddressSoon() {
 
 function link() {
   const { run } = state;
-  if (run.fromImage) return location.pathname; // no link can hold the image
+  const several = state.names.length > 1;
+  if (run.fromImage) { // which no link can hold
+    return several ? `${location.pathname}?${new URLSearchParams({ model: state.model.id })}` : location.pathname;
+  }
   const query = new URLSearchParams(run.settings);
   for (const name of run.clusters ?? []) query.append("clusters", name);
   query.set("version", shortVersion(run.version));
-  if (state.names.length > 1) query.set("model", state.model.id);
+  if (several) query.set("model", state.model.id);
   if (run.selected > 0) query.set("image", run.selected);
   if (run.step !== null && run.step < run.steps) query.set("at", run.step);
   return `${location.pathname}?${query}`;
