@@ -30,6 +30,7 @@ from train.config import Config, config_file, load_config
 from train.evaluation.measure import Measurement
 from train.evaluation.plots import COLOURS, STYLE, save
 from train.evaluation.results import Spread
+from train.evaluation.tables import shown
 from train.run_folder import read_partition, settled
 from train.stages.denoiser import seed_stem
 from train.stages.monolith import train_monoliths
@@ -136,11 +137,11 @@ def _figures(folder: Path, name: str, points: Sequence[dict[str, Any]]) -> list[
     """A figure for each kind of features, at the middle number of the sampler's steps."""
     files = []
     for feature, rows in points[0]["frechet"].items():
-        shown = _middle(rows)
+        steps = _middle(rows)
         with plt.rc_context(STYLE):
             figure, axes = plt.subplots(figsize=(5.2, 3.4))
             for row, label in METHODS.items():
-                spreads = [Spread.of(each["frechet"][feature][row][shown]) for each in points]
+                spreads = [Spread.of(each["frechet"][feature][row][steps]) for each in points]
                 axes.errorbar(
                     [each["steps"] for each in points],
                     [spread.mean for spread in spreads],
@@ -156,7 +157,7 @@ def _figures(folder: Path, name: str, points: Sequence[dict[str, Any]]) -> list[
             axes.set_xticks([], minor=True)
             axes.xaxis.set_major_formatter("{x:,g}")
             axes.set_xlabel("training steps of each expert, after the seed model")
-            axes.set_ylabel(f"Fréchet distance, {shown} steps")
+            axes.set_ylabel(f"Fréchet distance, {steps} steps")
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8.5)
             files.append(f"curve-{name}-{feature}.png")
             save(folder / files[-1], figure)
@@ -203,17 +204,12 @@ def _rows(
         [
             f"{each['steps']:,} steps of each expert",
             n,
-            *(_spread(each["frechet"][feature][row][n]) for row in METHODS),
+            *(shown(Spread.of(each["frechet"][feature][row][n]), ".3g") for row in METHODS),
             f"{each['flop']['switching'] / 1e15:.3g}",
         ]
         for each in points
         for n in numbers
     ]
-
-
-def _spread(values: Sequence[float]) -> str:
-    found = Spread.of(values)
-    return f"{found.mean:.3g}" + ("" if found.deviation is None else f" ± {found.deviation:.2g}")
 
 
 if __name__ == "__main__":
