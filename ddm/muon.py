@@ -1,6 +1,7 @@
 """Muon: steps along the orthogonalized momentum of each matrix."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,51 +21,79 @@ class Muon(torch.optim.Adam):
     The learning rate is Adam's: an update has the same root mean square.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, fused: bool) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, fused: bool, compiled: bool = False
+    ) -> None:
         every = list(parameters)
         matrices = [parameter for parameter in every if parameter.ndim >= 2]
         others = [parameter for parameter in every if parameter.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others}]
         super().__init__(groups, lr=lr, fused=fused)
+        graph = compiled and all(matrix.is_cuda for matrix in matrices)
+        self.polar_factors = _launched_at_once() if graph else polar_factors
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; the loss of `closure`, if there is one."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         group = self.param_groups[0]
+        alike: dict[torch.Size, list[Tensor]] = {}
         for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:
-                state["step"] = torch.zeros(())  # Adam asks for it when a state is loaded
-                state["momentum"] = torch.zeros_like(weight)
-            momentum: Tensor = state["momentum"].lerp_(weight.grad, 1 - _MOMENTUM)
-            update = weight.grad.lerp(momentum, _MOMENTUM).flatten(1)  # Nesterov's
-            scale = _RMS * max(update.shape) ** 0.5
-            polar = orthogonalized(update).reshape(weight.shape)
-            weight.add_(polar, alpha=-group["lr"] * scale)
-            weight.grad = None  # which Adam leaves alone
-        super().step()
+            if weight.grad is not None:
+                alike.setdefault(weight.shape, []).append(weight)
+        momenta = [self._momenta(weights) for weights in alike.values()]
+        super().step()  # before the polar factors: a graph of theirs takes the gradients' memory
+        for weights, polar in zip(alike.values(), self.polar_factors(momenta), strict=True):
+            scale = _RMS * max(polar.shape[1:]) ** 0.5
+            rows = polar.flatten(0, 1).view(-1, *weights[0].movedim(1, -1).shape[1:])
+            steps = [*rows.movedim(-1, 1).chunk(len(weights))]
+            torch._foreach_add_(weights, steps, alpha=-group["lr"] * scale)
         return loss
 
+    def _momenta(self, weights: list[Tensor]) -> Tensor:
+        """Nesterov's momenta of weights of one shape, `[n, outputs, all else]`. The channels come last,
+        as they do in the memory of weights in channels_last: a polar factor's columns keep any order.
+        """
+        for weight in weights:
+            if not self.state[weight]:
+                # Adam asks for the step when a state is loaded.
+                self.state[weight].update(step=torch.zeros(()), momentum=torch.zeros_like(weight))
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        momenta: list[Tensor] = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        nesterov = [*torch._foreach_lerp(gradients, momenta, _MOMENTUM)]
+        for weight in weights:
+            weight.grad = None  # which Adam leaves alone
+        return torch.cat(nesterov).movedim(1, -1).flatten(1).unflatten(0, (len(weights), -1))
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """About the polar factor U V^T of a matrix U S V^T, `[m, n]`, by five Newton-Schulz iterations:
-    singular values in about [0.7, 1.2].
+
+def polar_factors(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalized` of each stack of matrices."""
+    return [orthogonalized(stack) for stack in matrices]
+
+
+@cache
+def _launched_at_once() -> Callable[[list[Tensor]], list[Tensor]]:
+    """`polar_factors` as one CUDA graph: a GPU would wait for its hundreds of launches."""
+    return torch.compile(polar_factors, backend="cudagraphs", dynamic=False)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """About the polar factors U V^T of matrices U S V^T, `[B, m, n]`, by five Newton-Schulz
+    iterations: singular values in about [0.7, 1.2].
 
     x_{i+1} = P(x_i x_i^T) x_i with a polynomial P, so the iteration is one of the smaller Gram
     matrix, and the matrix itself is multiplied once, by the product of all P.
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp_min(1e-7)
-    gram = x @ x.T
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    gram = x @ x.mT
     a, b, c = _COEFFICIENTS
     product = None
     for _ in range(_ITERATIONS):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else factor @ product
         gram = factor @ gram @ factor
     x = product @ x
-    return x if wide is matrix else x.T
+    return x if wide is matrices else x.mT

@@ -10,6 +10,7 @@ every device.
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+
+_Word = TypeVar("_Word", Tensor, int)
 
 
 class RngStream(IntEnum):
@@ -38,9 +41,9 @@ class RngStream(IntEnum):
     CONDITION = 13  # which conditions of training step n are left out
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int | Tensor, int | Tensor]) -> list[Tensor]:
-    """Philox4x32-10: four counter words (int64 tensors of 32-bit values) and a key, which
-    broadcast, to four random words.
+def philox(counter: Sequence[_Word], key: tuple[int | _Word, int | _Word]) -> list[_Word]:
+    """Philox4x32-10: four counter words (int64 tensors of 32-bit values, or numbers) and a key,
+    which broadcast, to four random words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -112,5 +115,5 @@ def derive_seed(seed: int, stream: RngStream, step: int) -> int:
     """A 63-bit seed for another generator, such as torch's for dropout: a function of (seed,
     stream, step).
     """
-    high, low = _words(seed, stream, torch.zeros(1, dtype=torch.int64), step, 2)[0].tolist()
+    high, low, *_ = philox((0, 0, step, int(stream)), (seed & _MASK, seed >> 32 & _MASK))
     return (high << 32 | low) >> 1

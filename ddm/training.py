@@ -4,8 +4,9 @@ functions of (seed, n).
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,9 @@ from ddm.muon import Muon
 from ddm.rng import RngStream, derive_seed, normal, uniform
 
 _NAMED = 8  # images of a batch, in an error
+
+# Random numbers that are drawn at once, for several steps: the launches for few would take longer.
+_AT_ONCE = 2**16, 2**22  # on a CPU, in whose cache they are to stay, and on a GPU
 
 
 @dataclass
@@ -75,9 +79,12 @@ class FitConfig:
         done: of `steps`, those before this optimizer's first, which warms up anew.
         """
         # A fused step unscales float16 gradients itself, which is too late for clipping.
-        kind = Muon if self.optimizer == "muon" else torch.optim.Adam
-        fused = self.precision != "16-mixed"
-        optimizer = kind(parameters, lr=self.learning_rate, fused=fused)
+        fused, rate = self.precision != "16-mixed", self.learning_rate
+        optimizer = (
+            Muon(parameters, rate, fused, self.compile)
+            if self.optimizer == "muon"
+            else torch.optim.Adam(parameters, rate, fused=fused)
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda n: min(self.rate(n), self.rate(done + n))
         )
@@ -123,7 +130,7 @@ class Batches:
     parts: int = 1
     rank: int = 0
     ranks: int = 1
-    _drawn: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
+    _kept: dict[str, tuple[int, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Batches":
         return copy.copy(self)  # Lightning's EMA copies the module; the images stay shared
@@ -132,18 +139,16 @@ class Batches:
         """The images of a part of a step, `[B / parts, C, H, W]` in [-1, 1], and their indices
         among all, int64 `[B / parts]`.
         """
-        drawn, mirrored, _ = self._uniforms(step, part)
-        place = (drawn * len(self.images)).long()
+        place = self._place(step, part)
         x0 = to_float(self.images[place])
         if self.flip:
-            mirrored = mirrored < 0.5
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+            mirrored = self.uniforms(RngStream.FLIP, step, part, 1) < 0.5
+            x0 = torch.where(mirrored[:, :, None, None], x0.flip(3), x0)
         return x0, place
 
     def named(self, step: int) -> str:
         """Which images a step has, in words, for who looks for a bad one."""
-        drawn, *_ = self._uniforms(step, 0)
-        first = (drawn[:_NAMED] * len(self.images)).long().tolist()
+        first = self._place(step, 0)[:_NAMED].tolist()
         more = f" and {self.batch - len(first)} more" if len(first) < self.batch else ""
         return f"seed {self.seed} and step {step} (images {', '.join(map(str, first))}{more})"
 
@@ -151,16 +156,19 @@ class Batches:
         """Stratified uniform numbers in (0, 1), float32 `[B / parts]`: of all parts together one in
         each of B equal intervals, for less variance.
         """
-        *_, u = self._uniforms(step, part)
-        return ((self._rows(part) + u) / self.batch).float()
+        u = self.uniforms(RngStream.TIME, step, part, 1)[:, 0]
+        return ((self._rows()[part :: self.parts] + u) / self.batch).float()
 
     def noise(self, step: int, part: int = 0) -> Tensor:
         """The noise of a part of a step, `[B / parts, C, H, W]`."""
-        return normal(self.seed, RngStream.NOISE, self._rows(part), step, self.images.shape[1:])
+        shape = self.images.shape[1:]
+        draw = partial(normal, self.seed, RngStream.NOISE, shape=shape)
+        return self._of_step("noise", draw, step, part, math.prod(shape))
 
     def uniforms(self, stream: RngStream, step: int, part: int, count: int) -> Tensor:
         """Uniform numbers in (0, 1) for the images of a part of a step, float64 `[B / parts, count]`."""
-        return uniform(self.seed, stream, self._rows(part), step, count)
+        draw = partial(uniform, self.seed, stream, count=count)
+        return self._of_step(f"{stream} {count}", draw, step, part, count)
 
     def seed_dropout(self, step: int, part: int = 0) -> None:
         """Seed torch's generator, which dropout uses, by (seed, step) and rank; later parts go on
@@ -170,24 +178,26 @@ class Batches:
             place = step * self.ranks + self.rank
             torch.manual_seed(derive_seed(self.seed, RngStream.DROPOUT, place))
 
-    def _uniforms(self, step: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The numbers of the streams BATCH, FLIP and TIME, float64 `[B / parts]` each, drawn
-        together: on a GPU three draws would take three times the launches of one.
+    def _place(self, step: int, part: int) -> Tensor:
+        u = self.uniforms(RngStream.BATCH, step, part, 1)[:, 0]
+        return (u * len(self.images)).long()
+
+    def _of_step(
+        self, name: str, draw: Callable[[Tensor, Tensor], Tensor], step: int, part: int, count: int
+    ) -> Tensor:
+        """What `draw(rows, steps)` gives for a part of a step, `[B / parts, ...]`: `count` numbers
+        for each row, drawn for a block of steps at once and kept by name.
         """
-        if self._drawn is None or self._drawn[0] != step:
-            rows = torch.arange(self.batch, device=self.images.device)
-            kinds = RngStream.BATCH, RngStream.FLIP, RngStream.TIME
-            stream = torch.cat([torch.full_like(rows, kind) for kind in kinds])
-            u = uniform(self.seed, stream, rows.repeat(3), step)[:, 0]
-            self._drawn = step, u.view(3, self.batch)
-        start, step = self._share(part)
-        first, second, third = self._drawn[1][:, start::step]
-        return first, second, third
+        rows = self._rows()
+        size = max(1, _AT_ONCE[rows.device.type == "cuda"] // (len(rows) * count))
+        first = step - step % size
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != first or kept[1].device != rows.device:
+            steps = torch.arange(first, first + size, device=rows.device)
+            drawn = draw(rows.repeat(size), steps.repeat_interleave(len(rows)))
+            self._kept[name] = kept = first, drawn.unflatten(0, (size, len(rows)))
+        return kept[1][step - first, part :: self.parts]
 
-    def _rows(self, part: int) -> Tensor:
-        start, step = self._share(part)
-        return torch.arange(start, self.batch, step, device=self.images.device)
-
-    def _share(self, part: int) -> tuple[int, int]:
-        """The first row of a part of this process, and the step to the next."""
-        return part * self.ranks + self.rank, self.parts * self.ranks
+    def _rows(self) -> Tensor:
+        """The rows of all parts of a batch that this process has, in the order of the parts."""
+        return torch.arange(self.rank, self.batch, self.ranks, device=self.images.device)

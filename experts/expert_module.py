@@ -103,8 +103,11 @@ class ExpertLearning(pl.LightningModule):
             persistent=False,
         )
         if config.compile:
-            # Compiled once for all experts of a process, which differ in weights alone.
-            denoiser.network.compile(dynamic=False)
+            # Compiled once for all experts of a process, which differ in weights alone. On a GPU their
+            # launches are one graph, in whose memory the gradient of the next step takes the place
+            # of the last: parts of a batch, whose gradients add up, cannot have it.
+            mode = "reduce-overhead" if config.accumulate == 1 else "default"
+            denoiser.network.compile(dynamic=False, mode=mode)
 
     def at(self, level: Tensor) -> Tensor:
         """The quantiles of the training times at `level` `[B]` in (0, 1)."""

@@ -27,10 +27,10 @@ def test_the_polar_factor_keeps_the_directions_and_evens_their_lengths(
 ) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    lengths = u.T @ orthogonalized(matrix) @ v.T
+    lengths = u.T @ orthogonalized(matrix[None])[0] @ v.T
     assert ((lengths.diagonal() > 0.6) & (lengths.diagonal() < 1.3)).all()
     torch.testing.assert_close(lengths, torch.diag(lengths.diagonal()), rtol=0, atol=1e-3)
-    assert orthogonalized(torch.zeros(shape)).eq(0).all()
+    assert orthogonalized(torch.zeros(2, *shape)).eq(0).all()
 
 
 def test_an_update_is_as_large_as_adam_s_and_vectors_are_adam_s() -> None:
@@ -83,3 +83,18 @@ def test_a_weight_without_a_gradient_stays() -> None:
     found.backward()
     muon.step()
     assert net[0].weight.equal(before)
+
+
+def test_weights_of_one_shape_move_as_they_would_alone() -> None:
+    torch.manual_seed(0)
+    together = [nn.Parameter(torch.randn(6, 4, 3, 3)) for _ in range(3)]
+    alone = copy.deepcopy(together)
+    optimizers = [Muon(together, lr=0.1, fused=True), *(Muon([one], 0.1, True) for one in alone)]
+    for _ in range(3):
+        for one, other in zip(together, alone, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)
