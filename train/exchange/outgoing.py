@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddm.artifacts import read_json, replaced, write_json, write_tensors
-from ddm.bundle import OLD_ROUTER, ROUTER, Artifact, read_bundle
+from ddm.artifacts import replaced, write_json, write_tensors
+from ddm.bundle import Artifact, read_bundle
 from ddm.errors import ConfigError, require
 from ddm.gaussian import MOMENTS
 from experts.denoiser import ExpertConfig
@@ -45,24 +45,21 @@ def export_diffusers(run: str, folder: Path) -> None:
     require(empty, "FOLDER", "be a new or an empty folder", str(folder))
     load(run, "cpu")  # checks every hash and layout
     bundle = read_bundle(bundle_folder(run))
-    parts = {ROUTER, OLD_ROUTER, *bundle.files}
-    for name in read_json(bundle.manifest)["artifacts"]:
-        if name not in parts:
-            raise ConfigError(f"{run} cannot be exported: pipeline.py knows no {name}")
     if any(one.facts.get("condition") for one in bundle.experts):
         raise ConfigError(f"{run} cannot be exported: its experts take a condition")
     source = self_contained("train.exchange.routed_pipeline", _HEAD, _PUBLIC)
-    source = source.replace("EXPERTS = 1 ", f"EXPERTS = {bundle.mixture.k} ")
+    networks = {f"expert_{k:02d}": expert for k, expert in enumerate(bundle.experts)}
+    if bundle.seed_model is not None:
+        networks["seed_model"] = bundle.seed_model
+    source = source.replace('PARTS = ("expert_00",)', f"PARTS = {tuple(networks)}")
     index: dict[str, Any] = {
         "_class_name": ["pipeline", "RoutedPipeline"],
         "_diffusers_version": "0.42.1",
         "mixture": ["pipeline", "Mixture"],
     }
-    facts = []
-    for k, expert in enumerate(bundle.experts):
-        name = f"expert_{k:02d}"
-        known, standard = _write_expert(expert, folder / name)
-        facts.append(known)
+    facts = {}
+    for name, network in networks.items():
+        facts[name], standard = _write_expert(network, folder / name)
         index[name] = ["diffusers", "UNet2DModel"] if standard else ["pipeline", "ExpertNetwork"]
         if not standard:
             _write_text(folder / name / "pipeline.py", source)
@@ -76,8 +73,10 @@ def export_diffusers(run: str, folder: Path) -> None:
             "names": mixture.names,
             "weights": list(mixture.weights),
             "schedule": bundle.schedule,
-            "experts": facts,
             "router": router,
+            "seed_model": facts.pop("seed_model", None),
+            "above": bundle.above,
+            "experts": [*facts.values()],
         },
         _shared_tensors(bundle.experts, bundle.router),
     )
@@ -91,7 +90,7 @@ def export_diffusers(run: str, folder: Path) -> None:
 
 
 def _write_expert(expert: Artifact, folder: Path) -> tuple[dict[str, Any], bool]:
-    """What the mixture says of an expert, and whether it is a `UNet2DModel`."""
+    """What the mixture says of a network, and whether it is a `UNet2DModel`."""
     config, shape = network_config(ExpertConfig, expert), expert.facts["shape"]
     prefix = "network."
     tensors = {

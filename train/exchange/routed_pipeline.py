@@ -17,7 +17,7 @@ from ddm.gaussian import Gaussians
 from ddm.rng import RngStream, normal
 from ddm.samplers import Course, drive, plan_steps
 from ddm.schedules import schedule as process
-from experts.denoiser import Denoiser
+from experts.denoiser import Denoiser, SeededDenoiser
 from experts.unet import UNetConfig
 from router.networks import DerivativeNet, PosteriorNet, RouterNetConfig
 from router.policies import policy as policy_of
@@ -25,7 +25,7 @@ from router.routing import RoutedDenoiser
 from router.sources import Integrated, Stateless, prior
 from router.step import Router
 
-EXPERTS = 1  # of this folder; written by the export
+PARTS = ("expert_00",)  # of this folder besides the mixture; written by the export
 
 
 class ExpertNetwork(ModelMixin, ConfigMixin):
@@ -45,7 +45,8 @@ class Mixture(ModelMixin, ConfigMixin):
 
     shape: of an image, `[C, H, W]`. names, weights: of the K clusters. schedule: that is sampled on.
     experts: of each its `parameterization`, `sigma_data` and `schedule`; of a `UNet2DModel` also `patch` and
-    `timesteps`. router: its `net`, `bands` and `gaussians`, None for a mixture without one.
+    `timesteps`. router: its `net`, `bands` and `gaussians`, None for a mixture without one. seed_model: as of an
+    expert, of the network that moves the images at t > `above`; None for none.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -57,6 +58,8 @@ class Mixture(ModelMixin, ConfigMixin):
         schedule: Mapping[str, Any],
         experts: Sequence[Mapping[str, Any]],
         router: Mapping[str, Any] | None = None,
+        seed_model: Mapping[str, Any] | None = None,
+        above: float = 1.0,
     ) -> None:
         super().__init__()
         k = len(names)
@@ -117,14 +120,24 @@ def ask_unet(unet: Any, patch: int, timesteps: int, x: Tensor, t: Tensor) -> Ten
 class RoutedPipeline(DiffusionPipeline):
     """Images of a mixture of K experts: at each step a router says which expert moves which image."""
 
-    def __init__(self, mixture: Mixture, **experts: Any) -> None:
+    def __init__(self, mixture: Mixture, **networks: Any) -> None:
         super().__init__()
-        self.register_modules(mixture=mixture, **experts)
+        self.register_modules(mixture=mixture, **networks)
 
-    def denoiser(self, k: int) -> Denoiser:
-        """Expert k on the mixture's forward process: `(x, t) -> E[x0 | x_t = x]`."""
-        facts, shared = self.mixture.config.experts[k], process(**self.mixture.config.schedule)
-        own, network = process(**facts["schedule"]), getattr(self, f"expert_{k:02d}")
+    def denoisers(self) -> list[Denoiser | SeededDenoiser]:
+        """The experts on the mixture's forward process: `(x, t) -> E[x0 | x_t = x]`."""
+        known = self.mixture.config
+        experts = [
+            self._denoiser(f"expert_{k:02d}", facts) for k, facts in enumerate(known.experts)
+        ]
+        if known.seed_model is None:
+            return [*experts]
+        seed_model = self._denoiser("seed_model", known.seed_model)
+        return [SeededDenoiser(expert, seed_model, known.above) for expert in experts]
+
+    def _denoiser(self, name: str, facts: Mapping[str, Any]) -> Denoiser:
+        own, shared = process(**facts["schedule"]), process(**self.mixture.config.schedule)
+        network = getattr(self, name)
         if "patch" in facts:
             network = partial(ask_unet, network, facts["patch"], facts["timesteps"])
         conversion = None if own == shared else Conversion(shared, own)
@@ -174,9 +187,10 @@ class RoutedPipeline(DiffusionPipeline):
         if latents is None:
             latents = normal(seed, RngStream.START, index, 0, shape) * path(times[0]).s
         rule = policy_of(policy, top_k, nucleus_p, budget, switch_rate)
-        router = Router(mixture.source(source, relaxation_rate), rule, mixture.pi.to(device))
+        pi, above = mixture.pi.to(device), mixture.config.above
+        router = Router(mixture.source(source, relaxation_rate), rule, pi, above=above)
         routed = RoutedDenoiser(
-            [self.denoiser(k) for k in range(EXPERTS)],
+            self.denoisers(),
             router,
             seed=seed,
             index=index,
@@ -208,7 +222,9 @@ def _counting(
 
 
 # diffusers reads the names of a pipeline's parts from this signature.
-_parts = ["self", "mixture", *(f"expert_{k:02d}" for k in range(EXPERTS))]
 RoutedPipeline.__init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in _parts]
+    [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for name in ("self", "mixture", *PARTS)
+    ]
 )

@@ -113,6 +113,19 @@ def test_a_bundle_of_other_processes_and_without_a_router(small_run: Path, tmp_p
         torch.testing.assert_close(found, model.sample(4, **one), rtol=0, atol=1e-4)
 
 
+def test_a_seed_model_that_moves_images_at_high_noise_goes_along(tmp_path: Path) -> None:
+    words = [*SMALL, f"run={tmp_path / 'run'}", "partition.k=2"]
+    words += ["seed_model.steps=4", "seed_model.above=0.6", "expert.t_max=0.6"]
+    stages = ("partition", "seed_model", "expert", "router", "bundle")
+    run_stages(load_config(default_config(), words), stages)
+    folder = tmp_path / "exported"
+    assert main(["export", "diffusers", str(tmp_path / "run"), str(folder)]) == 0
+    assert json.loads((folder / "mixture" / "config.json").read_text())["above"] == 0.6
+    model = load(tmp_path / "run", "cpu")
+    for one, found in zip(SETTINGS[:3], sampled_alone(folder, tmp_path, SETTINGS[:3]), strict=True):
+        torch.testing.assert_close(found, model.sample(4, **one), rtol=0, atol=1e-4)
+
+
 def test_every_name_of_the_file_is_defined_in_it() -> None:
     text = self_contained("train.exchange.routed_pipeline", "", ("Mixture", "RoutedPipeline"))
     code = compile(text, "pipeline.py", "exec")
