@@ -1,4 +1,5 @@
-"""What images are conditioned on, a class or attributes, and guidance towards it.
+"""What images are conditioned on, a class or attributes, guidance towards it, and guidance away from
+a worse network.
 
 A condition is a vector `[C]`, one number per name of a vocabulary: of a class 1 at its own name; of
 attributes 1 where one is wanted, -1 where it is not, 0 where nothing is said of it. A vector of
@@ -18,8 +19,8 @@ from ddm.errors import ArtifactError, ConfigError, shown
 
 Kind = Literal["label", "attributes"]
 
-# (x [B, ...], t [] or [B], vector [B, C]) -> E[x0 | x_t = x, c]
-ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (x [B, ...], t [] or [B], vector [B, C]) -> E[x0 | x_t = x, c], or without a vector
+ConditionalDenoiser = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -143,54 +144,82 @@ def _described(vocabulary: Vocabulary | None) -> str:
 
 
 class Conditions(NamedTuple):
-    """What B images are conditioned on.
+    """What B images are conditioned on, and how much they are guided.
 
-    vector: `[B, C]`. guidance: float32 `[B]`, on the CPU; 1 for none.
+    vector: `[B, C]`; `[B, 0]` for experts that take no condition. guidance, autoguidance: float32
+    `[B]`, on the CPU; 1 for none.
     """
 
     vector: Tensor
     guidance: Tensor
+    autoguidance: Tensor
 
     @property
     def evaluations(self) -> Tensor:
-        """Of an expert's network for each image, int64 `[B]`: 2 with guidance."""
-        return 1 + (self.guidance != 1).long()
+        """Of a network for each image and expert, int64 `[B]`: one more for each guidance."""
+        return 1 + (self.guidance != 1).long() + (self.autoguidance != 1).long()
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What all images of one sampling plan are conditioned on.
+    """What all images of one sampling plan are conditioned on, and how much they are guided.
 
-    vector: `[C]`. guidance: the weight of the condition, at t in `interval`; elsewhere it is 1.
+    vector: `[C]`; `[0]` for experts that take no condition. guidance, autoguidance: the weights in
+    `guided`, at t in `interval`; elsewhere they are 1. learned_from: so is autoguidance below this t,
+    of which the guide has learned nothing.
     """
 
     vector: Tensor
     guidance: float = 1.0
+    autoguidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    learned_from: float = 0.0
 
     def at(self, t: Tensor, n: int) -> Conditions:
         """Of n images at t, `[]` or `[n]`."""
         low, high = self.interval
         t = t.detach().cpu()
-        guidance = torch.where((low <= t) & (t <= high), self.guidance, 1.0).float().expand(n)
-        return Conditions(self.vector.expand(n, -1), guidance)
+        inside = (low <= t) & (t <= high)
+        guidance = torch.where(inside, self.guidance, 1.0)
+        autoguidance = torch.where(inside & (t >= self.learned_from), self.autoguidance, 1.0)
+        weights = (weight.float().expand(n) for weight in (guidance, autoguidance))
+        return Conditions(self.vector.expand(n, -1), *weights)
 
 
-def guided(denoise: ConditionalDenoiser, x: Tensor, t: Tensor, given: Conditions) -> Tensor:
-    """`D(x, t) + w (D(x, t, c) - D(x, t))` with the guidance w: classifier-free guidance
-    (arXiv 2207.12598, equation 6, whose w is this one less 1).
+def guided(
+    denoise: ConditionalDenoiser,
+    x: Tensor,
+    t: Tensor,
+    given: Conditions,
+    guide: ConditionalDenoiser | None = None,
+) -> Tensor:
+    """`D(x, t, c) + (w - 1) (D(x, t, c) - D(x, t)) + (v - 1) (D(x, t, c) - G(x, t, c))`.
 
-    x `[B, ...]`, t `[]` or `[B]`. Where w = 1 that is `D(x, t, c)` alone, and one evaluation.
+    w is the guidance, classifier-free (arXiv 2207.12598, equation 6, whose w is this one less 1), and v
+    the autoguidance, away from a worse network G, the `guide` (arXiv 2406.02507, equation 3). x
+    `[B, ...]`, t `[]` or `[B]`. A network is called only for images that need it: for those with
+    w = v = 1 that is D alone, once. Without a condition, denoise and guide take x and t alone.
     """
-    answers = denoise(x, t, given.vector)
-    rows = (given.guidance != 1).nonzero()[:, 0]
-    if not len(rows):
-        return answers
-    weight = given.guidance[rows].to(answers).reshape(-1, *[1] * (x.ndim - 1))
-    rows = rows.to(x.device)
-    times = t[rows.to(t.device)] if t.ndim else t
-    without = denoise(x[rows], times, torch.zeros_like(given.vector[rows]))
-    return answers.index_copy(0, rows, without + weight * (answers[rows] - without))
+    answers = found = _ask(denoise, x, t, given.vector)
+    others = (
+        (given.guidance, denoise, torch.zeros_like(given.vector)),
+        (given.autoguidance, guide, given.vector),
+    )
+    for weights, network, vector in others:
+        rows = (weights != 1).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        assert network is not None
+        weight = weights[rows].to(answers).reshape(-1, *[1] * (x.ndim - 1))
+        rows = rows.to(x.device)
+        times = t[rows.to(t.device)] if t.ndim else t
+        away = answers[rows] - _ask(network, x[rows], times, vector[rows])
+        found = found.index_add(0, rows, (weight - 1) * away)
+    return found
+
+
+def _ask(denoise: ConditionalDenoiser, x: Tensor, t: Tensor, vector: Tensor) -> Tensor:
+    return denoise(x, t, vector) if vector.shape[1] else denoise(x, t)
 
 
 def names_fault(facts: Mapping[str, Any]) -> str | None:

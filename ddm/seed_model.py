@@ -9,11 +9,13 @@ Exact, if the networks and alpha are. Let the seed model be the denoiser of the 
 beside x. At t* an expert k is drawn from `alpha_k(x, t*) = pi_k p_k(x, t*) / p(x, t*)`, so the pair
 (x, k) has the law `pi_k p_k(x, t*)`, which is that of ancestral sampling, and of the policies `fixed`
 and `switching` at t* (`router.policies.Switching`): what they do below has the law that it had. A
-policy that follows the mixture (`full`) follows it above t* as well, by one network in place of K. At
-t* = 1, alpha is pi, and nothing is left for the seed model to do.
+policy that follows the mixture (`full`) follows it above t* as well, by one network in place of K.
 
 The seed model is the mixture's if it has seen the images of all clusters, each as often as pi says.
 Other weights of the clusters (`sample.clusters`) then hold below t* alone.
+
+At t* = 1 the seed model moves no image, and is there to guide: experts know more than what they all
+started from, and `sample.autoguidance` goes on in that direction (`ddm.condition.guided`).
 """
 
 from collections.abc import Mapping
@@ -40,7 +42,7 @@ def is_above(t: Tensor, above: float) -> Tensor:
 
 
 def check_above(path: Path, above: Any, listed: bool) -> float:
-    """t* of a manifest, 1 for none; `listed`: whether it names a seed model.
+    """t* of a manifest, also 1 without a seed model; `listed`: whether it names one.
 
     Raises `ArtifactError` naming the file.
     """
@@ -48,9 +50,9 @@ def check_above(path: Path, above: Any, listed: bool) -> float:
         return 1.0
     if not listed:
         raise ArtifactError(f"{path} is damaged: above is {shown(above)}, but it has no seed model")
-    if not isinstance(above, float) or not 0 < above < 1:
+    if not isinstance(above, float) or not 0 < above <= 1:
         raise ArtifactError(
-            f"{path} is damaged: above must be a number in (0, 1), got {shown(above)}"
+            f"{path} is damaged: above must be a number in (0, 1], got {shown(above)}"
         )
     return above
 
@@ -70,7 +72,7 @@ def check_learned(
                 f"{file} is not a seed model: its kind must be one of {' '.join(KINDS)}, "
                 f"got {shown(facts.get('kind'))}"
             )
-        first, last = _time(file, facts, "t_min", 0.0), _time(file, facts, "t_max", 1.0)
+        first, last = learned_from(file, facts), _time(file, facts, "t_max", 1.0)
         if first > above or last < 1:
             raise ArtifactError(
                 f"{file} must have learned all t above {above:g} to be the seed model of this "
@@ -83,6 +85,11 @@ def check_learned(
                 f"{file} has learned t up to {last:g} alone, and must move images from {wanted:g} "
                 "on in this bundle: give it a seed model (seed_model.above)"
             )
+
+
+def learned_from(file: Path, facts: Mapping[str, Any]) -> float:
+    """The first time that a network has learned. Raises `ArtifactError` naming the file."""
+    return _time(file, facts, "t_min", 0.0)
 
 
 def _time(file: Path, facts: Mapping[str, Any], key: str, usual: float) -> float:

@@ -153,8 +153,8 @@ class Denoiser(nn.Module):
 
 
 class SeededDenoiser(nn.Module):
-    """An expert of a bundle whose seed model moves the images at t > `above`: that, and the expert at
-    other times. See `ddm.seed_model`; all experts of a process share one seed model.
+    """An expert of a bundle with a seed model, which moves the images at t > `above`: that, and the
+    expert at other times. See `ddm.seed_model`; all experts of a process share one seed model.
     """
 
     def __init__(self, expert: Denoiser, seed_model: Denoiser, above: float) -> None:

@@ -42,11 +42,12 @@ class RoutedDenoiser:
     weight_k G_k(x, t)`, such as `Gaussians.mix`. The result is `sum_chosen w_k D_k + sum_k alpha_k
     G_k - sum_chosen w_k G_k`, w being alpha renormalized
     over the chosen: the same mean over the random numbers of a policy, with less variance.
-    condition: of all images; the experts are then `(x, t, vector [B, C]) -> [B, ...]`.
+    condition: of all images, and their guidance; with one the experts are `(x, t, vector [B, C]) ->
+    [B, ...]`, and with autoguidance they have a `seed_model` that is called in the same way.
     trace: append a `Step` to `steps` at every call.
 
-    Afterwards `calls` is the number of expert evaluations, images x experts x calls, where one with
-    guidance counts as two, and `router_calls` that of alpha, images x calls.
+    Afterwards `calls` is the number of expert evaluations, images x experts x calls, where each
+    guidance counts as one more, and `router_calls` that of alpha, images x calls.
     """
 
     def __init__(
@@ -134,4 +135,5 @@ class RoutedDenoiser:
     def _answer(self, expert: Expert, x: Tensor, t: Tensor) -> Tensor:
         if self.condition is None:
             return expert(x, t)
-        return guided(expert, x, t, self.condition.at(t, len(x)))
+        guide = getattr(expert, "seed_model", None)
+        return guided(expert, x, t, self.condition.at(t, len(x)), guide)

@@ -93,7 +93,7 @@ class ExpertReplica:
         self, k: int, folder: str, version: str, x: np.ndarray, t: np.ndarray, *given: np.ndarray
     ) -> np.ndarray:
         """Denoise x float32 `[B, C, H, W]` at t `[B]` by expert k of this version of the bundle in
-        `folder`; given: the two arrays of `Conditions`, if the expert takes a condition.
+        `folder`; given: the arrays of `Conditions`, if the images have a condition or guidance.
         """
         return await asyncio.get_running_loop().run_in_executor(
             self.turn, self._denoise, k, folder, version, x, t, *given

@@ -48,8 +48,8 @@ class SeedModelConfig:
     data: the images that it is trained on, as in `data`; null for those of all clusters
     t_min: it sees images at t in [t_min, 1] alone, so that their owners need only give away noisy ones; in (0, 1).
         null for expert.t_min
-    above: it also stays in the bundle and moves every image at t above this, the experts at the others; in [t_min, 1).
-        null for a bundle of the experts alone
+    above: it also stays in the bundle and moves every image at t above this, the experts at the others; in [t_min, 1].
+        With 1 it moves none, and is there for sample.autoguidance. null for a bundle of the experts alone
     """
 
     steps: int = 0
@@ -258,8 +258,8 @@ class Config:
             known = seed.steps > 0 or cfg.init is not None
             rule = "be null without a seed model: give seed_model.steps above 0, or expert.init"
             require(known, "seed_model.above", rule, seed.above)
-            rule = f"be in [{least:g}, 1), from where on the seed model learns"
-            require(least <= seed.above < 1, "seed_model.above", rule, seed.above)
+            rule = f"be in [{least:g}, 1], from where on the seed model learns"
+            require(least <= seed.above <= 1, "seed_model.above", rule, seed.above)
             told = cfg.condition == "none" or seed.data is None
             rule = (
                 f"be null for a seed model of its own images with expert.condition={cfg.condition}"

@@ -53,8 +53,8 @@ class Expert(Protocol):
     calls: int
 
     async def __call__(self, x: Tensor, t: Tensor, given: Conditions | None = None) -> Tensor:
-        """The denoised x `[B, C, H, W]` at t `[B]`, by what each image is conditioned on if the
-        expert takes a condition. Raises `UnavailableError`.
+        """The denoised x `[B, C, H, W]` at t `[B]`, by what each image is conditioned on and how it is
+        guided, if it is. Raises `UnavailableError`.
         """
         ...
 

@@ -1,6 +1,7 @@
 """Experts in this process."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _SIZES = (2, 3, 64)
 
 class Runner:
     """One expert's network on its device: `(x [B, C, H, W], t [B]) -> [B, C, H, W]`, on x's device,
-    or `(x, t, given)` for an expert with a condition.
+    or `(x, t, given)` for images with a condition or guidance.
 
     precision: with bf16, its convolutions and products are in bfloat16; x and the answer are not.
     compiled: compile it, for batches of any size, and once for all experts of a process, whose
@@ -47,17 +48,20 @@ class Runner:
         # A copy, because dynamo would compile anew for a tensor made outside of inference mode.
         images, times = x.to(self.device), t.to(self.device, torch.float32, copy=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            ask = partial(self._denoise, self.denoiser)
             if given is None:
-                return self._denoise(images, times).to(x)
-            vectors = given.vector.to(self.device, copy=True)
-            return guided(self._denoise, images, times, given._replace(vector=vectors)).to(x)
+                return ask(images, times).to(x)
+            weaker = getattr(self.denoiser, "seed_model", None)
+            guide = weaker and partial(self._denoise, weaker)
+            here = given._replace(vector=given.vector.to(self.device, copy=True))
+            return guided(ask, images, times, here, guide).to(x)
 
-    def _denoise(self, *given: Tensor) -> Tensor:
-        """By the network: of x, t and perhaps the condition's vectors, on its device."""
+    def _denoise(self, network: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """By a network: of x, t and perhaps the condition's vectors, on its device."""
         size = len(given[0])
         if self.compiled and size == 1:  # for which it would be compiled apart
             given = tuple(torch.cat([tensor, tensor]) for tensor in given)
-        return self.denoiser(*given)[:size]
+        return network(*given)[:size]
 
     def warm_up(self, shape: Sequence[int]) -> None:
         """Compile it, if it is to be compiled, for images `[C, H, W]`."""

@@ -22,7 +22,7 @@ class StepRecord(NamedTuple):
     """One denoiser call for an image.
 
     t: its time, in [0, 1]. alpha: `[K]`. chosen: bool `[K]`, the experts evaluated. nfe: their
-    number, twice that with guidance.
+    number, as often again for each guidance.
     """
 
     t: float
@@ -118,8 +118,8 @@ class Call(NamedTuple):
     """The denoiser call that B images need: x `[B, C, H, W]`, t `[B]`.
 
     u: the policy's uniform numbers, float64 `[B]`. keep: whether their step has begun, so that they
-    keep their experts, bool `[B]`. given: what they are conditioned on, None for a bundle whose
-    experts take no condition.
+    keep their experts, bool `[B]`. given: what they are conditioned on and how they are guided, None
+    for a bundle whose experts take no condition and that has no seed model.
     """
 
     x: Tensor

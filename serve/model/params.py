@@ -75,8 +75,14 @@ class SampleConfig:
     guidance: float = _setting(
         1.0, "weight of the condition in the experts' answers; any but 1 costs a second NFE", 0, 100
     )
+    autoguidance: float = _setting(
+        1.0,
+        "weight of the experts' answers against those of the bundle's seed model; any but 1 costs a second NFE",
+        0,
+        100,
+    )
     guidance_interval: Any = _setting(  # noqa: RUF009
-        None, "the first and last t at which guidance applies; none for all"
+        None, "the first and last t at which guidance and autoguidance apply; none for all"
     )
 
     def __post_init__(self) -> None:
@@ -157,6 +163,7 @@ class SampleSettings(TypedDict, total=False):
     clusters: str | Mapping[str, float] | Sequence[str]
     condition: str | Mapping[str, int]
     guidance: float
+    autoguidance: float
     guidance_interval: Sequence[float]
 
 

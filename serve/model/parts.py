@@ -13,6 +13,7 @@ from ddm.device import pick_device
 from ddm.errors import ConfigError
 from ddm.gaussian import Gaussians
 from ddm.schedules import Schedule
+from ddm.seed_model import learned_from
 from router.networks import DerivativeNet, PosteriorNet
 from router.sources import Alpha
 from router.targets import exact_posterior
@@ -38,6 +39,12 @@ class Half(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16):
             return self.expert(x, *given)
 
+    @property
+    def seed_model(self) -> "Half | None":
+        """The expert's, if it has one."""
+        found = getattr(self.expert, "seed_model", None)
+        return None if found is None else Half(found)
+
 
 class Parts:
     """The experts, the router and the facts of a bundle.
@@ -46,7 +53,8 @@ class Parts:
     names, pi: of the clusters, `[K]`
     version: the SHA-256 of the manifest
     vocabulary: what a condition may name, None if the experts take none
-    above: the time above which the bundle's seed model moves the images, 1 if it has none
+    seeded: whether the bundle has a seed model, which has learned t from `seeded_from` on; above: the
+        time above which it moves the images, 1 for none
     schedule, experts, gaussians, posterior, derivative: the parts; the last two are None for a
         bundle without a router
     """
@@ -64,7 +72,9 @@ class Parts:
         self.version = bundle.version
         self.pi = bundle.mixture.pi.to(self.device)
         self.schedule: Schedule = build_schedule(bundle)
-        self.above = bundle.above
+        self.above, seed_model = bundle.above, bundle.seed_model
+        self.seeded = seed_model is not None
+        self.seeded_from = learned_from(seed_model.json, seed_model.facts) if seed_model else 0.0
         self.experts: list[nn.Module] = []
         if experts:
             self.experts = [*build_experts(bundle, self.schedule, self.device)]
@@ -103,9 +113,10 @@ class Parts:
             told = f", told the {self.vocabulary.kind}, one of {len(names)}"
             if self.vocabulary.kind == "attributes":
                 told = f", told {len(names)} attributes"
-        seeded = self.above < 1  # by one more network of their size
-        millions = _parameters(self.experts) / (len(self.experts) + seeded) / 1e6
-        high = f", a seed model above t = {self.above:g}" if seeded else ""
+        # A seed model is one more network of their size.
+        millions = _parameters(self.experts) / (len(self.experts) + self.seeded) / 1e6
+        high = f" above t = {self.above:g}" if self.above < 1 else ""
+        high = f", a seed model{high}" if self.seeded else ""
         return f"{len(self.experts)} of {millions:.2f}M parameters, {str(dtype)[6:]}{told}{high}"
 
     def _router_in_words(self) -> str:

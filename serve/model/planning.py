@@ -41,11 +41,13 @@ class SamplingPlan:
     times: Sequence[Tensor]
     schedule: Schedule
     shape: Sequence[int]
-    condition: Condition | None = None  # None for experts without one
+    condition: Condition | None = None  # None where there can be neither it nor guidance
 
     @property
     def evaluations(self) -> float:
-        """Of a network by each expert that is called, on average over the steps: 2 with guidance."""
+        """Of networks for each expert that is called, on average over the steps: one more for each
+        guidance.
+        """
         if self.condition is None:
             return 1.0
         times = torch.stack(list(self.times[:-1]))
@@ -119,6 +121,12 @@ class Planner(Parts):
             if name not in self.names:
                 raise one_of("sample.clusters", name, tuple(self.names))
         self._check_condition(config)
+        require(
+            self.seeded or config.autoguidance == SampleConfig.autoguidance,
+            "sample.autoguidance",
+            "be left at 1 for a bundle without a seed model (seed_model.above)",
+            config.autoguidance,
+        )
         needs_router = config.source in ("posterior", *INTEGRATED)
         if needs_router and len(self.names) > 1 and self.posterior is None:
             why = (
@@ -170,11 +178,14 @@ class Planner(Parts):
         return tuple(factor / most for factor in factors)
 
     def _condition(self, config: SampleConfig) -> Condition | None:
-        if self.vocabulary is None:
+        if self.vocabulary is None and not self.seeded:
             return None
-        vector = self.vocabulary.vector(config.condition or {}).to(self.device)
+        vector = torch.zeros(0)
+        if self.vocabulary is not None:
+            vector = self.vocabulary.vector(config.condition or {})
         first, last = config.guidance_interval or (0.0, 1.0)
-        return Condition(vector, config.guidance, (first, last))
+        weights = config.guidance, config.autoguidance
+        return Condition(vector.to(self.device), *weights, (first, last), self.seeded_from)
 
     def plan(self, config: SampleConfig, edit: Edit | None = None) -> SamplingPlan:
         """Everything needed to sample with these settings, except the experts; cached.

@@ -101,7 +101,7 @@ def test_guidance_extrapolates_from_no_condition_and_asks_twice_only_where_it_is
 
     x, t = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0.1, 0.2, 0.3])
     vector = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
-    given = Conditions(vector, torch.tensor([1.0, 3.0, 0.0]))
+    given = Conditions(vector, torch.tensor([1.0, 3.0, 0.0]), torch.ones(3))
     found = guided(denoise, x, t, given)
     without = x[:, 0] * 10 + t
     torch.testing.assert_close(found[:, 0], without + torch.tensor([1.0, 3.0, 0.0]))
@@ -109,8 +109,36 @@ def test_guidance_extrapolates_from_no_condition_and_asks_twice_only_where_it_is
 
 
 def test_guidance_applies_within_its_interval() -> None:
-    condition = Condition(torch.tensor([1.0, 0.0]), 4.0, (0.2, 0.6))
+    condition = Condition(torch.tensor([1.0, 0.0]), 4.0, interval=(0.2, 0.6))
     t = torch.tensor([0.1, 0.2, 0.4, 0.6, 0.7])
     assert condition.at(t, 5).guidance.tolist() == [1, 4, 4, 4, 1]
     assert condition.at(torch.tensor(0.4), 2).guidance.tolist() == [4, 4]
     assert condition.at(torch.tensor(0.4), 2).vector.tolist() == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_autoguidance_extrapolates_from_the_guide_and_adds_to_guidance(told: bool) -> None:
+    def network(factor: float) -> Any:
+        def denoise(x: Tensor, t: Tensor, vector: Tensor | None = None) -> Tensor:
+            assert (vector is not None) == told
+            return factor * x + (0 if vector is None else vector.sum(dim=1, keepdim=True))
+
+        return denoise
+
+    x = torch.tensor([[1.0], [2.0], [3.0]])
+    vector = torch.tensor([[1.0, 0], [0, 1], [0, 1]]) if told else torch.zeros(3, 0)
+    guidance = torch.tensor([1.0, 1.0, 2.0]) if told else torch.ones(3)
+    given = Conditions(vector, guidance, torch.tensor([1.0, 3.0, 3.0]))
+    found = guided(network(5), x, torch.tensor(0.5), given, network(4))
+    expected = x[:, 0] * torch.tensor([5.0, 7, 7])
+    if told:
+        expected = expected + torch.tensor([1.0, 1, 2])
+    torch.testing.assert_close(found[:, 0], expected)
+    assert given.evaluations.tolist() == ([1, 2, 3] if told else [1, 2, 2])
+
+
+def test_a_guide_is_not_asked_about_times_that_it_has_not_learned() -> None:
+    condition = Condition(torch.zeros(0), 1.0, 2.0, (0.0, 0.6), learned_from=0.3)
+    at = condition.at(torch.tensor([0.1, 0.3, 0.5, 0.7]), 4)
+    assert at.autoguidance.tolist() == [1, 2, 2, 1]
+    assert at.guidance.tolist() == [1, 1, 1, 1] and at.vector.shape == (4, 0)

@@ -47,7 +47,7 @@ def test_several_cores_give_what_one_gives(
     experts = [Noted(k) for k in range(3)]
     x = torch.randn(60, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     t = torch.linspace(0.1, 1, 60) if own_times else torch.tensor(0.5)
-    given = Condition(torch.ones(2), 3.0, (0.2, 0.6)) if conditional else None
+    given = Condition(torch.ones(2), 3.0, interval=(0.2, 0.6)) if conditional else None
     found, counts = [], []
     for grad in (False, True):  # one thread alone keeps gradients
         for expert in experts:

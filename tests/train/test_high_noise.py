@@ -1,5 +1,6 @@
 """A seed model that stays in the bundle for high noise, and experts that learn the rest alone."""
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ import torch
 from ddm.bundle import read_bundle
 from ddm.errors import ConfigError
 from serve import load
+from serve.engine.local_expert import local_experts
+from serve.engine.scheduler import Engine
+from serve.engine.turn import Turn
 from serve.model.loading import load_experts
 from tests.serve.engine import harness
 from train.config import Config
@@ -57,19 +61,45 @@ def test_the_engine_samples_the_same_images_as_the_model(seeded: Path) -> None:
         for policy, sampler in (("switching", "heun"), ("full", "ipndm"), ("balanced", "ddim"))
     ]
     settings += [{"steps": 6, "policy": "fixed"}, {"steps": 6, "source": "combined"}]
+    settings += [{"steps": 6, "autoguidance": 2.0, "guidance_interval": [0.3, 1.0]}]
 
     async def work() -> None:
-        async with harness.running(harness.fakes(model)) as engine:
-            for one in settings:
-                request = harness.request_for(model, 3, seed=4, trace=True, **one)
-                await engine.run(request)
+        turn = Turn(1)
+        engine = Engine(local_experts(model, turn), turn)
+        engine.start()
+        requests = [harness.request_for(model, 3, seed=4, trace=True, **one) for one in settings]
+        try:
+            await asyncio.gather(*(engine.run(request) for request in requests))
+            for request, one in zip(requests, settings, strict=True):
                 expected, trace = model.sample(3, seed=4, trace=True, **one)
                 harness.same(harness.images(request), expected)
                 harness.same_trace(request, trace)
                 above = trace.t.float() > 0.6
                 assert trace.chosen[above].sum(dim=2).eq(1).all()
+        finally:
+            await engine.close()
 
     harness.run(work)
+
+
+def test_a_seed_model_that_moves_no_image_guides(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run / "partition", folder / "partition")
+    words = ("seed_model.steps=20", "seed_model.above=1", "expert.steps=40")
+    run(small(folder, *words), STAGES)
+    model = load(folder)
+    assert model.above == 1 and "a seed model\n" in repr(model)
+    plain = model.sample(3, steps=5)
+    guided, trace = model.sample(3, steps=5, autoguidance=3.0, trace=True)
+    assert trace.calls == 2 * 3 * 5 and not plain.allclose(guided, atol=1e-2)
+    high = model.sample(3, steps=5, autoguidance=3.0, guidance_interval=[0.999, 1.0], trace=True)
+    assert high[1].calls == 3 * 5 + 3
+    half = model.half().sample(3, steps=5, autoguidance=3.0)
+    torch.testing.assert_close(half, guided, rtol=0, atol=0.2)
+    with pytest.raises(ConfigError, match=r"sample.autoguidance must be left at 1 .* got 2"):
+        load(small_run).sample(1, autoguidance=2)
 
 
 def test_a_bundle_of_a_run_gets_a_seed_model_and_loses_it(
@@ -97,7 +127,7 @@ def test_one_model_learns_all_times_and_naive_draws_where_the_seed_model_ends(
 ) -> None:
     config = small(small_run, *HIGH)
     for monolith in monolith_configs(config, config.evaluate).values():
-        assert monolith.expert.t_max is None and monolith.seed_model.above is None
+        assert monolith.expert.t_max is None and monolith.seed_model.above == 1
         assert monolith.expert.init == str(small_run / "seed_model" / "seed_model")
     rows = {row.name: row.settings for row in methods(config, {}, METHODS, 3)}
     assert rows["Naive"]["policy"] == "fixed" and rows["Naive"]["source"] == config.sample.source
@@ -108,13 +138,13 @@ def test_one_model_learns_all_times_and_naive_draws_where_the_seed_model_ends(
     [
         (["seed_model.above=0.6"], "seed_model.above must be null without a seed model: give"),
         (
-            [*HIGH[:1], "seed_model.above=1"],
-            r"seed_model.above must be in \[0.001, 1\), from where",
+            [*HIGH[:1], "seed_model.above=1.1"],
+            r"seed_model.above must be in \[0.001, 1\], from where",
         ),
-        ([*HIGH[:1], "seed_model.above=0.0005"], r"above must be in \[0.001, 1\), .* got 0.0005"),
+        ([*HIGH[:1], "seed_model.above=0.0005"], r"above must be in \[0.001, 1\], .* got 0.0005"),
         (
             [*HIGH[:2], "seed_model.t_min=0.7"],
-            r"seed_model.above must be in \[0.7, 1\), .* got 0.6",
+            r"seed_model.above must be in \[0.7, 1\], .* got 0.6",
         ),
         (
             ["expert.t_max=0.6"],

@@ -47,7 +47,8 @@ def methods(
 def _settings(name: str, config: Config) -> dict[str, Any]:
     """What a row sets of `sample`."""
     row = ROWS[name]
-    if name == "Naive" and config.seed_model.above is not None:
+    above = config.seed_model.above
+    if name == "Naive" and above is not None and above < 1:
         # Its one expert is drawn where the seed model ends, and there alpha is not pi.
         row = row._replace(source=None)
     return {

@@ -214,7 +214,7 @@ def _save(config: Config, parts: Parts, what: str) -> None:
     log.info("%s: pi %s; version %s", what, pi, bundle.version[:12])
     if bundle.seed_model is not None and what != "reroute":
         log.info(
-            "its seed model stays as it is: at t above %g it moves images by what it has learned",
+            "its seed model stays as it is: it guides, and at t above %g moves images, by what it has learned",
             bundle.above,
         )
     if bundle.mixture.k > 1 and bundle.router is None:

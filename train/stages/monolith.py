@@ -21,7 +21,8 @@ def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Co
 
     `one-model`: unless `monolith_steps` says otherwise, it sees as many images as all experts together.
     `one-model-time`: as many as one expert, so that it takes as long, where each expert has a machine of its own.
-    Both have an expert's network, start from what the experts start from, and learn and move images at every t.
+    Both have an expert's network, start from what the experts start from, learn and move images at every t, and have
+    the same seed model for autoguidance, if there is one.
     """
     config = with_precision(config)
     k, steps = read_partition(config).k, config.expert.steps
@@ -30,12 +31,13 @@ def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Co
     if k == 1:
         return {}
     start = initial(config)
+    guides = None if config.seed_model.above is None else 1.0
     return {
         row: replace(
             config,
             run=str(config.folder / folder),
             partition=replace(config.partition, k=1),
-            seed_model=SeedModelConfig(),
+            seed_model=SeedModelConfig(above=guides),
             expert=replace(
                 config.expert,
                 steps=count,
