@@ -200,6 +200,7 @@ def _card(models: Models, name: str) -> dict[str, Any]:
         "clusters": model.names,
         "shares": model.pi.tolist(),
         "vocabulary": None if model.vocabulary is None else asdict(model.vocabulary),
+        "seeded": model.seeded,
         "limits": {"n": limits.n, "steps": limits.steps},
         "choices": {
             "sampler": SAMPLERS,

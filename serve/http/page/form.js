@@ -33,6 +33,7 @@ const USED = {
   relaxation_rate: ({ source }) => source === "combined",
   switch_rate: ({ policy }) => policy === "switching",
   guidance: ({ condition }) => condition !== "",
+  autoguidance: () => Boolean(state.model?.seeded),
   strength: ({ image }) => image !== null,
 };
 

@@ -155,7 +155,8 @@ function summary(nfePerImage, unavailable, duration_s) {
   const what = `${plural(n, "image")} in ${duration_s.toFixed(1)} s, seed ${settings.seed}`;
   const evaluations = images.reduce((sum, image) => sum + image.evaluations, 0); // some samplers need several per step
   const nfeOfAll = (evaluations * experts.length) / n;
-  const isGuided = "guidance" in settings && Number(settings.guidance) !== 1; // some calls then count twice
+  // With guidance some calls count more than once.
+  const isGuided = ["guidance", "autoguidance"].some((name) => Number(settings[name] ?? 1) !== 1);
   const compared = !isGuided && nfePerImage < nfeOfAll ? ` (all experts: ${formatNumber(nfeOfAll)})` : "";
   const cost = `${plural(steps, "step")}, ${formatNumber(nfePerImage)} NFE per image${compared}`;
   const without = unavailable.length ? ` Unavailable experts: ${unavailable.join(", ")}.` : "";
