@@ -133,6 +133,7 @@ class ServeConfig:
     precision: of the experts' networks, float32 or bf16; the images under way are float32
     compile: compile the networks with torch.compile, once, before the server answers
     models_MiB: weights of all models that are loaded at once, above 0; null for no limit
+    signers: a public key or a folder of them, of which one must have signed each bundle; null for any bundle
     max_batch: images per call of an expert, above 0
     max_active: images under way at once, above 0
     call_timeout_s: for one call of a remote expert, above 0
@@ -152,6 +153,7 @@ class ServeConfig:
     precision: ServePrecision = "float32"
     compile: bool = False
     models_MiB: float | None = None  # noqa: N815
+    signers: str | None = None
     max_batch: int = 64
     max_active: int = 256
     call_timeout_s: float = 30.0

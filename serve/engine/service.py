@@ -188,7 +188,8 @@ class Service:
 
     def _load(self, folder: str | Path) -> Model:
         with within("serve"):
-            model = load(folder, self.settings.serve.device, experts=not self._remote)
+            serve = self.settings.serve
+            model = load(folder, serve.device, experts=not self._remote, signers=serve.signers)
         model.settings(**asdict(self.settings.sample))
         return model
 

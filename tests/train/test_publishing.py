@@ -1,5 +1,6 @@
 """Bundles at a URL, and who signed them."""
 
+import asyncio
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +13,11 @@ from ddm.bundle_writing import Parts, write_bundle
 from ddm.errors import ArtifactError, ConfigError
 from ddm_cli.bundle import main
 from serve import load
+from serve.engine.metrics import Metrics
+from serve.engine.service import Service
 from serve.model.loading import bundle_folder
 from serve.model.signatures import read_signers, signer
+from serve.settings import settings
 from train.publishing import files_of, pull, push
 
 DEMO = bundle_folder("demo")
@@ -133,6 +137,18 @@ def test_signatures_say_who_made_what(
         load(tmp_path / "new", experts=False, signers=keys / "alice.pub")
     with pytest.raises(ArtifactError, match="must be signed by one of alice bob, got no signature"):
         load(DEMO, experts=False, signers=keys)
+
+
+def test_a_server_with_signers_serves_what_they_signed_and_nothing_else(
+    copy: Path, keys: Path
+) -> None:
+    main(["sign", str(copy), f"key={keys / 'bob.key'}"])
+    tree = {"run": str(copy), "serve": {"signers": str(keys / "bob.pub")}}
+    service = Service(settings(tree), Metrics())
+    with pytest.raises(ArtifactError, match="must be signed by one of bob, got no signature"):
+        asyncio.run(service.switch(DEMO))
+    with pytest.raises(ConfigError, match="serve.signers must be a file or a folder with NAME.pub"):
+        Service(settings({**tree, "serve": {"signers": str(copy)}}), Metrics())
 
 
 def test_an_owner_s_signature_goes_into_new_bundles(copy: Path, keys: Path, tmp_path: Path) -> None:
