@@ -18,7 +18,8 @@ class Muon(torch.optim.Adam):
     their momentum, so that all its singular directions are learned alike (arXiv 2502.16982,
     algorithm 1, without weight decay; a convolution is a matrix of its outputs by all else).
 
-    The learning rate is Adam's: an update has the same root mean square.
+    The learning rate is Adam's: an update has the same root mean square. compiled: on a GPU the polar
+    factors of all weights are launched as one CUDA graph.
     """
 
     def __init__(
