@@ -68,7 +68,7 @@ def _make(arguments: argparse.Namespace) -> None:
     config = load_config(path, arguments.words[1:])
     seed = config.seed_model
     require(seed.steps > 0, "seed_model.steps", "be above 0", seed.steps)
-    require(seed.above is None, "seed_model.above", "be null", seed.above)
+    require(seed.above in (None, 1), "seed_model.above", "be 1 or null", seed.above)
     asked = arguments.steps or [round(factor * config.expert.steps) for factor in _FACTORS]
     steps = sorted(set(asked))
     require(steps[0] >= 1, "--steps", "be at least 1", steps[0])
@@ -103,14 +103,14 @@ def point(config: Config, steps: int) -> dict[str, Any]:
     branch = replace(
         config,
         run=f"{config.folder}-curve/{steps}",
-        seed_model=replace(config.seed_model, steps=0),
+        seed_model=replace(config.seed_model, steps=0, above=None),
         expert=replace(config.expert, steps=steps, init=str(seed_stem(config))),
     )
     run_stages(branch, ("partition",))
     if not (branch.folder / "router").exists():  # it does not depend on the experts
         shutil.copytree(config.folder / "router", branch.folder / "router")
     run_stages(branch, ("expert", "router", "bundle"))
-    cfg = replace(config.table, methods=list(METHODS))
+    cfg = replace(config.table, methods=list(METHODS), samplers={})
     monoliths = train_monoliths(branch, cfg)
     found = Measurement(branch, monoliths, cfg, "table").make()
     counted = replace(branch, seed_model=config.seed_model)

@@ -86,7 +86,7 @@ class Bundle:
     router: None if the bundle has none or it was not asked for
     old_router: one that was trained for other experts, from which the next can start
     old_names: the names of the clusters that its outputs belong to
-    seed_model: what moves the images at t > `above`; None if the bundle has none, whose `above` is 1,
+    seed_model: what guides, and moves the images at t > `above`; None if the bundle has none, whose `above` is 1,
         or it was not asked for
     version: the SHA-256 of the manifest, which changes with any weight
     manifest: its file

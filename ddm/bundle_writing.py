@@ -50,7 +50,7 @@ class Parts:
 
     experts: by the name of their files in the bundle, in the order of the mixture
     old_router: one that no longer fits, and the names of the clusters of its outputs
-    seed_model: what moves the images at high noise, and the time above which it does
+    seed_model: what guides and moves the images at high noise, and the time above which it moves them
     """
 
     mixture: Mixture

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddm.errors import ArtifactError, ConfigError, shown
+from ddm.seed_model import is_above
 
 Kind = Literal["label", "attributes"]
 
@@ -165,8 +166,8 @@ class Condition:
     """What all images of one sampling plan are conditioned on, and how much they are guided.
 
     vector: `[C]`; `[0]` for experts that take no condition. guidance, autoguidance: the weights in
-    `guided`, at t in `interval`; elsewhere they are 1. learned_from: so is autoguidance below this t,
-    of which the guide has learned nothing.
+    `guided`, at t in `interval`; elsewhere they are 1. learned_from: the first t that the guide has
+    learned; below it autoguidance is 1, and also above `above`, where the guide is the denoiser.
     """
 
     vector: Tensor
@@ -174,6 +175,7 @@ class Condition:
     autoguidance: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     learned_from: float = 0.0
+    above: float = 1.0
 
     def at(self, t: Tensor, n: int) -> Conditions:
         """Of n images at t, `[]` or `[n]`."""
@@ -181,7 +183,8 @@ class Condition:
         t = t.detach().cpu()
         inside = (low <= t) & (t <= high)
         guidance = torch.where(inside, self.guidance, 1.0)
-        autoguidance = torch.where(inside & (t >= self.learned_from), self.autoguidance, 1.0)
+        guides = inside & (t >= self.learned_from) & ~is_above(t, self.above)
+        autoguidance = torch.where(guides, self.autoguidance, 1.0)
         weights = (weight.float().expand(n) for weight in (guidance, autoguidance))
         return Conditions(self.vector.expand(n, -1), *weights)
 

@@ -13,6 +13,38 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial in an iteration
 _ITERATIONS = 5
 
 
+def polar_factors(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalized` of each stack of matrices."""
+    return [orthogonalized(stack) for stack in matrices]
+
+
+@cache
+def _cuda_graph() -> Callable[[list[Tensor]], list[Tensor]]:
+    """`polar_factors` as one CUDA graph: a GPU would wait for its hundreds of launches."""
+    return torch.compile(polar_factors, backend="cudagraphs", dynamic=False)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """About the polar factors U V^T of matrices U S V^T, `[B, m, n]`, by five Newton-Schulz
+    iterations: singular values in about [0.7, 1.2].
+
+    x_{i+1} = P(x_i x_i^T) x_i with a polynomial P, so the iteration is one of the smaller Gram
+    matrix, and the matrix itself is multiplied once, by the product of all P.
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    gram = x @ x.mT
+    a, b, c = _COEFFICIENTS
+    product = None
+    for _ in range(_ITERATIONS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x if wide is matrices else x.mT
+
+
 class Muon(torch.optim.Adam):
     """Adam, but for weights of matrices and convolutions: those move along the polar factor of
     their momentum, so that all its singular directions are learned alike (arXiv 2502.16982,
@@ -22,6 +54,9 @@ class Muon(torch.optim.Adam):
     factors of all weights are launched as one CUDA graph.
     """
 
+    # Copies of an optimizer lose what is not its state.
+    polar_factors: Callable[[list[Tensor]], list[Tensor]] = staticmethod(polar_factors)
+
     def __init__(
         self, parameters: Iterable[nn.Parameter], lr: float, fused: bool, compiled: bool = False
     ) -> None:
@@ -30,8 +65,8 @@ class Muon(torch.optim.Adam):
         others = [parameter for parameter in every if parameter.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others}]
         super().__init__(groups, lr=lr, fused=fused)
-        graph = compiled and all(matrix.is_cuda for matrix in matrices)
-        self.polar_factors = _launched_at_once() if graph else polar_factors
+        if compiled and all(matrix.is_cuda for matrix in matrices):
+            self.polar_factors = _cuda_graph()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -66,35 +101,3 @@ class Muon(torch.optim.Adam):
         for weight in weights:
             weight.grad = None  # which Adam leaves alone
         return torch.cat(nesterov).movedim(1, -1).flatten(1).unflatten(0, (len(weights), -1))
-
-
-def polar_factors(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalized` of each stack of matrices."""
-    return [orthogonalized(stack) for stack in matrices]
-
-
-@cache
-def _launched_at_once() -> Callable[[list[Tensor]], list[Tensor]]:
-    """`polar_factors` as one CUDA graph: a GPU would wait for its hundreds of launches."""
-    return torch.compile(polar_factors, backend="cudagraphs", dynamic=False)
-
-
-def orthogonalized(matrices: Tensor) -> Tensor:
-    """About the polar factors U V^T of matrices U S V^T, `[B, m, n]`, by five Newton-Schulz
-    iterations: singular values in about [0.7, 1.2].
-
-    x_{i+1} = P(x_i x_i^T) x_i with a polynomial P, so the iteration is one of the smaller Gram
-    matrix, and the matrix itself is multiplied once, by the product of all P.
-    """
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    gram = x @ x.mT
-    a, b, c = _COEFFICIENTS
-    product = None
-    for _ in range(_ITERATIONS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
-        gram = factor @ gram @ factor
-    x = product @ x
-    return x if wide is matrices else x.mT

@@ -18,8 +18,9 @@ from ddm.rng import RngStream, derive_seed, normal, uniform
 
 _NAMED = 8  # images of a batch, in an error
 
-# Random numbers that are drawn at once, for several steps: the launches for few would take longer.
-_AT_ONCE = 2**16, 2**22  # on a CPU, in whose cache they are to stay, and on a GPU
+# Random numbers that are drawn at once, for several steps: drawing few is bound by launches.
+_AT_ONCE = 2**16, 2**22  # on a CPU, whose cache they should fit, and on a GPU
+_STEPS = 256  # at most
 
 
 @dataclass
@@ -186,10 +187,13 @@ class Batches:
         self, name: str, draw: Callable[[Tensor, Tensor], Tensor], step: int, part: int, count: int
     ) -> Tensor:
         """What `draw(rows, steps)` gives for a part of a step, `[B / parts, ...]`: `count` numbers
-        for each row, drawn for a block of steps at once and kept by name.
+        for each row. If there is room, they are drawn for a block of steps at once and kept by name.
         """
         rows = self._rows()
-        size = max(1, _AT_ONCE[rows.device.type == "cuda"] // (len(rows) * count))
+        size = min(_STEPS, _AT_ONCE[rows.device.type == "cuda"] // (len(rows) * count))
+        if size < 2:
+            rows = rows[part :: self.parts]
+            return draw(rows, torch.full_like(rows, step))
         first = step - step % size
         kept = self._kept.get(name)
         if kept is None or kept[0] != first or kept[1].device != rows.device:

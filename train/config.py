@@ -246,9 +246,15 @@ class Config:
         )
         self.watch.check(self.partition.holdout)
         self.sample.check()
+        self._check_guide(self.sample)
         self.evaluate.check("evaluate")
         self.table.check("table")
         self.check_plan(self.sample, self.sample.steps)
+
+    def _check_guide(self, cfg: SampleConfig) -> None:
+        guide = cfg.autoguidance == SampleConfig.autoguidance or self.seed_model.above is not None
+        rule = "be left at 1 without a seed model in the bundle: give seed_model.above=1"
+        require(guide, "sample.autoguidance", rule, cfg.autoguidance)
 
     def _check_high_noise(self) -> None:
         """Raise `ConfigError` naming a key that does not fit to who moves the images at high noise."""
@@ -297,6 +303,7 @@ class Config:
             try:
                 one = filled(SampleConfig, usual, settings)
                 one.check()
+                self._check_guide(one)
                 require(
                     one.grid != "own",
                     "sample.grid",

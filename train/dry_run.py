@@ -217,8 +217,11 @@ def _evaluation(cfg: EvaluateConfig, k: int) -> tuple[int, int]:
             images += cfg.n * cfg.seeds
             calls += cfg.n * cfg.seeds * steps * per_step
         calls += cfg.trajectories * cfg.reference_steps
-    samplers = max(1, len(cfg.samplers))
-    return calls * samplers, images * samplers
+    samplers = list(cfg.samplers.values()) or [{}]
+    each = [
+        1 + sum(one.get(key, 1) != 1 for key in ("guidance", "autoguidance")) for one in samplers
+    ]
+    return calls * sum(each), images * len(each)
 
 
 def _check_disk(config: Config, needed: float) -> None:

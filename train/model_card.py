@@ -114,6 +114,7 @@ def _written(config: Config, bundle: Bundle, copy: str) -> str:
         flip=config.data.flip,
         seed_model=first.get("init", {}).get("images_seen"),
         above=bundle.above,
+        guides=bundle.seed_model is not None,
         trained=_trained(config, bundle),
         expert=first["config"],
         schedule=bundle.schedule["name"],

@@ -86,7 +86,11 @@ def sampled(learning: ExpertLearning) -> Tensor:
     index = torch.arange(_SHEET, device=learning.device)
     shape = learning.batches.images.shape[1:]
     x = normal(0, RngStream.START, index, 0, shape) * process(torch.tensor(1.0)).s
-    return to_uint8(sample(learning.denoiser, x, process, "ipndm", _STEPS, "cosine")).cpu()
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return learning.denoiser(x, t).clone()  # its next answer may take the same memory
+
+    return to_uint8(sample(denoise, x, process, "ipndm", _STEPS, "cosine")).cpu()
 
 
 class Watching(Callback):

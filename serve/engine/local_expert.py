@@ -66,7 +66,7 @@ class Runner:
     def warm_up(self, shape: Sequence[int]) -> None:
         """Compile it, if it is to be compiled, for images `[C, H, W]`."""
         for size in _SIZES if self.compiled else ():
-            for t in (1e-3, 1.0):  # the expert, and perhaps a seed model
+            for t in (1e-3, 1.0):  # the expert, and perhaps a seed model that moves images
                 self(torch.zeros(size, *shape), torch.full((size,), t))
 
 

@@ -22,7 +22,7 @@ class StepRecord(NamedTuple):
     """One denoiser call for an image.
 
     t: its time, in [0, 1]. alpha: `[K]`. chosen: bool `[K]`, the experts evaluated. nfe: their
-    number, as often again for each guidance.
+    number, plus as many for each guidance used.
     """
 
     t: float

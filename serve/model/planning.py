@@ -184,8 +184,14 @@ class Planner(Parts):
         if self.vocabulary is not None:
             vector = self.vocabulary.vector(config.condition or {})
         first, last = config.guidance_interval or (0.0, 1.0)
-        weights = config.guidance, config.autoguidance
-        return Condition(vector.to(self.device), *weights, (first, last), self.seeded_from)
+        return Condition(
+            vector.to(self.device),
+            config.guidance,
+            config.autoguidance,
+            (first, last),
+            self.seeded_from,
+            self.above,
+        )
 
     def plan(self, config: SampleConfig, edit: Edit | None = None) -> SamplingPlan:
         """Everything needed to sample with these settings, except the experts; cached.

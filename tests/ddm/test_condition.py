@@ -137,8 +137,8 @@ def test_autoguidance_extrapolates_from_the_guide_and_adds_to_guidance(told: boo
     assert given.evaluations.tolist() == ([1, 2, 3] if told else [1, 2, 2])
 
 
-def test_a_guide_is_not_asked_about_times_that_it_has_not_learned() -> None:
-    condition = Condition(torch.zeros(0), 1.0, 2.0, (0.0, 0.6), learned_from=0.3)
-    at = condition.at(torch.tensor([0.1, 0.3, 0.5, 0.7]), 4)
-    assert at.autoguidance.tolist() == [1, 2, 2, 1]
-    assert at.guidance.tolist() == [1, 1, 1, 1] and at.vector.shape == (4, 0)
+def test_a_guide_is_asked_only_where_it_has_learned_and_is_not_the_denoiser_itself() -> None:
+    condition = Condition(torch.zeros(0), 1.0, 2.0, (0.0, 0.6), learned_from=0.3, above=0.5)
+    at = condition.at(torch.tensor([0.1, 0.3, 0.5, 0.55, 0.7]), 5)
+    assert at.autoguidance.tolist() == [1, 2, 2, 1, 1]
+    assert at.guidance.tolist() == [1, 1, 1, 1, 1] and at.vector.shape == (5, 0)

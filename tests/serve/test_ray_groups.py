@@ -78,7 +78,7 @@ def test_a_replica_is_told_conditions_and_guidance(small_labels_run: Path) -> No
     (denoiser,), _, version = load_experts(bundle, [0], "cpu")
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 0.7, 0.9])
     vector = torch.eye(10)[[2, 2, 7]]
-    given = Conditions(vector, torch.tensor([1.0, 3.0, 3.0]))
+    given = Conditions(vector, torch.tensor([1.0, 3.0, 3.0]), torch.ones(3))
     arrays = [tensor.numpy() for tensor in (x, t, *given)]
     found = asyncio.run(replica.denoise(0, str(bundle), version, *arrays))
     with torch.inference_mode():

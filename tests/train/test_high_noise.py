@@ -150,6 +150,7 @@ def test_one_model_learns_all_times_and_naive_draws_where_the_seed_model_ends(
             ["expert.t_max=0.6"],
             "expert.t_max must be null, or at least seed_model.above, .* got 0.6",
         ),
+        (["sample.autoguidance=2"], "sample.autoguidance must be left at 1 without a seed model"),
         ([*HIGH[:2], "expert.t_max=0.5"], "expert.t_max must be null, or at least .* got 0.5"),
         ([*HIGH, "router.data=experts"], "expert.t_max must be null with router.data=experts"),
         (
@@ -167,3 +168,16 @@ def test_what_cannot_be_is_refused_by_key(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         small(tmp_path, *words)
+
+
+def test_a_table_that_needs_a_guide_is_refused_before_anything_is_trained(
+    small: Callable[..., Config], tmp_path: Path
+) -> None:
+    words = ["table.samplers={strong: {autoguidance: 3}}"]
+    config = small(tmp_path, *words)
+    with pytest.raises(
+        ConfigError, match=r"table.samplers.strong: sample.autoguidance must .* got 3"
+    ):
+        config.samplers(config.table, "table")
+    config = small(tmp_path, *words, *HIGH[:1], "seed_model.above=1")
+    assert config.samplers(config.table, "table")["strong"].autoguidance == 3

@@ -49,7 +49,7 @@ def export_diffusers(run: str, folder: Path) -> None:
         raise ConfigError(f"{run} cannot be exported: its experts take a condition")
     source = self_contained("train.exchange.routed_pipeline", _HEAD, _PUBLIC)
     networks = {f"expert_{k:02d}": expert for k, expert in enumerate(bundle.experts)}
-    if bundle.seed_model is not None:
+    if bundle.seed_model is not None and bundle.above < 1:
         networks["seed_model"] = bundle.seed_model
     source = source.replace('PARTS = ("expert_00",)', f"PARTS = {tuple(networks)}")
     index: dict[str, Any] = {

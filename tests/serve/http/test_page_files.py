@@ -87,8 +87,8 @@ def test_samples_start_from_a_chosen_image(
     assert page.locator("#copy").is_hidden() and "?" not in page.url  # no link can hold the image
     page.get_by_role("button", name="Remove").click()
     sample(page)
-    assert same(shown(page), images(api(n=2, seed=5)))
-    assert page.locator("#copy").is_visible() and "strength" not in page.url
+    expect(page.locator("#copy")).to_be_visible()
+    assert same(shown(page), images(api(n=2, seed=5))) and "strength" not in page.url
 
 
 def test_an_image_can_be_dropped(page: Page, address: str, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 import asyncio
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ddm.bundle import read_bundle
+from ddm.bundle_writing import Parts, write_bundle
 from ddm.condition import Vocabulary
 from ddm.errors import ConfigError
 from serve import Model, load
@@ -112,6 +115,25 @@ def test_http_gives_the_images_of_sample_and_says_the_vocabulary(
     assert both.status == 422 and both.error["param"] == "guidance"
     (card,) = models.json["data"]
     assert card["vocabulary"] == {"kind": "label", "names": [str(digit) for digit in range(10)]}
+
+
+def test_autoguidance_is_a_field_where_the_bundle_has_a_seed_model(
+    small_run: Path, tmp_path: Path
+) -> None:
+    parts = Parts.of(read_bundle(small_run / "bundle"))
+    seed_model = small_run / "experts" / "00" / "expert"
+    write_bundle(tmp_path / "seeded", replace(parts, seed_model=(seed_model, 1.0)), "test")
+    body = {"autoguidance": 2.0, "n": 2, "seed": 1, "format": "npz"}
+    samples, models = answers(tmp_path / "seeded", ("/v1/samples", body), ("/v1/models", None))
+    expected, trace = load(tmp_path / "seeded").sample(
+        2, steps=4, seed=1, autoguidance=2.0, trace=True
+    )
+    with np.load(io.BytesIO(samples.body)) as file:
+        assert same(file["images"], pixels(expected))
+    assert samples.headers["ddm-nfe"] == str(trace.calls) == "16"
+    assert models.json["data"][0]["seeded"] is True
+    (wrong,) = answers(small_run, ("/v1/samples", body))
+    assert wrong.status == 422 and wrong.error["param"] == "autoguidance"
 
 
 def test_a_prompt_is_a_condition_and_the_answer_says_which(
