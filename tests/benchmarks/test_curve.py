@@ -52,7 +52,7 @@ def test_points_share_the_seed_model_and_the_router(tmp_path: Path) -> None:
     ("given", "said"),
     [
         (["seed_model.steps=0"], "seed_model.steps must be above 0, got 0"),
-        (["seed_model.above=0.5"], "seed_model.above must be null, got 0.5"),
+        (["seed_model.above=0.5"], "seed_model.above must be 1 or null, got 0.5"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
     ],
 )
