@@ -49,11 +49,13 @@ def test_tables_and_figure_of_a_small_measurement(small: dict[str, list]) -> Non
 def test_diffusers_gives_the_same_ends() -> None:
     path = schedule("vp_linear")
     oracle = few_steps._mixtures(path)["even"]
-    x = torch.randn(4, few_steps.DIMENSION, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, few_steps.DIMENSION, dtype=torch.float64, generator=generator)
     times = time_grid("cosine", 10, path)
     ends = few_steps._by_diffusers(oracle.denoise, x, path, times)
     ours, _ = few_steps.Method("dpmpp_2m").end(oracle.denoise, x, path, 10, "cosine")
-    torch.testing.assert_close(ends["dpmpp_2m"], ours, rtol=1e-6, atol=1e-6)
+    # diffusers keeps its sigmas in float32: 7e-7 for a usual start, 6e-6 for a rare one
+    torch.testing.assert_close(ends["dpmpp_2m"], ours, rtol=0, atol=1e-5)
 
 
 def test_a_run_that_is_not_there_is_left_out() -> None:
