@@ -39,12 +39,14 @@ from train.stages.run import run as run_stages
 
 log = logging.getLogger("ablations")
 
-Words = Callable[[Config], Sequence[str]]
+Words = Callable[[Config], Sequence[str] | None]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: the change as `key=value` words, which may depend on the config that is changed."""
+    """A row: the change as `key=value` words, which may depend on the config that is changed; None
+    where there is none.
+    """
 
     name: str
     words: Words
@@ -83,16 +85,29 @@ def _batches(factor: float) -> Variant:
     return Variant(f"expert.batch × {factor:g}, expert.steps × {1 / factor:g}", words)
 
 
-def _seeded(above: float | None = None, *more: str) -> Variant:
-    """Half of all steps in a seed model, which moves the images at t above a time."""
-    where = [] if above is None else [f"seed_model.above={above}"]
+def _seeded(name: str, *more: str) -> Variant:
+    return Variant(name, lambda config: [*_half_in_a_seed_model(config), *more])
 
-    def words(config: Config) -> list[str]:
-        steps = config.expert.steps // 2
-        seed_steps = steps * _clusters(config)
-        return [f"seed_model.steps={seed_steps}", *where, f"expert.steps={steps}", *more]
 
-    return Variant(" ".join(["half of the steps in a seed model", *where, *more]), words)
+def _half_in_a_seed_model(config: Config) -> list[str]:
+    steps = _expert_steps(config) // 2
+    return [f"seed_model.steps={steps * _clusters(config)}", f"expert.steps={steps}"]
+
+
+def _none_in_a_seed_model(config: Config) -> list[str]:
+    return ["seed_model.steps=0", f"expert.steps={_expert_steps(config)}"]
+
+
+def _half_on_faces(config: Config) -> list[str] | None:
+    if config.data.name != "cifar10":
+        return None
+    faces = f"{{name: celeba_hq, root: {config.data.root}, size: 32, flip: true}}"
+    return [*_half_in_a_seed_model(config), f"seed_model.data={faces}"]
+
+
+def _expert_steps(config: Config) -> int:
+    """Those of each expert at the compute of the config, if there were no seed model."""
+    return config.expert.steps + config.seed_model.steps // _clusters(config)
 
 
 def _clusters(config: Config) -> int:
@@ -158,10 +173,24 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
     "seed": (
         "A seed model of half of the compute; at high noise, too; and experts of the rest alone",
         [
-            _seeded(),
-            _seeded(0.6),
-            _seeded(0.6, "expert.t_max=0.6"),
-            _seeded(0.3, "expert.t_max=0.3"),
+            _seeded("half of the steps in a seed model"),
+            *(
+                _seeded(" ".join(more), *more)
+                for more in (
+                    ("seed_model.above=0.6",),
+                    ("seed_model.above=0.6", "expert.t_max=0.6"),
+                    ("seed_model.above=0.3", "expert.t_max=0.3"),
+                )
+            ),
+        ],
+    ),
+    "images of the seed model": (
+        "What a seed model of half of the compute has seen",
+        [
+            _seeded("the images of all clusters"),
+            Variant("other images: faces", _half_on_faces),
+            _seeded("all, but noisy ones alone: seed_model.t_min=0.6", "seed_model.t_min=0.6"),
+            Variant("no seed model", _none_in_a_seed_model),
         ],
     ),
     "dropout": ("Dropout", [_set("expert.unet.dropout=0.0"), _set("expert.unet.dropout=0.1")]),
@@ -207,13 +236,15 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
 
 
 # The keys that each part of a run depends on: a variant that changes none of them copies the part.
+_IMAGES = ("seed", "data.", "partition.")
+_NETWORKS = (*_IMAGES, "schedule.", "expert.", "seed_model.")
 _PARTS = {
-    "partition": ("seed", "data.", "partition."),
-    "seed_model": ("seed", "data.", "partition.", "schedule.", "expert."),
-    "experts": ("seed", "data.", "partition.", "schedule.", "expert."),
-    "router": ("seed", "data.", "partition.", "schedule.", "router."),
+    "partition": _IMAGES,
+    "seed_model": _NETWORKS,
+    "experts": _NETWORKS,
+    "router": (*_IMAGES, "schedule.", "router."),
 }
-METHODS = ["balanced-cv"]
+METHODS = ["switching"]
 
 
 def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Config, Evaluation]:
@@ -237,9 +268,13 @@ def _copy_same_parts(config: Config, base: Config) -> None:
     for part, keys in _PARTS.items():
         target = config.folder / part
         source = base.folder / part
-        same = all(here[key] == there.get(key) for key in here if key.startswith(keys))
+        same = all(here[key] == there.get(key) for key in here if _is_of(key, keys))
         if same and source.exists() and not target.exists():
             shutil.copytree(source, target)
+
+
+def _is_of(key: str, keys: Sequence[str]) -> bool:
+    return any(key.startswith(of) if of.endswith(".") else key == of for of in keys)
 
 
 def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Path) -> Path:
@@ -257,15 +292,15 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
     for name in names or GROUPS:
         rows[name] = []
         for variant in GROUPS[name][1]:
-            words = list(variant.words(base))
+            words = variant.words(base)
+            if words is None:
+                continue
             if settled(load_config(path, [*overrides, *words])) == settled(base):
                 rows[name].append({"name": variant.name, "words": words, "default": True})
                 continue
             log.info("%s: %s", name, variant.name)
-            slug = digest(words)[:8]
-            _config, found = measured(
-                path, [*overrides, *words, f"run={home / f'{name}-{slug}'}"], base
-            )
+            slug = f"{name.replace(' ', '-')}-{digest(words)[:8]}"
+            _config, found = measured(path, [*overrides, *words, f"run={home / slug}"], base)
             rows[name].append({"name": variant.name, "words": words, "cells": _cells(found)})
         record = {
             "command": shlex.join(["python", "-m", "benchmarks.ablations", str(path), *overrides]),
@@ -367,7 +402,8 @@ def _deviation(values: Sequence[float]) -> float:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = Parser("ablations", f"{__doc__}\nGroups: {' '.join(GROUPS)}")
+    groups = ", ".join(f"'{name}'" if " " in name else name for name in GROUPS)
+    parser = Parser("ablations", f"{__doc__}\nGroups: {groups}")
     help_text = (
         "CONFIG, a YAML file or a shipped name; names of groups, default all; key=value overrides"
     )

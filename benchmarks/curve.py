@@ -2,9 +2,9 @@
 
 All start from the seed model of CONFIG, which is trained once, as is the router. For every number
 of steps the experts take it, one model takes as many as all of them together, and another as many
-as one of them: equal compute, and equal time where each expert has a machine. Writes
-curve-NAME.json, curve.md and a figure for each kind of features. If interrupted, the same command
-resumes.
+as one of them: equal compute, and equal time where each expert has a machine. What CONFIG's own
+run has trained and sampled for a table counts for its number of steps. Writes curve-NAME.json,
+curve.md and a figure for each kind of features. If interrupted, the same command resumes.
 """
 
 import argparse
@@ -100,15 +100,17 @@ def point(config: Config, steps: int) -> dict[str, Any]:
     """What comes of that many steps of each expert: the operations, and the Frechet distances by
     features, row, and number of the sampler's steps, of each seed.
     """
-    branch = replace(
-        config,
-        run=f"{config.folder}-curve/{steps}",
-        seed_model=replace(config.seed_model, steps=0, above=None),
-        expert=replace(config.expert, steps=steps, init=str(seed_stem(config))),
-    )
-    run_stages(branch, ("partition",))
-    if not (branch.folder / "router").exists():  # it does not depend on the experts
-        shutil.copytree(config.folder / "router", branch.folder / "router")
+    branch = config  # the same experts would come of a branch
+    if steps != config.expert.steps:
+        branch = replace(
+            config,
+            run=f"{config.folder}-curve/{steps}",
+            seed_model=replace(config.seed_model, steps=0, above=None),
+            expert=replace(config.expert, steps=steps, init=str(seed_stem(config))),
+        )
+        run_stages(branch, ("partition",))
+        if not (branch.folder / "router").exists():  # it does not depend on the experts
+            shutil.copytree(config.folder / "router", branch.folder / "router")
     run_stages(branch, ("expert", "router", "bundle"))
     cfg = replace(config.table, methods=list(METHODS), samplers={})
     monoliths = train_monoliths(branch, cfg)

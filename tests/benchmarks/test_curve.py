@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import curve
+from ddm.artifacts import read_tensors
 from tests.conftest import SMALL
 
 TABLE = "table={n: 20, seeds: 2, batch: 20, trajectories: 4, steps: [2, 4], features: [pixels]}"
@@ -20,6 +21,22 @@ def words(folder: Path, *more: str) -> list[str]:
         f"run={folder / 'tiny'}",
     ]
     return ["digits", *given, *more, f"--out={folder / 'results'}"]
+
+
+def test_the_point_of_the_config_s_own_steps_is_its_own_run(tmp_path: Path) -> None:
+    assert curve.main(words(tmp_path, "--steps", "2", "12")) == 0
+    own, branches = tmp_path / "tiny", tmp_path / "tiny-curve"
+    assert [path.name for path in branches.iterdir()] == ["2"]
+    before = {path: path.stat().st_mtime_ns for path in own.rglob("*.safetensors")}
+    assert own / "experts" / "00" / "expert.safetensors" in before
+    assert curve.main(words(tmp_path, "expert.steps=13", "--steps", "12")) == 0  # now a branch
+    again = branches / "12" / "experts" / "00" / "expert.safetensors"
+    found, expected = (
+        read_tensors(path) for path in (again, own / "experts/00/expert.safetensors")
+    )
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in found)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_points_share_the_seed_model_and_the_router(tmp_path: Path) -> None:

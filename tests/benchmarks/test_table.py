@@ -196,7 +196,7 @@ def test_an_ablation_trains_only_what_it_touches(made: Path, tmp_path: Path) -> 
     assert list(record["groups"]) == ["loss", "temperature"]
     rows = {row["name"]: row for group in record["groups"].values() for row in group}
     assert rows["expert.loss_weight=min_snr"]["default"]
-    assert len(rows["sample.temperature=0.5"]["cells"]["balanced-cv-4"]) == 2
+    assert len(rows["sample.temperature=0.5"]["cells"]["switching-4"]) == 2
 
     def same(part: str, word: str) -> bool:
         for run in (made / "tiny-ablations").iterdir():
@@ -208,6 +208,22 @@ def test_an_ablation_trains_only_what_it_touches(made: Path, tmp_path: Path) -> 
     assert same("router/router.safetensors", "loss_weight: constant")
     assert not same("experts/00/expert.safetensors", "loss_weight: constant")
     assert "sample.temperature=0.5" in (tmp_path / "ablations.md").read_text()
+
+
+def test_the_images_of_a_seed_model_are_ablated_at_equal_compute(
+    made: Path, tmp_path: Path
+) -> None:
+    more = [*SMALL, TABLE, "seed_model.steps=18", "expert.steps=6", f"run={made / 'seeded'}"]
+    words = ["configs/digits.yaml", "images of the seed model", *more, f"--out={tmp_path}"]
+    assert ablations.main(words) == 0
+    record = json.loads((tmp_path / "ablations-seeded.json").read_text())
+    base, noisy, alone = record["groups"]["images of the seed model"]  # faces are for CIFAR-10
+    assert base["default"]
+    assert noisy["words"] == ["seed_model.steps=18", "expert.steps=6", "seed_model.t_min=0.6"]
+    assert alone["words"] == ["seed_model.steps=0", "expert.steps=12"]
+    runs = [made / "seeded", *(made / "seeded-ablations").iterdir()]
+    assert len({(run / "experts/00/expert.safetensors").read_bytes() for run in runs}) == 3
+    assert len({(run / "router/router.safetensors").read_bytes() for run in runs}) == 1
 
 
 def test_the_bands_hold_a_third_of_the_energy_each(made: Path) -> None:

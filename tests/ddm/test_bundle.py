@@ -1,10 +1,8 @@
 """A bundle: every file is the one that was put in, and all belong together."""
 
-import multiprocessing
-import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,73 +12,16 @@ import torch
 from ddm.artifacts import (
     read_json,
     read_tensors,
-    scratch_beside,
     sha256,
     write_artifact,
     write_json,
     write_tensors,
 )
-from ddm.bundle import Bundle, read_bundle
+from ddm.bundle import read_bundle
 from ddm.bundle_history import read_history
-from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, write_half
+from ddm.bundle_writing import Parts, mixture_of, write_bundle, write_half
 from ddm.errors import ArtifactError, ConfigError, shown
-from ddm.partition import Partition
-
-SCHEDULE = {"name": "vp_linear", "beta_max": 20.0}
-
-
-class Run:
-    """A partition in two, two experts and a router, as training leaves them, and the bundle they make."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.bundle = folder, folder / "bundle"
-        images = torch.arange(5 * 4, dtype=torch.uint8).reshape(5, 1, 2, 2)
-        self.partition = Partition.write(
-            folder / "partition", images, torch.tensor([0, 0, 1, 0, 1]), ["a", "b"], None
-        )
-        self.experts = [folder / "experts" / f"{k:02d}" / "expert" for k in range(2)]
-        self.router = folder / "router" / "router"
-        for k in range(2):
-            self.train(k)
-        facts = self.facts(kind="router", mixture=self.partition.mixture.hash)
-        write_artifact(self.router, {"weight": torch.tensor([9.0])}, facts)
-
-    def facts(self, **facts: Any) -> dict[str, Any]:
-        common = {
-            "kind": "expert",
-            "shape": [1, 2, 2],
-            "range": [-1, 1],
-            "schedule": SCHEDULE,
-        }
-        return {**common, **facts}
-
-    def train(self, k: int, weight: float = 0.0, **facts: Any) -> None:
-        tensors = {"weight": torch.tensor([k + weight])}
-        cut = self.partition
-        own = {"name": cut.names[k], "count": cut.sizes[k], "cluster": cut.hashes[k]}
-        write_artifact(self.experts[k], tensors, self.facts(**{**own, **facts}))
-
-    def parts(self, router: Path | None) -> Parts:
-        experts = dict(zip(expert_names(2), self.experts, strict=True))
-        return Parts(self.partition.mixture, SCHEDULE, experts, router)
-
-    def write(self) -> None:
-        write_bundle(self.bundle, self.parts(self.router), "test")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    made = Run(tmp_path)
-    made.write()
-    return made
-
-
-def read_whole(folder: Path, only: Collection[str] | None = None) -> Bundle:
-    """A bundle with its weights read."""
-    bundle = read_bundle(folder, only)
-    for artifact in bundle.artifacts:
-        assert artifact.tensors.keys() == artifact.layout.keys()
-    return bundle
+from tests.ddm.bundles import SCHEDULE, Run, read_whole
 
 
 def refused(folder: Path, message: str) -> None:
@@ -381,111 +322,6 @@ def test_a_pickle_among_the_weights_is_refused_by_name(run: Run) -> None:
         ArtifactError, match=r"expert.*01.*\.safetensors is damaged: it is not a safetensors file"
     ):
         run.write()
-
-
-def test_a_failed_write_leaves_the_old_bundle(run: Run) -> None:
-    before = {path.name: path.read_bytes() for path in run.bundle.iterdir()}
-    run.train(0, weight=0.5)
-    run.train(1, weight=0.5, cluster="0" * 64)
-    with pytest.raises(ArtifactError):
-        run.write()
-    assert {path.name: path.read_bytes() for path in run.bundle.iterdir()} == before
-    assert len(read_bundle(run.bundle).experts) == 2
-
-
-def test_a_new_bundle_replaces_the_old_and_takes_nothing_from_a_failed_one(run: Run) -> None:
-    leftover = scratch_beside(run.bundle)
-    leftover.mkdir()
-    (leftover / "expert-07.json").write_text("{}")
-    os.utime(leftover, (0, 0))
-    (run.bundle / "old").write_text("")
-    run.write()
-    names = {
-        f"{name}{suffix}"
-        for name in ("expert-00", "expert-01", "router")
-        for suffix in (".json", ".safetensors")
-    }
-    others = {"manifest.json", "history.json"}
-    assert {path.name for path in run.bundle.iterdir()} == names | others
-    assert not leftover.exists()
-
-
-def killed_while_replacing(run: Run, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
-    """Write a new bundle, and stop as a kill would at the rename after so many of the folder."""
-    rename, done = Path.rename, []
-
-    def counted(self: Path, target: Path) -> Path:
-        if len(done) == renames:
-            raise KeyboardInterrupt
-        moved = rename(self, target)
-        done.append(target)
-        return moved
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", counted)
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
-        with pytest.raises(KeyboardInterrupt):
-            run.write()
-
-
-def test_a_kill_between_the_renames_loses_no_bundle(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = read_bundle(run.bundle).version
-    run.train(0, weight=0.5)
-    killed_while_replacing(run, monkeypatch, renames=1)
-    assert not run.bundle.exists()
-    assert read_bundle(run.bundle).version == old
-    killed_while_replacing(run, monkeypatch, renames=1)
-    run.write()
-    assert float(read_whole(run.bundle).experts[0].tensors["weight"]) == 0.5
-    assert not [path for path in run.folder.iterdir() if path.suffix == ".old"]
-
-
-def write_often(run: Run, folder: Path, experts: int) -> None:
-    mine = Run(folder / f"run-{experts}")
-    mine.bundle = run.bundle
-    for turn in range(10):
-        mine.train(1, weight=float(10 * experts + turn))
-        mine.write()
-
-
-def test_concurrent_writers_leave_one_whole_bundle(run: Run, tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        pool.starmap(write_often, [(run, tmp_path, writer) for writer in range(3)])
-        pool.close()
-        pool.join()  # as in test_artifacts
-    weight = float(read_whole(run.bundle).experts[1].tensors["weight"])
-    assert weight in {1.0 + 10 * writer + 9 for writer in range(3)}
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_a_linked_bundle_is_replaced_where_the_link_leads(run: Run, tmp_path: Path) -> None:
-    target = tmp_path / "elsewhere"
-    run.bundle.rename(target)
-    run.bundle.symlink_to(target)
-    run.train(1, weight=0.5)
-    run.write()
-    assert run.bundle.is_symlink()
-    assert float(read_whole(target).experts[1].tensors["weight"]) == 1.5
-
-
-def test_a_bundle_in_place_of_a_file_is_refused_by_name(run: Run) -> None:
-    shutil.rmtree(run.bundle)
-    run.bundle.write_text("mine")
-    with pytest.raises(ArtifactError, match=re.escape(f"{run.bundle} cannot be written: Not a")):
-        run.write()
-    assert run.bundle.read_text() == "mine"
-
-
-def test_too_few_experts_are_refused_and_leave_the_old_bundle(run: Run) -> None:
-    version = read_bundle(run.bundle).version
-    few = Parts(run.partition.mixture, SCHEDULE, {"expert-00": run.experts[0]})
-    with pytest.raises(
-        ArtifactError, match=re.escape("manifest.json lists 1 experts, but has 2 clusters")
-    ):
-        write_bundle(run.bundle, few, "test")
-    assert read_bundle(run.bundle).version == version
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])

@@ -11,7 +11,7 @@ from ddm.artifacts import file_of, read_json, write_artifact, write_json
 from ddm.bundle import read_bundle
 from ddm.bundle_writing import Parts, write_bundle, write_half
 from ddm.errors import ArtifactError
-from tests.ddm.test_bundle import Run
+from tests.ddm.bundles import Run
 
 
 class SeededRun(Run):

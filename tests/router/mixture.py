@@ -1,6 +1,8 @@
-"""A Gaussian mixture of four clusters, and its routed denoiser."""
+"""A Gaussian mixture of four clusters, its routed denoiser, and experts and draws that are known."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,3 +39,25 @@ def routed(oracle: GaussianMixture, rule: str | Policy, **settings: object) -> R
 
 def fixed_alpha(*alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
     return prior(torch.tensor(alpha))
+
+
+def constant(value: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, t: torch.full_like(x, value)
+
+
+@dataclass
+class Drawing:
+    """A policy with the uniforms of its rows given: all of them, instead of some."""
+
+    rule: Policy
+    given: Tensor
+    keeps: ClassVar[bool] = False
+
+    def uniforms(self, *_: object) -> Tensor:
+        return self.given[:, None]
+
+    def start(self, pi: Tensor, u: Tensor) -> Tensor:
+        return self.rule.start(pi, u)
+
+    def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rule.choose(alpha, state, u)

@@ -1,0 +1,120 @@
+"""A bundle is replaced whole: after a failed write, a kill, or among several writers."""
+
+import multiprocessing
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ddm.artifacts import scratch_beside
+from ddm.bundle import read_bundle
+from ddm.bundle_writing import Parts, write_bundle
+from ddm.errors import ArtifactError
+from tests.ddm.bundles import SCHEDULE, Run, read_whole
+
+
+def test_a_failed_write_leaves_the_old_bundle(run: Run) -> None:
+    before = {path.name: path.read_bytes() for path in run.bundle.iterdir()}
+    run.train(0, weight=0.5)
+    run.train(1, weight=0.5, cluster="0" * 64)
+    with pytest.raises(ArtifactError):
+        run.write()
+    assert {path.name: path.read_bytes() for path in run.bundle.iterdir()} == before
+    assert len(read_bundle(run.bundle).experts) == 2
+
+
+def test_a_new_bundle_replaces_the_old_and_takes_nothing_from_a_failed_one(run: Run) -> None:
+    leftover = scratch_beside(run.bundle)
+    leftover.mkdir()
+    (leftover / "expert-07.json").write_text("{}")
+    os.utime(leftover, (0, 0))
+    (run.bundle / "old").write_text("")
+    run.write()
+    names = {
+        f"{name}{suffix}"
+        for name in ("expert-00", "expert-01", "router")
+        for suffix in (".json", ".safetensors")
+    }
+    others = {"manifest.json", "history.json"}
+    assert {path.name for path in run.bundle.iterdir()} == names | others
+    assert not leftover.exists()
+
+
+def killed_while_replacing(run: Run, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+    """Write a new bundle, and stop as a kill would at the rename after so many of the folder."""
+    rename, done = Path.rename, []
+
+    def counted(self: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        moved = rename(self, target)
+        done.append(target)
+        return moved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", counted)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            run.write()
+
+
+def test_a_kill_between_the_renames_loses_no_bundle(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = read_bundle(run.bundle).version
+    run.train(0, weight=0.5)
+    killed_while_replacing(run, monkeypatch, renames=1)
+    assert not run.bundle.exists()
+    assert read_bundle(run.bundle).version == old
+    killed_while_replacing(run, monkeypatch, renames=1)
+    run.write()
+    assert float(read_whole(run.bundle).experts[0].tensors["weight"]) == 0.5
+    assert not [path for path in run.folder.iterdir() if path.suffix == ".old"]
+
+
+def write_often(run: Run, folder: Path, experts: int) -> None:
+    mine = Run(folder / f"run-{experts}")
+    mine.bundle = run.bundle
+    for turn in range(10):
+        mine.train(1, weight=float(10 * experts + turn))
+        mine.write()
+
+
+def test_concurrent_writers_leave_one_whole_bundle(run: Run, tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        pool.starmap(write_often, [(run, tmp_path, writer) for writer in range(3)])
+        pool.close()
+        pool.join()  # as in test_artifacts
+    weight = float(read_whole(run.bundle).experts[1].tensors["weight"])
+    assert weight in {1.0 + 10 * writer + 9 for writer in range(3)}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_linked_bundle_is_replaced_where_the_link_leads(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    run.bundle.rename(target)
+    run.bundle.symlink_to(target)
+    run.train(1, weight=0.5)
+    run.write()
+    assert run.bundle.is_symlink()
+    assert float(read_whole(target).experts[1].tensors["weight"]) == 1.5
+
+
+def test_a_bundle_in_place_of_a_file_is_refused_by_name(run: Run) -> None:
+    shutil.rmtree(run.bundle)
+    run.bundle.write_text("mine")
+    with pytest.raises(ArtifactError, match=re.escape(f"{run.bundle} cannot be written: Not a")):
+        run.write()
+    assert run.bundle.read_text() == "mine"
+
+
+def test_too_few_experts_are_refused_and_leave_the_old_bundle(run: Run) -> None:
+    version = read_bundle(run.bundle).version
+    few = Parts(run.partition.mixture, SCHEDULE, {"expert-00": run.experts[0]})
+    with pytest.raises(
+        ArtifactError, match=re.escape("manifest.json lists 1 experts, but has 2 clusters")
+    ):
+        write_bundle(run.bundle, few, "test")
+    assert read_bundle(run.bundle).version == version
