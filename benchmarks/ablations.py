@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -303,7 +303,9 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
             _config, found = measured(path, [*overrides, *words, f"run={home / slug}"], base)
             rows[name].append({"name": variant.name, "words": words, "cells": _cells(found)})
         record = {
-            "command": shlex.join(["python", "-m", "benchmarks.ablations", str(path), *overrides]),
+            "command": shlex.join(
+                ["python", "-m", "benchmarks.ablations", str(path), *_named(rows), *overrides]
+            ),
             "config": settled(base),
             "config_hash": digest(settled(base)),
             "features": "; ".join(of.what for of in evaluation.features.values()),
@@ -317,6 +319,11 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
         }
         write_json(file, rounded(record))
     return file
+
+
+def _named(rows: Collection[str]) -> list[str]:
+    """The groups that a command must name to measure these."""
+    return [] if set(rows) == set(GROUPS) else [name for name in GROUPS if name in rows]
 
 
 def _cells(evaluation: Evaluation) -> dict[str, list[float]]:

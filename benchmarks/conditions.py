@@ -25,12 +25,13 @@ from ddm.errors import ConfigError, one_of, require
 from ddm.partition import Partition
 from serve import Model, SampleConfig, load
 from serve.model.config_merge import filled
-from serve.model.images import to_uint8
+from serve.model.images import contact_sheet, to_uint8, write_png
 from train.evaluation.classifier import classifier_network, held_out
 from train.evaluation.feature_network import FeatureNetwork
 from train.evaluation.scores import Scores
 
 _FEATURE_SEED = 0  # the classifier is the one of `evaluate`
+_SHOWN = 12  # images of a row of the sheet
 _ATTRIBUTES = 3  # that are measured unless some are named: those that divide the images most evenly
 
 
@@ -45,12 +46,14 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """How many images show what they were asked for, of how many, and their NFE."""
+    """How many images show what they were asked for, their NFE, and themselves: uint8
+    `[condition, n, C, H, W]`.
+    """
 
     right: int
-    n: int
     nfe: int
     distance: float | None
+    images: Tensor
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -64,6 +67,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--attributes", nargs="+", default=[], help="default: three that are even")
     parser.add_argument("--n", type=int, default=500, help="images per row; default 500")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; default 0")
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="FILE",
+        help="write a PNG of the last guidance: a row per condition, 12 images or all in each",
+    )
     return run(parser, _measure, words)
 
 
@@ -81,6 +90,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     whole = Partition.read(folder).in_order(folder)
     unseen = held_out(len(whole["images"]), _FEATURE_SEED)
     device = model.device.type
+    sheet: list[Tensor] = []
     for question in questions(vocabulary, whole, arguments.attributes, device):
         right = classes(question.classifier, whole["images"][unseen]) == question.classes[unseen]
         named = f"{100 * right.double().mean():.1f} % of unseen real images"
@@ -89,14 +99,18 @@ def _measure(arguments: argparse.Namespace) -> None:
         rows = []
         for guidance in (None, *arguments.guidance):
             found = answer(model, question, whole["images"], guidance, arguments, settings)
-            share = found.right / found.n
-            error = (share * (1 - share) / found.n) ** 0.5
+            n = found.images.shape[:2].numel()
+            share = found.right / n
+            error = (share * (1 - share) / n) ** 0.5
             distance = "–" if found.distance is None else f"{found.distance:.2f}"
             shown = "without a condition" if guidance is None else f"{guidance:g}"
             accuracy = f"{100 * share:.1f} ± {100 * error:.1f} %"
-            rows.append([shown, f"{found.nfe / found.n:.1f}", accuracy, distance])
+            rows.append([shown, f"{found.nfe / n:.1f}", accuracy, distance])
+        sheet += found.images[:, :_SHOWN]
         print(table(["guidance", "NFE per image", "named rightly", "Fréchet distance"], rows))
         print()
+    if arguments.sheet is not None:
+        write_png(arguments.sheet, contact_sheet(sheet, 64))
 
 
 def questions(
@@ -152,7 +166,7 @@ def answer(
             return question.classifier(images, lambda _: None).features
 
         distance = Scores(features(real)).frechet(features(whole))
-    return Answer(right, len(whole), nfe, distance)
+    return Answer(right, nfe, distance, torch.stack(images))
 
 
 def _settings(words: Sequence[str]) -> dict[str, Any]:

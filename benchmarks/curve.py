@@ -142,10 +142,10 @@ def _figures(folder: Path, name: str, points: Sequence[dict[str, Any]]) -> list[
         steps = _middle(rows)
         with plt.rc_context(STYLE):
             figure, axes = plt.subplots(figsize=(5.2, 3.4))
-            for row, label in METHODS.items():
+            for i, (row, label) in enumerate(METHODS.items()):
                 spreads = [Spread.of(each["frechet"][feature][row][steps]) for each in points]
                 axes.errorbar(
-                    [each["steps"] for each in points],
+                    [each["steps"] * 1.02 ** (i - 1) for each in points],  # beside each other
                     [spread.mean for spread in spreads],
                     [spread.deviation or 0 for spread in spreads],
                     fmt="o-",
@@ -206,7 +206,7 @@ def _rows(
         [
             f"{each['steps']:,} steps of each expert",
             n,
-            *(shown(Spread.of(each["frechet"][feature][row][n]), ".3g") for row in METHODS),
+            *(shown(Spread.of(each["frechet"][feature][row][n]), ".2f") for row in METHODS),
             f"{each['flop']['switching'] / 1e15:.3g}",
         ]
         for each in points

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.conditions import main, questions
@@ -14,7 +15,10 @@ from serve.model.model import Model
 
 
 def test_images_of_the_class_that_is_asked_for_are_named_rightly(
-    small_labels_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_labels_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With real images in place of sampled ones: all rightly with a condition, a few without."""
     from ddm.partition import Partition
@@ -34,7 +38,11 @@ def test_images_of_the_class_that_is_asked_for_are_named_rightly(
         return images, trace
 
     monkeypatch.setattr(Model, "sample", real)
-    assert main([str(small_labels_run), "--n=100", "--guidance", "1"]) == 0
+    sheet = tmp_path / "sheet.png"
+    words = [str(small_labels_run), "--n=100", "--guidance", "1", f"--sheet={sheet}"]
+    assert main(words) == 0
+    with Image.open(sheet) as image:
+        assert image.size == (10 * 66 - 2, 10 * 66 - 2)  # ten of each digit
     lines = capsys.readouterr().out.splitlines()
     named = {line.split("|")[1].strip(): float(line.split("|")[3].split("±")[0])
              for line in lines if "±" in line}  # fmt: skip

@@ -29,8 +29,8 @@ def complaints(folder: Path) -> list[str]:
     speeds = {f"{stem}{end}.json" for stem in speed_page.MACHINES for end in ("", "-history")}
     paths = [path for path in sorted(folder.glob("*.json")) if path.name not in speeds]
     records = {path.stem: json.loads(path.read_text()) for path in paths}
-    others = ("ablations-", "curve-", "recipe-")
-    tables = {name: record for name, record in records.items() if not name.startswith(others)}
+    no_tables = ("ablations-", "curve-", "recipe-")
+    tables = {name: record for name, record in records.items() if not name.startswith(no_tables)}
     with_files = {name: record for name, record in records.items() if "files" in record}
     files = set().union(*(record["files"] for record in with_files.values()))
     pages = {f"{name}.md" for name in tables} | {
@@ -52,7 +52,8 @@ def complaints(folder: Path) -> list[str]:
         if (folder / f"{name}.md").read_text() != page(record, name):
             found.append(f"{name}.md does not say what {name}.json does")
     for name, record in records.items():
-        config, *words = [w for w in shlex.split(record["command"])[3:] if not w.startswith("--")]
+        config, *others = shlex.split(record["command"])[3:]
+        words = [word for word in others if "=" in word and not word.startswith("--")]
         if digest(record["config"]) != record["config_hash"]:
             found.append(f"the config in {name}.json does not have the hash there")
         same = made_by(record, load_config(config_file(Path(config).stem), words))
