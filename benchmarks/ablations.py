@@ -6,6 +6,7 @@ interrupted, the same command resumes.
 """
 
 import argparse
+import json
 import logging
 import re
 import shlex
@@ -45,7 +46,7 @@ Words = Callable[[Config], Sequence[str] | None]
 @dataclass(frozen=True)
 class Variant:
     """A row: the change as `key=value` words, which may depend on the config that is changed; None
-    where there is none.
+    if it does not apply to the config.
     """
 
     name: str
@@ -91,22 +92,25 @@ def _seeded(name: str, *more: str) -> Variant:
 
 def _half_in_a_seed_model(config: Config) -> list[str]:
     steps = _expert_steps(config) // 2
-    return [f"seed_model.steps={steps * _clusters(config)}", f"expert.steps={steps}"]
+    seed_steps = steps * _clusters(config)
+    return [f"seed_model.steps={seed_steps}", "seed_model.above=null", f"expert.steps={steps}"]
 
 
 def _none_in_a_seed_model(config: Config) -> list[str]:
-    return ["seed_model.steps=0", f"expert.steps={_expert_steps(config)}"]
+    steps = _expert_steps(config)
+    return ["seed_model.steps=0", "seed_model.above=null", f"expert.steps={steps}"]
 
 
 def _half_on_faces(config: Config) -> list[str] | None:
-    if config.data.name != "cifar10":
+    root = config.data.root
+    if config.data.name != "cifar10" or not (Path(root) / "celeba_hq").exists():
         return None
-    faces = f"{{name: celeba_hq, root: {config.data.root}, size: 32, flip: true}}"
+    faces = json.dumps({"name": "celeba_hq", "root": root, "size": 32})
     return [*_half_in_a_seed_model(config), f"seed_model.data={faces}"]
 
 
 def _expert_steps(config: Config) -> int:
-    """Those of each expert at the compute of the config, if there were no seed model."""
+    """Steps per expert at equal total compute without a seed model."""
     return config.expert.steps + config.seed_model.steps // _clusters(config)
 
 
@@ -247,10 +251,8 @@ _PARTS = {
 METHODS = ["switching"]
 
 
-def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Config, Evaluation]:
-    """The config and figures of a variant; parts of its run that equal the base's are copied from
-    there.
-    """
+def measured(path: Path, words: Sequence[str], base: Config | None) -> Evaluation:
+    """The figures of a variant; parts of its run that equal the base's are copied from there."""
     config = load_config(path, words)
     steps = config.table.steps[:2]
     cfg = replace(config.table, methods=METHODS, samplers={}, steps=steps)
@@ -259,7 +261,7 @@ def measured(path: Path, words: Sequence[str], base: Config | None) -> tuple[Con
     if base is not None:
         _copy_same_parts(config, base)
     run_stages(config, ("partition", "seed_model", "expert", "router", "bundle"))
-    return config, Measurement(config, {}, cfg, "ablation").make()
+    return Measurement(config, {}, cfg, "ablation").make()
 
 
 def _copy_same_parts(config: Config, base: Config) -> None:
@@ -281,27 +283,26 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
     """Measure groups of ablations and return the record `folder/ablations-NAME.json`; its other
     groups stay.
     """
-    usual = load_config(path, overrides)
-    home = usual.folder.with_name(f"{usual.folder.name}-ablations")
-    base, evaluation = measured(path, overrides, None)
-    file = folder / f"ablations-{usual.folder.name}.json"
+    base = load_config(path, overrides)
+    run_stages(base, ("partition",))
+    asked = {name: _asked(name, path, overrides, base) for name in names or GROUPS}
+    evaluation = measured(path, overrides, None)
+    home = base.folder.with_name(f"{base.folder.name}-ablations")
+    file = folder / f"ablations-{base.folder.name}.json"
     before = read_json(file) if file.exists() else None
     rows: dict[str, Any] = {}
     if before is not None and made_by(before, base):
         rows = {name: before["groups"][name] for name in GROUPS if name in before["groups"]}
-    for name in names or GROUPS:
+    for name, variants in asked.items():
         rows[name] = []
-        for variant in GROUPS[name][1]:
-            words = variant.words(base)
-            if words is None:
-                continue
+        for title, words in variants.items():
             if settled(load_config(path, [*overrides, *words])) == settled(base):
-                rows[name].append({"name": variant.name, "words": words, "default": True})
+                rows[name].append({"name": title, "words": words, "default": True})
                 continue
-            log.info("%s: %s", name, variant.name)
-            slug = f"{name.replace(' ', '-')}-{digest(words)[:8]}"
-            _config, found = measured(path, [*overrides, *words, f"run={home / slug}"], base)
-            rows[name].append({"name": variant.name, "words": words, "cells": _cells(found)})
+            log.info("%s: %s", name, title)
+            run = f"run={home / digest(words)[:8]}"
+            found = measured(path, [*overrides, *words, run], base)
+            rows[name].append({"name": title, "words": words, "cells": _cells(found)})
         record = {
             "command": shlex.join(
                 ["python", "-m", "benchmarks.ablations", str(path), *_named(rows), *overrides]
@@ -319,6 +320,22 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
         }
         write_json(file, rounded(record))
     return file
+
+
+def _asked(name: str, path: Path, overrides: Sequence[str], base: Config) -> dict[str, list[str]]:
+    """The words of the variants of a group that apply to the config, by their titles.
+
+    Raises `ConfigError` if one of them makes no config, before any is trained.
+    """
+    found = {}
+    for variant in GROUPS[name][1]:
+        words = variant.words(base)
+        if words is None:
+            log.info("%s: left out: %s", name, variant.name)
+            continue
+        load_config(path, [*overrides, *words])
+        found[variant.name] = list(words)
+    return found
 
 
 def _named(rows: Collection[str]) -> list[str]:

@@ -46,8 +46,8 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """How many images show what they were asked for, their NFE, and themselves: uint8
-    `[condition, n, C, H, W]`.
+    """The number of images that show what was asked for, the NFE of all, their distance, and the
+    images, uint8 `[condition, n, C, H, W]`.
     """
 
     right: int
@@ -71,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--sheet",
         type=Path,
         metavar="FILE",
-        help="write a PNG of the last guidance: a row per condition, 12 images or all in each",
+        help="write a PNG of the last guidance: a row per condition, of at most 12 images",
     )
     return run(parser, _measure, words)
 

@@ -17,6 +17,8 @@ _FREE = {
     "accelerator",
     "data.root",
     "data.download",
+    "seed_model.data.root",
+    "seed_model.data.download",
     "expert.index",
     "expert.shard",
     "expert.init",

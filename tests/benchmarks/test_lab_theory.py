@@ -249,10 +249,6 @@ def test_points_on_the_sphere_attain_the_moment(path: Schedule) -> None:
     assert measured == pytest.approx(float(constants(path, 0.7, 3, 2, t).moment), rel=0.01)
 
 
-# --- one step -------------------------------------------------------------------------------------
-# ---------------------
-
-
 @pytest.mark.parametrize("case", range(CASES))
 def test_factor_bounds_the_stretch_of_a_step(case: int) -> None:
     data, R, t, x = inside(case)

@@ -16,6 +16,7 @@ from benchmarks.table.__main__ import main
 from benchmarks.table.results_page import difference, page
 from ddm.artifacts import sha256
 from tests.conftest import SMALL
+from train.config import load_config
 from train.evaluation.results import Evaluation
 from train.evaluation.rows import METHODS
 from train.evaluation.samples import SampleStore
@@ -219,11 +220,28 @@ def test_the_images_of_a_seed_model_are_ablated_at_equal_compute(
     record = json.loads((tmp_path / "ablations-seeded.json").read_text())
     base, noisy, alone = record["groups"]["images of the seed model"]  # faces are for CIFAR-10
     assert base["default"]
-    assert noisy["words"] == ["seed_model.steps=18", "expert.steps=6", "seed_model.t_min=0.6"]
-    assert alone["words"] == ["seed_model.steps=0", "expert.steps=12"]
+    half = ["seed_model.steps=18", "seed_model.above=null", "expert.steps=6"]
+    assert noisy["words"] == [*half, "seed_model.t_min=0.6"]
+    assert alone["words"] == ["seed_model.steps=0", "seed_model.above=null", "expert.steps=12"]
     runs = [made / "seeded", *(made / "seeded-ablations").iterdir()]
     assert len({(run / "experts/00/expert.safetensors").read_bytes() for run in runs}) == 3
     assert len({(run / "router/router.safetensors").read_bytes() for run in runs}) == 1
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_variants_that_apply_to_a_config_are_configs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations, "_clusters", lambda _: 5)
+    monkeypatch.setattr(ablations, "energy_bands", lambda _: [0.3, 0.6])
+    root = tmp_path / "a, b"
+    (root / "celeba_hq").mkdir(parents=True)
+    more = [f"data.root='{root}'"]
+    base = load_config(path, more)
+    for name in ablations.GROUPS:
+        found = ablations._asked(name, path, more, base)
+        left_out = {variant.name for variant in ablations.GROUPS[name][1]} - set(found)
+        assert left_out <= ({"other images: faces"} if base.data.name != "cifar10" else set())
 
 
 def test_the_bands_hold_a_third_of_the_energy_each(made: Path) -> None:
@@ -234,7 +252,6 @@ def test_the_bands_hold_a_third_of_the_energy_each(made: Path) -> None:
     from ddm.schedules import schedule
     from ddm.training import Batches
     from router.targets import exact_posterior
-    from train.config import load_config
 
     config = load_config(Path("configs/digits.yaml"), [*SMALL, f"run={made / 'tiny'}"])
     cut = Partition.read(config.folder / "partition")

@@ -1,4 +1,4 @@
-"""A Gaussian mixture of four clusters, its routed denoiser, and experts and draws that are known."""
+"""A Gaussian mixture of four clusters, its routed denoiser, constant experts, and a policy with given uniforms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

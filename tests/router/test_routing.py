@@ -262,9 +262,6 @@ def test_the_error_of_stochastic_falls_as_one_over_the_number_of_steps() -> None
     assert 2 < errors[0] / errors[1] < 8
 
 
-# Switching
-
-
 def test_switching_evaluates_alpha_only_where_an_image_redraws() -> None:
     oracle, n = mixture(), 50
     asked: list[int] = []

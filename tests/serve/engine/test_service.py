@@ -245,9 +245,6 @@ def test_an_expert_that_is_away_is_named_and_the_settings_of_failure_reach_the_e
     run(work)
 
 
-# The end
-
-
 def test_stopping_ends_requests_with_an_error_and_none_comes_after(small_run: Path) -> None:
     async def work() -> None:
         connect = Connected()
