@@ -105,7 +105,7 @@ def _half_on_faces(config: Config) -> list[str] | None:
     root = config.data.root
     if config.data.name != "cifar10" or not (Path(root) / "celeba_hq").exists():
         return None
-    faces = json.dumps({"name": "celeba_hq", "root": root, "size": 32})
+    faces = json.dumps({"name": "celeba_hq", "root": root, "size": 32, "flip": config.data.flip})
     return [*_half_in_a_seed_model(config), f"seed_model.data={faces}"]
 
 
@@ -193,7 +193,13 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         [
             _seeded("the images of all clusters"),
             Variant("other images: faces", _half_on_faces),
-            _seeded("all, but noisy ones alone: seed_model.t_min=0.6", "seed_model.t_min=0.6"),
+            _seeded("noisy ones alone", "seed_model.t_min=0.6"),
+            _seeded(
+                "noisy ones alone; it moves images at these t, and experts learn the others",
+                "seed_model.t_min=0.6",
+                "seed_model.above=0.6",
+                "expert.t_max=0.6",
+            ),
             Variant("no seed model", _none_in_a_seed_model),
         ],
     ),

@@ -218,13 +218,16 @@ def test_the_images_of_a_seed_model_are_ablated_at_equal_compute(
     words = ["configs/digits.yaml", "images of the seed model", *more, f"--out={tmp_path}"]
     assert ablations.main(words) == 0
     record = json.loads((tmp_path / "ablations-seeded.json").read_text())
-    base, noisy, alone = record["groups"]["images of the seed model"]  # faces are for CIFAR-10
+    base, noisy, above, alone = record["groups"][
+        "images of the seed model"
+    ]  # no faces: no CIFAR-10
     assert base["default"]
     half = ["seed_model.steps=18", "seed_model.above=null", "expert.steps=6"]
     assert noisy["words"] == [*half, "seed_model.t_min=0.6"]
+    assert above["words"] == [*noisy["words"], "seed_model.above=0.6", "expert.t_max=0.6"]
     assert alone["words"] == ["seed_model.steps=0", "seed_model.above=null", "expert.steps=12"]
     runs = [made / "seeded", *(made / "seeded-ablations").iterdir()]
-    assert len({(run / "experts/00/expert.safetensors").read_bytes() for run in runs}) == 3
+    assert len({(run / "experts/00/expert.safetensors").read_bytes() for run in runs}) == 4
     assert len({(run / "router/router.safetensors").read_bytes() for run in runs}) == 1
 
 
