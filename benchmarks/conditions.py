@@ -71,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--sheet",
         type=Path,
         metavar="FILE",
-        help="write a PNG of the last guidance: a row per condition, of at most 12 images",
+        help="write a contact sheet (PNG) of the last guidance: at most 12 images per condition",
     )
     return run(parser, _measure, words)
 
