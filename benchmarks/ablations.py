@@ -254,6 +254,7 @@ _PARTS = {
     "experts": _NETWORKS,
     "router": (*_IMAGES, "schedule.", "router."),
 }
+_BUNDLED = "seed_model.above"  # which the bundle alone depends on
 METHODS = ["switching"]
 
 
@@ -276,7 +277,9 @@ def _copy_same_parts(config: Config, base: Config) -> None:
     for part, keys in _PARTS.items():
         target = config.folder / part
         source = base.folder / part
-        same = all(here[key] == there.get(key) for key in here if _is_of(key, keys))
+        same = all(
+            here[key] == there.get(key) for key in here if _is_of(key, keys) and key != _BUNDLED
+        )
         if same and source.exists() and not target.exists():
             shutil.copytree(source, target)
 

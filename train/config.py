@@ -301,7 +301,7 @@ class Config:
         found = {}
         for name, settings in (cfg.samplers or {self.sample.sampler: {}}).items():
             try:
-                one = filled(SampleConfig, usual, settings)
+                one = filled(SampleConfig, usual | settings)
                 one.check()
                 self._check_guide(one)
                 require(

@@ -24,8 +24,9 @@ def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
     """A config of that class: layers (trees of keys, or `key=value` arguments) merged over its
     defaults, in order.
 
-    The value of a word is YAML, read by `read_yaml`. Raises `ConfigError` naming the key that is
-    unknown, missing, or has a value of another type.
+    The value of a word is YAML, read by `read_yaml`. It takes the place of a list or of an object
+    whose keys are the user's (`table.samplers={}`); keys of a section are set beside its others.
+    Raises `ConfigError` naming the key that is unknown, missing, or has a value of another type.
     """
     merged = OmegaConf.structured(schema)
     key = ""
@@ -33,9 +34,13 @@ def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
         for layer in layers:
             if isinstance(layer, str):
                 key, _, text = layer.partition("=")
+                kind = _type_at(schema, key)
+                value = read_yaml(text, kind)
                 word = OmegaConf.create()
-                OmegaConf.update(word, key, read_yaml(text, _type_at(schema, key)))
+                OmegaConf.update(word, key, value)
                 merged.merge_with(word)
+                if isinstance(value, dict) and not any(map(is_dataclass, _members(kind))):
+                    OmegaConf.update(merged, key, value, merge=False)
             elif isinstance(layer, DictConfig):
                 key = ""
                 merged.merge_with(layer)

@@ -84,8 +84,8 @@ def test_ray_up_knows_every_key() -> None:
 
 
 def ray_env() -> dict[str, str]:
-    """`RAY_ENV` of serve/ray_app.py, parsed: importing it would change this process's environment."""
-    tree = ast.parse((DOCKER.parent / "serve" / "ray_app.py").read_text())
+    """`RAY_ENV` of serve/on_ray, parsed: importing it would change this process's environment."""
+    tree = ast.parse((DOCKER.parent / "serve" / "on_ray" / "__init__.py").read_text())
     (value,) = [
         node.value
         for node in tree.body

@@ -25,6 +25,18 @@ def test_words_stand_above_the_tree_and_the_tree_above_the_defaults() -> None:
     assert found == expected
 
 
+def test_a_word_replaces_an_object_of_the_user_s_keys_and_leaves_the_rest_of_a_section() -> None:
+    tree = {
+        "run": "one",
+        "sample": {"clusters": {"a": 2}, "steps": 7},
+        "serve": {"ray": {"resources": {"slot": 1}, "gpus": 2}},
+    }
+    words = ["sample.clusters={b: 1}", "sample={t_min: 0.1}", "serve.ray.resources={}"]
+    found = settings(tree, words)
+    assert (found.sample.clusters, found.sample.steps, found.sample.t_min) == ({"b": 1}, 7, 0.1)
+    assert (found.serve.ray.resources, found.serve.ray.gpus) == ({}, 2)
+
+
 def test_the_defaults_are_safe_and_make_sense_themselves() -> None:
     found = settings(RUN)
     assert (found.serve.host, found.serve.open, found.serve.token_file) == (

@@ -1,0 +1,107 @@
+"""The application on Ray Serve, as a cluster's YAML names it: `serve.on_ray.app:build`."""
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from ray import serve as ray_serve
+from starlette.middleware import Middleware
+
+from ddm.bundle import read_bundle
+from serve.http.middleware import LimitsMiddleware
+from serve.model.loading import bundle_folder
+from serve.on_ray.expert import ExpertReplica, expert_groups, expert_name
+from serve.on_ray.service import Sampling
+from serve.settings import Settings, settings
+
+_QUEUED_CALLS = 8  # per replica: computed one after another, without waiting for the next to arrive
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """The middleware of Serve's HTTP proxy, which would read bodies of any size; see `RAY_ENV`.
+
+    The environment sets the limits: `DDM_BODY_BYTES`, `DDM_UPLOAD_BYTES` and `DDM_BODY_TIMEOUT_S`. The service behind
+    the proxy checks the token, which the proxy does not know.
+    """
+    limits = Settings().serve.limits
+    body_bytes = int(os.environ.get("DDM_BODY_BYTES", limits.body_bytes))
+    body_timeout_s = float(os.environ.get("DDM_BODY_TIMEOUT_S", limits.body_timeout_s))
+    upload_bytes = int(os.environ.get("DDM_UPLOAD_BYTES", limits.upload_bytes))
+    return [
+        Middleware(
+            LimitsMiddleware,
+            body_bytes=body_bytes,
+            body_timeout_s=body_timeout_s,
+            upload_bytes=upload_bytes,
+        )
+    ]
+
+
+def build(args: dict[str, Any]) -> ray_serve.Application:
+    """The application for settings such as `{"run": "/bundles/1", "serve": {"ray": {"gpus": 1}}}`.
+
+    Raises `ConfigError` or `ArtifactError` naming the key or the file at fault.
+    """
+    config = settings(args)
+    ray_config = config.serve.ray
+    k_experts = read_bundle(bundle_folder(config.run), only=()).mixture.k
+    experts = []  # for each expert, the deployment that it is in
+    for group in expert_groups(k_experts, ray_config.experts_per_replica):
+        experts += [_deployed(config, group)] * len(group)
+    return (
+        _deployment(Sampling, name="sampling")
+        .options(
+            num_replicas=ray_config.services,
+            max_ongoing_requests=1000,  # the service itself limits what is pending
+            ray_actor_options={"num_cpus": ray_config.service_cpus},
+            health_check_period_s=1,
+            graceful_shutdown_timeout_s=config.serve.limits.deadline_s,
+            graceful_shutdown_wait_loop_s=0.2,
+        )
+        .bind(asdict(config), experts)
+    )
+
+
+def _deployed(config: Settings, group: range) -> ray_serve.Application:
+    ray_config = config.serve.ray
+    first, last = group[0], group[-1]
+    name = expert_name(first) if first == last else f"experts-{first:02d}-{last:02d}"
+    return (
+        _deployment(ExpertReplica, name=name)
+        .options(
+            max_ongoing_requests=_QUEUED_CALLS,
+            ray_actor_options={
+                "num_cpus": ray_config.cpus,
+                "num_gpus": ray_config.gpus,
+                "resources": ray_config.resources,
+            },
+            health_check_period_s=1,  # a dead replica is replaced after 1 s instead of 10
+            graceful_shutdown_timeout_s=10,
+            graceful_shutdown_wait_loop_s=0.2,
+            **_scale(ray_config.replicas, ray_config.max_replicas),
+        )
+        .bind(
+            list(group),
+            config.run,
+            config.serve.device,
+            config.serve.precision,
+            config.serve.compile,
+        )
+    )
+
+
+def _deployment(kind: type, name: str) -> ray_serve.Deployment:
+    deployment: Any = ray_serve.deployment(kind, name=name)
+    return deployment
+
+
+def _scale(replicas: int, max_replicas: int | None) -> dict[str, Any]:
+    if max_replicas is None:
+        return {"num_replicas": replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas,
+            "max_replicas": max_replicas,
+            "target_ongoing_requests": 1,
+        }
+    }
