@@ -35,7 +35,7 @@ from router.targets import exact_posterior_rate
 from train.config import Config, config_file, default_config, load_config
 from train.evaluation.measure import Measurement
 from train.evaluation.results import Evaluation
-from train.run_folder import settled
+from train.run_folder import BUNDLED, settled
 from train.stages.run import run as run_stages
 
 log = logging.getLogger("ablations")
@@ -254,7 +254,6 @@ _PARTS = {
     "experts": _NETWORKS,
     "router": (*_IMAGES, "schedule.", "router."),
 }
-_BUNDLED = "seed_model.above"  # which the bundle alone depends on
 METHODS = ["switching"]
 
 
@@ -277,9 +276,8 @@ def _copy_same_parts(config: Config, base: Config) -> None:
     for part, keys in _PARTS.items():
         target = config.folder / part
         source = base.folder / part
-        same = all(
-            here[key] == there.get(key) for key in here if _is_of(key, keys) and key != _BUNDLED
-        )
+        both = [key for key in here | there if _is_of(key, keys) and key != BUNDLED]
+        same = all(here.get(key) == there.get(key) for key in both)
         if same and source.exists() and not target.exists():
             shutil.copytree(source, target)
 

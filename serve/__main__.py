@@ -57,7 +57,7 @@ def _serve(words: list[str]) -> None:
             # No other switch keeps the ports of a Ray that is started here on this machine. It is
             # read when Ray is imported.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        from serve.on_ray.server import serve_on_ray
+        from serve.ray_app.server import serve_on_ray
 
         serve_on_ray(config)
     else:

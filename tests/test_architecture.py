@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "train": {"configs", "ddm", "experts", "router", "serve"},
 }
 OURS = {*PACKAGES, "benchmarks", "ddm_cli", "tests"}
-RAY_MAY_BE_IN = ("serve/on_ray/", "train/on_ray/")
+RAY_MAY_BE_IN = ("serve/ray_app/", "train/ray_")
 DDM_STANDS_ON = {"torch", "numpy", "safetensors"}
 NETWORK = {
     "asyncio",

@@ -129,7 +129,7 @@ class EvaluateConfig:
                 require(
                     Path(name).is_file(),
                     f"{section}.features",
-                    "be of classifier, pixels, inception, TorchScript files and folders of them",
+                    "hold classifier, pixels, inception, or TorchScript files that exist, or folders of them",
                     name,
                 )
             built_in = name in ("classifier", "pixels", "inception")

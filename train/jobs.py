@@ -56,7 +56,7 @@ def train_side_by_side(
                 # No other switch keeps the ports of a Ray that is started here on this machine. Read when it is imported.
                 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
             try:
-                from train.on_ray.jobs import train_on_ray  # Ray takes seconds to import
+                from train.ray_jobs import train_on_ray  # Ray takes seconds to import
             except ImportError as error:
                 raise ConfigError(
                     f"launch.backend=ray needs Ray, here: pip install 'ray[train]' ({error})"

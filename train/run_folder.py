@@ -11,6 +11,7 @@ from ddm.errors import ArtifactError, require
 from ddm.partition import Partition
 from train.config import Config, plain, read_config_file
 
+BUNDLED = "seed_model.above"  # the key that the bundle alone depends on
 # Keys that may change between two calls: where things are, which part of the work to do, and how.
 _FREE = {
     "run",
@@ -108,8 +109,7 @@ def read_clusters(config: Config) -> tuple[Path, Partition]:
 def _learned(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that decide what is learned, flat."""
     flat = _flat({key: value for key, value in tree.items() if key not in _FREE_SECTIONS})
-    free = {*_FREE, "seed_model.above"}  # which the bundle depends on alone
-    return {key: value for key, value in flat.items() if key not in free}
+    return {key: value for key, value in flat.items() if key not in {*_FREE, BUNDLED}}
 
 
 def _with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

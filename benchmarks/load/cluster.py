@@ -15,7 +15,7 @@ from typing import Any
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes share few cores
 
-from serve.on_ray import RAY_ENV  # Ray reads its environment when it is imported
+from serve.ray_app import RAY_ENV  # Ray reads its environment when it is imported
 
 assert RAY_ENV
 

@@ -5,7 +5,7 @@ import logging
 import time
 from typing import Any
 
-from serve.on_ray import RAY_ENV  # first: Ray reads its environment when it is imported
+from serve.ray_app import RAY_ENV  # first: Ray reads its environment when it is imported
 
 assert RAY_ENV
 

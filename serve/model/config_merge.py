@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import split_key
 from omegaconf._yaml import get_yaml_loader  # that of OmegaConf.load, which takes no nodes
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,8 +25,9 @@ def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
     """A config of that class: layers (trees of keys, or `key=value` arguments) merged over its
     defaults, in order.
 
-    The value of a word is YAML, read by `read_yaml`. It takes the place of a list or of an object
-    whose keys are the user's (`table.samplers={}`); keys of a section are set beside its others.
+    The value of a word is YAML, read by `read_yaml`. It takes the place of the list, or of the object
+    whose keys are the user's, that the word names (`table.samplers={}`); keys of a section are set
+    beside its others.
     Raises `ConfigError` naming the key that is unknown, missing, or has a value of another type.
     """
     merged = OmegaConf.structured(schema)
@@ -36,11 +38,11 @@ def filled(schema: type[C], *layers: Mapping[str, Any] | DictConfig | str) -> C:
                 key, _, text = layer.partition("=")
                 kind = _type_at(schema, key)
                 value = read_yaml(text, kind)
+                if isinstance(value, dict | list) and not any(map(is_dataclass, _members(kind))):
+                    OmegaConf.update(merged, key, type(value)(), merge=False)
                 word = OmegaConf.create()
                 OmegaConf.update(word, key, value)
                 merged.merge_with(word)
-                if isinstance(value, dict) and not any(map(is_dataclass, _members(kind))):
-                    OmegaConf.update(merged, key, value, merge=False)
             elif isinstance(layer, DictConfig):
                 key = ""
                 merged.merge_with(layer)
@@ -129,7 +131,7 @@ def _inner_type(schema: Any, key: str | None) -> Any:
 
 def _type_at(schema: Any, key: str) -> Any:
     """The type of the value at `a.b.c`; `Any` where that is unknown."""
-    for part in key.split("."):
+    for part in split_key(key):
         schema = _inner_type(schema, part)
     return schema
 

@@ -167,7 +167,7 @@ def test_finished_parts_are_not_repeated(made: Path) -> None:
         (["table.samplers={x: {stepz: 3}}"], "table.samplers.x: "),
         (
             ["table.features=[nowhere.pt]"],
-            "table.features must be of classifier, pixels, inception, TorchScript files",
+            "table.features must hold classifier, pixels, inception, or TorchScript files",
         ),
         (["--pages=1"], "unrecognized arguments: --pages=1"),
     ],

@@ -239,7 +239,7 @@ def test_only_workers_have_the_token(group: str) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_pods_have_the_environment_of_serving(group: str) -> None:
     tree = ast.parse(
-        (DOCKER.parent / "serve" / "on_ray" / "__init__.py").read_text()
+        (DOCKER.parent / "serve" / "ray_app" / "__init__.py").read_text()
     )  # importing it would change our own
     (value,) = [
         node.value

@@ -48,8 +48,9 @@ def test_import_paths_exist() -> None:
     (app,) = SERVE["applications"]
     for path in (app["import_path"], ray_env()["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]):
         module, _, name = path.partition(":")
-        tree = ast.parse((DOCKER.parent / f"{module.replace('.', '/')}.py").read_text())
-        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        tree = ast.parse((DOCKER.parent / module.replace(".", "/") / "__init__.py").read_text())
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert name in {alias.name for node in imports for alias in node.names}
 
 
 def test_user_config_holds_the_run() -> None:
@@ -84,8 +85,8 @@ def test_ray_up_knows_every_key() -> None:
 
 
 def ray_env() -> dict[str, str]:
-    """`RAY_ENV` of serve/on_ray, parsed: importing it would change this process's environment."""
-    tree = ast.parse((DOCKER.parent / "serve" / "on_ray" / "__init__.py").read_text())
+    """`RAY_ENV` of serve/ray_app, parsed: importing it would change this process's environment."""
+    tree = ast.parse((DOCKER.parent / "serve" / "ray_app" / "__init__.py").read_text())
     (value,) = [
         node.value
         for node in tree.body

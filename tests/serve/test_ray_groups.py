@@ -19,7 +19,7 @@ from ddm.errors import ArtifactError
 from serve import load
 from serve.model.images import to_uint8
 from serve.model.loading import load_experts
-from serve.on_ray.expert import ExpertReplica
+from serve.ray_app.replica import ExpertReplica
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's own, which are many

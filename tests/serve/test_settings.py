@@ -29,12 +29,17 @@ def test_a_word_replaces_an_object_of_the_user_s_keys_and_leaves_the_rest_of_a_s
     tree = {
         "run": "one",
         "sample": {"clusters": {"a": 2}, "steps": 7},
-        "serve": {"ray": {"resources": {"slot": 1}, "gpus": 2}},
+        "serve": {
+            "ray": {"resources": {"slot": 1}, "gpus": 2},
+            "keys": {"a": {"token_file": "a"}},
+        },
     }
-    words = ["sample.clusters={b: 1}", "sample={t_min: 0.1}", "serve.ray.resources={}"]
-    found = settings(tree, words)
+    words = ["sample.clusters=[b]", "sample.clusters={b: 1}", "sample={t_min: 0.1}"]
+    more = ["serve.ray.resources={}", "serve.keys={b: {token_file: b, weight: 2}}"]
+    found = settings(tree, [*words, *more])
     assert (found.sample.clusters, found.sample.steps, found.sample.t_min) == ({"b": 1}, 7, 0.1)
     assert (found.serve.ray.resources, found.serve.ray.gpus) == ({}, 2)
+    assert {name: key.weight for name, key in found.serve.keys.items()} == {"b": 2}
 
 
 def test_the_defaults_are_safe_and_make_sense_themselves() -> None:

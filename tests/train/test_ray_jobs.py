@@ -19,11 +19,10 @@ from ray.cluster_utils import Cluster
 from ddm.artifacts import sha256
 from ddm.errors import ArtifactError, ConfigError, DdmError
 from ddm.partition import Partition
-from serve import load
-from serve.on_ray import address as ray_address
+from serve import load, ray_address
+from train import ray_jobs as on_ray
 from train import stopping
 from train.config import Config
-from train.on_ray import jobs as on_ray
 from train.stages.run import run
 from train.stopping import Stopped
 from train.storage import Storage, pack, unpack
@@ -280,7 +279,7 @@ def test_a_storage_that_is_not_one_is_refused(
 def test_ray_that_is_not_installed_is_named(
     small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "train.on_ray.jobs", None)
+    monkeypatch.setitem(sys.modules, "train.ray_jobs", None)
     config = small(tmp_path / "run", *WORDS)
     run(config, ["partition"])
     with pytest.raises(ConfigError, match=r"launch.backend=ray needs Ray, here: pip install"):

@@ -21,7 +21,7 @@ from ddm.artifacts import read_tensors
 from ddm.errors import ConfigError
 from tests.conftest import SMALL
 from train.config import Config
-from train.on_ray.owners import answer
+from train.ray_owners import answer
 from train.stages.partition import make_partition
 from train.stages.router import train_router
 from train.stages.shard import export_shards

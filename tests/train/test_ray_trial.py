@@ -13,7 +13,7 @@ from ddm.artifacts import sha256
 from ddm.partition import Partition
 from tests.conftest import SMALL
 from train.config import Config, default_config, load_config
-from train.on_ray.trial import Training, Work, inside, name_of
+from train.ray_trial import Training, Work, inside, name_of
 from train.stages import expert
 from train.stages.run import run
 from train.storage import Storage

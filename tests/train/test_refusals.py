@@ -143,7 +143,7 @@ from train.config import Config, load_config
         ),
         (
             ["evaluate.features=[classifier, no.pt]"],
-            "evaluate.features must be of classifier, pixels, inception, TorchScript files and folders of them, got 'no.pt'",
+            "evaluate.features must hold classifier, pixels, inception, or TorchScript files that exist, or folders of them, got 'no.pt'",
         ),
         (
             ["evaluate.features=[]"],

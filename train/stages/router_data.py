@@ -94,7 +94,7 @@ def data_of(
     if config.router.data == "experts":
         return sampled(config, mixture, experts())
     if config.router.data == "shards" and config.launch.backend == "ray":
-        from train.on_ray.owners import asked  # Ray takes seconds to import
+        from train.ray_owners import asked  # Ray takes seconds to import
 
         ask = stack.enter_context(asked(config, mixture.names, mixture.clusters))
         return of_owners(config, ask, mixture.k)

@@ -52,7 +52,7 @@ def run(config: Config, stages: Sequence[str] = STAGES) -> None:
 
 
 def _answer(config: Config) -> None:
-    from train.on_ray.owners import answer  # Ray takes seconds to import
+    from train.ray_owners import answer  # Ray takes seconds to import
 
     answer(config)
 

@@ -1,8 +1,7 @@
 """On Ray Serve: a deployment per expert or group of experts, and the sampling service (router,
 engine, HTTP) as ingress.
 
-`serve deploy docker/serve.yaml` and `python -m serve RUN serve.placement=ray` both use
-`serve.on_ray.app:build`.
+`serve deploy docker/serve.yaml` and `python -m serve RUN serve.placement=ray` both use `build`.
 """
 
 import os
@@ -13,7 +12,11 @@ RAY_ENV = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.on_ray.app:proxy_middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.ray_app:proxy_middlewares",
 }
 for _key, _value in RAY_ENV.items():
     os.environ.setdefault(_key, _value)
+
+from serve.ray_app.application import build, proxy_middlewares  # noqa: E402
+
+__all__ = ["RAY_ENV", "build", "proxy_middlewares"]

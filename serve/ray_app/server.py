@@ -18,9 +18,9 @@ from ddm.bundle import read_bundle
 from ddm.errors import DdmError
 from serve.http.local_server import listen
 from serve.model.loading import bundle_folder
-from serve.on_ray.address import check_ray_answers
-from serve.on_ray.app import build
-from serve.on_ray.expert import expert_groups
+from serve.ray_address import check_ray_answers
+from serve.ray_app.application import build
+from serve.ray_app.replica import expert_groups
 from serve.settings import Settings
 
 log = logging.getLogger(__name__)

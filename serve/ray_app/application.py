@@ -1,4 +1,4 @@
-"""The application on Ray Serve, as a cluster's YAML names it: `serve.on_ray.app:build`."""
+"""The application: what is deployed, with which claims and limits."""
 
 import os
 from dataclasses import asdict
@@ -10,8 +10,8 @@ from starlette.middleware import Middleware
 from ddm.bundle import read_bundle
 from serve.http.middleware import LimitsMiddleware
 from serve.model.loading import bundle_folder
-from serve.on_ray.expert import ExpertReplica, expert_groups, expert_name
-from serve.on_ray.service import Sampling
+from serve.ray_app.ingress import Sampling
+from serve.ray_app.replica import ExpertReplica, expert_groups, expert_name
 from serve.settings import Settings, settings
 
 _QUEUED_CALLS = 8  # per replica: computed one after another, without waiting for the next to arrive

@@ -19,7 +19,7 @@ from ddm.schedules import schedule
 from router.owners import Ask, Owner
 from train import stopping
 from train.config import Config
-from train.on_ray.nodes import connected
+from train.ray_nodes import connected
 from train.run_folder import read_clusters
 
 log = logging.getLogger(__name__)

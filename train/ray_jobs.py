@@ -25,8 +25,8 @@ from train import stopping
 from train.config import Config
 from train.jobs import Job
 from train.live_table import LiveTable
-from train.on_ray.nodes import check_room, check_shared, claims, connected, processes_at_once
-from train.on_ray.trial import KEPT, Training, Work, inside, name_of
+from train.ray_nodes import check_room, check_shared, claims, connected, processes_at_once
+from train.ray_trial import KEPT, Training, Work, inside, name_of
 from train.stages.denoiser import artifact_stem
 from train.stopping import Stopped
 from train.storage import Storage, kept_files, unpack
@@ -217,7 +217,7 @@ def _tuner(config: Config, work: Work, link: _Link, storage: Storage, name: str)
     claimed, at_once = work.claims, config.expert.workers or None
     kind: Any = Training
     if (devices := max(job.devices for job in work.jobs)) > 1:
-        from train.on_ray.ranks import train_ranks as kind
+        from train.ray_ranks import train_ranks as kind
 
         # Ray Train claims what its processes need: Tune must not start more trials than have room.
         room = processes_at_once(claimed) // devices

@@ -2,22 +2,35 @@
 
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+# Read when Ray is imported, and inherited by its processes.
+_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # our table is shown instead
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # train.stopping answers
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+for _key, _value in _ENV.items():
+    os.environ.setdefault(_key, _value)
 
-from ddm.errors import ConfigError, DdmError
-from serve.on_ray.address import check_ray_answers
-from train import stopping
-from train.config import Config
-from train.storage import Storage
+import ray  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
+
+from ddm.errors import ConfigError, DdmError  # noqa: E402
+from serve.ray_address import check_ray_answers  # noqa: E402
+from train import stopping  # noqa: E402
+from train.config import Config  # noqa: E402
+from train.storage import Storage  # noqa: E402
 
 # The folder of the packages, which Ray's workers import them from.
-_HOME = Path(__file__).parents[2]
+_HOME = Path(__file__).parents[1]
 
 
 class RayStartError(DdmError):

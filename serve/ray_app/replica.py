@@ -133,7 +133,7 @@ async def _result(response: Any) -> Any:
 
 
 def expert_name(k: int) -> str:
-    """The name of expert k in logs and of its deployment."""
+    """The name of expert k in logs, and of a deployment of its own."""
     return f"expert-{k:02d}"
 
 

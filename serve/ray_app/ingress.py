@@ -15,7 +15,7 @@ from serve.engine.models import Models
 from serve.engine.turn import Turn
 from serve.http.app import build_app
 from serve.http.middleware import LimitsMiddleware
-from serve.on_ray.expert import RayExpert, expert_groups
+from serve.ray_app.replica import RayExpert, expert_groups
 from serve.settings import Settings, settings
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from ddm.errors import DdmError
 from train.launch import picklable
-from train.on_ray.trial import KEPT, Work, fetch, moved, name_of, stamp
 from train.ranks import Ranks, among
+from train.ray_trial import KEPT, Work, fetch, moved, name_of, stamp
 from train.storage import Storage, pack
 
 _EVERY_S = 10.0  # between two reports without a checkpoint

@@ -20,7 +20,7 @@ from benchmarks.load.drill import differences, other_weights
 from ddm.errors import ConfigError
 from serve import load
 from serve.model.images import to_uint8
-from serve.on_ray import service as ray_service
+from serve.ray_app import ingress
 from serve.settings import settings
 
 pytestmark = [
@@ -69,13 +69,13 @@ def test_a_proxy_beyond_loopback_needs_a_token(
 ) -> None:
     serve = {key: value for key, value in words.items() if key != "host"}
     client = SimpleNamespace(http_config=SimpleNamespace(host=words["host"]))
-    monkeypatch.setattr(ray_service, "_get_global_client", lambda: client)
+    monkeypatch.setattr(ingress, "_get_global_client", lambda: client)
     config = settings({"run": "one", "serve": serve})
     if allowed:
-        ray_service._check_proxy_host(config)
+        ingress._check_proxy_host(config)
     else:
         with pytest.raises(ConfigError, match=r"http_options\.host must be 127\.0\.0\.1 unless"):
-            ray_service._check_proxy_host(config)
+            ingress._check_proxy_host(config)
 
 
 def test_every_replica_has_its_own_node(
