@@ -2,9 +2,11 @@
 `serve deploy` does.
 """
 
+import contextlib
 import logging
 import os
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import Any
 # The only switch that keeps Ray's own ports on this machine.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes share few cores
+# Serve kills a proxy that is not ready in time, which on few cores is one that still imports.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 from serve.ray_app import RAY_ENV  # Ray reads its environment when it is imported
 
@@ -56,15 +60,23 @@ class Deployed:
         self.client.deploy_applications(schema.model_dump(exclude_unset=True))
 
     def wait(self, within_s: float = 240) -> None:
-        """Wait until it runs. Raises `RuntimeError` with Serve's message if it does not."""
+        """Wait until it runs and its proxy answers, which Serve's status does not tell. Raises
+        `RuntimeError` with Serve's message if it does not.
+        """
         ends = time.monotonic() + within_s
         while True:
             app = self.client.get_serve_details()["applications"].get("ddm", {})
-            if app.get("status") == "RUNNING":
+            if app.get("status") == "RUNNING" and self.answers():
                 return
             if app.get("status") == "DEPLOY_FAILED" or time.monotonic() > ends:
                 raise RuntimeError(f"not deployed: {app.get('status')}: {app.get('message')}")
             time.sleep(0.5)
+
+    def answers(self) -> bool:
+        """Whether the proxy takes requests."""
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/healthz", timeout=5):
+            return True
+        return False
 
     def replicas(self) -> dict[str, list[tuple[int, str]]]:
         """The process and node of each running replica, by deployment."""

@@ -87,7 +87,7 @@ def test_k_means_is_not_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str
             ["partition.holdout=0.97", "data.limit=100"],
             "partition.holdout must leave every cluster",
         ),
-        (["evaluate.features=[nowhere.pt]"], "evaluate.features must be of"),
+        (["evaluate.features=[nowhere.pt]"], "evaluate.features must hold"),
     ],
 )
 def test_what_the_run_would_refuse_is_refused(
