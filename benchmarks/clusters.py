@@ -8,11 +8,14 @@ or 14, and about ten minutes on two cores, or thirty.
 """
 
 import argparse
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -66,12 +69,10 @@ def _measure(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     command = [sys.executable, "-m", "train", "partition", *settings, *arguments.words]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder.absolute() / "cache")}
-    process = subprocess.Popen(command, env=environment)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise DdmError(f"the stage partition ended with status {process.returncode}")
-    peak_bytes = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        status, peak_bytes = pool.submit(_measured, command, environment).result()
+    if status != 0:
+        raise DdmError(f"the stage partition ended with status {status}")
     found = read_json(folder / f"run-{name}" / "partition" / "quality.json")
     print(
         f"{arguments.images} images in {arguments.k} clusters: {time.monotonic() - began:.0f} s, at most "
@@ -80,6 +81,16 @@ def _measure(arguments: argparse.Namespace) -> None:
     )
     if peak_bytes > _LIMIT_BYTES:
         raise DdmError(f"{peak_bytes} bytes are more than 2 GiB")
+
+
+def _measured(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int]:
+    """The exit status of a command and its bytes at the peak.
+
+    To be called in a small process: Linux counts, for a command's peak, that of the process it was started from.
+    """
+    status = subprocess.run(command, env=environment, check=False).returncode
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return status, peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def _make_up(path: Path, count: int, classes: int) -> None:
