@@ -12,38 +12,9 @@ from typing import Any, Literal
 
 from ddm.errors import require, within
 from serve.engine.shares import Key
+from serve.http.limits import LimitsConfig
 from serve.model.config_merge import filled
 from serve.model.params import SampleConfig
-
-
-@dataclass
-class LimitsConfig:
-    """Limits of one request and of all together; each is above 0.
-
-    n: images per request
-    steps: steps per image
-    body_bytes: size of a request's body
-    upload_bytes: size of one with images, for edits and variations
-    body_timeout_s: for a request's body to arrive
-    header_timeout_s: for a request's headers to arrive; not behind Ray's proxy
-    send_timeout_s: for a client that does not read its answer; then it is cut off
-    keep_alive_s: how long a connection without a request is kept; not behind Ray's proxy
-    connections: open at once; beyond it idle ones are closed; not behind Ray's proxy
-    pending: expert evaluations that are accepted and not done; beyond it 429
-    deadline_s: from a request to its last image; beyond it 504
-    """
-
-    n: int = 64
-    steps: int = 250
-    body_bytes: int = 65_536
-    upload_bytes: int = 4 << 20
-    body_timeout_s: float = 10.0
-    header_timeout_s: float = 10.0
-    send_timeout_s: float = 30.0
-    keep_alive_s: float = 75.0
-    connections: int = 1000
-    pending: int = 100_000
-    deadline_s: float = 300.0
 
 
 @dataclass

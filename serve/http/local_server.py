@@ -20,8 +20,9 @@ from ddm.errors import ConfigError, DdmError
 from serve.engine.metrics import Prometheus
 from serve.engine.models import Models
 from serve.http.app import build_app
+from serve.http.limits import LimitsConfig
 from serve.http.middleware import LimitsMiddleware
-from serve.settings import LimitsConfig, Settings
+from serve.settings import Settings
 
 log = logging.getLogger("serve")
 

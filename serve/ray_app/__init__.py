@@ -12,11 +12,11 @@ RAY_ENV = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.ray_app:proxy_middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.limits:proxy_middlewares",
 }
 for _key, _value in RAY_ENV.items():
     os.environ.setdefault(_key, _value)
 
-from serve.ray_app.application import build, proxy_middlewares  # noqa: E402
+from serve.ray_app.application import build  # noqa: E402
 
-__all__ = ["RAY_ENV", "build", "proxy_middlewares"]
+__all__ = ["RAY_ENV", "build"]

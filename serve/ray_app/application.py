@@ -1,40 +1,17 @@
 """The application: what is deployed, with which claims and limits."""
 
-import os
 from dataclasses import asdict
 from typing import Any
 
 from ray import serve as ray_serve
-from starlette.middleware import Middleware
 
 from ddm.bundle import read_bundle
-from serve.http.middleware import LimitsMiddleware
 from serve.model.loading import bundle_folder
 from serve.ray_app.ingress import Sampling
 from serve.ray_app.replica import ExpertReplica, expert_groups, expert_name
 from serve.settings import Settings, settings
 
 _QUEUED_CALLS = 8  # per replica: computed one after another, without waiting for the next to arrive
-
-
-def proxy_middlewares() -> list[Middleware]:
-    """The middleware of Serve's HTTP proxy, which would read bodies of any size; see `RAY_ENV`.
-
-    The environment sets the limits: `DDM_BODY_BYTES`, `DDM_UPLOAD_BYTES` and `DDM_BODY_TIMEOUT_S`. The service behind
-    the proxy checks the token, which the proxy does not know.
-    """
-    limits = Settings().serve.limits
-    body_bytes = int(os.environ.get("DDM_BODY_BYTES", limits.body_bytes))
-    body_timeout_s = float(os.environ.get("DDM_BODY_TIMEOUT_S", limits.body_timeout_s))
-    upload_bytes = int(os.environ.get("DDM_UPLOAD_BYTES", limits.upload_bytes))
-    return [
-        Middleware(
-            LimitsMiddleware,
-            body_bytes=body_bytes,
-            body_timeout_s=body_timeout_s,
-            upload_bytes=upload_bytes,
-        )
-    ]
 
 
 def build(args: dict[str, Any]) -> ray_serve.Application:

@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,11 +48,19 @@ def test_the_proxy_waits_longer_than_the_service() -> None:
 
 def test_import_paths_exist() -> None:
     (app,) = SERVE["applications"]
-    for path in (app["import_path"], ray_env()["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]):
-        module, _, name = path.partition(":")
-        tree = ast.parse((DOCKER.parent / module.replace(".", "/") / "__init__.py").read_text())
-        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-        assert name in {alias.name for node in imports for alias in node.names}
+    module, _, name = app["import_path"].partition(":")
+    tree = ast.parse((DOCKER.parent / module.replace(".", "/") / "__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert name in {alias.name for node in imports for alias in node.names}
+
+
+def test_a_proxy_that_starts_imports_neither_torch_nor_ray() -> None:
+    module, _, name = ray_env()["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+    code = f"import sys; from {module} import {name}; {name}(); print({{'torch', 'ray'}} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=DOCKER.parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
 
 
 def test_user_config_holds_the_run() -> None:
