@@ -34,7 +34,7 @@ COMMANDS = {
     "evaluate": ["ddm_cli.evaluate"],
     "bundle": ["ddm_cli.bundle"],
     "table": ["benchmarks.table.__main__"],
-    "ablations": ["benchmarks.ablations"],
+    "ablations": ["benchmarks.ablations.__main__"],
     "load": ["benchmarks.load.__main__"],
     "import": ["train.exchange.__main__", "import"],
     "export": ["train.exchange.__main__", "export"],

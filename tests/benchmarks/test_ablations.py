@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablations import _copy_same_parts
+from benchmarks.ablations.__main__ import _copy_same_parts
 from train.config import load_config
 
 

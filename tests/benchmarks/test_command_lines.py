@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks import (
-    ablations,
     agreement,
     clusters,
     conditions,
@@ -15,6 +14,7 @@ from benchmarks import (
     side_by_side,
     survival,
 )
+from benchmarks.ablations import __main__ as ablations
 from benchmarks.lab import __main__ as lab
 from benchmarks.load import __main__ as load
 from benchmarks.speed import __main__ as speed

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations, curve, recipe
+from benchmarks import curve, recipe
+from benchmarks.ablations import ablations_page
 from benchmarks.speed import speed_page
 from benchmarks.table.measurements import made_by
 from benchmarks.table.results_page import main_table, page
@@ -60,7 +61,7 @@ def complaints(folder: Path) -> list[str]:
         if not same and not record.get("earlier"):
             found.append(f"{name}.json was made by another {config} than the one in the tree")
     measured = any(name.startswith("ablations-") for name in records)
-    if measured and (folder / "ablations.md").read_text() != ablations.page(folder):
+    if measured and (folder / "ablations.md").read_text() != ablations_page.page(folder):
         found.append("ablations.md does not say what its records do")
     for written, module in ((folder / "recipe.md", recipe), (folder / "curve.md", curve)):
         if written.exists() and written.read_text() != module.page(folder):

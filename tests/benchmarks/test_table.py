@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablations
+from benchmarks.ablations import __main__ as ablations
+from benchmarks.ablations import variants
 from benchmarks.table.__main__ import main
 from benchmarks.table.results_page import difference, page
 from ddm.artifacts import sha256
@@ -183,7 +184,7 @@ def test_bad_config_is_refused_before_training(
 def test_the_benchmarks_need_neither_ray_nor_a_server() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['ray', 'fastapi', 'uvicorn', 'prometheus_client', 'pydantic']));"
-        "import benchmarks.table.measurements, benchmarks.table.results_page, benchmarks.ablations"
+        "import benchmarks.table.measurements, benchmarks.table.results_page, benchmarks.ablations.__main__"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -235,15 +236,15 @@ def test_the_images_of_a_seed_model_are_ablated_at_equal_compute(
 def test_the_variants_that_apply_to_a_config_are_configs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablations, "_clusters", lambda _: 5)
-    monkeypatch.setattr(ablations, "energy_bands", lambda _: [0.3, 0.6])
+    monkeypatch.setattr(variants, "_clusters", lambda _: 5)
+    monkeypatch.setattr(variants, "energy_bands", lambda _: [0.3, 0.6])
     root = tmp_path / "a, b"
     (root / "celeba_hq").mkdir(parents=True)
     more = [f"data.root='{root}'"]
     base = load_config(path, more)
-    for name in ablations.GROUPS:
+    for name in variants.GROUPS:
         found = ablations._asked(name, path, more, base)
-        left_out = {variant.name for variant in ablations.GROUPS[name][1]} - set(found)
+        left_out = {variant.name for variant in variants.GROUPS[name][1]} - set(found)
         assert left_out <= ({"other images: faces"} if base.data.name != "cifar10" else set())
 
 
@@ -271,6 +272,6 @@ def test_the_bands_hold_a_third_of_the_energy_each(made: Path) -> None:
     times = torch.linspace(1e-3, 1, 201, dtype=torch.float64)
     rates = torch.stack([alpha(t) for t in times]).diff(dim=0) / times.diff()[:, None, None]
     share = rates.square().sum(dim=2).mean(dim=1).cumsum(dim=0)
-    for edge, part in zip(ablations.energy_bands(config), (1 / 3, 2 / 3), strict=True):
+    for edge, part in zip(variants.energy_bands(config), (1 / 3, 2 / 3), strict=True):
         found = float(share[int((edge - 1e-3) / (1 - 1e-3) * 200)] / share[-1])
         assert found == pytest.approx(part, abs=0.12)
