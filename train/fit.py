@@ -30,6 +30,7 @@ from train.watching import Watch, Watching, held_out_losses
 Report = Callable[[int, float], None]  # (steps done, mean loss since the last report)
 
 _REPORTS = 200  # in one training
+_AGREE_EVERY = 10  # steps: for several processes to ask one another is to wait for the device
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class _Steps(Callback):
         self.count += 1
         self._check_later(loss, step)
         last = step == trainer.max_steps
-        signum = stopping.requested()
+        signum = _asked_to_stop(trainer, step)
         if step % self.report_every == 0 or last:
             self._report(trainer, step)
         if step % self.config.checkpoint_every == 0 or last or signum is not None:
@@ -106,14 +107,6 @@ class _Steps(Callback):
                 self.stopwatch.save()
         if signum is not None:
             raise Stopped(signum, [step])
-
-    def _asked(self, trainer: pl.Trainer, due: bool) -> int | None:
-        """The signal that asks to stop; of several processes any one's, when a report is due."""
-        signum = stopping.requested()
-        if trainer.world_size == 1:
-            return signum
-        stops = due and trainer.strategy.reduce_boolean_decision(signum is not None, all=False)
-        return (signum or signal.SIGTERM) if stops else None
 
     def _check_later(self, value: Tensor, step: int) -> None:
         assert self.first_bad is not None
@@ -138,6 +131,17 @@ class _Steps(Callback):
         batches = getattr(self.module, "batches", None)
         images = batches.batch if isinstance(batches, Batches) else 1
         self.watching.show(step, images, {"loss": mean, "learning rate": self.rate})
+
+
+def _asked_to_stop(trainer: pl.Trainer, step: int) -> int | None:
+    """The signal that asks to stop after this step; of several processes any one's, so that all stop at the same step."""
+    signum = stopping.requested()
+    if trainer.world_size == 1:
+        return signum
+    if step % _AGREE_EVERY:
+        return None
+    stop = trainer.strategy.reduce_boolean_decision(signum is not None, all=False)
+    return (signum or signal.SIGTERM) if stop else None
 
 
 def check_finite(module: pl.LightningModule, step: int) -> None:

@@ -22,6 +22,8 @@ from train.stopping import Stopped
 
 OnProgress = Callable[[Any], None]
 
+_GRACE_S = 50  # for ranks to save a checkpoint after a signal; less than `train.launch` gives
+
 
 class RankDiedError(DdmError):
     """One of the processes that train a network ended without a result."""
@@ -78,6 +80,7 @@ def run_ranks(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     ours, theirs = get_context("spawn").Pipe(duplex=False)
     config = LaunchConfig(
         min_nodes=1,
@@ -90,8 +93,15 @@ def run_ranks(
         max_restarts=retries,
         monitor_interval=0.2,
         start_method="spawn",
+        signals_to_handle=",".join(
+            number.name for number, handler in before.items() if handler is not signal.SIG_IGN
+        ),
+        shutdown_timeout=_GRACE_S,
     )
     errors: list[Exception] = []
+    steps: list[int] = []
+    signum: int | None = None
+    failed: ChildFailedError | None = None
 
     def listen() -> None:
         with suppress(EOFError, OSError):
@@ -101,22 +111,19 @@ def run_ranks(
                     on_progress(value)
                 elif kind == "began":
                     errors.clear()  # of processes before a retry
+                elif kind == "stopped":
+                    steps[:] = value
                 else:
                     errors.append(value)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     try:
         elastic_launch(config, _rank)(work, size, threads, theirs)
     except SignalException as stop:
-        raise Stopped(stop.sigval) from None
+        signum = stop.sigval
     except ChildFailedError as error:
-        if (signum := stopping.requested()) is not None:
-            raise Stopped(signum) from None
-        if not errors:
-            code = error.get_first_failure()[1].exitcode
-            raise RankDiedError(f"one of its {size} processes ended with status {code}") from error
+        signum, failed = stopping.requested(), error
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
@@ -124,8 +131,13 @@ def run_ranks(
         theirs.close()
         listener.join(1.0)
         ours.close()
+    if signum is not None:
+        raise Stopped(signum, steps)
     if errors:
         raise errors[0]
+    if failed is not None:
+        code = failed.get_first_failure()[1].exitcode
+        raise RankDiedError(f"one of its {size} processes ended with status {code}") from failed
 
 
 def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Connection) -> None:
@@ -134,7 +146,7 @@ def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Con
 
     from train.launch import leave_with_parent, picklable
 
-    stopping.follow_parent()
+    stopping.follow_launcher()
     threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     rank = int(os.environ["RANK"])
@@ -148,6 +160,10 @@ def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Con
     try:
         with among(ranks):
             work(tell)
+    except Stopped as stopped:
+        if rank == 0:
+            pipe.send(("stopped", stopped.steps))
+        raise
     except Exception as error:
         if rank == 0:
             pipe.send(("error", picklable(error)))

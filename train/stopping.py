@@ -56,6 +56,13 @@ def follow_parent() -> None:
     signal.signal(signal.SIGTERM, _stop)
 
 
+def follow_launcher() -> None:
+    """In one of several processes that train one network: each signal that is not ignored stops it, any number of times."""
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _stop)
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
     """Inside, a signal raises nothing: the block asks `requested` where it can stop. At its end `Stopped` is raised."""

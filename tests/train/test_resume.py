@@ -202,6 +202,22 @@ def test_ctrl_c_saves_the_experts_of_all_workers(tmp_path: Path, start: Start, w
     assert sorted(checkpoint["global_step"] for checkpoint in saved) == sorted(steps)
 
 
+@pytest.mark.parametrize("words", [["expert.index=1"], ["expert.workers=1"]])
+def test_ctrl_c_saves_an_expert_that_two_processes_train(
+    tmp_path: Path, start: Start, whole: Path, words: list[str]
+) -> None:
+    shutil.copytree(whole / "partition", tmp_path / "partition")
+    rarely = ("expert.checkpoint_every=2000", "expert.steps=2000", "expert.devices=2")
+    training = start(tmp_path, "expert", *rarely, *words)
+    folder = tmp_path / "experts" / ("01" if "expert.index=1" in words else "00")
+    training.wait_for(folder / "losses.txt")
+    training.send(signal.SIGINT)
+    assert training.status() == 128 + signal.SIGINT
+    step = torch.load(folder / "resume.ckpt", weights_only=True)["global_step"]
+    said = training.error().splitlines()[-1]
+    assert said == f"stopped at step {step}; the same command resumes"
+
+
 def test_the_second_signal_leaves_at_once_even_where_signals_are_deferred(start: Start) -> None:
     training = start(None)
 

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 
 from ddm.errors import ArtifactError
-from train.config import Config, SeedModelConfig
+from train.config import BundleConfig, Config, SeedModelConfig
 from train.evaluation_config import EvaluateConfig
 from train.precision import with_precision
 from train.run_folder import check_claim, read_partition
@@ -38,6 +38,7 @@ def monolith_configs(config: Config, evaluation: EvaluateConfig) -> dict[str, Co
             run=str(config.folder / folder),
             partition=replace(config.partition, k=1),
             seed_model=SeedModelConfig(above=guides),
+            bundle=BundleConfig(half=config.bundle.half),
             expert=replace(
                 config.expert,
                 steps=count,
