@@ -140,6 +140,11 @@ class ServeConfig:
         """Whether requests must carry a token."""
         return self.token_file is not None or bool(self.keys)
 
+    @property
+    def is_one_service(self) -> bool:
+        """Whether all requests reach the same process."""
+        return self.placement == "local" or self.ray.services == 1
+
     def may_listen_on(self, host: str) -> bool:
         """Whether this host is allowed: without a token and without `open`, only this machine's
         own.

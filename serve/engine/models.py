@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ddm.errors import DdmError, require
+from ddm.errors import ArtifactError, DdmError, require
 from serve.engine.expert import ServingError
 from serve.engine.metrics import Metrics
 from serve.engine.service import BusyError, Connect, Service, Shared
@@ -43,12 +43,16 @@ class Models:
                 for name, folder in config.models.items()
             }
         self.names = list(self._settings)
-        most = config.serve.models_MiB
-        for name, own in self._settings.items():
-            size = _weights_mib(own.run)
-            rule = f"be at least the {size:.1f} MiB of {name}"
-            require(most is None or size <= most, "serve.models_MiB", rule, most)
-        self._loaded = {self.names[0]: self._service(self.names[0])}  # used last comes last
+        first = self.names[0]
+        for name in self.names:
+            try:
+                self._size(name)
+            except ArtifactError as error:
+                if name == first:
+                    raise
+                log.warning("%s cannot be loaded now: %s", name, error)
+        self._loaded = {first: self._service(first)}  # used last comes last
+        self._sizes = {first: self._size(first)}  # of what is loaded
         self._loading = asyncio.Lock()
 
     @property
@@ -93,9 +97,19 @@ class Models:
             service.drain()
 
     async def reload(self) -> None:
-        """Load again what is loaded, from the same folders. Raises `DdmError`; the old stay then."""
-        for service in self.services:
-            await service.switch(service.settings.run)
+        """Load again what is loaded, from the same folders.
+
+        Raises `DdmError` naming those that cannot be, which stay as they are.
+        """
+        failed = []
+        for name, service in list(self._loaded.items()):
+            try:
+                await service.switch(service.settings.run)
+                self._sizes[name] = self._size(name)
+            except DdmError as error:
+                failed.append(f"{name}: {error}" if len(self.names) > 1 else str(error))
+        if failed:
+            raise DdmError("; ".join(failed))
 
     def _service(self, name: str) -> Service:
         prefix = f"{name}/" if len(self._settings) > 1 else ""
@@ -106,17 +120,18 @@ class Models:
         if self.draining:
             raise ServingError("the server is stopping")
         try:
-            await self._make_room(_weights_mib(self._settings[name].run))
+            size = self._size(name)
+            await self._make_room(size)
             service = await asyncio.to_thread(self._service, name)
         except (DdmError, OSError) as error:
             log.error("%s cannot be loaded: %s", name, error)
             raise ServingError(f"{name} cannot be loaded: {error}") from error
         await service.start()
-        self._loaded[name] = service
+        self._loaded[name], self._sizes[name] = service, size
 
     async def _make_room(self, size: float) -> None:
         most = self.settings.serve.models_MiB
-        while most is not None and self._used_mib() + size > most:
+        while most is not None and sum(self._sizes[each] for each in self._loaded) + size > most:
             idle = [name for name, service in self._loaded.items() if not service.busy]
             if not idle:
                 raise BusyError("there is no memory for this model while others are in use", 5)
@@ -126,11 +141,15 @@ class Models:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _used_mib(self) -> float:
-        return sum(_weights_mib(service.settings.run) for service in self.services)
+    def _size(self, name: str) -> float:
+        """The weights of a bundle on disk, in MiB. Raises `ConfigError` if there is never room for them."""
+        size = _weights_mib(self._settings[name].run)
+        most = self.settings.serve.models_MiB
+        rule = f"be at least the {size:.1f} MiB of {name}"
+        require(most is None or size <= most, "serve.models_MiB", rule, most)
+        return size
 
 
 def _weights_mib(folder: str) -> float:
-    """The weights of a bundle, in MiB."""
     files = bundle_folder(folder).glob("*.safetensors")
     return sum(file.stat().st_size for file in files) / 2**20

@@ -166,9 +166,10 @@ class Service:
     async def start(self) -> None:
         """Start the engine."""
         assert self._first is not None
-        first, self._first = self._first, None
         self.shared.services.append(self)
-        self._begin(*first)
+        async with self._switching:
+            first, self._first = self._first, None
+            self._begin(*first, await self._experts(*first))
         self._observer = asyncio.create_task(self._observe())
 
     async def switch(self, folder: str | Path) -> None:
@@ -181,8 +182,10 @@ class Service:
             if self._first is not None:  # not started yet
                 self._first = model, Path(folder)
             elif self.current is not None and self.current.model.version != model.version:
-                self._begin(model, Path(folder))
-                await self._retire()
+                experts = await self._experts(model, Path(folder))
+                if self.current is not None:  # not stopped meanwhile
+                    self._begin(model, Path(folder), experts)
+                    await self._retire()
             else:
                 log.info("%s is in service already, version %s", folder, model.version[:12])
 
@@ -193,11 +196,15 @@ class Service:
         model.settings(**asdict(self.settings.sample))
         return model
 
-    def _begin(self, model: Model, folder: Path) -> None:
+    async def _experts(self, model: Model, folder: Path) -> Sequence[Expert]:
+        """Those of a loaded bundle; to compile them takes a while."""
+        return await asyncio.to_thread(self._connect, model, folder, self.shared.turn)
+
+    def _begin(self, model: Model, folder: Path, experts: Sequence[Expert]) -> None:
         """Make a loaded bundle the current version."""
         serve, turn = self.settings.serve, self.shared.turn
         engine = Engine(
-            self._connect(model, folder, turn),
+            experts,
             turn,
             max_batch=serve.max_batch,
             max_active=serve.max_active,

@@ -167,7 +167,7 @@ def _add_errors(app: FastAPI, models: Models) -> None:
     @app.exception_handler(TimeoutError)
     @app.exception_handler(Exception)
     async def unserved(request: Request, error: Exception) -> Response:
-        status, body = failure(models.settings, error)
+        status, body = failure(error, models.settings.serve.limits.deadline_s)
         return reply(request, status, body, {"Retry-After": "5"} if status == 503 else None)
 
     @app.exception_handler(ClientGoneError)

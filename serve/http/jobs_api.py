@@ -42,7 +42,7 @@ def add_jobs(app: FastAPI, models: Models) -> Jobs:
     def explain(error: Exception) -> Error:
         if isinstance(error, ConfigError):
             return Error("invalid_value", str(error))
-        detail = failure(models.settings, error)[1]["error"]
+        detail = failure(error, config.deadline_s)[1]["error"]
         return Error(detail["type"], detail["message"])
 
     async def on_end(job: Job) -> None:
@@ -51,7 +51,7 @@ def add_jobs(app: FastAPI, models: Models) -> Jobs:
             await deliver(job.webhook, secret, job.id, body)
 
     jobs = Jobs(config, models.metrics, explain, on_end)
-    if models.settings.serve.placement == "ray" and models.settings.serve.ray.services > 1:
+    if not models.settings.serve.is_one_service:
         return jobs  # the next request might reach another service, which does not know the job
 
     def record(job: Job) -> JobRecord:

@@ -20,7 +20,6 @@ from serve.engine.expert import CancelledRequestError, ServingError
 from serve.engine.service import AdmittedRequest, Service
 from serve.http.middleware import error_body
 from serve.model.images import contact_sheet, encoded, to_uint8
-from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def npz_of(admitted: AdmittedRequest) -> bytes:
     arrays: dict[str, Any] = {
         "images": images_of(admitted).permute(0, 2, 3, 1).numpy(),
         "seed": np.int64(admitted.seed),
-        "first_index": admitted.request.index[0].numpy(),
+        "first_index": np.int64(int(admitted.request.index[0])),
     }
     if admitted.request.trace:
         trace = admitted.trace()
@@ -167,11 +166,10 @@ def json_of(admitted: AdmittedRequest) -> bytes:
     return json.dumps(answer).encode()
 
 
-def failure(settings: Settings, error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status and the body of an error that is not the request's fault."""
+def failure(error: Exception, deadline_s: float) -> tuple[int, dict[str, Any]]:
+    """The status and the body of an error that is not the request's fault; deadline_s: that it had."""
     match error:
         case TimeoutError():
-            deadline_s = settings.serve.limits.deadline_s
             return 504, error_body("deadline", f"not done within {deadline_s:g} s")
         case CancelledRequestError():
             return 409, error_body("cancelled", str(error))

@@ -57,6 +57,9 @@ def add_samples(app: FastAPI, models: Models) -> None:
         service.metrics.count("requests", status="200")
         return Response(content, media_type=media_type, headers=headers)
 
+    if not models.settings.serve.is_one_service:
+        return  # the next request might reach another service, which does not know the first
+
     @app.delete(
         "/v1/requests/{request_id}",
         status_code=204,

@@ -119,7 +119,7 @@ async def steps_of(
 
 def failed(service: Service, error: Exception) -> dict[str, Any]:
     """The body of an error in a stream that has begun, which is counted."""
-    status, body = failure(service.settings, error)
+    status, body = failure(error, service.settings.serve.limits.deadline_s)
     service.metrics.count("requests", status=str(status))
     service.metrics.count("rejections", reason=body["error"]["type"])
     return body

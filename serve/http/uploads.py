@@ -62,7 +62,11 @@ def read_image(file: bytes, key: str, shape: list[int]) -> tuple[Tensor, Tensor 
         with Image.open(io.BytesIO(file), formats=_FORMATS) as opened:
             require(opened.width * opened.height <= _MOST_PIXELS, key, rule, opened.size)
             whole = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except ConfigError:
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow's are of many kinds, as struct.error for wrong types in EXIF
         raise ConfigError(
             f"{key} must {rule}, got {len(file)} bytes of another kind", key
         ) from error

@@ -87,7 +87,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """`clusters` becomes an object of weights, or None, and `condition` one of 1 and 0; a name
-        that YAML read as a number becomes text.
+        that YAML read as a number becomes text, and an interval a list, as in JSON.
         """
         weights = [self.clusters] if isinstance(self.clusters, str) else self.clusters
         weights = weights or None
@@ -104,6 +104,8 @@ class SampleConfig:
         if isinstance(wanted, Mapping):
             wanted = {str(name): _bit(value) for name, value in wanted.items()}
         self.condition = None if wanted == {} else wanted
+        if isinstance(self.guidance_interval, tuple):
+            self.guidance_interval = list(self.guidance_interval)
 
     def __hash__(self) -> int:
         return hash(tuple(_hashable(getattr(self, setting.name)) for setting in SETTINGS))

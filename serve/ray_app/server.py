@@ -36,11 +36,7 @@ def serve_on_ray(config: Settings) -> None:
     they can be found then, and `RayStartError` if Ray or the application does not start.
     """
     serve = config.serve
-    config.run = str(Path(config.run).absolute())
-    if serve.token_file is not None:
-        serve.token_file = str(Path(serve.token_file).absolute())
-    for key in serve.keys.values():
-        key.token_file = str(Path(key.token_file).absolute())
+    make_absolute(config)
     app = build(asdict(config))
     if serve.ray.address is None:
         listen(serve.host, serve.port).close()  # Serve's proxy would retry a taken port
@@ -65,6 +61,20 @@ def serve_on_ray(config: Settings) -> None:
             ray_serve.run(app, name="ddm", route_prefix="/")
         log.info("http://%s:%d  (the API: /docs; ctrl-C ends it)", serve.host, serve.port)
         stop.wait()
+
+
+def make_absolute(config: Settings) -> None:
+    """Make the paths of the settings absolute: the processes that read them run in another folder."""
+    if Path(config.run).exists():  # else it is demo, or an error that names it
+        config.run = str(Path(config.run).absolute())
+    for section, key in (
+        (config.serve, "token_file"),
+        (config.serve, "signers"),
+        (config.serve.jobs, "webhook_secret_file"),
+        *((own, "token_file") for own in config.serve.keys.values()),
+    ):
+        if (path := getattr(section, key)) is not None:
+            setattr(section, key, str(Path(path).absolute()))
 
 
 class RayStartError(DdmError):

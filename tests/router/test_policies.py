@@ -67,6 +67,12 @@ def test_nucleus_chooses_the_fewest_that_carry_the_mass() -> None:
     assert all(len(row) == 1 for row in choice(policy("nucleus", nucleus_p=1e-6), alpha))
 
 
+@pytest.mark.parametrize("name", ["full", "top_k", "nucleus", "fixed", "switching", "stochastic"])
+def test_a_step_costs_at_most_what_a_request_is_charged_for_it(name: str) -> None:
+    even = policy(name, nucleus_p=1.0, top_k=3)
+    assert all(len(row) <= even.nfe_per_step(8) for row in choice(even, torch.full((4, 8), 1 / 8)))
+
+
 def test_nucleus_is_the_smallest_set_of_enough_mass() -> None:
     generator = torch.Generator().manual_seed(0)
     alpha = torch.distributions.Dirichlet(torch.full((4,), 0.7)).sample((100,)).double()

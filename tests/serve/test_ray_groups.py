@@ -20,6 +20,8 @@ from serve import load
 from serve.model.images import to_uint8
 from serve.model.loading import load_experts
 from serve.ray_app.replica import ExpertReplica
+from serve.ray_app.server import make_absolute
+from serve.settings import settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's own, which are many
@@ -30,6 +32,28 @@ pytestmark = [
 def service(small_run: Path) -> Iterator[Deployed]:
     with deployed(str(small_run), nodes=2, slots=1, ray={"experts_per_replica": 2}) as found:
         yield found
+
+
+def test_every_path_of_the_settings_is_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replicas, which read them, run in another folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("token", "mine", "secret"):
+        Path(name).write_text(32 * name)
+    Path("runs/a").mkdir(parents=True)
+    jobs = {"webhook_hosts": ["a.example"], "webhook_secret_file": "secret"}
+    keys = {"me": {"token_file": "mine"}}
+    serve = {"token_file": "token", "signers": "signers", "jobs": jobs, "keys": keys}
+    config = settings({"run": "runs/a", "serve": serve})
+    make_absolute(config)
+    own = config.serve
+    paths = [config.run, own.token_file, own.signers, own.jobs.webhook_secret_file]
+    names = ("runs/a", "token", "signers", "secret", "mine")
+    assert [*paths, own.keys["me"].token_file] == [str(tmp_path / name) for name in names]
+    shipped = settings({"run": "demo"})
+    make_absolute(shipped)
+    assert shipped.run == "demo"
 
 
 def test_a_group_of_experts_is_one_deployment_and_gives_the_same_images(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ddm.errors import ConfigError
+from benchmarks.load.drill import other_weights
+from ddm.errors import ConfigError, DdmError
 from serve import load
 from serve.engine.expert import ServingError
 from serve.engine.metrics import Prometheus
@@ -104,6 +105,37 @@ def test_a_bundle_that_cannot_be_loaded_costs_only_itself(small_run: Path, tmp_p
         with pytest.raises(ServingError, match="bad cannot be loaded"):
             await models.get("bad")
         assert names(models) == ["a"]
+        await models.stop()
+
+    run(work)
+
+
+def test_a_folder_that_is_gone_or_damaged_costs_only_its_own_model(
+    small_run: Path, tmp_path: Path
+) -> None:
+    folders = {name: tmp_path / name for name in ("a", "b", "c")}
+    for name in ("a", "b"):
+        shutil.copytree(small_run / "bundle", folders[name])
+
+    async def work() -> None:
+        models = models_of(folders, models_MiB=2.5 * _weights_mib(str(small_run)))
+        await models.start()
+        await models.get("b")
+        with pytest.raises(ServingError, match="c cannot be loaded: .*c is not a folder"):
+            await models.get("c")
+        shutil.rmtree(folders["a"])
+        shutil.copytree(small_run / "bundle", folders["c"])
+        await models.get("c")  # a is dropped for it, though its folder is gone
+        assert names(models) == ["b", "c"]
+        service = await models.get("c")
+        assert service.current is not None
+        before = service.current.model.version
+        shutil.rmtree(folders["b"])
+        shutil.rmtree(folders["c"])
+        other_weights(str(small_run), folders["c"])
+        with pytest.raises(DdmError, match="^b: .*b is not a folder: [^;]*$"):
+            await models.reload()
+        assert service.current.model.version != before
         await models.stop()
 
     run(work)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import openai
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+from ddm.errors import ConfigError
 from serve import Model, load
 from serve.http.uploads import read_image
 from tests.serve.conftest import Server, Start
@@ -100,6 +102,25 @@ def test_photos_are_cut_to_their_middle_and_averaged(image: np.ndarray[Any, Any]
         found, alpha = read_image(png(pixels), "image", [1, *image.shape])
         assert alpha is None
         assert np.abs((found[0].numpy() + 1) * 127.5 - image).max() < 1.01
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [(ExifTags.Base.XResolution, 2, b"a"), (ExifTags.Base.ResolutionUnit, 4, b"\0\0\1\0")],
+)
+def test_metadata_of_a_wrong_type_is_refused(tag: int, kind: int, value: bytes) -> None:
+    entries = [(ExifTags.Base.Orientation, 3, 1, b"\6"), (tag, kind, 1, value)]
+    packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+    file = io.BytesIO()
+    Image.new("L", (9, 9)).save(file, "JPEG", exif=exif)
+    with pytest.raises(ConfigError, match="image must be a PNG, JPEG or WebP image .*, got"):
+        read_image(file.getvalue(), "image", [1, 8, 8])
+
+
+def test_the_size_of_an_image_that_is_too_large_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"of at most 16777216 pixels, got \(5000, 4000\)"):
+        read_image(png(np.zeros((4000, 5000), np.uint8)), "image", [1, 8, 8])
 
 
 def test_an_edit_may_be_streamed(client: openai.OpenAI, image: np.ndarray[Any, Any]) -> None:

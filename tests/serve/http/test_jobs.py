@@ -204,7 +204,7 @@ def test_a_job_that_fails_says_why(small_run: Path) -> None:
         for gate in it.gates:
             gate.open.clear()
         job = await late.until((await late.submit({})).json["id"], "failed")
-        assert job["error"]["type"] == "deadline"
+        assert job["error"] == {"type": "deadline", "message": "not done within 0.3 s"}
 
     served(small_run, test, "serve.jobs.deadline_s=0.3")
 

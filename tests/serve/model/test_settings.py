@@ -121,6 +121,10 @@ def test_settings_are_refused_without_a_model(settings: dict[str, object], said:
         SampleConfig(**settings).check()  # type: ignore[arg-type]
 
 
+def test_an_interval_is_a_list_as_it_is_in_json() -> None:
+    assert SampleConfig(guidance_interval=(0.2, 0.8)) == SampleConfig(guidance_interval=[0.2, 0.8])
+
+
 def test_clusters_are_names_or_weights(small_run: Path) -> None:
     model = load(small_run)
     first, second, _ = model.names
