@@ -11,7 +11,6 @@ resumes.
 import argparse
 import logging
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from train.evaluation.measure import Measurement
 from train.evaluation.plots import COLOURS, STYLE, save
 from train.evaluation.results import Spread
 from train.evaluation.tables import shown
-from train.run_folder import read_partition, settled
+from train.run_folder import copy_part, read_partition, settled
 from train.stages.denoiser import seed_stem
 from train.stages.monolith import train_monoliths
 from train.stages.run import run as run_stages
@@ -79,7 +78,9 @@ def _make(arguments: argparse.Namespace) -> None:
 
 def write(config: Config, steps: Sequence[int], command: str, folder: Path) -> None:
     """Measure every number of steps; write the record, the page and the figures."""
-    run_stages(config, ("partition", "seed_model", "router"))
+    run_stages(config, ("partition", "seed_model"))
+    if config.router.data != "experts":  # every branch has the same
+        run_stages(config, ("router",))
     name = config.folder.name
     points = [point(config, count) for count in steps]
     files = _figures(folder, name, points)
@@ -106,12 +107,12 @@ def point(config: Config, steps: int) -> dict[str, Any]:
         branch = replace(
             config,
             run=f"{config.folder}-curve/{steps}",
-            seed_model=replace(config.seed_model, steps=0, above=None),
+            seed_model=replace(config.seed_model, steps=0),
             expert=replace(config.expert, steps=steps, init=str(seed_stem(config))),
         )
         run_stages(branch, ("partition",))
-        if not (branch.folder / "router").exists():  # it does not depend on the experts
-            shutil.copytree(config.folder / "router", branch.folder / "router")
+        if config.router.data != "experts":
+            copy_part("router", config, branch)
     run_stages(branch, ("expert", "router", "bundle"))
     cfg = replace(config.table, methods=list(METHODS), samplers={})
     monoliths = train_monoliths(branch, cfg)

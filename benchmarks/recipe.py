@@ -9,6 +9,7 @@ recipe-NAME.json and recipe.md. If interrupted, the same command resumes.
 import argparse
 import logging
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from experts.denoiser import Denoiser
 from experts.expert_module import ExpertLearning
 from serve import load
 from train.config import Config, config_file, load_config
+from train.evaluation.classifier import check_classes
 from train.evaluation.measure import Measurement
 from train.launch import cores, run_jobs
 from train.run_folder import settled
@@ -123,15 +125,13 @@ def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, f
     """The config of a network that was trained for about so many seconds in a run of its own, and
     the seconds that it took: of the core's time, so that other work does not count.
 
-    The precision and the number of steps are chosen once, by the time that a step takes.
+    The precision and the number of steps are chosen once, by the time that a step takes. What a training that was
+    interrupted has done is not known in seconds: it begins again.
     """
     base = load_config(path, words)
-    others = ("table.", "seed_model.", "expert.steps")
-    same = {key: value for key, value in settled(base).items() if not key.startswith(others)}
-    name = digest([same, seconds])[:12]
     config = replace(
         base,
-        run=f"{base.folder}-recipe/{name}",
+        run=f"{base.folder}-recipe/{_identity(base, seconds)}",
         partition=replace(base.partition, k=1),
         seed_model=replace(base.seed_model, steps=0),
         expert=replace(base.expert, workers=0, threads=1),
@@ -142,12 +142,20 @@ def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, f
         precision, step_s = _fastest(config)
         write_json(chosen, {"precision": precision, "steps": max(1, round(seconds / step_s))})
     config = replace(config, expert=replace(config.expert, **read_json(chosen)))
-    run_stages(config, ("partition",))
-    began = time.process_time()
-    run_stages(config, ("expert", "bundle"))
     if not took.exists():
+        shutil.rmtree(config.folder, ignore_errors=True)
+        run_stages(config, ("partition",))
+        began = time.process_time()
+        run_stages(config, ("expert", "bundle"))
         write_json(took, {"seconds": time.process_time() - began})
     return config, read_json(took)["seconds"]
+
+
+def _identity(config: Config, seconds: float) -> str:
+    """Of the network that is trained: the same for configs that train the same one."""
+    others = ("table.", "seed_model.", "expert.steps")
+    same = {key: value for key, value in settled(config).items() if not key.startswith(others)}
+    return digest([same, seconds])[:12]
 
 
 def _fastest(config: Config) -> tuple[Precision, float]:
@@ -198,6 +206,9 @@ def make(
     if path is None:
         raise ConfigError(f"the first word must be a config, got {name!r}")
     base = load_config(path, overrides)
+    if "classifier" in base.table.features:
+        labels = base.data.build().labels
+        check_classes(torch.zeros(1) if labels is None else labels, "table.features")
     require(base.partition.holdout > 0, "partition.holdout", "be above 0", base.partition.holdout)
     file = folder / f"recipe-{base.folder.name}.json"
     rows: dict[str, Any] = {}
@@ -207,13 +218,19 @@ def make(
             rows = before["groups"]
     asked: dict[str, list[Choice]] = {"": [("the config as it is", [])]}
     asked |= {name: GROUPS[name] for name in names or GROUPS}
-    variants = [words for group in asked.values() for _, words in group]
+
+    def identity(words: list[str]) -> str:
+        return _identity(load_config(path, [*overrides, *words]), seconds)
+
+    variants = {identity(words): words for group in asked.values() for _, words in group}
     work = partial(_work, path, list(overrides), seconds)
-    figures = iter(run_jobs(work, variants, min(cores(), len(variants)), log.info, threads=1))
+    jobs = list(variants.values())
+    done = run_jobs(work, jobs, min(cores(), len(jobs)), log.info, threads=1)
+    figures = dict(zip(variants, done, strict=True))
     for kind, group in asked.items():
         rows[kind] = []
         for title, words in group:
-            found = next(figures)
+            found = figures[identity(words)]
             if isinstance(found, Exception):
                 raise found
             rows[kind].append({"name": title, "words": words, **found})
@@ -250,7 +267,7 @@ _INTRODUCTION = """# The recipe
 What one network learns in the same time on one core: each row changes one thing of a config.
 The loss is that of held-out images, weighted by min-SNR at evenly spaced times; the Fréchet
 distances are of samples in 10 steps, mean and deviation over two seeds. Lower is better. Chance is
-another training seed: a smaller difference means nothing."""
+another seed, of training and of which images are held out: a smaller difference means nothing."""
 
 
 def page(folder: Path) -> str:

@@ -1,12 +1,13 @@
 """The run folder: which config it belongs to, and its partition."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ddm.artifacts import replaced
+from ddm.artifacts import replaced, scratch_beside
 from ddm.errors import ArtifactError, require
 from ddm.partition import Partition
 from train.config import Config, plain, read_config_file
@@ -78,6 +79,15 @@ def claim(config: Config) -> None:
         return
     with replaced(path) as scratch:
         scratch.write_text(text)
+
+
+def copy_part(part: str, source: Config, target: Config) -> None:
+    """Copy a part of a run, such as `router`, into another's folder, unless it is there: all of it or nothing."""
+    there, here = source.folder / part, target.folder / part
+    if there.exists() and not here.exists():
+        scratch = scratch_beside(here)
+        shutil.copytree(there, scratch)
+        scratch.rename(here)
 
 
 def read_partition(config: Config) -> Partition:

@@ -8,9 +8,8 @@ interrupted, the same command resumes.
 import argparse
 import logging
 import shlex
-import shutil
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from ddm.errors import ConfigError, one_of
 from train.config import Config, config_file, default_config, load_config
 from train.evaluation.measure import Measurement
 from train.evaluation.results import Evaluation
-from train.run_folder import BUNDLED, settled
+from train.run_folder import BUNDLED, copy_part, settled
 from train.stages.run import run as run_stages
 
 log = logging.getLogger("ablations")
@@ -59,12 +58,12 @@ def _copy_same_parts(config: Config, base: Config) -> None:
     here = settled(config)
     there = settled(base)
     for part, keys in _PARTS.items():
-        target = config.folder / part
-        source = base.folder / part
-        both = [key for key in here | there if _is_of(key, keys) and key != BUNDLED]
+        of_experts = part == "router" and "experts" in (config.router.data, base.router.data)
+        on = (*keys, *_NETWORKS) if of_experts else keys
+        both = [key for key in here | there if _is_of(key, on) and key != BUNDLED]
         same = all(here.get(key) == there.get(key) for key in both)
-        if same and source.exists() and not target.exists():
-            shutil.copytree(source, target)
+        if same:
+            copy_part(part, base, config)
 
 
 def _is_of(key: str, keys: Sequence[str]) -> bool:
@@ -78,6 +77,7 @@ def make(path: Path, names: Sequence[str], overrides: Sequence[str], folder: Pat
     base = load_config(path, overrides)
     run_stages(base, ("partition",))
     asked = {name: _asked(name, path, overrides, base) for name in names or GROUPS}
+    _check_features(base, asked)
     evaluation = measured(path, overrides, None)
     home = base.folder.with_name(f"{base.folder.name}-ablations")
     file = folder / f"ablations-{base.folder.name}.json"
@@ -128,6 +128,20 @@ def _asked(name: str, path: Path, overrides: Sequence[str], base: Config) -> dic
         load_config(path, [*overrides, *words])
         found[variant.name] = list(words)
     return found
+
+
+def _check_features(base: Config, asked: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    """Raise `ConfigError` for a classifier of clusters that a variant changes: distances would be of other features."""
+    if "classifier" not in base.table.features or base.data.build().labels is not None:
+        return
+    for variants in asked.values():
+        for title, words in variants.items():
+            if any(word.startswith(("seed=", "partition.")) for word in words):
+                raise ConfigError(
+                    "table.features must be without classifier for images without labels, whose clusters "
+                    f"{title!r} changes, got {' '.join(base.table.features)}",
+                    "table.features",
+                )
 
 
 def _named(rows: Collection[str]) -> list[str]:

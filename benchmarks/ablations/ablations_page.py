@@ -15,8 +15,8 @@ _INTRODUCTION = """# Ablations
 
 The effect of each choice: one thing of a config is changed, and what it affects is trained again on
 the same number of images. Fréchet distances, lower is better; in parentheses the difference from the
-config as it is, per seed (below 0 is better). Chance, where it is measured, is another training seed:
-for what is trained again, a smaller difference means nothing."""
+config as it is, per seed (below 0 is better). Chance, where it is measured, is another seed, of
+training and of which images are held out: for what is trained again, a smaller difference means nothing."""
 
 
 def write_page(folder: Path) -> None:

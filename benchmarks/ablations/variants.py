@@ -54,10 +54,11 @@ def _batches(factor: float) -> Variant:
     """The same number of images in batches of another size."""
 
     def words(config: Config) -> list[str]:
-        batch, steps = round(config.expert.batch * factor), round(config.expert.steps / factor)
-        return [f"expert.batch={batch}", f"expert.steps={steps}"]
+        steps = {"expert": config.expert.steps, "seed_model": config.seed_model.steps}
+        more = [f"{of}.steps={round(count / factor)}" for of, count in steps.items() if count > 0]
+        return [f"expert.batch={round(config.expert.batch * factor)}", *more]
 
-    return Variant(f"expert.batch × {factor:g}, expert.steps × {1 / factor:g}", words)
+    return Variant(f"expert.batch × {factor:g}, steps × {1 / factor:g}", words)
 
 
 def _seeded(name: str, *more: str) -> Variant:
@@ -92,10 +93,18 @@ def _clusters(config: Config) -> int:
     return Partition.read(config.folder / "partition").k
 
 
+def _groups(config: Config) -> int:
+    """The classes, or combinations of attributes, that the clusters hold."""
+    names = Partition.read(config.folder / "partition").names
+    return sum(len(name.split(" + ")) for name in names)
+
+
 def _other_k(k: int) -> Variant:
     """Another number of clusters; all experts together see the same number of images."""
 
-    def words(config: Config) -> list[str]:
+    def words(config: Config) -> list[str] | None:
+        if config.partition.by != "kmeans" and k > _groups(config):
+            return None
         steps = config.expert.steps * _clusters(config) // k
         return [f"partition.k={k}", f"expert.steps={steps}"]
 

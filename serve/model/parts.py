@@ -88,6 +88,8 @@ class Parts:
         self._counts = [one for one in map(build_counts, bundle.experts) if one is not None]
         self.vocabulary: Vocabulary | None = self._counts[0].vocabulary if self._counts else None
         self._images = images
+        # Whether the experts have learned the mirror images, too.
+        self._mirrored = all(expert.facts.get("flip", False) for expert in bundle.experts)
         self._old_router = bundle.old_router is not None
         self._analytic: Alpha | None = None
         self.manifest = bundle.manifest
@@ -178,10 +180,13 @@ class Parts:
         """alpha over the training set, which is read at the first call: on no event loop."""
         if self._analytic is None:
             whole = self._training_images("source=analytic")
+            images, cluster = whole["images"], whole["cluster"]
+            if self._mirrored:
+                images, cluster = torch.cat([images, images.flip(3)]), cluster.repeat(2)
             self._analytic = partial(
                 exact_posterior,
-                images=whole["images"].to(self.device),
-                labels=whole["cluster"].to(self.device),
+                images=images.to(self.device),
+                labels=cluster.to(self.device),
                 schedule=self.schedule,
                 k=len(self.pi),
             )

@@ -1,12 +1,14 @@
 """The recipe's rows: as many steps as fit, what is measured of them, and resuming."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from benchmarks import recipe
 from tests.conftest import SMALL
+from train.config import default_config
 
 TABLE = "table={n: 20, batch: 20, trajectories: 4, features: [pixels]}"
 
@@ -37,6 +39,33 @@ def test_variants_are_trained_measured_and_kept(
     again = json.loads((tmp_path / "results" / "recipe-tiny.json").read_text())["groups"]
     assert list(again) == ["", "chance", "mirrored"]
     assert again[""] == record["groups"][""]
+
+
+def test_a_network_is_trained_once_for_all_rows_that_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "_TIMED_S", 0.1)
+    monkeypatch.setattr(recipe, "cores", lambda: 2)
+    assert recipe.main(words(tmp_path, "decay")) == 0
+    groups = json.loads((tmp_path / "results" / "recipe-tiny.json").read_text())["groups"]
+    (base,), (same, *others) = groups[""], groups["decay"]
+    assert same["words"] == ["expert.cooldown=0.0"]  # as it is
+    assert same | {"name": "", "words": []} == base | {"name": "", "words": []}
+    assert len(list((tmp_path / "tiny-recipe").glob("*.seconds.json"))) == 1 + len(others)
+
+
+def test_a_training_that_was_interrupted_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "_TIMED_S", 0.1)
+    given = [*SMALL, f"run={tmp_path / 'tiny'}"]
+    config, took = recipe.trained(default_config(), given, 0.5)
+    config.folder.with_suffix(".seconds.json").unlink()
+    for part in ("bundle", "experts/00/expert.json", "experts/00/expert.safetensors"):
+        path = config.folder / part
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert (config.folder / "experts/00/resume.ckpt").exists()
+    assert recipe.trained(default_config(), given, 0.5)[1] > took / 10
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,7 @@ def test_the_variants_that_apply_to_a_config_are_configs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants, "_clusters", lambda _: 5)
+    monkeypatch.setattr(variants, "_groups", lambda _: 10)
     monkeypatch.setattr(variants, "energy_bands", lambda _: [0.3, 0.6])
     root = tmp_path / "a, b"
     (root / "celeba_hq").mkdir(parents=True)

@@ -76,6 +76,8 @@ class Measurement:
         self.config = config
         self.cfg = cfg
         self.folder = config.folder / section
+        # The ablations and the recipe, which have folders of their own, are of the table's settings.
+        section = self.section = section if section == "evaluate" else "table"
         cfg.check_files(section)
         self.cut = Partition.read(config.folder / "partition")
         self.methods = methods(config, monoliths, cfg.methods, self.cut.k)
@@ -126,7 +128,7 @@ class Measurement:
         cfg, config = self.cfg, self.config
         whole = self._images()
         if "classifier" in cfg.features:
-            check_classes(classes_of(whole), f"{self.folder.name}.features")
+            check_classes(classes_of(whole), f"{self.section}.features")
         self.sample()
         networks = feature_networks(
             cfg.features,

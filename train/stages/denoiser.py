@@ -121,6 +121,8 @@ def train_denoiser(
     names = conditions.vocabulary.names if conditions else []
     denoiser = cfg.build(shape, schedule(**config.schedule), condition=len(names))
     facts = {**facts, **fitted_facts(cfg, config, shape, cfg.batch)}
+    if config.data.flip:
+        facts["flip"] = True
     if conditions is not None:
         facts["condition"] = conditions.facts
     if start is not None:

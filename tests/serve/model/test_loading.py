@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,14 @@ from torch import Tensor
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from ddm.bundle_writing import write_half
 from ddm.errors import ArtifactError, ConfigError
+from ddm.partition import Partition
+from ddm.schedules import schedule
+from ddm.training import to_float
 from router.sources import SOURCES
 from serve import load
 from serve.model.loading import load_experts
+from train.config import Config
+from train.stages.run import run
 
 
 def rewrite(bundle: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
@@ -55,6 +61,20 @@ def test_a_bundle_carried_away_gives_the_same_images(small_run: Path, tmp_path: 
     assert torch.equal(there.sample(2, steps=3), here.sample(2, steps=3))
     with pytest.raises(ConfigError, match="source=analytic needs the training images"):
         there.sample(1, source="analytic")
+
+
+def test_the_exact_posterior_is_over_mirror_images_too_where_the_experts_are(
+    small: Callable[..., Config], tmp_path: Path
+) -> None:
+    for flip in (False, True):
+        config = small(tmp_path / f"{flip}", f"data.flip={flip}", "expert.steps=1")
+        run(config, ["partition", "expert", "bundle"])
+        whole = Partition.read(config.folder / "partition").all(config.folder / "partition")
+        t = torch.tensor(1e-3)
+        x = schedule(**config.schedule)(t).a * to_float(whole["images"].flip(3))
+        alpha = load(config.folder, "cpu")._exact(x.float(), t)
+        right = alpha.argmax(dim=1) == whole["cluster"]
+        assert bool(right.all()) == flip
 
 
 def test_a_model_that_is_dropped_frees_its_memory_at_once(small_run: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddm.artifacts import sha256
-from train.config import Config
+from train.config import BundleConfig, Config
 from train.evaluation.measure import Measurement
 from train.evaluation.methods import methods
 from train.evaluation.rows import METHODS, ONE_MODEL
@@ -113,6 +113,15 @@ def test_a_monolith_has_its_own_steps_or_as_many_as_all_experts(
         (monolith,) = monolith_configs(config, config.evaluate).values()
         assert (monolith.expert.steps, monolith.partition.k) == (steps, 1)
         assert monolith.folder == small_run / "monolith"
+
+
+def test_a_monolith_is_bundled_of_its_own_expert(
+    small_run: Path, small: Callable[..., Config]
+) -> None:
+    words = ("bundle.names=[a,b,c]", "bundle.weights=[1,2,3]", "bundle.half=true")
+    config = small(small_run, *words, f"bundle.experts=[{small_run}]")
+    (monolith,) = monolith_configs(config, config.evaluate).values()
+    assert monolith.bundle == BundleConfig(half=True)
 
 
 def test_the_model_of_equal_time_has_the_steps_of_one_expert(
