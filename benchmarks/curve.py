@@ -1,11 +1,11 @@
 """Where the lines cross: the mixture and the single models over the steps that each expert takes.
 
-All start from the seed model of CONFIG, which is trained once, as is the router. For every number
-of steps the experts take it, one model takes as many as all of them together, and another as many
-as one of them: equal compute, and equal time where each expert has a machine. For CONFIG's own
-number of steps its own run is used, with what has been sampled for its table. Writes
-curve-NAME.json, curve.md and a figure for each kind of features. If interrupted, the same command
-resumes.
+All start from the seed model of CONFIG, which is trained once, as is the router, unless
+`router.data=experts`. For every number of steps the experts take it, one model takes as many as all
+of them together, and another as many as one of them: equal compute, and equal time where each expert
+has a machine. For CONFIG's own number of steps its own run is used, with what has been sampled for
+its table. Writes curve-NAME.json, curve.md and a figure for each kind of features. If interrupted,
+the same command resumes.
 """
 
 import argparse

@@ -41,6 +41,7 @@ from train.config import Config, config_file, load_config
 from train.evaluation.classifier import check_classes
 from train.evaluation.measure import Measurement
 from train.launch import cores, run_jobs
+from train.lock import locked
 from train.run_folder import settled
 from train.stages.denoiser import expert_config
 from train.stages.run import run as run_stages
@@ -129,25 +130,27 @@ def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, f
     interrupted has done is not known in seconds: it begins again.
     """
     base = load_config(path, words)
+    home = Path(f"{base.folder}-recipe", _identity(base, seconds))
     config = replace(
         base,
-        run=f"{base.folder}-recipe/{_identity(base, seconds)}",
+        run=str(home / "run"),
         partition=replace(base.partition, k=1),
         seed_model=replace(base.seed_model, steps=0),
         expert=replace(base.expert, workers=0, threads=1),
     )
-    chosen = config.folder.with_suffix(".chosen.json")
-    took = config.folder.with_suffix(".seconds.json")
-    if not chosen.exists():
-        precision, step_s = _fastest(config)
-        write_json(chosen, {"precision": precision, "steps": max(1, round(seconds / step_s))})
-    config = replace(config, expert=replace(config.expert, **read_json(chosen)))
-    if not took.exists():
-        shutil.rmtree(config.folder, ignore_errors=True)
-        run_stages(config, ("partition",))
-        began = time.process_time()
-        run_stages(config, ("expert", "bundle"))
-        write_json(took, {"seconds": time.process_time() - began})
+    chosen, took = home / "chosen.json", home / "seconds.json"
+    with locked(home):
+        if not chosen.exists():
+            precision, step_s = _fastest(config)
+            write_json(chosen, {"precision": precision, "steps": max(1, round(seconds / step_s))})
+        config = replace(config, expert=replace(config.expert, **read_json(chosen)))
+        if not took.exists():
+            if config.folder.exists():
+                shutil.rmtree(config.folder)
+            run_stages(config, ("partition",))
+            began = time.process_time()
+            run_stages(config, ("expert", "bundle"))
+            write_json(took, {"seconds": time.process_time() - began})
     return config, read_json(took)["seconds"]
 
 

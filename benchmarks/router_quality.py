@@ -31,7 +31,7 @@ from ddm.rng import RngStream, normal, uniform
 from ddm.schedules import schedule
 from ddm.training import to_float
 from router.sources import Alpha
-from router.targets import exact_posterior
+from router.targets import exact_posterior, mirrored
 from serve.model.build import build_gaussians, build_router
 from train.config import Config, config_file, default_config, load_config
 from train.stages.expert import expert_stem
@@ -124,6 +124,9 @@ def _examples(config: Config) -> tuple[list[Examples], Gaussians]:
     folder, process = config.folder / "partition", schedule(**config.schedule)
     cut = Partition.read(folder)
     whole, held = cut.all(folder), cut.holdout(folder)
+    images, labels = whole["images"], whole["cluster"]
+    if config.data.flip:
+        images, labels = mirrored(images, labels)
     x0, cluster = to_float(held["images"]).repeat(DRAWS, 1, 1, 1), held["cluster"].repeat(DRAWS)
     examples = []
     for band, (low, high) in enumerate(pairwise(TIMES)):
@@ -132,7 +135,7 @@ def _examples(config: Config) -> tuple[list[Examples], Gaussians]:
         eps = normal(0, RngStream.NOISE, index, band, x0.shape[1:])
         a, s, _, _ = process(t).broadcast_to(x0)
         x = a * x0 + s * eps
-        exact = exact_posterior(x, t, whole["images"], whole["cluster"], process, cut.k)
+        exact = exact_posterior(x, t, images, labels, process, cut.k)
         examples.append(Examples(x, t, cluster, exact))
     artifacts = [read_artifact(expert_stem(config, k), None, {}) for k in range(cut.k)]
     return examples, build_gaussians(artifacts, process, torch.device("cpu"))

@@ -157,7 +157,7 @@ class Nucleus(_EveryStep):
     p: float = 0.9
 
     def nfe_per_step(self, k: int) -> float:
-        return float(k)  # at most; with p = 0.9 about 2 on digits and CIFAR-10
+        return float(k)  # at most: alpha is not known before
 
     def choose(self, alpha: Tensor, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         descending, order = alpha.sort(dim=1, descending=True)

@@ -56,6 +56,11 @@ class Sums(NamedTuple):
     rate: Tensor
 
 
+def mirrored(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The images `[N, C, H, W]` and their mirror images, with the labels of both."""
+    return torch.cat([images, images.flip(3)]), labels.repeat(2)
+
+
 def exact_posterior(
     x: Tensor, t: Tensor, images: Tensor, labels: Tensor, schedule: Schedule, k: int | None = None
 ) -> Tensor:

@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,6 @@ from train.watching import Watch, Watching, held_out_losses
 Report = Callable[[int, float], None]  # (steps done, mean loss since the last report)
 
 _REPORTS = 200  # in one training
-_AGREE_EVERY = 10  # steps: for several processes to ask one another is to wait for the device
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class _Steps(Callback):
             None  # the first step with a bad loss or gradient; 0 for none
         )
         self.on_sigterm = signal.getsignal(signal.SIGTERM)
+        # The last step after which several processes asked one another, and how many steps are between two such.
+        self.agreed, self.agreed_s, self.apart = 0, time.monotonic(), 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.module = pl_module
@@ -96,7 +98,7 @@ class _Steps(Callback):
         self.count += 1
         self._check_later(loss, step)
         last = step == trainer.max_steps
-        signum = _asked_to_stop(trainer, step)
+        signum = self._asked_to_stop(trainer, step)
         if step % self.report_every == 0 or last:
             self._report(trainer, step)
         if step % self.config.checkpoint_every == 0 or last or signum is not None:
@@ -107,6 +109,24 @@ class _Steps(Callback):
                 self.stopwatch.save()
         if signum is not None:
             raise Stopped(signum, [step])
+
+    def _asked_to_stop(self, trainer: pl.Trainer, step: int) -> int | None:
+        """The signal that asks to stop after this step; of several processes any one's, so that all stop at the same step.
+
+        They ask one another about once a second, because to ask is to wait for the device.
+        """
+        signum = stopping.requested()
+        if trainer.world_size == 1:
+            return signum
+        if step < self.agreed + self.apart:
+            return None
+        since_s = time.monotonic() - self.agreed_s
+        mine = torch.tensor([signum is not None, since_s], device=trainer.strategy.root_device)
+        asked, seconds = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
+        soon = seconds < trainer.world_size
+        self.apart = 2 * self.apart if soon else max(1, self.apart // 2)
+        self.agreed, self.agreed_s = step, time.monotonic()
+        return (signum or signal.SIGTERM) if asked else None
 
     def _check_later(self, value: Tensor, step: int) -> None:
         assert self.first_bad is not None
@@ -131,17 +151,6 @@ class _Steps(Callback):
         batches = getattr(self.module, "batches", None)
         images = batches.batch if isinstance(batches, Batches) else 1
         self.watching.show(step, images, {"loss": mean, "learning rate": self.rate})
-
-
-def _asked_to_stop(trainer: pl.Trainer, step: int) -> int | None:
-    """The signal that asks to stop after this step; of several processes any one's, so that all stop at the same step."""
-    signum = stopping.requested()
-    if trainer.world_size == 1:
-        return signum
-    if step % _AGREE_EVERY:
-        return None
-    stop = trainer.strategy.reduce_boolean_decision(signum is not None, all=False)
-    return (signum or signal.SIGTERM) if stop else None
 
 
 def check_finite(module: pl.LightningModule, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -163,7 +164,7 @@ def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Con
     except Stopped as stopped:
         if rank == 0:
             pipe.send(("stopped", stopped.steps))
-        raise
+        sys.exit(128 + stopped.signum)
     except Exception as error:
         if rank == 0:
             pipe.send(("error", picklable(error)))

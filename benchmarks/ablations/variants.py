@@ -11,7 +11,7 @@ import torch
 from ddm.partition import Partition
 from ddm.schedules import schedule
 from ddm.training import Batches
-from router.targets import exact_posterior_rate
+from router.targets import exact_posterior_rate, mirrored
 from train.config import Config
 
 Words = Callable[[Config], Sequence[str] | None]
@@ -118,8 +118,11 @@ def energy_bands(config: Config, images: int = 256, times: int = 64) -> list[flo
     """
     cut = Partition.read(config.folder / "partition")
     whole = cut.all(config.folder / "partition")
-    data = (whole["images"], whole["cluster"], schedule(**config.schedule), cut.k)
-    batches = Batches(whole["images"], images, 0)
+    known = whole["images"], whole["cluster"]
+    if config.data.flip:
+        known = mirrored(*known)
+    data = (*known, schedule(**config.schedule), cut.k)
+    batches = Batches(known[0], images, 0)
     x0, _place = batches.x0(0)
     low = config.router.t_min
     at = low + (1 - low) * (torch.arange(times, dtype=torch.float64) + 0.5) / times
@@ -138,7 +141,7 @@ def _bands(config: Config) -> list[str]:
 
 _GRIDS = ("uniform_t", "uniform_log_snr", "quadratic")
 GROUPS: dict[str, tuple[str, list[Variant]]] = {
-    "chance": ("Chance: the same config with another training seed", [_set("seed=1")]),
+    "chance": ("Chance: the same config with another seed", [_set("seed=1")]),
     "parameterization": (
         "What the network predicts",
         [_set("expert.parameterization=raw"), _set("expert.parameterization=preconditioned")],

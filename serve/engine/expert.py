@@ -12,7 +12,7 @@ from serve.engine.turn import Turn
 
 T = TypeVar("T")
 
-# One thread for all arithmetic in this process: it runs in turns anyway, and caches stay warm.
+# One thread for all arithmetic of requests in this process: it runs in turns anyway, and caches stay warm.
 _THREAD = ThreadPoolExecutor(1, "arithmetic")
 
 

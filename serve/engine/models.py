@@ -104,9 +104,10 @@ class Models:
         failed = []
         for name, service in list(self._loaded.items()):
             try:
+                size = self._size(name)
                 await service.switch(service.settings.run)
-                self._sizes[name] = self._size(name)
-            except DdmError as error:
+                self._sizes[name] = size
+            except (DdmError, OSError) as error:
                 failed.append(f"{name}: {error}" if len(self.names) > 1 else str(error))
         if failed:
             raise DdmError("; ".join(failed))
@@ -127,6 +128,8 @@ class Models:
             log.error("%s cannot be loaded: %s", name, error)
             raise ServingError(f"{name} cannot be loaded: {error}") from error
         await service.start()
+        if self.draining:
+            service.drain()
         self._loaded[name], self._sizes[name] = service, size
 
     async def _make_room(self, size: float) -> None:

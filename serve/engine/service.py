@@ -169,7 +169,10 @@ class Service:
         self.shared.services.append(self)
         async with self._switching:
             first, self._first = self._first, None
-            self._begin(*first, await self._experts(*first))
+            experts = await self._experts(*first)
+            if self not in self.shared.services:  # stopped meanwhile
+                return
+            self._begin(*first, experts)
         self._observer = asyncio.create_task(self._observe())
 
     async def switch(self, folder: str | Path) -> None:
@@ -327,17 +330,19 @@ class Service:
         Raises `ServingError`; `TimeoutError` after `deadline_s`, None for
         `serve.limits.deadline_s`.
         """
-        started, cost, version = time.perf_counter(), admitted.request.cost, admitted.version
+        request, version = admitted.request, admitted.version
+        started, cost = time.perf_counter(), request.cost
         version.admitted.discard(admitted)
         self._running.add(admitted)
         try:
             async with asyncio.timeout(deadline_s or self.settings.serve.limits.deadline_s):
-                await version.engine.run(admitted.request)
-            pace = cost / (time.perf_counter() - started)
+                await version.engine.run(request)
+            pace = request.nfe / (time.perf_counter() - started)
             self.pace = max(pace, 0.9 * self.pace)
         finally:
             self._running.discard(admitted)
-            self._count(admitted.request)
+            self.shared.quotas.use(request.key, 0, request.nfe - cost)  # what it did not need
+            self._count(request)
             await self._retire()
 
     def _count(self, request: Request) -> None:

@@ -5,11 +5,9 @@ Imported by every proxy that starts: without torch and Ray's deployments, a lost
 
 import os
 from dataclasses import dataclass
-
-from starlette.middleware import Middleware
+from typing import Any
 
 from ddm.errors import require
-from serve.http.middleware import LimitsMiddleware
 
 
 @dataclass
@@ -42,12 +40,16 @@ class LimitsConfig:
     deadline_s: float = 300.0
 
 
-def proxy_middlewares() -> list[Middleware]:
+def proxy_middlewares() -> list[Any]:
     """The middleware of Serve's HTTP proxy, which would read bodies of any size; see `RAY_ENV` of serve/ray_app.
 
     The environment sets the limits: `DDM_BODY_BYTES`, `DDM_UPLOAD_BYTES` and `DDM_BODY_TIMEOUT_S`. The service behind
     the proxy checks the token, which the proxy does not know. Raises `ConfigError` naming the variable at fault.
     """
+    from starlette.middleware import Middleware  # here, because the settings need no server
+
+    from serve.http.middleware import LimitsMiddleware
+
     limits = {}
     for key in ("body_bytes", "upload_bytes", "body_timeout_s"):
         variable, default = f"DDM_{key.upper()}", getattr(LimitsConfig, key)

@@ -64,9 +64,8 @@ def read_image(file: bytes, key: str, shape: list[int]) -> tuple[Tensor, Tensor 
             whole = ImageOps.exif_transpose(opened).convert("RGBA")
     except ConfigError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow's are of many kinds, as struct.error for wrong types in EXIF
+    except Exception as error:
+        # Pillow's are of many kinds, as struct.error for wrong types in EXIF.
         raise ConfigError(
             f"{key} must {rule}, got {len(file)} bytes of another kind", key
         ) from error

@@ -16,7 +16,7 @@ from ddm.schedules import Schedule
 from ddm.seed_model import learned_from
 from router.networks import DerivativeNet, PosteriorNet
 from router.sources import Alpha
-from router.targets import exact_posterior
+from router.targets import exact_posterior, mirrored
 from serve.model.build import (
     build_counts,
     build_experts,
@@ -182,7 +182,7 @@ class Parts:
             whole = self._training_images("source=analytic")
             images, cluster = whole["images"], whole["cluster"]
             if self._mirrored:
-                images, cluster = torch.cat([images, images.flip(3)]), cluster.repeat(2)
+                images, cluster = mirrored(images, cluster)
             self._analytic = partial(
                 exact_posterior,
                 images=images.to(self.device),

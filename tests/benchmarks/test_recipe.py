@@ -51,7 +51,7 @@ def test_a_network_is_trained_once_for_all_rows_that_are_the_same(
     (base,), (same, *others) = groups[""], groups["decay"]
     assert same["words"] == ["expert.cooldown=0.0"]  # as it is
     assert same | {"name": "", "words": []} == base | {"name": "", "words": []}
-    assert len(list((tmp_path / "tiny-recipe").glob("*.seconds.json"))) == 1 + len(others)
+    assert len(list((tmp_path / "tiny-recipe").glob("*/seconds.json"))) == 1 + len(others)
 
 
 def test_a_training_that_was_interrupted_begins_again(
@@ -60,7 +60,7 @@ def test_a_training_that_was_interrupted_begins_again(
     monkeypatch.setattr(recipe, "_TIMED_S", 0.1)
     given = [*SMALL, f"run={tmp_path / 'tiny'}"]
     config, took = recipe.trained(default_config(), given, 0.5)
-    config.folder.with_suffix(".seconds.json").unlink()
+    config.folder.with_name("seconds.json").unlink()
     for part in ("bundle", "experts/00/expert.json", "experts/00/expert.safetensors"):
         path = config.folder / part
         shutil.rmtree(path) if path.is_dir() else path.unlink()

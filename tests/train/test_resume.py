@@ -214,6 +214,7 @@ def test_ctrl_c_saves_an_expert_that_two_processes_train(
     training.send(signal.SIGINT)
     assert training.status() == 128 + signal.SIGINT
     step = torch.load(folder / "resume.ckpt", weights_only=True)["global_step"]
+    assert "Traceback" not in training.error()
     said = training.error().splitlines()[-1]
     assert said == f"stopped at step {step}; the same command resumes"
 

@@ -65,19 +65,19 @@ def evaluate(config: Config, monoliths: Mapping[str, Config]) -> Evaluation:
 
 
 class Measurement:
-    """What a section of the config asks to measure of a run, in the run's folder `SECTION/`.
+    """What a section of the config asks to measure of a run, in this folder of the run's.
 
     Raises `ConfigError` if a sampler, a file of features or a method cannot be had.
     """
 
     def __init__(
-        self, config: Config, monoliths: Mapping[str, Config], cfg: EvaluateConfig, section: str
+        self, config: Config, monoliths: Mapping[str, Config], cfg: EvaluateConfig, folder: str
     ) -> None:
         self.config = config
         self.cfg = cfg
-        self.folder = config.folder / section
-        # The ablations and the recipe, which have folders of their own, are of the table's settings.
-        section = self.section = section if section == "evaluate" else "table"
+        self.folder = config.folder / folder
+        # The ablations and the recipe have folders of their own, and the table's settings.
+        section = self.section = "evaluate" if folder == "evaluate" else "table"
         cfg.check_files(section)
         self.cut = Partition.read(config.folder / "partition")
         self.methods = methods(config, monoliths, cfg.methods, self.cut.k)

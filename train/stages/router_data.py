@@ -16,6 +16,7 @@ from ddm.rng import RngStream, derive_seed, normal
 from ddm.samplers import sample
 from ddm.schedules import schedule
 from router.owners import Ask, Owner, Owners, here
+from router.targets import mirrored
 from serve.model.build import build_expert, build_gaussians
 from serve.model.images import to_uint8
 from train.config import Config
@@ -40,7 +41,7 @@ def of_images(config: Config, clusters: Sequence[Tensor]) -> Data:
     cluster = torch.repeat_interleave(torch.arange(len(clusters)), sizes)
     gaussians = Gaussians.of_clusters(clusters, schedule(**config.schedule), config.data.flip)
     if config.data.flip:  # the experts see mirror images, so the mixture is over both
-        images, cluster = torch.cat([images, images.flip(3)]), cluster.repeat(2)
+        images, cluster = mirrored(images, cluster)
     return images, cluster, gaussians
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,24 @@ def test_models_share_limits_and_quotas(three: dict[str, Path]) -> None:
         with pytest.raises(BusyError, match="1 requests of this key"):
             second.admit(SamplingParams(1, key=key))
         await asyncio.gather(first.run(held), second.run(second.admit(SamplingParams(1))))
+        await models.stop()
+
+    run(work)
+
+
+def test_a_request_gets_back_what_it_did_not_need(three: dict[str, Path]) -> None:
+    key = Key("mine", nfe_per_minute=0.01)
+
+    async def work() -> None:
+        models = models_of(three)
+        await models.start()
+        service = await models.get("a")
+        sparing = {"policy": "nucleus", "nucleus_p": 1e-6}
+        admitted = service.admit(SamplingParams(2, settings=sparing, key=key))
+        used = partial(service.shared.quotas._now_used, key, "nfe", 0.01)
+        assert used() == pytest.approx(2 * 3 * 3, abs=0.1)  # of each of three experts in each step
+        await service.run(admitted)
+        assert used() == pytest.approx(2 * 3, abs=0.1)
         await models.stop()
 
     run(work)
