@@ -30,7 +30,7 @@ _MEASURES: list[tuple[str, str, Callable[[Score], float], str]] = [
     ("Precision", "higher is better", lambda score: score.precision, ".3f"),
 ]
 
-_COMPARISONS = [
+COMPARISONS = [
     ("switching", "MoG-a", "redraws at a Poisson process's times against one per step"),
     ("switching", "balanced", "the same against error feedback"),
     ("switching", "full", "one expert per step against all"),
@@ -225,26 +225,27 @@ Differences of Fréchet distances per seed; below 0 the first is better."""
 
 
 def _comparison(evaluation: Evaluation, features: str, sampler: str) -> str:
-    def signed(a: str, b: str, n: int) -> str:
-        return _signed(difference(evaluation, a, b, n, features, sampler))
+    def between(a: str, b: str, n: int) -> str:
+        return signed(difference(evaluation, a, b, n, features, sampler))
 
     rows = []
-    for a, b, what in _COMPARISONS:
+    for a, b, what in COMPARISONS:
         if {a, b} <= set(evaluation.versions):
-            rows.append([f"{a} − {b}: {what}", *(signed(a, b, n) for n in evaluation.steps)])
+            rows.append([f"{a} − {b}: {what}", *(between(a, b, n) for n in evaluation.steps)])
     alone = ONE_MODEL[0]
     if alone in evaluation.versions:
         cells = []
         for n in evaluation.steps:
             best = best_single(evaluation, n, features, sampler)
             if best is not None:
-                cells.append(f"{signed(best, alone, n)} ({best})")
+                cells.append(f"{between(best, alone, n)} ({best})")
         if cells:
             rows.append([f"the best routed method with one expert per step − {alone}", *cells])
     return table([f"{features}, {sampler}", *_step_columns(evaluation)], rows)
 
 
-def _signed(difference: Spread | None) -> str:
+def signed(difference: Spread | None) -> str:
+    """A difference with its sign and deviation; a dash if it was not measured."""
     if difference is None:
         return "–"
     value, deviation = difference

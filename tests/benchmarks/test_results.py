@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import curve, recipe
+from benchmarks import curve, recipe, training_seeds
 from benchmarks.ablations import ablations_page
 from benchmarks.speed import speed_page
 from benchmarks.table.measurements import made_by
@@ -30,7 +30,7 @@ def complaints(folder: Path) -> list[str]:
     speeds = {f"{stem}{end}.json" for stem in speed_page.MACHINES for end in ("", "-history")}
     paths = [path for path in sorted(folder.glob("*.json")) if path.name not in speeds]
     records = {path.stem: json.loads(path.read_text()) for path in paths}
-    no_tables = ("ablations-", "curve-", "recipe-")
+    no_tables = ("ablations-", "curve-", "recipe-", "training-seeds-")
     tables = {name: record for name, record in records.items() if not name.startswith(no_tables)}
     with_files = {name: record for name, record in records.items() if "files" in record}
     files = set().union(*(record["files"] for record in with_files.values()))
@@ -40,6 +40,7 @@ def complaints(folder: Path) -> list[str]:
         "curve.md",
         "recipe.md",
         "speed.md",
+        "training-seeds.md",
     }
     for path in sorted(folder.iterdir()):
         known = files | pages | speeds | {f"{name}.json" for name in records}
@@ -63,7 +64,8 @@ def complaints(folder: Path) -> list[str]:
     measured = any(name.startswith("ablations-") for name in records)
     if measured and (folder / "ablations.md").read_text() != ablations_page.page(folder):
         found.append("ablations.md does not say what its records do")
-    for written, module in ((folder / "recipe.md", recipe), (folder / "curve.md", curve)):
+    pages_of = {"recipe.md": recipe, "curve.md": curve, "training-seeds.md": training_seeds}
+    for written, module in ((folder / file, module) for file, module in pages_of.items()):
         if written.exists() and written.read_text() != module.page(folder):
             found.append(f"{written.name} does not say what its records do")
     written = folder / "speed.md"
