@@ -163,6 +163,7 @@ def read_bundle(folder: Path, only: Collection[str] | None = None) -> Bundle:
             f"{path} is damaged: schedule must be an object with a name and numbers, "
             f"got {shown(process)}"
         )
+    as_schedule(process, path)
     listed = _listed(path, manifest.get("artifacts"), mixture.k)
     old_names = manifest.get("old_router_names", [])
     if not (isinstance(old_names, list) and all(isinstance(name, str) for name in old_names)):

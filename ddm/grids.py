@@ -153,6 +153,7 @@ def _own(steps: int, schedule: Schedule, t_min: float, t_max: float) -> Tensor:
         steps,
     )
     first, last = round(t_max * steps), round(t_min * steps)
-    whole = abs(t_max * steps - first) + abs(t_min * steps - last) < 1e-9
-    require(whole, "t_min", f"be one of the steps n / {steps} for grid=own", t_min)
+    rule = f"be one of the steps n / {steps} for grid=own"
+    require(abs(t_max * steps - first) < 1e-9, "t_max", rule, t_max)
+    require(abs(t_min * steps - last) < 1e-9, "t_min", rule, t_min)
     return torch.arange(first, last - 1, -1, dtype=torch.float64) / steps

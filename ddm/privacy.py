@@ -9,9 +9,8 @@ image decides alone, so that noise that hides it would hide everything.
 """
 
 import math
-import secrets
 from dataclasses import dataclass
-from statistics import NormalDist
+from random import SystemRandom
 
 import torch
 from torch import Tensor
@@ -52,9 +51,13 @@ def gaussian_delta(sigma: float, epsilon: float) -> float:
 
     `Phi(1/(2 sigma) - epsilon sigma) - e^epsilon Phi(-1/(2 sigma) - epsilon sigma)`.
     """
-    normal = NormalDist()
     half, far = 0.5 / sigma, epsilon * sigma
-    return normal.cdf(half - far) - math.exp(epsilon) * normal.cdf(-half - far)
+    return _normal_cdf(half - far) - math.exp(epsilon) * _normal_cdf(-half - far)
+
+
+def _normal_cdf(x: float) -> float:
+    """Of the standard normal law; by erfc, which keeps its digits where it is small."""
+    return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
@@ -68,17 +71,14 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
     return high
 
 
-def private_moments(
-    images: Tensor, flip: bool, config: PrivacyConfig, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def private_moments(images: Tensor, flip: bool, config: PrivacyConfig) -> tuple[Tensor, Tensor]:
     """`ddm.gaussian.moments` with noise of `config.sigma` sensitivities on both together.
 
     The variance is one number for all cosines of a channel with the same whole wave number, whose
-    sum takes no more noise than each would: high frequencies vary less than the noise.
-
-    generator: of the noise, None for one that nobody can repeat.
+    sum takes no more noise than each would: high frequencies vary less than the noise. The noise
+    comes from the operating system's randomness: a generator that begins at a seed could be tried
+    with all of them, and torch's has 2^32.
     """
-    generator = generator or torch.Generator().manual_seed(secrets.randbits(63))
     shape = images.shape[1:]
     bound = config.rms * math.sqrt(shape.numel())
     bands = _bands(shape)
@@ -99,17 +99,19 @@ def private_moments(
     # positive and add up to at most bound^2, by sqrt(2) bound^2 / n. sqrt(2): two releases.
     spread = math.sqrt(2) * config.sigma / count
     spread_mean, spread_square = spread * 2 * bound, spread * math.sqrt(2) * bound**2
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64)
-
-    mean = first / count + spread_mean * noise(first)
-    second = second / count + spread_square * noise(second)
+    mean = first / count + spread_mean * _noise(first.shape)
+    second = second / count + spread_square * _noise(second.shape)
     of_mean = torch.zeros_like(second)
     of_mean.index_add_(0, bands.flatten(), (mean.square() - spread_mean**2).flatten())
     sizes = torch.bincount(bands.flatten())
     variance = ((second - of_mean) / sizes).clamp_min(_LEAST_VARIANCE)
     return mean.float(), variance[bands].float()
+
+
+def _noise(shape: torch.Size) -> Tensor:
+    gauss = SystemRandom().gauss
+    values = [gauss() for _ in range(shape.numel())]
+    return torch.tensor(values, dtype=torch.float64).reshape(shape)
 
 
 def _bands(shape: torch.Size) -> Tensor:

@@ -32,6 +32,8 @@ Carry = tuple[Tensor, ...]
 # Yields (x, t), is sent the denoised x, returns what the next step starts from.
 Step = Generator[tuple[Tensor, Tensor], Tensor, Carry]
 
+_NO_SIGNAL = 1e-9  # a is below it only where a process ends at a = 0, rounding included
+
 
 class Course(NamedTuple):
     """What the steps of a trajectory share: the schedule, the times, and the noise."""
@@ -91,11 +93,11 @@ def dpmpp_2m(course: Course, n: int, x: Tensor, *last: Tensor) -> Step:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolated to the middle of the step in
     lambda = log a/s.
 
-    The first step, and one to t = 0 where lambda is infinite, are DDIM's.
+    The first step, and one to s = 0 or to a = 0 where lambda is infinite, are DDIM's.
     """
     c, c_next = course.coeffs(n), course.coeffs(n + 1)
     middle = denoised = yield x, course.times[n]
-    if last and c_next.s != 0:
+    if last and c_next.s != 0 and c_next.a > _NO_SIGNAL:
         h, h_last = _lambda(c_next) - _lambda(c), _lambda(c) - _lambda(course.coeffs(n - 1))
         middle = denoised + h / (2 * h_last) * (denoised - last[0])
     return _towards(middle, x, c, c_next), denoised
@@ -109,7 +111,8 @@ def unipc(course: Course, n: int, x: Tensor, *memory: Tensor, order: int = 3) ->
     images. With the next one, the corrector repeats the step with a polynomial through that as
     well. Both are exponential integrators: they integrate the polynomial exactly, which is the
     paper's family with every moment matched. Toward t = 0, where lambda is infinite, the order
-    falls to 2 and in the last step to 1, DDIM's (the `lower_order_final` of the authors' code).
+    falls to 2 and in the last step to 1, DDIM's (the `lower_order_final` of the authors' code), and
+    so does the last step of an inversion to a = 0.
     """
     c, c_next = course.coeffs(n), course.coeffs(n + 1)
     here, there = _lambda(c), _lambda(c_next)
@@ -127,6 +130,8 @@ def unipc(course: Course, n: int, x: Tensor, *memory: Tensor, order: int = 3) ->
 
 def _unipc_order(course: Course, n: int, known: int, order: int) -> int:
     """The denoised images, of those that are known, that the prediction of step n uses."""
+    if course.coeffs(n + 1).a < _NO_SIGNAL:
+        return 1
     left = len(course.times) - 1 - n
     ends_at_data = course.coeffs(-1).s == 0
     return min(known, order, left if ends_at_data else order)

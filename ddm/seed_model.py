@@ -72,14 +72,16 @@ def check_learned(
                 f"{file} is not a seed model: its kind must be one of {' '.join(KINDS)}, "
                 f"got {shown(facts.get('kind'))}"
             )
-        first, last = learned_from(file, facts), _time(file, facts, "t_max", 1.0)
-        if first > above or last < 1:
+        first = learned_from(file, facts, process)
+        last = _converted(_time(file, facts, "t_max", 1.0), facts["schedule"], process)
+        if first > above * (1 + 1e-6) or last < 1 - 1e-6:
             raise ArtifactError(
                 f"{file} must have learned all t above {above:g} to be the seed model of this "
                 f"bundle, it has learned t in [{first:g}, {last:g}]"
             )
     for file, facts in experts.items():
-        last, wanted = _time(file, facts, "t_max", 1.0), _own(above, process, facts)
+        last = _time(file, facts, "t_max", 1.0)
+        wanted = _converted(above, process, facts["schedule"])
         if last < wanted * (1 - 1e-6):
             raise ArtifactError(
                 f"{file} has learned t up to {last:g} alone, and must move images from {wanted:g} "
@@ -87,9 +89,11 @@ def check_learned(
             )
 
 
-def learned_from(file: Path, facts: Mapping[str, Any]) -> float:
-    """The first time that a network has learned. Raises `ArtifactError` naming the file."""
-    return _time(file, facts, "t_min", 0.0)
+def learned_from(file: Path, facts: Mapping[str, Any], process: Mapping[str, Any]) -> float:
+    """The first time that a network has learned, as that of equal s/a on `process`. Raises
+    `ArtifactError` naming the file.
+    """
+    return _converted(_time(file, facts, "t_min", 0.0), facts["schedule"], process)
 
 
 def _time(file: Path, facts: Mapping[str, Any], key: str, usual: float) -> float:
@@ -103,10 +107,9 @@ def _time(file: Path, facts: Mapping[str, Any], key: str, usual: float) -> float
     return value
 
 
-def _own(above: float, process: Mapping[str, Any], facts: Mapping[str, Any]) -> float:
-    """The time of the same s/a on an artifact's own process."""
-    own = facts["schedule"]
-    if own == process or above == 1:
-        return above
-    wanted = log_sigma(torch.tensor([above], dtype=torch.float64), schedule(**process))
-    return float(time_of(wanted, schedule(**own)))
+def _converted(t: float, outer: Mapping[str, Any], inner: Mapping[str, Any]) -> float:
+    """The time on `inner` of the s/a that `outer` has at t; the ends are each other's."""
+    if outer == inner or t in (0, 1):
+        return t
+    wanted = log_sigma(torch.tensor([t], dtype=torch.float64), schedule(**outer))
+    return float(time_of(wanted, schedule(**inner)))

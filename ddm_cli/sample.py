@@ -3,7 +3,7 @@
 Samples images from a run, a bundle or `demo`, the digits that come with the program.
 
   n=16            images
-  format=grid     one PNG file with all of them, at most 1024; or folder: one PNG file for each, in
+  format=sheet    one PNG file with all of them, at most 1024; or folder: one PNG file for each, in
                   constant memory. After an interruption the same command goes on where it stopped,
                   and a larger n adds to what is there
   out=PATH        the file, which must be new, or the folder; without it samples.png or samples
@@ -33,7 +33,7 @@ from train.progress import bar
 
 log = logging.getLogger(__name__)
 
-_GRID_IMAGES = 1024  # at most
+_SHEET_IMAGES = 1024  # at most
 
 
 @dataclass
@@ -41,7 +41,7 @@ class SampleCommand(SampleConfig):
     """The keys of `ddm sample`: those of sampling, and those of its help."""
 
     n: int = 16
-    format: Literal["grid", "folder"] = "grid"
+    format: Literal["sheet", "folder"] = "sheet"
     out: str | None = None
     seed: int = 0
     first_index: int = 0
@@ -51,7 +51,7 @@ class SampleCommand(SampleConfig):
     @property
     def path(self) -> Path:
         """Where the images go."""
-        return Path(self.out or {"grid": "samples.png", "folder": "samples"}[self.format])
+        return Path(self.out or {"sheet": "samples.png", "folder": "samples"}[self.format])
 
 
 def main(words: Sequence[str]) -> int:
@@ -64,17 +64,17 @@ def _sample(words: list[str]) -> None:
     command = filled(SampleCommand, *settings)
     named = {word.partition("=")[0].partition(".")[0] for word in settings}
     given = {key: getattr(command, key) for key in named & SampleConfig().__dict__.keys()}
-    if command.format == "grid":
-        _write_grid(folder, command, given)
+    if command.format == "sheet":
+        _write_sheet(folder, command, given)
     else:
         _write_folder(folder, command, given)
     log.info("%d images: %s", command.n, command.path)
 
 
-def _write_grid(run: str, command: SampleCommand, given: dict[str, Any]) -> None:
-    path, most = command.path, f"be at most {_GRID_IMAGES} with format=grid"
-    require(command.n <= _GRID_IMAGES, "n", most, command.n)
-    require(path.suffix == ".png", "out", "end in .png with format=grid", str(path))
+def _write_sheet(run: str, command: SampleCommand, given: dict[str, Any]) -> None:
+    path, most = command.path, f"be at most {_SHEET_IMAGES} with format=sheet"
+    require(command.n <= _SHEET_IMAGES, "n", most, command.n)
+    require(path.suffix == ".png", "out", "end in .png with format=sheet", str(path))
     require(not path.exists(), "out", "be a new file", str(path))
     model = load(run, command.device)
     steps = model.settings(**given).steps

@@ -76,7 +76,8 @@ class RoutedDenoiser:
         self.calls = 0
         self._router_calls: Tensor | int = 0  # a tensor, so that no step waits for a device
         self.steps: list[Step] = []
-        self._denoiser_calls = 0
+        self.steps_begun = 0
+        self._calls_in_step = 0
         self._state: RoutingState | None = None
         self._step_t: Tensor | None = None  # of the last step
         self._u = torch.empty(0)
@@ -98,8 +99,6 @@ class RoutedDenoiser:
         return int(self._router_calls)
 
     def _route(self, x: Tensor, t: Tensor) -> tuple[Routed, Tensor]:
-        step, call_within_step = divmod(self._denoiser_calls, self.calls_per_step)
-        self._denoiser_calls += 1
         index = torch.arange(len(x), device=x.device) if self.index is None else self.index
         if self._state is None:
             if self.router.pi is None:
@@ -107,18 +106,31 @@ class RoutedDenoiser:
                 pi, _ = source.step(x, t, source.start(x))
                 self.router = replace(self.router, pi=pi)
             self._state = self.router.start(x, policies.first_uniforms(self.seed, index))
-        if call_within_step == 0:
+        begins = self._begins_step(t)
+        if begins:
             last = t if self._step_t is None else self._step_t
-            number = torch.tensor([step])
+            number = torch.tensor([self.steps_begun])
             times = last.reshape(-1, 1), t.reshape(-1, 1)
             self._u = self.router.uniforms(self.seed, index, number, *times)[:, 0]
             self._step_t = t
-        keep = call_within_step > 0
+            self.steps_begun += 1
+            self._calls_in_step = 0
+        self._calls_in_step += 1
         routed, self._state = choose(
-            self.router, self.control_variate, x, t, self._state, self._u, keep
+            self.router, self.control_variate, x, t, self._state, self._u, keep=not begins
         )
         self._router_calls = self._router_calls + self._state.evaluated.sum()
         return routed, self._state.chosen
+
+    def _begins_step(self, t: Tensor) -> bool:
+        """Whether this call is the first of a step.
+
+        A step to t = 0 has one call with every sampler, so the next call may come early: at the same
+        time again, where the step is repeated (`ddm.editing`). The second call of a step never is.
+        """
+        if self._step_t is None or self._calls_in_step == self.calls_per_step:
+            return True
+        return bool((t == self._step_t).all())
 
     def _call(self, x: Tensor, t: Tensor, counts: list[int], row: Tensor) -> Tensor:
         """The experts' answers `[M, ...]` for the images `row` `[M]`, the first `counts[0]` of which

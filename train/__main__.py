@@ -9,7 +9,8 @@ is written: each stage's parameters, memory, time and disk are printed, and what
 Commands, which run only if they are named (docs/owners.md):
   export   write each cluster of the partition as a shard, a folder that holds all that its owner needs
   shard    make a shard from images of one's own: shard.images=FOLDER shard.name=NAME
-  answer   answer the router's questions about a shard from its owner's machine: expert.shard=FOLDER launch.address=auto
+  answer   answer the router's questions about a shard from its owner's machine, a node of a Ray cluster:
+           expert.shard=FOLDER launch.backend=ray launch.address=auto
   grow     add an expert to the bundle: update.expert=PATH, or one trained here from expert.shard=FOLDER
   retrain  put one in the place of another: update.cluster=NAME and the same
   remove   take one out: update.cluster=NAME

@@ -16,7 +16,7 @@ from serve.model.model import Model
 from train.config import Config
 from train.stages.run import run
 
-_STAGES = ("partition", "expert", "router", "bundle")
+_STAGES = ("partition", "seed_model", "expert", "router", "bundle")
 _FILE = "images.safetensors"
 
 

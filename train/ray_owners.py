@@ -88,7 +88,7 @@ def asked(config: Config, names: Sequence[str], clusters: Sequence[str]) -> Iter
                 raise ConfigError(
                     f"router.data=shards needs the owner of {name} ({cluster[:12]}) on "
                     f"{config.launch.address}: python -m train CONFIG answer expert.shard=SHARD "
-                    "launch.address=auto on its machine"
+                    "launch.backend=ray launch.address=auto on its machine"
                 ) from error
 
         def ask(method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -280,7 +280,9 @@ def _default(numbers: dict[str, Any]) -> str:
         for process in PROCESSES
     ]
     if numbers["network"]:
-        groups.append(("trained experts", "vp_linear", numbers["network"]["cells"]))
+        groups.append(
+            ("trained experts", numbers["network"]["schedule"], numbers["network"]["cells"])
+        )
     rows = []
     for data, process, cells in groups:
         row = [data, process]

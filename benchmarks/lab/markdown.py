@@ -37,9 +37,6 @@ def write(folder: Path, name: str, numbers: Mapping[str, Any], rendered: Rendere
     `with_tables` does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    for figure_name, figure in rendered.figures.items():
-        save(folder / f"{name}-{figure_name}.png", figure)
     page = folder / f"{name}.md"
     if page.exists():
         text = page.read_text()
@@ -47,7 +44,11 @@ def write(folder: Path, name: str, numbers: Mapping[str, Any], rendered: Rendere
         text = "\n".join(
             f"<!-- table {table_name} -->\n<!-- end -->\n" for table_name in rendered.tables
         )
-    page.write_text(with_tables(text, rendered.tables))
+    text = with_tables(text, rendered.tables)  # before anything is written
+    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    for figure_name, figure in rendered.figures.items():
+        save(folder / f"{name}-{figure_name}.png", figure)
+    page.write_text(text)
 
 
 def with_tables(text: str, tables: Mapping[str, str]) -> str:

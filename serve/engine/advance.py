@@ -176,7 +176,8 @@ def _record(
     chosen[rows, [k for state in states for k in state.experts]] = True
     parts = zip(alpha.unbind(), chosen.unbind(), denoised.unbind(), evaluations, strict=True)
     for state, (alpha_row, chosen_row, image, each) in zip(states, parts, strict=True):
-        state.record = StepRecord(t, alpha_row, chosen_row, len(state.experts) * each)
+        nfe = len(state.experts) * each
+        state.record = StepRecord(state.step + 1, t, alpha_row, chosen_row, nfe)
         state.denoised = image
 
 

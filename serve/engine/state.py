@@ -21,10 +21,11 @@ from serve.model.planning import SamplingPlan
 class StepRecord(NamedTuple):
     """One denoiser call for an image.
 
-    t: its time, in [0, 1]. alpha: `[K]`. chosen: bool `[K]`, the experts evaluated. nfe: their
-    number, plus as many for each guidance used.
+    step: of the sampler, from 1. t: its time, in [0, 1]. alpha: `[K]`. chosen: bool `[K]`, the
+    experts evaluated. nfe: their number, plus as many for each guidance used.
     """
 
+    step: int
     t: float
     alpha: Tensor
     chosen: Tensor

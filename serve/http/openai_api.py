@@ -198,7 +198,7 @@ def _card(models: Models, name: str) -> dict[str, Any]:
         "version": model.version,
         "shape": list(model.shape),
         "clusters": model.names,
-        "shares": model.pi.tolist(),
+        "weights": model.pi.tolist(),
         "vocabulary": None if model.vocabulary is None else asdict(model.vocabulary),
         "seeded": model.seeded,
         "limits": {"n": limits.n, "steps": limits.steps},

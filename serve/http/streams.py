@@ -33,13 +33,15 @@ def event(name: str, data: Any) -> str:
 
 
 class Step(NamedTuple):
-    """What a stream tells of one denoiser call of an image: its number `call` counts from 1.
+    """What a stream tells of one denoiser call of an image: its number `call`, and that of its
+    `step`, count from 1.
 
     alpha `[K]` and chosen, the experts evaluated, are None unless traced. preview: uint8
     `[C, H, W]`, None for most.
     """
 
     place: int
+    step: int
     call: int
     t: float
     alpha: list[float] | None
@@ -72,7 +74,7 @@ class StreamQueue:
             return
         alpha = record.alpha.tolist() if self.trace else None
         chosen = record.chosen.nonzero()[:, 0].tolist() if self.trace else None
-        self._steps.append(Step(place, call, record.t, alpha, chosen, preview))
+        self._steps.append(Step(place, record.step, call, record.t, alpha, chosen, preview))
         if len(self._steps) > _QUEUED_STEPS:
             self.pop()
         self.arrived.set()
@@ -141,7 +143,7 @@ async def _sample_events(
 ) -> AsyncGenerator[str]:
     request, model = admitted.request, admitted.version.model
     facts = facts_of(admitted)
-    first, calls_per_step = facts["first_index"], request.plan.method.calls_per_step
+    first = facts["first_index"]
     start = {
         "n": len(request.index),
         "steps": len(request.plan.times) - 1,
@@ -155,7 +157,7 @@ async def _sample_events(
             async for step in steps:
                 data: dict[str, Any] = {
                     "index": first + step.place,
-                    "step": (step.call - 1) // calls_per_step + 1,
+                    "step": step.step,
                     "call": step.call,
                     "t": step.t,
                 }

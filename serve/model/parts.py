@@ -74,7 +74,9 @@ class Parts:
         self.schedule: Schedule = build_schedule(bundle)
         self.above, seed_model = bundle.above, bundle.seed_model
         self.seeded = seed_model is not None
-        self.seeded_from = learned_from(seed_model.json, seed_model.facts) if seed_model else 0.0
+        self.seeded_from = 0.0
+        if seed_model is not None:
+            self.seeded_from = learned_from(seed_model.json, seed_model.facts, bundle.schedule)
         self.experts: list[nn.Module] = []
         if experts:
             self.experts = [*build_experts(bundle, self.schedule, self.device)]

@@ -202,6 +202,13 @@ class Planner(Parts):
         if edit is None:
             return self._cached_plan(config, 1.0, 1)
         edit.check()
+        own = edit.start * config.steps
+        require(
+            config.grid != "own" or abs(own - round(own)) < 1e-9,
+            "strength",
+            f"be one of the steps n / {config.steps} for grid=own",
+            edit.start,
+        )
         require(
             config.source not in INTEGRATED or len(self.names) == 1,
             "source",

@@ -1,6 +1,5 @@
 """One batch of images from start to end, by the experts of a model in this process."""
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,24 +71,23 @@ def run_batch(
 
     Raises `ArtifactError` if the end is not finite.
     """
-    calls_per_step = plan.method.calls_per_step
     routed = RoutedDenoiser(
         model.experts,
         plan.router,
         seed=seed,
         index=index,
-        calls_per_step=calls_per_step,
+        calls_per_step=plan.method.calls_per_step,
         clip=plan.config.clip,
         control_variate=plan.control_variate,
         condition=plan.condition,
         trace=trace,
     )
-    calls = itertools.count()
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        if progress is not None and next(calls) % calls_per_step == 0:
-            progress(len(x))
+        step = routed.steps_begun
         denoised = routed(x, t)
+        if progress is not None and routed.steps_begun > step:
+            progress(len(x))
         return denoised if given is None else keep(given, denoised)
 
     end, _calls = drive(plan.trajectory(x, seed, index), denoise)

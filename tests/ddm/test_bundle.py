@@ -311,6 +311,14 @@ def test_a_schedule_that_is_not_flat_is_refused(run: Run, value: object) -> None
     refused(run.bundle, f"{run.bundle / 'manifest.json'} is damaged: schedule must be an object")
 
 
+@pytest.mark.parametrize("value", [{}, {"beta_max": 20.0}, {"name": "vp_linaer"}])
+def test_a_schedule_that_is_none_is_refused_in_the_manifest(run: Run, value: object) -> None:
+    run.write()
+    manifest = read_json(run.bundle / "manifest.json")
+    write_json(run.bundle / "manifest.json", {**manifest, "schedule": value})
+    refused(run.bundle, f"{run.bundle / 'manifest.json'} does not describe a schedule")
+
+
 def test_a_pickle_among_the_weights_is_refused_by_name(run: Run) -> None:
     torch.save({"weight": torch.tensor([1.0])}, run.experts[1].with_suffix(".safetensors"))
     facts = read_json(run.experts[1].with_suffix(".json"))

@@ -11,6 +11,7 @@ from ddm.artifacts import file_of, read_json, write_artifact, write_json
 from ddm.bundle import read_bundle
 from ddm.bundle_writing import Parts, write_bundle, write_half
 from ddm.errors import ArtifactError
+from ddm.seed_model import learned_from
 from tests.ddm.bundles import Run
 
 
@@ -91,6 +92,12 @@ def test_a_time_of_another_process_is_converted(run: SeededRun) -> None:
             run.refused(0.6, message)
         else:
             write_bundle(run.bundle, run.seeded(), "test")
+    # That of rectified flow at 0.9 is vp_linear's near 0.66.
+    own = {"config": {"t_min": 0.9}, "schedule": {"name": "rectified_flow"}}
+    run.train_seed_model(**own)
+    run.refused(0.6, "it has learned t in [0.66")
+    facts = run.facts(**own)
+    assert learned_from(run.seed_model, facts, {"name": "vp_linear"}) == pytest.approx(0.6605, 1e-4)
 
 
 @pytest.mark.parametrize(

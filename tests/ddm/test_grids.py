@@ -163,6 +163,13 @@ def test_own_is_refused_for_a_schedule_that_has_no_steps(name: str) -> None:
         time_grid("own", 5, schedule(name))
 
 
+@pytest.mark.parametrize("key", ["t_min", "t_max"])
+def test_own_is_refused_between_two_steps(key: str) -> None:
+    process = schedule("two_phase", steps=5, c0=1.0, c1=2.0)
+    with pytest.raises(ConfigError, match=f"{key} must be one of the steps n / 5 .*got 0.5"):
+        time_grid("own", 5, process, **{key: 0.5})
+
+
 def test_own_is_refused_for_another_number_of_steps() -> None:
     message = "steps must be 1000, as in the schedule, for grid=own, got 999"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):

@@ -31,6 +31,7 @@ from ddm.samplers import (
 from ddm.schedules import SCHEDULES, Schedule, schedule
 from tests.ddm.sampler_problems import (
     DEFINED,
+    ENDS_WITHOUT_SIGNAL,
     EXPLODING,
     STOCHASTIC,
     mixture,
@@ -68,6 +69,21 @@ def test_a_constant_denoiser_is_walked_exactly(process: str, name: str) -> None:
             end, _ = drive(trajectory, lambda x, t: torch.full_like(x, 0.3))
             expected = c_end.a * 0.3 + c_end.s * (x - c.a * 0.3) / c.s
             torch.testing.assert_close(end, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc", "ipndm"])
+@pytest.mark.parametrize("process", ENDS_WITHOUT_SIGNAL)
+def test_the_ode_is_walked_up_to_where_no_signal_is_left(process: str, name: str) -> None:
+    path, oracle = schedule(process), mixture(process)
+    start_from = oracle.marginal(200, 1e-3, seed=1)
+
+    def noise_of(method: str, steps: int) -> Tensor:
+        times = time_grid("half", steps, path, 1e-3).flip(0)
+        trajectory = sampler(method).trajectory(start_from, path, times, no_noise)
+        return drive(trajectory, oracle.denoise)[0]
+
+    error = (noise_of(name, 25) - noise_of("heun", 200)).square().mean().sqrt()
+    assert error < 0.1
 
 
 def test_euler_walks_a_straight_line_exactly() -> None:

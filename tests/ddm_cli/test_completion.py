@@ -16,7 +16,7 @@ TYPED = [
     ("ddm train cifar10_t", {"cifar10_tiny"}, {"digits"}),
     ("ddm train expert.ste", {"expert.steps="}, {"expert.batch="}),
     ("ddm serve serve.ray.serv", {"serve.ray.services="}, {"run="}),
-    ("ddm sample form", {"format="}, {"format=grid"}),
+    ("ddm sample form", {"format="}, {"format=sheet"}),
 ]
 VALUES = ("ddm train sample.policy=ba", {"sample.policy=balanced"})
 

@@ -139,6 +139,19 @@ def test_rays_ports_are_closed_to_other_pods() -> None:
         assert own["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
 
 
+@pytest.mark.parametrize("name", ["train-cluster.yaml", "ray-cluster.yaml"])
+def test_ray_up_copies_every_package(name: str) -> None:
+    patterns = yaml.safe_load((DOCKER / name).read_text())["rsync_exclude"]
+    in_the_root = {pattern[1:] for pattern in patterns if pattern.startswith("/")}
+    anywhere = set(patterns) - {f"/{folder}" for folder in in_the_root}
+    assert not any("/" in pattern or "*" in pattern for pattern in in_the_root | anywhere)
+    root = DOCKER.parent
+    for package in (path for path in root.glob("*/**/__init__.py") if ".venv" not in path.parts):
+        first, *others = package.parent.relative_to(root).parts
+        assert first not in in_the_root
+        assert not {first, *others} & anywhere
+
+
 def test_ray_up_accepts_the_cluster_and_knows_every_key() -> None:
     import jsonschema
 

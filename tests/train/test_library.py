@@ -21,6 +21,7 @@ TINY: dict[str, Any] = {
         "steps": 4,
         "batch": 8,
     },
+    "seed_model": {"steps": 2},
     "router": {
         "net": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": []},
         "steps": 4,
@@ -63,6 +64,7 @@ def test_the_same_call_trains_nothing_again(images: torch.Tensor, tmp_path: Path
     first = train_model(images, tmp_path / "run", **TINY)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     again = train_model(images, tmp_path / "run", **TINY)
+    assert list((tmp_path / "run" / "seed_model").glob("*.safetensors"))
     assert isinstance(first, Model) and first.version == again.version and len(times) > 4
     assert times == {path: path.stat().st_mtime_ns for path in times}
     with pytest.raises(ConfigError, match="folder must be another one: it was made of other"):

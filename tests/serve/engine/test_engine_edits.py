@@ -24,6 +24,7 @@ EDITS: list[dict[str, Any]] = [
     {"image": IMAGE, "strength": 0.3, "sampler": "heun"},
     {"image": IMAGE, "mask": MASK, "resamplings": 3},
     {"image": IMAGE, "mask": MASK, "resamplings": 1},
+    {"image": IMAGE, "mask": MASK, "resamplings": 3, "sampler": "heun", "policy": "stochastic"},
     {"image": IMAGE, "mask": MASK, "strength": 0.7, "policy": "stochastic", "sampler": "ddpm"},
     {"image": IMAGE, "mask": MASK, "resamplings": 2, "sampler": "unipc", "policy": "fixed"},
     {"image": IMAGE, "strength": 1.0},

@@ -320,7 +320,7 @@ def test_the_service_describes_itself(server: Server, model: Model) -> None:
     assert server.request("/v1/models").json == {"object": "list", "data": [card]}
     assert card["clusters"] == model.names and card["version"] == model.version
     assert card["shape"] == [1, 8, 8]
-    assert card["shares"] == pytest.approx(model.pi.tolist())
+    assert card["weights"] == pytest.approx(model.pi.tolist())
     assert card["limits"] == {"n": 64, "steps": 250}
     assert card["defaults"]["steps"] == 4 and card["defaults"]["sampler"] == "ipndm"
     assert "heun" in card["choices"]["sampler"] and "nucleus" in card["choices"]["policy"]

@@ -17,7 +17,7 @@ from serve.settings import settings
 
 
 def record(t: float = 0.5) -> StepRecord:
-    return StepRecord(t, torch.tensor([0.25, 0.75]), torch.tensor([False, True]), 1)
+    return StepRecord(1, t, torch.tensor([0.25, 0.75]), torch.tensor([False, True]), 1)
 
 
 def fill(queue: StreamQueue, calls: int, images: int = 2, side: int = 8) -> None:
