@@ -12,8 +12,9 @@ weights: setup  ## train, measure and put in place the digits that come with the
 	rm -rf serve/demo
 	cp -r runs/demo/bundle-half serve/demo
 
+# Bytecode is kept even where the environment says otherwise: hundreds of processes would compile torch and Ray again.
 test: setup  ## the tests, in up to 4 processes
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """What training with another seed changes: the table of CONFIG for several training seeds.
 
-The table of the config's own seed is NAME.json in the folder of results; it is made if it is not
-there, or is another config's. The other seeds train in the folders RUN-SEED, which keep their
-tables. Writes training-seeds-NAME.json and training-seeds.md. If interrupted, the same command
+The table of the config's own seed is NAME.json in the folder of results, if it is this config's.
+The others are made: in RUN/table for the own seed, in RUN-SEED/table for another, which trains in
+RUN-SEED. Writes training-seeds-NAME.json and training-seeds.md. If interrupted, the same command
 resumes.
 """
 
@@ -65,6 +65,7 @@ def _make(arguments: argparse.Namespace) -> None:
         "config": settled(config),
         "config_hash": digest(settled(config)),
         "machines": [each["machine"] for each in records],
+        "training_precisions": [each["training_precision"] for each in records],
         "training_seeds": seeds,
         **_distances([Evaluation.of(each) for each in records]),
     }
@@ -78,14 +79,24 @@ def _record(config: Config, seed: int, words: Sequence[str], out: Path) -> dict[
     """The table's record of one training seed, measured unless it is there."""
     more: list[str] = []
     if seed != config.seed:
-        folder = f"{config.folder}-{seed}"
-        config, out = replace(config, seed=seed, run=folder), Path(folder, "table")
-        more = [f"seed={seed}", f"run={folder}"]
-    path = out / f"{config.folder.name}.json"
-    if not path.exists() or not made_by(read_json(path), config):
-        command = shlex.join(["python", "-m", "benchmarks.table", *words, *more])
-        write_page(make(config, command, out))
+        config = replace(config, seed=seed, run=f"{config.folder}-{seed}")
+        more = [f"seed={seed}", f"run={config.folder}"]
+    name, own = f"{config.folder.name}.json", config.folder / "table"
+    for path in (out / name, own / name):
+        if _is_whole(path, config):
+            return read_json(path)
+    command = shlex.join(["python", "-m", "benchmarks.table", *words, *more])
+    path = make(config, command, own)
+    write_page(path)
     return read_json(path)
+
+
+def _is_whole(path: Path, config: Config) -> bool:
+    """Whether a table's record is there with its page, and the config's as the program now is."""
+    if not path.exists() or not path.with_suffix(".md").exists():
+        return False
+    record = read_json(path)
+    return not record.get("earlier") and made_by(record, config)
 
 
 def _distances(tables: Sequence[Evaluation]) -> dict[str, Any]:
@@ -108,8 +119,7 @@ def _distances(tables: Sequence[Evaluation]) -> dict[str, Any]:
     return {
         "n": first.n,
         "floor": {
-            feature: [floor for each in tables for floor in each.features[feature].floor]
-            for feature in first.features
+            feature: [each.features[feature].floor for each in tables] for feature in first.features
         },
         "frechet": {
             feature: {
@@ -130,11 +140,11 @@ def _distances(tables: Sequence[Evaluation]) -> dict[str, Any]:
 
 _INTRODUCTION = """# Training seeds
 
-What training everything again with another seed changes: the seed model, the experts, the router
-and the single models, and which images are held out. Every figure is the mean over the training
-seeds, ± the standard deviation over them, of what `python -m benchmarks.table` measures: Fréchet
-distances, each the mean over seeds of samples. The noise of the samples is the same for all rows
-and training seeds."""
+Everything is trained again with other seeds: the seed model, the experts, the router and the single
+models, on other held-out images and, with k-means, other clusters. Every figure is the mean over
+the training seeds, ± the standard deviation over them, of what `python -m benchmarks.table`
+measures: Fréchet distances, each the mean over seeds of samples. The noise of the samples is the
+same for all rows and training seeds."""
 
 
 def page(folder: Path) -> str:
@@ -147,13 +157,15 @@ def page(folder: Path) -> str:
         parts += [
             f"## {file.stem.removeprefix('training-seeds-')}",
             f"    {record['command']}",
-            f"Training seeds {', '.join(before)} and {last}; {record['n']} images per seed of samples.",
+            f"Training seeds {', '.join(before)} and {last}; {record['n']} images per seed of samples;"
+            f" {_conditions(record)}.",
         ]
         for feature, samplers in record["frechet"].items():
             for sampler, rows in samplers.items():
-                steps = list(next(iter(rows.values())))
+                steps = sorted({n for row in rows.values() for n in row}, key=int)
                 titles = [f"{n} steps" for n in steps]
-                floor = shown(Spread.of(record["floor"][feature]), ".2f")
+                floors = [mean(each) for each in record["floor"][feature] if each]
+                floor = shown(Spread.of(floors), ".2f") if floors else "–"
                 parts += [
                     f"### {feature}, {sampler}",
                     table(["", *titles], [[row, *_means(rows[row], steps)] for row in rows]),
@@ -163,6 +175,12 @@ def page(folder: Path) -> str:
                     table(["", *titles], _differences(rows, steps)),
                 ]
     return "\n\n".join(parts) + "\n"
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    """The machines and the precisions of the trainings, each one once."""
+    devices = {each["device"] for each in record["machines"]}
+    return f"{', '.join(sorted({*record['training_precisions']}))} on {', '.join(sorted(devices))}"
 
 
 def _means(row: dict[str, list[list[float]]], steps: Sequence[str]) -> list[str]:

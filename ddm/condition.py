@@ -32,7 +32,7 @@ class Vocabulary:
     names: list[str]
 
     def vectors(self, values: Tensor) -> Tensor:
-        """The vectors `[B, C]` of labels, int64 `[B]`, or of attributes, bool `[B, C]`."""
+        """The vectors `[B, C]` of labels, int64 `[B]`, or of attributes, uint8 `[B, C]`."""
         if self.kind == "label":
             return F.one_hot(values, len(self.names)).float()
         return values.float() * 2 - 1
@@ -69,7 +69,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class ImageConditions:
-    """The conditions of N images: labels int64 `[N]`, or attributes bool `[N, C]`."""
+    """The conditions of N images: labels int64 `[N]`, or attributes, 0 or 1, uint8 `[N, C]`."""
 
     vocabulary: Vocabulary
     values: Tensor

@@ -11,6 +11,7 @@ from ddm.schedules import EDM, Discrete, Schedule
 
 GRIDS = ("uniform_t", "uniform_log_snr", "quadratic", "cosine", "half", "edm", "own")
 
+NO_SIGNAL = 1e-9  # an a below it: x is noise alone
 
 Scale = Callable[[Tensor], Tensor]
 
@@ -45,7 +46,7 @@ def time_grid(
 
     Raises `ConfigError` for an unknown name, steps below 1, times not in 0 <= t_min < t_max <= 1,
     given times that do not fall, or `own` for a schedule that has no steps or another number of
-    them.
+    them, or between two of them.
     """
     require(isinstance(steps, int) and steps >= 1, "steps", "be at least 1", steps)
     if not isinstance(name, str):
@@ -115,7 +116,7 @@ def _even_inside(
     a last step to 0.
     """
     clean = t_min if t_min > 0 else min(_cleanest(schedule), t_max / 2)
-    has_signal = schedule(torch.tensor(t_max, dtype=torch.float64)).a > 1e-9
+    has_signal = schedule(torch.tensor(t_max, dtype=torch.float64)).a > NO_SIGNAL
     noisy = t_max if has_signal else max(t_max - 1e-3, (clean + t_max) / 2)
     times = _even(scale, inverse, steps - (t_min == 0), schedule, clean, noisy)
     if t_min == 0:

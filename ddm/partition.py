@@ -125,7 +125,7 @@ class Partition:
             if labels is not None:
                 tensors["labels"] = labels
             if conditions is not None and conditions.vocabulary.kind == "attributes":
-                tensors["attributes"] = conditions.values.byte()
+                tensors["attributes"] = conditions.values
             write_rows(path, tensors, chosen.nonzero()[:, 0], release)
             return sha256(path)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddm.errors import ConfigError, one_of, require
-from ddm.grids import time_grid
+from ddm.grids import NO_SIGNAL, time_grid
 from ddm.rng import RngStream, normal
 from ddm.schedules import Coeffs, Schedule, velocity
 
@@ -31,8 +31,6 @@ Trajectory = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
 Carry = tuple[Tensor, ...]
 # Yields (x, t), is sent the denoised x, returns what the next step starts from.
 Step = Generator[tuple[Tensor, Tensor], Tensor, Carry]
-
-_NO_SIGNAL = 1e-9  # a is below it only where a process ends at a = 0, rounding included
 
 
 class Course(NamedTuple):
@@ -97,7 +95,7 @@ def dpmpp_2m(course: Course, n: int, x: Tensor, *last: Tensor) -> Step:
     """
     c, c_next = course.coeffs(n), course.coeffs(n + 1)
     middle = denoised = yield x, course.times[n]
-    if last and c_next.s != 0 and c_next.a > _NO_SIGNAL:
+    if last and c_next.s != 0 and c_next.a > NO_SIGNAL:
         h, h_last = _lambda(c_next) - _lambda(c), _lambda(c) - _lambda(course.coeffs(n - 1))
         middle = denoised + h / (2 * h_last) * (denoised - last[0])
     return _towards(middle, x, c, c_next), denoised
@@ -130,7 +128,7 @@ def unipc(course: Course, n: int, x: Tensor, *memory: Tensor, order: int = 3) ->
 
 def _unipc_order(course: Course, n: int, known: int, order: int) -> int:
     """The denoised images, of those that are known, that the prediction of step n uses."""
-    if course.coeffs(n + 1).a < _NO_SIGNAL:
+    if course.coeffs(n + 1).a < NO_SIGNAL:
         return 1
     left = len(course.times) - 1 - n
     ends_at_data = course.coeffs(-1).s == 0

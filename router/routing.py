@@ -36,7 +36,8 @@ class RoutedDenoiser:
     experts: K denoisers.
     alpha: any `(x, t) -> [B, K]`, or a `Source`, from which `policy` (a name or a `Policy`)
     chooses; or a whole `Router`, which has a policy of its own.
-    calls_per_step: the sampler's; the experts stay the same within a step.
+    calls_per_step: the sampler's; the experts stay the same within a step. The second call of a
+    step is at another time than the first; one at the same time begins the next step.
     clip: bound the result to [-1, 1], after mixing.
     control_variate: cheap approximations G_k of the experts, as `(x, t, weight [B, K]) -> sum_k
     weight_k G_k(x, t)`, such as `Gaussians.mix`. The result is `sum_chosen w_k D_k + sum_k alpha_k
@@ -126,7 +127,8 @@ class RoutedDenoiser:
         """Whether this call is the first of a step.
 
         A step to t = 0 has one call with every sampler, so the next call may come early: at the same
-        time again, where the step is repeated (`ddm.editing`). The second call of a step never is.
+        time again, where the step is repeated (`ddm.editing`). The second call of a step is at
+        another time.
         """
         if self._step_t is None or self._calls_in_step == self.calls_per_step:
             return True

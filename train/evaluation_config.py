@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddm.errors import one_of, require
-from train.evaluation.feature_files import script_files
+from train.evaluation.feature_files import reference_file, script_files
 from train.evaluation.pixels import DIRECTIONS
 from train.evaluation.rows import METHODS, PAPER
 
@@ -139,6 +139,29 @@ class EvaluateConfig:
             f"{section}.features",
             "hold at least one network: such as [classifier, pixels]",
             list(self.features),
+        )
+        self._check_names(section)
+
+    def _check_names(self, section: str) -> None:
+        """Raise `ConfigError` for two networks of one name, and for a reference that none has."""
+        files = [
+            file
+            for name in self.features
+            if name not in ("classifier", "pixels", "inception")
+            for file in script_files(Path(name))
+        ]
+        own = [name for name in self.features if name in ("classifier", "pixels", "inception")]
+        names = own + [file.stem for file in files]
+        once = len(set(names)) == len(names)
+        require(once, f"{section}.features", "hold networks of different names", names)
+        if "inception" in own and self.inception_weights is not None:
+            files.append(Path(self.inception_weights))
+        known = [file for file in files if reference_file(file, self.reference) is not None]
+        require(
+            self.reference is None or not files or bool(known),
+            f"{section}.reference",
+            "be null, or name statistics REFERENCE.NETWORK.npz beside one of the networks",
+            self.reference,
         )
 
 

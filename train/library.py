@@ -14,6 +14,7 @@ from serve.model.images import to_uint8
 from serve.model.loading import load
 from serve.model.model import Model
 from train.config import Config
+from train.data.tensors import DRAWABLE, is_drawable
 from train.stages.run import run
 
 _STAGES = ("partition", "seed_model", "expert", "router", "bundle")
@@ -29,7 +30,7 @@ def train_model(
     Experts train one after another in this process; `expert={"workers": None}` trains them in
     processes of their own, for which a script needs `if __name__ == "__main__":`.
 
-    images: `[N, C, H, W]`, uint8, or floats in [-1, 1]; square
+    images: `[N, C, H, W]`, uint8, or floats in [-1, 1]; square, with 1 to 4 channels
     folder: of the run; the images are kept there too, as `images.safetensors`
     labels: int64 `[N]`, at least 0, by which the images are then cut; without them, by k-means
     config: the sections and keys of a config (`train.config.Config`), such as `seed=1`,
@@ -58,6 +59,8 @@ def _checked(images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         raise ConfigError(
             f"images must be a tensor [N, C, H, W], N at least 1, got {found}", "images"
         )
+    if not is_drawable(images):
+        raise ConfigError(f"images must be such as {DRAWABLE}, got {list(images.shape)}", "images")
     if images.dtype != torch.uint8:
         inside = images.is_floating_point() and bool(((images >= -1) & (images <= 1)).all())
         found = f"{images.dtype} from {float(images.min()):.4g} to {float(images.max()):.4g}"
@@ -66,7 +69,8 @@ def _checked(images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         images = to_uint8(images)
     tensors = {"images": images.cpu().contiguous()}
     if labels is not None:
-        fits = labels.shape == images.shape[:1] and int(labels.min()) >= 0
+        whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+        fits = whole and labels.shape == images.shape[:1] and int(labels.min()) >= 0
         require(fits, "labels", f"be {len(images)} whole numbers of at least 0", labels)
         tensors["labels"] = labels.long().cpu().contiguous()
     return tensors

@@ -41,6 +41,7 @@ _DATA = {
     "folder": "Images of the publisher's own folder: say here where they come from.",
     "tensors": "Images of the publisher's own file: say here where they come from.",
 }
+_OTHERS = "Images of several owners: say here where they come from."
 _NOT_FOR = {
     "cifar10": "Anything commercial, before the rights in the photographs are cleared.",
     "celeba_hq": "Anything but non-commercial research, by the terms of the data set; nor for "
@@ -96,7 +97,7 @@ def _template() -> jinja2.Template:
 def _written(config: Config, bundle: Bundle, copy: str) -> str:
     """What of a card is this program's."""
     mixture, evaluation = bundle.mixture, _evaluation(config, bundle)
-    first = bundle.experts[0].facts
+    own = _is_own(config, bundle)
     counts = [expert.facts["count"] for expert in bundle.experts]
     return _template().render(
         begin=_BEGIN,
@@ -107,22 +108,56 @@ def _written(config: Config, bundle: Bundle, copy: str) -> str:
         copy=copy,
         version=bundle.version,
         shape=mixture.shape,
-        data=_DATA[config.data.name],
+        data=_DATA[config.data.name] if own else _OTHERS,
         images=sum(counts),
         clusters=list(zip(bundle.files, mixture.names, counts, mixture.pi.tolist(), strict=True)),
-        held_out=_held_out(config),
-        flip=config.data.flip,
-        seed_model=first.get("init", {}).get("images_seen"),
+        held_out=_held_out(config) if own else None,
+        flip=own and config.data.flip,
+        inits=_inits(bundle),
         above=bundle.above,
         guides=bundle.seed_model is not None,
         trained=_trained(config, bundle),
-        expert=first["config"],
+        settings=_settings(bundle),
         schedule=bundle.schedule["name"],
         evaluation=evaluation,
         tables=_tables(evaluation) if evaluation else [],
         copies=_copies(evaluation) if evaluation else "",
         not_for=_not_for(config),
     )
+
+
+def _is_own(config: Config, bundle: Bundle) -> bool:
+    """Whether the run's own partition holds all clusters of the bundle."""
+    folder = config.folder / "partition"
+    if not (folder / "partition.json").exists():
+        return False
+    return set(bundle.mixture.clusters) <= set(Partition.read(folder).hashes)
+
+
+def _inits(bundle: Bundle) -> list[dict[str, Any] | None]:
+    """What the experts started from, each one once; None for weights of their own."""
+    found: list[dict[str, Any] | None] = []
+    for expert in bundle.experts:
+        init = expert.facts.get("init")
+        if init not in found:
+            found.append(init)
+    return found
+
+
+def _settings(bundle: Bundle) -> dict[str, Any]:
+    """What the training of all experts has in common, of a few settings."""
+    first, *others = (expert.facts["config"] for expert in bundle.experts)
+    names = {
+        "batch": "batch",
+        "learning_rate": "learning rate",
+        "ema_decay": "EMA",
+        "precision": "precision",
+    }
+    return {
+        shown_as: first[name]
+        for name, shown_as in names.items()
+        if name in first and all(other.get(name) == first[name] for other in others)
+    }
 
 
 def _held_out(config: Config) -> int:

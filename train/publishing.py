@@ -67,6 +67,7 @@ def pull(
     there is something else in the folder.
     """
     fs, root = _place(url)
+    folder = folder.absolute()  # "." has no name
     scratch = folder.with_name(f".{folder.name}.pull")
     manifest = scratch / MANIFEST
     _get_small(fs, f"{root}/{MANIFEST}", manifest, url)
@@ -79,6 +80,9 @@ def pull(
         same = there == found
         require(same, "FOLDER", f"be new or hold {found[:12]}", f"{folder}, with {there[:12]}")
         shutil.rmtree(scratch, ignore_errors=True)
+        for signature in _signatures(folder):  # which may have come later
+            if not signature.exists():
+                _get_optional(fs, root, signature, url)
     else:
         _get_all(fs, root, scratch, url)
         read_bundle(scratch)
@@ -95,14 +99,26 @@ def files_of(folder: Path) -> list[Path]:
     """The files of a bundle, its manifest last."""
     stems = [folder / name for name in listed_artifacts(folder / MANIFEST)]
     files = [file_of(stem, suffix) for stem in stems for suffix in (".json", ".safetensors")]
-    signed = [signature_of(path) for path in (*files, folder / MANIFEST)]
-    beside = [folder / CARD, folder / HISTORY, *signed]
+    beside = [folder / CARD, folder / HISTORY, *_signatures(folder)]
     return [*files, *(path for path in beside if path.exists()), folder / MANIFEST]
+
+
+def _signatures(folder: Path) -> list[Path]:
+    """Where the signatures of a bundle are, of those files that have one."""
+    stems = [folder / name for name in listed_artifacts(folder / MANIFEST)]
+    return [
+        signature_of(path) for path in (*(file_of(s, ".json") for s in stems), folder / MANIFEST)
+    ]
 
 
 def _get_all(fs: Any, root: str, scratch: Path, url: str) -> None:
     """Get what the manifest in `scratch` lists, and what people may have put beside it."""
-    for name, expected in listed_artifacts(scratch / MANIFEST).items():
+    artifacts = listed_artifacts(scratch / MANIFEST)
+    needed = {f"{name}{suffix}" for name in artifacts for suffix in (".json", ".safetensors")}
+    for path in scratch.iterdir():  # what has come of another bundle, or is fetched again below
+        if path.name not in needed | {MANIFEST}:
+            path.unlink()
+    for name, expected in artifacts.items():
         facts, weights = scratch / f"{name}.json", scratch / f"{name}.safetensors"
         _get_small(fs, f"{root}/{facts.name}", facts, url)
         wanted = read_facts(scratch / name, expected)["sha256"]
@@ -112,8 +128,7 @@ def _get_all(fs: Any, root: str, scratch: Path, url: str) -> None:
                     fs.get_file(f"{root}/{weights.name}", str(part))
                 check_sha256(part, wanted)
         log.info("%s  %.1f MB", weights.name, weights.stat().st_size / 1e6)
-        _get_optional(fs, root, signature_of(facts), url)
-    for file in (signature_of(scratch / MANIFEST), scratch / CARD, scratch / HISTORY):
+    for file in (*_signatures(scratch), scratch / CARD, scratch / HISTORY):
         _get_optional(fs, root, file, url)
 
 

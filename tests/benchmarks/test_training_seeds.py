@@ -1,6 +1,7 @@
 """The table over training seeds: what is trained, what is taken from a record, and what is written."""
 
 import json
+import shutil
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import training_seeds
 from benchmarks.table.__main__ import main as make_table
 from tests.conftest import SMALL
+from train.config import Config
 
 TABLE = "table={n: 20, seeds: 2, batch: 20, trajectories: 4, steps: [2, 4], "
 TABLE += "features: [pixels], methods: [one-model, switching]}"
@@ -19,7 +21,9 @@ def words(folder: Path, *more: str) -> list[str]:
     return ["digits", *given, *more, f"--out={folder / 'results'}"]
 
 
-def test_each_seed_has_a_table_and_the_page_their_spread(tmp_path: Path) -> None:
+def test_each_seed_has_a_table_and_the_page_their_spread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = tmp_path / "results"
     tables = results / "tiny.json", tmp_path / "tiny-1" / "table" / "tiny-1.json"
     assert make_table(words(tmp_path)) == 0
@@ -51,6 +55,18 @@ def test_each_seed_has_a_table_and_the_page_their_spread(tmp_path: Path) -> None
     assert training_seeds.main(words(tmp_path, "--seeds", "1", "0")) == 0  # all is there
     assert [file.stat().st_mtime_ns for file in tables] == times
     assert json.loads((results / "training-seeds-tiny.json").read_text()) == record
+    made: list[Path] = []
+
+    def make(config: Config, command: str, folder: Path) -> Path:
+        made.append(folder / f"{config.folder.name}.json")
+        folder.mkdir(exist_ok=True)
+        return shutil.copy(tables[0], made[-1])
+
+    monkeypatch.setattr(training_seeds, "make", make)
+    before = tables[0].read_bytes()
+    assert training_seeds.main(words(tmp_path, "table.n=30", "--seeds", "1", "0")) == 0
+    assert made == [tmp_path / "tiny" / "table" / "tiny.json", tables[1]]
+    assert tables[0].read_bytes() == before  # another config's is not written over
 
 
 @pytest.mark.parametrize(

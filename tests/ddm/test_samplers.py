@@ -83,7 +83,7 @@ def test_the_ode_is_walked_up_to_where_no_signal_is_left(process: str, name: str
         return drive(trajectory, oracle.denoise)[0]
 
     error = (noise_of(name, 25) - noise_of("heun", 200)).square().mean().sqrt()
-    assert error < 0.1
+    assert error < (0.1 if name == "unipc" else 0.05)
 
 
 def test_euler_walks_a_straight_line_exactly() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ddm_cli import PACKAGES
 from train.config import STAGES, Config, config_file, load_config
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
@@ -146,10 +147,10 @@ def test_ray_up_copies_every_package(name: str) -> None:
     anywhere = set(patterns) - {f"/{folder}" for folder in in_the_root}
     assert not any("/" in pattern or "*" in pattern for pattern in in_the_root | anywhere)
     root = DOCKER.parent
-    for package in (path for path in root.glob("*/**/__init__.py") if ".venv" not in path.parts):
-        first, *others = package.parent.relative_to(root).parts
-        assert first not in in_the_root
-        assert not {first, *others} & anywhere
+    for package in PACKAGES:
+        assert package not in in_the_root
+        for file in (root / package).rglob("*.py"):
+            assert not set(file.relative_to(root).parts) & anywhere
 
 
 def test_ray_up_accepts_the_cluster_and_knows_every_key() -> None:

@@ -173,10 +173,13 @@ def test_experts_stay_the_same_within_a_step_of_two_calls() -> None:
         router = Router(source, policy("top_k"), torch.tensor([0.5, 0.5]))
         experts = [constant(1.0), constant(2.0)]
         model = RoutedDenoiser(experts, router, calls_per_step=calls_per_step)
-        return [float(model(torch.zeros(1, 1), torch.tensor(0.5))) for _ in alphas]
+        return [float(model(torch.zeros(1, 1), torch.tensor(t))) for t in times]
 
+    times = [0.9, 0.8, 0.8, 0.7]
     assert firsts(1) == [1.0, 2.0, 2.0, 1.0]
     assert firsts(2) == [1.0, 1.0, 2.0, 2.0]
+    times = [0.9, 0.8, 0.8, 0.8]  # the third call's step has one call, and is taken again
+    assert firsts(2) == [1.0, 1.0, 2.0, 1.0]
 
 
 def test_two_calls_per_step_choose_the_experts_of_one() -> None:
@@ -189,8 +192,9 @@ def test_two_calls_per_step_choose_the_experts_of_one() -> None:
             calls_per_step=calls_per_step,
             trace=True,
         )
-        for _ in range(10 * calls_per_step):
-            model(torch.zeros(4, 1), torch.tensor(0.5))
+        for step in range(10):
+            for t in (1 - step / 10, 0.9 - step / 10)[:calls_per_step]:
+                model(torch.zeros(4, 1), torch.tensor(t))
         return torch.stack([step.chosen for step in model.steps])
 
     for rule in ("stochastic", "balanced"):

@@ -86,6 +86,12 @@ def test_the_same_call_trains_nothing_again(images: torch.Tensor, tmp_path: Path
             r"images must be uint8, or floats in \[-1, 1\]",
         ),
         ({"images": torch.zeros(2, 1, 8, 8).long()}, "images must be uint8, .*got torch.int64"),
+        (
+            {"images": torch.zeros(2, 1, 8, 9)},
+            r"images must be such as are square .*\[2, 1, 8, 9\]",
+        ),
+        ({"images": torch.zeros(2, 5, 8, 8)}, r"images must be such as are square and have 1 to 4"),
+        ({"labels": torch.full((60,), 1.5)}, "labels must be 60 whole numbers of at least 0"),
         ({"labels": torch.tensor([0, 1])}, "labels must be 60 whole numbers of at least 0"),
         ({"expert": {"stepz": 3}}, "stepz"),
         ({"expert": {"steps": -3}}, "expert.steps must"),

@@ -47,7 +47,8 @@ def test_it_gives_the_clusters_the_compute_and_the_table(small_run: Path) -> Non
     assert f"| Naive | {shown} |" in text
     assert "| one model (ipndm) |" in text
     assert "Near-copies of training images" in text
-    assert "There is no seed model" in text
+    assert "There is no seed model" in text and "Images of several owners" not in text
+    assert "Each expert: batch 12, learning rate " in text
     assert "## Not for" in text
 
 

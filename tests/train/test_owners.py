@@ -149,6 +149,8 @@ def test_an_owner_who_never_saw_the_partition_joins_with_a_folder_of_images(
     counts = torch.tensor([*Partition.read(small_run / "partition").sizes, 5])
     torch.testing.assert_close(model.pi, counts / counts.sum())
     assert model.names[-1] == "photos"
+    card = (tmp_path / "all" / "bundle" / "README.md").read_text()
+    assert "Images of several owners" in card and "held out" not in card
     assert model.sample(2, steps=2, source="gaussian").isfinite().all()
     weighted = small(tmp_path / "given", experts, "bundle.weights=[1, 1, 1, 5]")
     run(weighted, ["bundle"])

@@ -333,3 +333,15 @@ def test_training_an_expert_tells_how_far_it_is(
     train_expert(small(copy), 2, told.append)
     assert [(k, step) for k, step, _ in told] == [(2, step) for step in range(1, 13)]
     assert all(loss > 0 for _, _, loss in told)
+
+
+def test_a_signature_goes_into_the_bundle_and_not_beyond_the_artifact_it_is_of(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    signature = copy / "experts" / "00" / "expert.json.minisig"
+    signature.write_text("alice's")
+    run(small(copy), ["bundle"])
+    assert (copy / "bundle" / "expert-00.json.minisig").read_text() == "alice's"
+    run(small(copy, "expert.steps=13", "expert.index=0"), ["expert"])
+    assert not signature.exists()

@@ -139,6 +139,41 @@ def test_signatures_say_who_made_what(
         load(DEMO, experts=False, signers=keys)
 
 
+def test_a_signature_that_comes_later_is_pulled(
+    copy: Path, keys: Path, url: str, tmp_path: Path
+) -> None:
+    push(copy, url)
+    pull(url, tmp_path / "new")
+    assert main(["sign", str(copy), f"key={keys / 'bob.key'}"]) == 0
+    push(copy, url)
+    pull(url, tmp_path / "new", signers=keys)
+    load(tmp_path / "new", experts=False, signers=keys / "bob.pub")
+
+
+def test_nothing_of_another_bundle_stays_in_one_that_is_pulled(
+    copy: Path, keys: Path, url: str, tmp_path: Path
+) -> None:
+    assert main(["sign", str(copy / "expert-01"), f"key={keys / 'alice.key'}"]) == 0
+    push(copy, url)
+    with pytest.raises(ArtifactError, match="must be signed by"):
+        pull(url, tmp_path / "new", signers=keys)
+    scratch = tmp_path / ".new.pull"
+    (scratch / "expert-09.json").write_text("{}")
+    push(DEMO, "memory://bucket/other")
+    pull("memory://bucket/other", tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {p.name for p in files_of(DEMO)}
+
+
+def test_a_bundle_is_pulled_into_the_current_folder(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(DEMO, url)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["pull", url, "."]) == 0
+    assert read_bundle(tmp_path / "here").version == read_bundle(DEMO).version
+
+
 def test_a_server_with_signers_serves_what_they_signed_and_nothing_else(
     copy: Path, keys: Path
 ) -> None:

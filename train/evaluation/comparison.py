@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddm.errors import one_of, within
+from ddm.errors import one_of, require, within
 from train.data.folder import load_images
+from train.evaluation.classifier import check_classes, classes_of
 from train.evaluation.features import feature_networks
 from train.evaluation.measure import FEATURE_SEED
 from train.evaluation.results import Score
@@ -48,6 +49,14 @@ def compare(
     for name in features:
         if name not in FEATURES:
             raise one_of("compare.features", name, FEATURES)
+    require(
+        ("inception" in features) == (inception_weights is not None),
+        "compare.inception_weights",
+        "be given with inception among the features, and only then",
+        inception_weights,
+    )
+    if "classifier" in features:
+        check_classes(classes_of(real), "compare.features")
     if (
         "index" in real
     ):  # in the order of the data set, so that the classifier is that of `evaluate`

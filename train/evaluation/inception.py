@@ -27,17 +27,18 @@ class _Inception(nn.Module):
         from torchmetrics.image.fid import NoTrainInceptionV3  # here: it takes seconds to import
 
         try:
+            # The statistics of the literature are of images resized without antialiasing.
             self.network = NoTrainInceptionV3(
-                "inception-v3-compat", ["2048", "logits_unbiased"], weights
+                "inception-v3-compat", ["2048", "logits_unbiased"], weights, antialias=False
             )
         except ModuleNotFoundError as error:
             raise ConfigError(
-                "evaluate.features=inception needs torch-fidelity: pip install torch-fidelity"
+                "features=inception needs torch-fidelity: pip install torch-fidelity"
             ) from error
         except (RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                "evaluate.inception_weights must be those of Inception v3 (2015), "
+                "inception_weights must be those of Inception v3 (2015), "
                 f"got {weights!r} ({reason})"
             ) from error
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddm.artifacts import digest, read_json, sha256, write_json
-from ddm.bundle import MANIFEST
+from ddm.bundle import MANIFEST, listed_artifacts
 from ddm.device import device_name
 from ddm.errors import require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
@@ -115,7 +115,15 @@ class Measurement:
     def _reference(self) -> SampleSpec:
         """The full mixture's own trajectories, with the first sampler in many steps."""
         config, count = self.config, self.cfg.trajectories
-        full = {"source": "posterior", "policy": "full", "control_variate": "none"}
+        routed = self.cut.k == 1 or "router" in listed_artifacts(
+            config.folder / "bundle" / MANIFEST
+        )
+        full = {
+            "source": "posterior" if routed else "gaussian",
+            "policy": "full",
+            "control_variate": "none",
+            "clusters": {},
+        }
         mixture = Method("reference", config.run, bundle_version(config), full)
         sampler, settings = next(iter(self.samplers.items()))
         steps = self.cfg.reference_steps

@@ -117,7 +117,7 @@ class SampleStore:
 
     def sample(self, spec: SampleSpec, total_nfe: int, on_progress: OnProgress) -> None:
         """Make one set of samples and write its files; progress is reported up to `total_nfe`."""
-        model = _model(spec.method.run, self.device)
+        model = _model(spec.method.run, self.device, spec.method.version)
         nfe_per_step = total_nfe / (spec.n * spec.steps)
         half = self.precision == "bf16-mixed"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
@@ -165,6 +165,9 @@ def _work(store: SampleStore, job: tuple[int, SampleSpec], on_progress: OnProgre
 
 
 @lru_cache(maxsize=2)
-def _model(run: str, device: str) -> Model:
-    """A run's model, loaded once per process."""
-    return load(run, device)
+def _model(run: str, device: str, version: str) -> Model:
+    """A run's model, loaded once per process and version of its bundle."""
+    model = load(run, device)
+    if model.version != version:
+        raise ArtifactError(f"{run} has another bundle than when sampling began: start again")
+    return model

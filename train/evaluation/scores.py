@@ -19,10 +19,10 @@ class Scores:
 
     The Frechet distance is to `reference`, the mean and covariance from a file (`read_reference`),
     or to those of the real features if it is None. The kernel distance is over all pairs of images.
-    Precision, recall and coverage compare as many real images as samples.
+    Precision, recall and coverage compare as many real images as samples, the first ones of each.
     """
 
-    VERSION = 2  # raise it when a measure changes: kept scores are then computed again
+    VERSION = 3  # raise it when a measure changes: kept scores are then computed again
 
     def __init__(self, real: Tensor, reference: tuple[Tensor, Tensor] | None = None) -> None:
         self.real = real
@@ -36,7 +36,8 @@ class Scores:
     def __call__(self, samples: NetworkFeatures) -> Score:
         """The measures of samples."""
         features, logits = samples
-        covered = neighbours(self.real[: len(features)], features)
+        count = min(len(self.real), len(features))
+        covered = neighbours(self.real[:count], features[:count])
         score = Score(self.frechet(features), self.kernel(features), *covered, None, None, None)
         if logits is not None:
             probability = logits.softmax(dim=1)

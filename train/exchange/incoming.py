@@ -120,8 +120,9 @@ def import_diffusers(folder: Path, cfg: ImportConfig) -> Path:
     source = sha256(weights)
     cluster, images = _cluster(cfg, folder, shape, source)
     out = Path(cfg.out or Path("imported") / folder.resolve().name)
-    if (out / "expert.json").exists():
-        raise ArtifactError(f"{out / 'expert.json'} exists: give out=FOLDER, or move it away")
+    for name in ("expert.json", "expert.safetensors", "config.yaml"):
+        if (out / name).exists():
+            raise ArtifactError(f"{out / name} exists: give out=FOLDER, or move it away")
     facts = {
         "kind": "expert",
         **cluster,

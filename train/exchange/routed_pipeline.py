@@ -170,7 +170,8 @@ class RoutedPipeline(DiffusionPipeline):
     ) -> Any:
         """Sample images `first_index ... first_index + batch_size - 1` of a seed: image i is a function of (seed, i).
 
-        generator: draws the seed, if it is given. latents: x at t = 1 in place of the seed's noise, `[B, C, H, W]`.
+        generator: draws the seed, if it is given. latents: x at t = 1 in place of the seed's noise, `[B, C, H, W]`,
+        which B is then the batch size.
         sampler, order, grid: how the ODE or SDE is integrated. source, relaxation_rate: where the experts'
         probabilities come from; None for the router, or without one the Gaussians. policy and its top_k, nucleus_p,
         budget and switch_rate: which experts move the image. control_variate: Gaussians in place of the experts that
@@ -182,8 +183,12 @@ class RoutedPipeline(DiffusionPipeline):
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         path = process(**mixture.config.schedule)
         method, times = plan_steps(sampler, num_inference_steps, grid, path, order=order)
-        index = torch.arange(first_index, first_index + batch_size, device=device)
         shape = mixture.config.shape
+        if latents is not None:
+            if list(latents.shape[1:]) != list(shape):
+                raise ValueError(f"latents must be [B, *{shape}], got {list(latents.shape)}")
+            batch_size = len(latents)
+        index = torch.arange(first_index, first_index + batch_size, device=device)
         if latents is None:
             latents = normal(seed, RngStream.START, index, 0, shape) * path(times[0]).s
         rule = policy_of(policy, top_k, nucleus_p, budget, switch_rate)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddm.artifacts import check_sha256, file_of, read_facts, read_json, sha256
-from ddm.bundle import MANIFEST, read_bundle
+from ddm.bundle import MANIFEST, read_bundle, signature_of
 from ddm.bundle_history import read_history
 from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, write_half
 from ddm.errors import ArtifactError, within
@@ -109,7 +109,16 @@ def _holds(folder: Path, parts: Parts) -> bool:
     hashes = {name: sha256(file_of(stem, ".json")) for name, stem in parts.stems.items()}
     same = found["schedule"] == parts.schedule and found["mixture"] == parts.mixture.facts
     above = parts.seed_model[1] if parts.seed_model else None
-    return same and found["artifacts"] == hashes and found.get("above") == above
+    same = same and found["artifacts"] == hashes and found.get("above") == above
+    return same and not any(
+        _is_newly_signed(stem, folder / name) for name, stem in parts.stems.items()
+    )
+
+
+def _is_newly_signed(stem: Path, bundled: Path) -> bool:
+    """Whether an artifact has a signature that its copy in a bundle has not."""
+    given, held = (signature_of(file_of(each, ".json")) for each in (stem, bundled))
+    return given.exists() and not (held.exists() and held.read_bytes() == given.read_bytes())
 
 
 def _is_half_of(half: Path, whole: Path) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddm.artifacts import check_sha256, file_of, read_facts, write_artifact
-from ddm.bundle import IMAGE_RANGE, Artifact, read_artifact
+from ddm.bundle import IMAGE_RANGE, Artifact, read_artifact, signature_of
 from ddm.condition import ImageConditions
 from ddm.errors import ArtifactError, ConfigError, shown, within
 from ddm.gaussian import MOMENTS, moments
@@ -156,6 +156,7 @@ def train_denoiser(
         facts["privacy"] = _privacy_facts(config.privacy)
     elif with_moments:
         tensors |= dict(zip(MOMENTS, moments(images, config.data.flip), strict=True))
+    signature_of(file_of(stem, ".json")).unlink(missing_ok=True)  # of fewer steps
     write_artifact(stem, tensors, facts)
     drop_resume(stem.parent, keep_newest=True)
 

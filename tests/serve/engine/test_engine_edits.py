@@ -36,7 +36,7 @@ def editing(model: Model, seed: int, edit: dict[str, Any]) -> Request:
     wanted = Edit(**{key: edit[key] for key in keys if key in edit})
     config = model.settings(steps=4, **{k: v for k, v in edit.items() if k not in keys})
     given = wanted.given(3, model.shape, model.device)
-    return Request(model.plan(config, wanted), seed, torch.arange(3), given=given)
+    return Request(model.plan(config, wanted), seed, torch.arange(3), trace=True, given=given)
 
 
 def test_edits_and_samples_under_way_together_equal_sample(model: Model) -> None:
@@ -49,6 +49,10 @@ def test_edits_and_samples_under_way_together_equal_sample(model: Model) -> None
                     group.create_task(engine.run(request))
         for i, (request, edit) in enumerate(zip(edits, EDITS, strict=True)):
             same(images(request), model.sample(seed=i, steps=4, **edit))
+            steps = [record.step for record in request.records[0]]
+            assert sorted(set(steps)) == list(
+                range(1, len(request.plan.times))
+            ) and steps == sorted(steps)
         same(images(plain), model.sample(3, seed=9, steps=4))
 
     run(work)

@@ -7,6 +7,7 @@ import torch
 from ddm.errors import ConfigError
 from ddm.rng import RngStream, normal
 from ddm.samplers import SAMPLERS
+from ddm.schedules import schedule
 from router.policies import POLICIES
 from serve import load
 from serve.model.model import Model
@@ -90,6 +91,22 @@ def test_a_repeated_step_draws_its_expert_again(model: Model) -> None:
     chosen = trace.chosen.float().argmax(dim=2)
     assert all(torch.equal(chosen[0], row) for row in chosen[:5])  # at t = 1 it is drawn from pi
     assert all(not torch.equal(chosen[n], chosen[n + 1]) for n in (4, 5, 6))
+
+
+def test_each_repetition_is_a_step_also_of_two_calls(model: Model) -> None:
+    told: list[int] = []
+    given: dict[str, Any] = {"image": torch.zeros(model.shape), "mask": LEFT, "resamplings": 3}
+    model.sample(2, steps=2, sampler="heun", progress=told.append, **given)
+    assert told == [2] * 6
+
+
+def test_a_strength_between_two_steps_of_the_process_is_refused(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "schedule", schedule("two_phase", steps=10, c0=1.0, c1=2.0))
+    given: dict[str, Any] = {"image": torch.zeros(model.shape), "grid": "own", "steps": 10}
+    with pytest.raises(ConfigError, match=r"^sample.strength must be one of the steps n / 10 .*33"):
+        model.sample(strength=0.33, **given)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,9 @@ def test_a_folder_is_compared_as_evaluate_does(small_run: Path, tmp_path: Path) 
     assert near["classifier"].score.confidence > far["classifier"].score.confidence
     with pytest.raises(ConfigError, match=r"compare.features must be one of classifier pixels"):
         model.compare(tmp_path / "real", features=["fid"])
+    for given in ({"features": ["inception"]}, {"inception_weights": "file.pth"}):
+        with pytest.raises(ConfigError, match="compare.inception_weights must be given with incep"):
+            model.compare(tmp_path / "real", **given)
     with pytest.raises(ConfigError, match="compare needs the training images: load the run's"):
         load(small_run / "bundle").compare(tmp_path / "real")
 

@@ -169,6 +169,24 @@ def test_a_folder_without_a_network_is_refused(
                 config.evaluate.check_files("evaluate")
 
 
+def test_networks_of_one_name_and_a_reference_that_none_has_are_refused(
+    small: Callable[..., Config], tmp_path: Path, script_file: ScriptFile
+) -> None:
+    files = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        files.append(str(script_file(tmp_path / folder / "net.pt")))
+    evaluate = small(tmp_path).evaluate
+    evaluate.features = files
+    with pytest.raises(ConfigError, match="evaluate.features must hold networks of different name"):
+        evaluate.check_files("evaluate")
+    evaluate.features, evaluate.reference = [files[0], "pixels"], "faces"
+    with pytest.raises(ConfigError, match=r"evaluate.reference must be null, or name .*'faces'"):
+        evaluate.check_files("evaluate")
+    evaluate.features = ["pixels"]
+    evaluate.check_files("evaluate")
+
+
 def test_distances_are_to_the_statistics_beside_a_network_or_to_the_run_s_images(
     copy: Path, small: Callable[..., Config], tmp_path: Path, script_file: ScriptFile
 ) -> None:

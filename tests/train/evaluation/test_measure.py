@@ -25,6 +25,7 @@ from train.evaluation.measure import Measurement, evaluate
 from train.evaluation.report import write_report
 from train.evaluation.results import Cell, Evaluation, Score
 from train.evaluation.tables import shown
+from train.stages.run import run
 
 ScriptFile = Callable[..., Path]
 NAMES = ("one-model", "Naive", "MoG-a", "MoG-da", "balanced", "balanced-cv", "top-1", "full")
@@ -396,6 +397,23 @@ def test_the_reference_is_the_run_s_own_mixture_in_any_order_of_rows(
         measurement = Measurement(config, one_model, config.evaluate, "evaluate")
         assert measurement.reference.method.run == str(small_run)
         assert measurement.reference.method.version == cfg
+
+
+def test_the_reference_is_of_all_clusters_and_needs_no_router(
+    small_run: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = small(
+        small_run, f"sample.clusters=['{Partition.read(small_run / 'partition').names[0]}']"
+    )
+    reference = Measurement(config, {}, config.evaluate, "evaluate").reference
+    assert reference.parameters["clusters"] == {} and reference.parameters["source"] == "posterior"
+    copy = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(copy / "bundle")
+    shutil.rmtree(copy / "router")
+    config = small(copy, "evaluate.methods=[switching-gaussian]")
+    run(config, ["bundle"])
+    reference = Measurement(config, {}, config.evaluate, "evaluate").reference
+    assert reference.parameters["source"] == "gaussian"
 
 
 def test_a_table_without_rows_is_refused(small_run: Path, small: Callable[..., Config]) -> None:

@@ -62,6 +62,8 @@ def test_neighbours_compare_as_many_real_images_as_samples() -> None:
     score = Scores(real)(NetworkFeatures(samples, None))
     assert (score.precision, score.recall, score.coverage) == neighbours(real[:50], samples)
     assert neighbours(real[:50], samples) != neighbours(real, samples)
+    many = Scores(samples)(NetworkFeatures(real, None))
+    assert (many.precision, many.recall, many.coverage) == neighbours(samples, real[:50])
 
 
 def test_logits_give_inception_score_confidence_and_class_frequencies() -> None:

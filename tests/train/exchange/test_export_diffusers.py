@@ -51,6 +51,10 @@ pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 pipeline.set_progress_bar_config(disable=True)
 found = {str(n): pipeline(4, output_type="pt", **json.loads(one)).images for n, one in enumerate(settings)}
 save_file(found, out)
+x = torch.randn(3, 1, 8, 8)
+many = pipeline(latents=x, output_type="pt").images
+(one,) = pipeline(latents=x[2:], first_index=2, output_type="pt").images
+assert torch.allclose(many[2], one, atol=1e-4)
 (image, *_) = pipeline(2, num_inference_steps=2, generator=torch.Generator().manual_seed(1)).images
 print(type(pipeline).__name__, image.size)
 """
