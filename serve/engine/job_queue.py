@@ -154,6 +154,8 @@ class Jobs:
             return
         if job.admitted is not None and job.status == "running":
             job.admitted.request.fail(CancelledRequestError("the job was cancelled"))
+        if job.status == "queued":  # nothing of it was sampled
+            job.service.shared.quotas.use(job.key, 0, -job.cost)
         self._end(job, "cancelled")
 
     def position(self, job: Job) -> int:

@@ -168,7 +168,10 @@ def _add_errors(app: FastAPI, models: Models) -> None:
     @app.exception_handler(Exception)
     async def unserved(request: Request, error: Exception) -> Response:
         status, body = failure(error, models.settings.serve.limits.deadline_s)
-        return reply(request, status, body, {"Retry-After": "5"} if status == 503 else None)
+        headers = {"Retry-After": "5"} if status == 503 else None
+        if status in (409, 504):  # OpenAI's client would send it again
+            headers = {"x-should-retry": "false"}
+        return reply(request, status, body, headers)
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: Exception) -> Response:
@@ -186,7 +189,7 @@ def _add_health(app: FastAPI, models: Models) -> None:
     async def readyz() -> JSONResponse:
         """Whether images can be sampled, and the state of each expert."""
         versions = {each.name: each.current for each in models.services if each.current}
-        if not versions or models.draining:
+        if models.draining or (models.services and not versions):
             status = "stopping" if models.draining else "starting"
             return JSONResponse({"status": status, "experts": {}}, 503)
         engines = [version.engine for version in versions.values()]
@@ -201,9 +204,11 @@ def _add_health(app: FastAPI, models: Models) -> None:
             for engine in engines
         )
         status = "ready" if whole else "degraded" if able else "unavailable"
-        first = next(iter(versions.values())).model.version
+        # Of several models all may have been dropped: the next request loads one.
         loaded = {name: version.model.version for name, version in versions.items()}
-        of_models = {"models": loaded} if len(models.names) > 1 else {"version": first}
+        of_models: dict[str, Any] = {"models": loaded}
+        if len(models.names) == 1:
+            of_models = {"version": loaded[models.names[0]]}
         return JSONResponse(
             {"status": status, **of_models, "experts": states}, 200 if able else 503
         )

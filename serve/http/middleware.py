@@ -40,6 +40,18 @@ def shown(value: Any) -> str:
     return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()
 
 
+def _is_open(path: str) -> bool:
+    return path in _OPEN or path.startswith(_OPEN_UNDER)
+
+
+def _is_from_another_site(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a browser says so, which sends a form to any address without asking it first."""
+    return any(
+        name.lower() == b"sec-fetch-site" and value in (b"cross-site", b"same-site")
+        for name, value in headers
+    )
+
+
 def key_of(scope: MutableMapping[str, Any]) -> Key:
     """The key whose token a request carries."""
     key: Key = scope.get(_KEY, ANYONE)
@@ -49,7 +61,8 @@ def key_of(scope: MutableMapping[str, Any]) -> Key:
 class LimitsMiddleware:
     """Passes requests within the limits on to an application, with their whole body.
 
-    keys: by the tokens of which `Authorization: Bearer` must carry one; none: anything passes.
+    keys: by the tokens of which `Authorization: Bearer` must carry one; none: anything passes but
+    what a page of another site sends (403), which could use the server of whoever visits it.
     The application finds the key of a request with `key_of`. body_bytes and body_timeout_s: of a
     body, upload_bytes: of one of `UPLOADS`; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
     """
@@ -80,11 +93,9 @@ class LimitsMiddleware:
         ]
         key = self._key(scope["path"], headers)
         scope = {**scope, "headers": headers, _KEY: key}
-        if key is None:
-            message = (
-                "this needs the header Authorization: Bearer TOKEN, with a token of the server"
-            )
-            await self._refuse(send, 401, "unauthorized", message)
+        refusal = self._refusal(scope["path"], headers, key)
+        if refusal is not None:
+            await self._refuse(send, *refusal)
             return
         try:
             async with asyncio.timeout(self.body_timeout_s):
@@ -113,9 +124,22 @@ class LimitsMiddleware:
 
         await self.app(scope, replay, send)
 
+    def _refusal(
+        self, path: str, headers: list[tuple[bytes, bytes]], key: Key | None
+    ) -> tuple[int, str, str] | None:
+        """The status, kind and message for a sender who may not use the path."""
+        if key is None:
+            message = (
+                "this needs the header Authorization: Bearer TOKEN, with a token of the server"
+            )
+            return 401, "unauthorized", message
+        if not self.keys and not _is_open(path) and _is_from_another_site(headers):
+            return 403, "forbidden", "without a token the server answers no page of another site"
+        return None
+
     def _key(self, path: str, headers: list[tuple[bytes, bytes]]) -> Key | None:
         """Whose token the headers carry; None for nobody's."""
-        if not self.keys or path in _OPEN or path.startswith(_OPEN_UNDER):
+        if not self.keys or _is_open(path):
             return ANYONE
         given = [
             value.partition(b" ") for name, value in headers if name.lower() == b"authorization"

@@ -236,10 +236,12 @@ def _rule(field: Mapping[str, Any]) -> str:
     bounds = kinds[0]
     if "maxLength" in bounds:
         return f"be a string of at most {bounds['maxLength']} characters"
-    low, high = bounds.get("minimum"), bounds.get("maximum", bounds.get("exclusiveMaximum"))
+    low = bounds.get("minimum", bounds.get("exclusiveMinimum"))
+    high = bounds.get("maximum", bounds.get("exclusiveMaximum"))
+    opening = "(" if "exclusiveMinimum" in bounds else "["
     close = ")" if "exclusiveMaximum" in bounds else "]"
     limits = (
-        f" in [{low}, {high}{close}"
+        f" in {opening}{low}, {high}{close}"
         if high is not None
         else ""
         if low is None
@@ -296,6 +298,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for code, what in {
         400: "not JSON, or without Content-Type: application/json",
         401: "no token, or a wrong one",
+        403: "sent by a page of another site to a server without a token",
         404: "no such model, request or job",
         409: "the request was cancelled by its id; the job has no result",
         408: "the body did not arrive in time",
@@ -313,4 +316,4 @@ def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: ERRORS[code] for code in codes}
 
 
-IMAGE_ERRORS = errors(400, 401, 404, 408, 409, 413, 422, 429, 503, 504)
+IMAGE_ERRORS = errors(400, 401, 403, 404, 408, 409, 413, 422, 429, 503, 504)

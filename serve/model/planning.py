@@ -136,12 +136,14 @@ class Planner(Parts):
             )
             raise ConfigError(
                 f"sample.source must be prior, gaussian or analytic for a bundle {why}, "
-                f"got {config.source!r}"
+                f"got {config.source!r}",
+                "sample.source",
             )
         if config.source == "analytic" and self._images is None:
             raise ConfigError(
                 "sample.source=analytic needs the training images: "
-                "load the run's folder, a bundle carries none"
+                "load the run's folder, a bundle carries none",
+                "sample.source",
             )
         with within("sample"):
             self.plan(config)

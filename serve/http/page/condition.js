@@ -4,7 +4,7 @@ import { $, element } from "./dom.js";
 import { state } from "./state.js";
 
 /** The controls, one per attribute or one for the class. They have no names: their text is one field of the API. */
-export const conditionFields = () => [...document.querySelectorAll("#class select, #attributes select")];
+export const conditionFields = () => [...document.querySelectorAll("#class:not([hidden]) select, #attributes:not([hidden]) select")];
 
 export function setUpCondition({ vocabulary, defaults }) {
   if (!vocabulary) return;

@@ -75,6 +75,7 @@ function listenToGallery() {
     if (isBelow) $("detail").scrollIntoView({ block: "nearest", behavior: reducedMotion.matches ? "auto" : "smooth" });
   });
   $("gallery").addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own
     const index = indexAfter(event.key);
     if (index === undefined) return;
     event.preventDefault();

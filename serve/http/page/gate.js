@@ -21,7 +21,12 @@ export function hideGate() {
 export function listenForToken(onToken) {
   $("gate").addEventListener("submit", (event) => {
     event.preventDefault();
-    storeToken($("token").value);
+    const token = $("token").value.trim();
+    if (!/^[\x20-\x7e]+$/.test(token)) { // a header cannot carry it, so it is no token of any server
+      setText("alert", "A token has characters of ASCII alone.");
+      return;
+    }
+    storeToken(token);
     hideGate();
     onToken();
   });

@@ -24,7 +24,7 @@ export async function sample() {
     }
   } catch (error) {
     if (state.request !== request) return; // a newer request has replaced this one
-    const isPartial = state.run !== previous && !state.run.done;
+    const isPartial = state.run && !state.run.done; // also an earlier one, which this request has ended
     if (isPartial) endRun(request.signal.aborted ? "Stopped." : "Not finished.");
     if (!request.signal.aborted) report(error);
   } finally {
@@ -35,9 +35,9 @@ export async function sample() {
 
 async function readEvents(signal) {
   const started = performance.now();
-  const settings = formValues();
+  const asked = { settings: formValues(), clusters: selectedClusters(), fromImage: state.image !== null };
   for await (const [name, data] of streamSamples(requestBody(), signal)) {
-    if (name === "start") startRun(data, settings);
+    if (name === "start") startRun(data, asked);
     else if (name === "step") addStep(data);
     else if (name === "image") imageOf(data).final = pngUrl(data.b64_json);
     else if (name === "done") finishRun(data, (performance.now() - started) / 1000);
@@ -59,7 +59,7 @@ export function report(error) {
   else showError(error);
 }
 
-function newRun(start, settings) {
+function newRun(start, { settings, clusters, fromImage }) {
   const seed = settings.seed ?? String(start.seed); // text, because a seed has more digits than a number here
   return {
     n: start.n,
@@ -68,9 +68,10 @@ function newRun(start, settings) {
     shape: start.shape,
     version: start.version,
     steps: start.steps,
-    settings: { seed, ...settings }, // the seed comes first whether it was given or not, for one link per run
-    clusters: selectedClusters(),
-    fromImage: state.image !== null,
+    // The seed comes first whether it was given or not, for one link per run; n is what the server took.
+    settings: { seed, ...settings, n: String(start.n) },
+    clusters,
+    fromImage,
     images: Array.from({ length: start.n }, () => ({ steps: [], evaluations: 0, final: null })),
     stepsDone: 0, // over all images
     selected: toIndex(state.link?.image ?? 0, start.n - 1),
@@ -79,8 +80,9 @@ function newRun(start, settings) {
   };
 }
 
-function startRun(start, settings) {
-  state.run = newRun(start, settings);
+function startRun(start, asked) {
+  const { settings } = asked;
+  state.run = newRun(start, asked);
   form.seed.value = state.run.settings.seed;
   const linked = state.link?.version;
   if (linked && !start.version.startsWith(linked)) {
@@ -92,6 +94,7 @@ function startRun(start, settings) {
   $("results").hidden = false;
   pause();
   $("time").hidden = true;
+  if ($("actions").contains(document.activeElement)) $("stop").focus(); // a hidden button loses the focus
   $("actions").hidden = true;
   $("progress").hidden = false;
   $("progress").max = start.n * start.steps;

@@ -114,6 +114,7 @@ def test_what_is_not_done_by_the_deadline_is_504_and_takes_its_cost_along(small_
         reply = await request(it.app, "/v1/samples", {"n": 2})
         assert (reply.status, reply.error["type"]) == (504, "deadline")
         assert reply.error["message"] == "not done within 0.2 s"
+        assert reply.headers["x-should-retry"] == "false"  # for OpenAI's client
         streamed = (await request(it.app, "/v1/samples", {"stream": True})).events
         assert [name for name, _ in streamed] == ["start", "error"]
         assert streamed[1][1]["error"]["type"] == "deadline"

@@ -135,7 +135,7 @@ def test_an_edit_may_be_streamed(client: openai.OpenAI, image: np.ndarray[Any, A
     ("fields", "said"),
     [
         ({"image": b"GIF89a"}, "image must be a PNG, JPEG or WebP image"),
-        ({"strength": "2"}, "strength must be a number"),
+        ({"strength": "2"}, "strength must be a number in (0, 1], got"),
         ({"n": "many"}, "n must be a whole number"),
         ({"wait": "1"}, "'wait' is not a field of this request"),
         ({"clusters": "[1"}, "clusters must be text or JSON"),

@@ -24,6 +24,7 @@ from tests.serve.http.test_app_states import Served, served
 from tests.serve.http.test_keys import bearer
 
 KEYS = {"a": Key("alice"), "b": Key("bob"), "c": Key("urgent", priority=1)}
+KEYS["d"] = Key("dora", nfe_per_minute=1000)
 
 
 class JobsOf:
@@ -120,6 +121,21 @@ def test_a_cancelled_job_frees_its_experts_at_once(small_run: Path) -> None:
         assert (await alice.ask(f"/{jobs[0]['id']}", "DELETE")).status == 200  # and it is dropped
         assert (await alice.ask(f"/{jobs[0]['id']}")).status == 404
         assert it.counted("jobs_total", status="cancelled") == 2
+
+    served(small_run, test, "serve.jobs.running=1")
+
+
+def test_a_job_that_never_began_is_not_charged(small_run: Path) -> None:
+    async def test(it: Served) -> None:
+        dora, quotas = JobsOf(it, "d"), it.service.shared.quotas
+        jobs = [(await dora.submit({"n": 30})).json for _ in range(2)]
+        await it.until_asked()
+        left = 1000 - 30 * 4
+        assert quotas.wait_s(KEYS["d"], 0, left) > 0
+        await dora.ask(f"/{jobs[1]['id']}", "DELETE")
+        assert quotas.wait_s(KEYS["d"], 0, left) == 0
+        it.open()
+        await dora.until(jobs[0]["id"], "done")
 
     served(small_run, test, "serve.jobs.running=1")
 

@@ -61,6 +61,7 @@ def test_a_request_is_cancelled_by_its_id_and_by_its_key_alone(small_run: Path) 
         assert await cancel("a", "mine") == 204
         reply = await client.reply()
         assert (reply.status, reply.error["type"]) == (409, "cancelled")
+        assert reply.headers["x-should-retry"] == "false"  # for OpenAI's client
         assert await it.cost() == 0 and await cancel("a", "mine") == 404
         engine = it.service.current.engine  # type: ignore[union-attr]
         assert [engine.waiting(k) for k in range(3)] == [0, 0, 0]

@@ -83,6 +83,18 @@ def test_without_a_token_all_pass() -> None:
     assert status_of(LimitsMiddleware(Behind())) == 200
 
 
+@pytest.mark.parametrize("site", [b"cross-site", b"same-site"])
+def test_without_a_token_pages_of_other_sites_sample_nothing(site: bytes) -> None:
+    behind, headers = Behind(), ((b"Sec-Fetch-Site", site),)
+    sent = through(LimitsMiddleware(behind), "/v1/images/edits", headers)
+    assert (sent[0]["status"], error_of(sent)["type"]) == (403, "forbidden")
+    assert behind.scopes == []
+    assert status_of(LimitsMiddleware(behind), "/", headers) == 200  # a link to the page
+    assert status_of(LimitsMiddleware(behind, KEYS), headers=headers + bearer(TOKEN)) == 200
+    own = ((b"sec-fetch-site", b"same-origin"),)
+    assert status_of(LimitsMiddleware(behind), "/v1/samples", own) == 200
+
+
 def test_a_token_lets_its_bearer_pass_and_nobody_else() -> None:
     behind = Behind()
     guard = LimitsMiddleware(behind, KEYS)

@@ -193,6 +193,32 @@ def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api
     )
 
 
+def test_a_refused_request_ends_the_one_that_it_replaced(page: Page, address: str) -> None:
+    page.goto(address)
+    fill(page, n=64, steps=250, seed=1, policy="full")  # it is still in progress
+    page.get_by_role("button", name="Sample", exact=True).click()
+    page.wait_for_selector(".tile img:not([hidden])")
+    fill(page, steps=99999)
+    page.get_by_role("button", name="Sample", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("steps must be")
+    expect(page.locator("#status")).to_have_text("Not finished.")
+
+
+def test_a_token_that_no_header_can_carry_is_asked_for_again(
+    new_page: Callable[..., Page], small_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("open-sesame\n")
+    with served(small_run, tmp_path / "log", f"serve.token_file={tmp_path / 'token'}") as address:
+        page = new_page()
+        page.goto(address)
+        page.get_by_label("Token").fill("open\u2026")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_have_text("A token has characters of ASCII alone.")
+        page.get_by_label("Token").fill("open-sesame")
+        page.keyboard.press("Enter")
+        expect(page.locator("#form")).to_be_visible()
+
+
 @pytest.mark.parametrize("policy", ["stochastic", "fixed"])
 def test_steps_that_the_server_skipped_have_no_experts(
     page: Page, address: str, policy: str
