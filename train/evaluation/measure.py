@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ class Measurement:
         routed = self.cut.k == 1 or "router" in listed_artifacts(
             config.folder / "bundle" / MANIFEST
         )
-        full = {
+        full: dict[str, Any] = {
             "source": "posterior" if routed else "gaussian",
             "policy": "full",
             "control_variate": "none",
