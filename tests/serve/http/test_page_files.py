@@ -48,6 +48,7 @@ def test_next_images_continue_the_seed(page: Page, address: str, api: Api) -> No
     page.wait_for_selector(DONE)
     assert same(shown(page), images(api(n=3, seed=5, first_index=6)))
     page.get_by_role("button", name="New seed").click()
+    page.wait_for_url(lambda url: "seed=5&" not in url)  # the earlier images are done, too
     page.wait_for_selector(DONE)
     assert "first_index" not in page.url
 
