@@ -66,7 +66,8 @@ def test_points_share_the_seed_model_and_the_router(tmp_path: Path) -> None:
 
 
 def test_a_router_of_the_experts_images_and_a_guide_are_each_point_s_own(tmp_path: Path) -> None:
-    more = ("router.data=experts", "seed_model.above=1.0", "sample.autoguidance=2.0")
+    more = ("router.data=experts", "router.samples=30", "seed_model.above=1.0")
+    more += ("sample.autoguidance=2.0",)
     assert curve.main(words(tmp_path, *more, "--steps", "4", "2")) == 0
     runs = tmp_path / "tiny-curve"
     routers = [runs / steps / "router" / "router.safetensors" for steps in ("2", "4")]
