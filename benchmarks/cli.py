@@ -4,10 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ddm.errors import ConfigError, DdmError
 from train import stopping
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +29,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `ConfigError` instead of printing the usage."""
         raise ConfigError(message)
+
+
+def config_of(words: Sequence[str]) -> "Config":
+    """The config that the first word names, with the others as overrides. Raises `ConfigError`."""
+    from train.config import config_file, load_config  # imports torch
+
+    path = config_file(words[0])
+    if path is None:
+        raise ConfigError(f"the first word must be a config, got {words[0]!r}")
+    return load_config(path, words[1:])
 
 
 def run(

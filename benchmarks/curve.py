@@ -19,14 +19,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.cli import Parser, run
+from benchmarks.cli import Parser, config_of, run
 from benchmarks.lab.markdown import table
 from benchmarks.table.__main__ import RESULTS
 from benchmarks.table.compute import compute
 from benchmarks.table.measurements import machine, rounded
 from ddm.artifacts import digest, read_json, sha256, write_json
-from ddm.errors import ConfigError, require
-from train.config import Config, config_file, load_config
+from ddm.errors import require
+from train.config import Config
 from train.evaluation.measure import Measurement
 from train.evaluation.plots import COLOURS, STYLE, save
 from train.evaluation.results import Spread
@@ -62,10 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _make(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path = config_file(arguments.words[0])
-    if path is None:
-        raise ConfigError(f"the first word must be a config, got {arguments.words[0]!r}")
-    config = load_config(path, arguments.words[1:])
+    config = config_of(arguments.words)
     seed = config.seed_model
     require(seed.steps > 0, "seed_model.steps", "be above 0", seed.steps)
     require(seed.above in (None, 1), "seed_model.above", "be 1 or null", seed.above)

@@ -16,14 +16,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.cli import Parser, run
+from benchmarks.cli import Parser, config_of, run
 from benchmarks.lab.markdown import table
 from benchmarks.table.__main__ import RESULTS
 from benchmarks.table.measurements import made_by, make, rounded
 from benchmarks.table.results_page import COMPARISONS, signed, write_page
 from ddm.artifacts import digest, read_json, write_json
-from ddm.errors import ConfigError, require
-from train.config import Config, config_file, load_config
+from ddm.errors import require
+from train.config import Config
 from train.evaluation.results import Evaluation, Spread
 from train.evaluation.tables import shown
 from train.run_folder import settled
@@ -48,10 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _make(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path = config_file(arguments.words[0])
-    if path is None:
-        raise ConfigError(f"the first word must be a config, got {arguments.words[0]!r}")
-    config = load_config(path, arguments.words[1:])
+    config = config_of(arguments.words)
     seeds = sorted(set(arguments.seeds))
     require(len(seeds) > 1, "--seeds", "be two or more different ones", arguments.seeds)
     require(seeds[0] >= 0, "--seeds", "be 0 or more", seeds[0])

@@ -62,7 +62,7 @@ class LimitsMiddleware:
     """Passes requests within the limits on to an application, with their whole body.
 
     keys: by the tokens of which `Authorization: Bearer` must carry one; none: anything passes but
-    what a page of another site sends (403), which could use the server of whoever visits it.
+    what a page of another site sends (403), which could use the server of any of its visitors.
     The application finds the key of a request with `key_of`. body_bytes and body_timeout_s: of a
     body, upload_bytes: of one of `UPLOADS`; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
     """
