@@ -3,6 +3,7 @@ depend on.
 """
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from train.precision import with_precision
 from train.run_folder import settled
 from train.stages.monolith import train_monoliths
 from train.stages.run import run
+from train.time_spent import time_spent
 
 
 def make(config: Config, command: str, folder: Path) -> Path:
@@ -50,6 +52,7 @@ def make(config: Config, command: str, folder: Path) -> Path:
         },
         "clusters": dict(zip(measured.cut.names, measured.cut.sizes, strict=True)),
         "compute": compute(config, measured.cut, monoliths),
+        "seconds": seconds(config, monoliths),
         "machine": machine(config.device),
         "training_precision": with_precision(config).expert.precision,
         "shown": contact_sheets.shown_method(evaluation),
@@ -67,6 +70,16 @@ def made_by(record: dict[str, Any], config: Config) -> bool:
     begins with that.
     """
     return {**settled(Config()), **record["config"]} == settled(config)
+
+
+def seconds(config: Config, monoliths: Mapping[str, Config]) -> dict[str, float]:
+    """How long the seed model, all experts, the router and the single models were trained, one after
+    another, by the names of `compute`; without those that were not, or whose time is not known.
+    """
+    folders = {name: config.folder / name for name in ("seed_model", "experts", "router")}
+    folders |= {row: monolith.folder / "experts" for row, monolith in monoliths.items()}
+    found = {name: time_spent(folder) for name, folder in folders.items()}
+    return {name: spent.seconds for name, spent in found.items() if spent is not None}
 
 
 def machine(device: str) -> dict[str, Any]:

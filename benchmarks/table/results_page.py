@@ -12,6 +12,7 @@ from train.evaluation import plots
 from train.evaluation.results import Cell, Evaluation, Score, Spread, clear_best
 from train.evaluation.rows import ONE_MODEL, ROWS
 from train.evaluation.tables import copies_intro, copies_rows, copy_measures, floor_line, shown
+from train.time_spent import duration
 
 _MEASURES: list[tuple[str, str, Callable[[Score], float], str]] = [
     (
@@ -167,36 +168,60 @@ def _step_columns(evaluation: Evaluation) -> list[str]:
 
 
 def _head(record: dict[str, Any], evaluation: Evaluation, name: str) -> str:
-    cost = record["compute"]
-    data = record["data"]
-    seen = evaluation.images_seen
-    tera = {part: f"{count / 1e12:,.1f}" for part, count in cost.items() if part != "parameters"}
-    size = {part: f"{count / 1e6:.2f}M parameters" for part, count in cost["parameters"].items()}
+    data, size = record["data"], record["compute"]["parameters"]["expert"]
     shape = " × ".join(map(str, data["shape"]))
-    experts_saw = next(n for method, n in seen.items() if method not in ONE_MODEL or len(seen) == 1)
-    router_share = 100 * cost["router"] / (cost["experts"] + cost.get("seed_model", 0))
-    ones = ", ".join(f"{row} {seen[row]:,} ({tera[row]} TFLOP)" for row in ONE_MODEL if row in seen)
-    alone = f"The same network alone on all images: {ones}.\n" if ones else ""
-    seed = ""
-    if cost.get("seed_model"):
-        seed = f"""All start from a seed model ({tera["seed_model"]} TFLOP): its images are counted for each, its
-operations are not.
-"""
     return f"""# {name}
 
     {record["command"]}
 
-{earlier(record)}{len(record["clusters"])} experts of {size["expert"]} on {data["images"]:,} images of {shape}.
+{earlier(record)}{len(record["clusters"])} experts of {_millions(size)} on {data["images"]:,} images of {shape}.
 Each cell is over {evaluation.seeds} seeds of {evaluation.n} images, ± the standard deviation over
 the seeds; all methods start from the same noise.
 
-Training: the experts together saw {experts_saw:,} images ({tera["experts"]} TFLOP).
-{alone}{seed}The router, which one model does not need, took another {tera["router"]} TFLOP in its networks
-({size["router"]}), {router_share:.0f} % of the experts', and {tera["exact_targets"]} TFLOP of float64
-products in its exact targets.
+{_training(record, evaluation)}
 
 **These distances are not the FID of the literature**, which uses Inception features and 50,000
 images. Each distance uses the named features and can be compared only with others on this page."""
+
+
+def _training(record: dict[str, Any], evaluation: Evaluation) -> str:
+    """What training the experts, the single models and the router took, the seed model counted."""
+    cost, spent, seen = record["compute"], record.get("seconds", {}), evaluation.images_seen
+    together = next((n for method, n in seen.items() if method not in ONE_MODEL), None)
+    images = {"experts": together or next(iter(seen.values()))}
+    images |= {row: seen[row] for row in ONE_MODEL if row in seen}
+    seeded = ["seed_model"] if cost.get("seed_model") else []
+
+    def row(title: str, images: str, *parts: str) -> list[str]:
+        known = set(parts) <= set(spent)
+        time = duration(sum(spent[part] for part in parts)) if known else "not known"
+        return [title, images, _tera(sum(cost[part] for part in parts)), *([time] if spent else [])]
+
+    rows = [row(part, f"{count:,}", *seeded, part) for part, count in images.items()]
+    rows.append(row("router", "", "router"))
+    router, products = _millions(cost["parameters"]["router"]), _tera(cost["exact_targets"])
+    notes = [
+        f"The router has {router} and needs another {products} TFLOP of float64 products for its exact targets.",
+        "One model needs no router, nor do Naive and `switching-gaussian`.",
+    ]
+    if seeded:
+        _, _, *figures = row("", "", *seeded)
+        notes.insert(
+            0,
+            f"The seed model is counted for each that starts from it: {' TFLOP, '.join(figures)}.",
+        )
+    if spent:
+        notes.append("Times are those of one network after another.")
+    head = ["trained", "images seen", "TFLOP", *(["time"] if spent else [])]
+    return "\n\n".join([table(head, rows), "\n".join(notes)])
+
+
+def _tera(count: float) -> str:
+    return f"{count / 1e12:,.1f}" if count >= 1e12 else f"{count / 1e12:.2g}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}M parameters"
 
 
 def _distances(evaluation: Evaluation, sampler: str) -> str:
