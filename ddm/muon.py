@@ -1,6 +1,6 @@
 """Muon: steps along the orthogonalized momentum of each matrix."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -46,7 +46,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Adam):
-    """Adam, but for weights of matrices and convolutions: those move along the polar factor of
+    """Adam, but for the weights of a module's `Linear` and `Conv2d`: those move along the polar factor of
     their momentum, so that all its singular directions are learned alike (arXiv 2502.16982,
     algorithm 1, without weight decay; a convolution is a matrix of its outputs by all else).
 
@@ -57,12 +57,11 @@ class Muon(torch.optim.Adam):
     # Copies of an optimizer lose what is not its state.
     polar_factors: Callable[[list[Tensor]], list[Tensor]] = staticmethod(polar_factors)
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, fused: bool, compiled: bool = False
-    ) -> None:
-        every = list(parameters)
-        matrices = [parameter for parameter in every if parameter.ndim >= 2]
-        others = [parameter for parameter in every if parameter.ndim < 2]
+    def __init__(self, module: nn.Module, lr: float, fused: bool, compiled: bool = False) -> None:
+        kinds = nn.Linear, nn.Conv2d
+        matrices = [part.weight for part in module.modules() if isinstance(part, kinds)]
+        taken = {id(weight) for weight in matrices}
+        others = [weight for weight in module.parameters() if id(weight) not in taken]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others}]
         super().__init__(groups, lr=lr, fused=fused)
         if compiled and all(matrix.is_cuda for matrix in matrices):

@@ -74,17 +74,17 @@ class FitConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", "be in [0, 1)", self.ema_decay)
         require(0 < self.t_min < 1, "t_min", "be in (0, 1)", self.t_min)
 
-    def optimization(self, parameters: Iterable[nn.Parameter], done: int = 0) -> Any:
-        """The optimizer and schedule, as `LightningModule.configure_optimizers` returns them.
+    def optimization(self, module: nn.Module, done: int = 0) -> Any:
+        """The optimizer and schedule of a module's parameters, as `LightningModule.configure_optimizers` returns them.
 
         done: of `steps`, those before this optimizer's first, which warms up anew.
         """
         # A fused step unscales float16 gradients itself, which is too late for clipping.
         fused, rate = self.precision != "16-mixed", self.learning_rate
         optimizer = (
-            Muon(parameters, rate, fused, self.compile)
+            Muon(module, rate, fused, self.compile)
             if self.optimizer == "muon"
-            else torch.optim.Adam(parameters, rate, fused=fused)
+            else torch.optim.Adam(module.parameters(), rate, fused=fused)
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda n: min(self.rate(n), self.rate(done + n))
@@ -122,6 +122,8 @@ class Batches:
     A batch of B images can be had in `parts`: part p has its rows p, p + parts, ... and of each row
     the same image, time and noise as the whole batch. Of `ranks` processes that share a batch, this
     one is `rank`: its part p has the rows `p ranks + rank` and so on.
+
+    chances: how likely each image is to be drawn, float64 `[N]`, together 1; None for all alike.
     """
 
     images: Any
@@ -131,10 +133,20 @@ class Batches:
     parts: int = 1
     rank: int = 0
     ranks: int = 1
+    chances: Tensor | None = None
     _kept: dict[str, tuple[int, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Batches":
         return copy.copy(self)  # Lightning's EMA copies the module; the images stay shared
+
+    def __post_init__(self) -> None:
+        self._rising = None if self.chances is None else self.chances.cumsum(0)
+
+    def to(self, device: torch.device) -> None:
+        """Have the images, and so the batches, on this device from now on."""
+        self.images = self.images.to(device)
+        if self._rising is not None:
+            self._rising = self._rising.to(device)
 
     def x0(self, step: int, part: int = 0) -> tuple[Tensor, Tensor]:
         """The images of a part of a step, `[B / parts, C, H, W]` in [-1, 1], and their indices
@@ -181,7 +193,9 @@ class Batches:
 
     def _place(self, step: int, part: int) -> Tensor:
         u = self.uniforms(RngStream.BATCH, step, part, 1)[:, 0]
-        return (u * len(self.images)).long()
+        if self._rising is None:
+            return (u * len(self.images)).long()
+        return torch.searchsorted(self._rising, u, right=True).clamp_max(len(self.images) - 1)
 
     def _of_step(
         self, name: str, draw: Callable[[Tensor, Tensor], Tensor], step: int, part: int, count: int

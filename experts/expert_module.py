@@ -116,7 +116,7 @@ class ExpertLearning(pl.LightningModule):
         return torch.lerp(self.levels[low], self.levels[low + 1], place - low)
 
     def on_fit_start(self) -> None:
-        self.batches.images = self.batches.images.to(self.device)
+        self.batches.to(self.device)
         if self.conditions is not None:
             self.conditions = self.conditions.to(self.device)
 
@@ -160,7 +160,7 @@ class ExpertLearning(pl.LightningModule):
         return denoising_losses(denoised, x0, weight)
 
     def configure_optimizers(self) -> Any:
-        return self.config.optimization(self.denoiser.parameters())
+        return self.config.optimization(self.denoiser)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.config.clip(p for group in optimizer.param_groups for p in group["params"])

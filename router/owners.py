@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddm.errors import require
 from ddm.gaussian import moments
 from ddm.schedules import Schedule
 from router.targets import Sums, merged, posterior_sums, rate_sums
@@ -29,6 +30,13 @@ class Owner:
     def __init__(self, images: Tensor, schedule: Schedule, flip: bool = False) -> None:
         self.held = torch.cat([images, images.flip(3)]) if flip else images
         self.schedule, self.flip = schedule, flip
+
+    def settings(self) -> tuple[Tensor, Tensor]:
+        """What must be alike here and there: the process, by its a and s at a few times `[2, T]`, and
+        whether mirror images are added, bool `[]`.
+        """
+        a, s, _, _ = self.schedule(torch.linspace(0.1, 1, 10))
+        return torch.stack([a, s]), torch.tensor(self.flip)
 
     def count(self) -> Tensor:
         """The number of images, without mirror images, `[]`."""
@@ -63,11 +71,11 @@ class Owner:
 class Owners:
     """K owners, as a set of images and as the source of the targets.
 
-    ask: reaches `k` of them. flip: as theirs. `bytes_out` and `bytes_in` are what they have received
+    ask: reaches `k` of them. schedule, flip: as theirs. `bytes_out` and `bytes_in` are what they have received
     and sent.
 
     An image's place is that among the images of all owners, one owner after another, and the
-    mirror images after all others.
+    mirror images after all others. Raises `ConfigError` for an owner with another schedule or flip.
     """
 
     dtype = torch.uint8
@@ -75,6 +83,11 @@ class Owners:
     def __init__(self, ask: Ask, k: int, schedule: Schedule, flip: bool = False) -> None:
         self._ask, self.k, self.schedule = ask, k, schedule
         self.bytes_out = self.bytes_in = 0
+        process, flips = Owner(torch.empty(0, 1, 1, 1), schedule, flip).settings()
+        for place, (theirs, flipped) in enumerate(self.ask("settings", [()] * k)):
+            rule = f"be that of the owner of cluster {place}"
+            require(bool(flipped == flips), "data.flip", rule, flip)
+            require(torch.allclose(theirs, process), "schedule", rule, "another one")
         counts = torch.stack(self.ask("count", [()] * k))
         owner = torch.arange(k).repeat_interleave(counts)
         within = torch.cat([torch.arange(count) for count in counts.tolist()])
@@ -106,21 +119,23 @@ class Owners:
         """Mean and variance of each owner's images."""
         return self.ask("moments", [()] * self.k)
 
-    def posterior(self, x: Tensor, t: Tensor) -> Tensor:
+    def posterior(self, x: Tensor, t: Tensor, weights: Tensor | None = None) -> Tensor:
         """As `exact_posterior` over the images of all."""
         query = x.cpu(), t.cpu()
-        return self._merged(self.ask("posterior", [query] * self.k))[0]
+        return self._merged(self.ask("posterior", [query] * self.k), weights)[0]
 
-    def rate(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def rate(
+        self, x0: Tensor, eps: Tensor, t: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `exact_posterior_rate` over the images of all."""
         x0, eps, t = x0.double().cpu(), eps.double().cpu(), t.cpu()
         c = self.schedule(t.double()).broadcast_to(x0)
         query = c.a * x0 + c.s * eps, c.da * x0 + c.ds * eps, t
-        return self._merged(self.ask("rate", [query] * self.k))
+        return self._merged(self.ask("rate", [query] * self.k), weights)
 
-    def _merged(self, answers: list[Sums]) -> tuple[Tensor, Tensor]:
+    def _merged(self, answers: list[Sums], weights: Tensor | None) -> tuple[Tensor, Tensor]:
         sums = Sums(*(torch.cat(part, dim=1) for part in zip(*answers, strict=True)))
-        alpha, rate = merged(sums)
+        alpha, rate = merged(sums, weights)
         return alpha.to(self.device), rate.to(self.device)
 
     def ask(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -38,22 +38,28 @@ class _RouterLearning(pl.LightningModule):
     """What both stages share: the training set on the device or with its owners, the noisy images
     of step n, and the targets.
 
-    done: the steps of the stage before.
+    weights: as of `weights_of_images`. done: the steps of the stage before.
     """
 
     done = 0
 
     def __init__(
-        self, posterior: PosteriorNet, batches: Batches, cluster: Tensor, config: RouterConfig
+        self,
+        posterior: PosteriorNet,
+        batches: Batches,
+        cluster: Tensor,
+        config: RouterConfig,
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.posterior, self.batches, self.config = posterior, batches, config
+        self.weights = weights
         self.cluster = nn.Buffer(cluster, persistent=False)
         if config.compile:
             posterior.scorer.compile(dynamic=False)
 
     def on_fit_start(self) -> None:
-        self.batches.images = self.batches.images.to(self.device)
+        self.batches.to(self.device)
 
     def noisy(self, step: int, part: int, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x0, its cluster label, eps and x_t of a part of a step, at the times `[B / parts]`."""
@@ -67,19 +73,20 @@ class _RouterLearning(pl.LightningModule):
         """The exact posterior at x `[B, C, H, W]` and t `[B]`: `[B, K]`."""
         images, k = self.batches.images, len(self.posterior.log_pi)
         if isinstance(images, Owners):
-            return images.posterior(x, t)
-        return exact_posterior(x, t, images, self.cluster, self.posterior.scorer.schedule, k)
+            return images.posterior(x, t, self.weights)
+        schedule = self.posterior.scorer.schedule
+        return exact_posterior(x, t, images, self.cluster, schedule, k, self.weights)
 
     def alpha_and_rate(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The exact posterior and its derivative at `x_t = a x0 + s eps`: `[B, K]` each."""
         images, k = self.batches.images, len(self.posterior.log_pi)
         if isinstance(images, Owners):
-            return images.rate(x0, eps, t)
+            return images.rate(x0, eps, t, self.weights)
         schedule = self.posterior.scorer.schedule
-        return exact_posterior_rate(x0, eps, t, images, self.cluster, schedule, k)
+        return exact_posterior_rate(x0, eps, t, images, self.cluster, schedule, k, self.weights)
 
     def configure_optimizers(self) -> Any:
-        return self.config.optimization(self.parameters(), self.done)
+        return self.config.optimization(self, self.done)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.config.clip(p for group in optimizer.param_groups for p in group["params"])
@@ -108,8 +115,9 @@ class RouterLearning(_RouterLearning):
         batches: Batches,
         cluster: Tensor,
         config: RouterConfig,
+        weights: Tensor | None = None,
     ) -> None:
-        super().__init__(posterior, batches, cluster, config)
+        super().__init__(posterior, batches, cluster, config, weights)
         self.done = config.switch_step
         self.derivative = derivative
         self.edges = nn.Buffer(torch.tensor([config.t_min, *config.bands, 1.0]), persistent=False)

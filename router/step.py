@@ -52,8 +52,8 @@ class Router:
     temperature: the policy sees `alpha^(1/temperature)`, renormalized.
     above: at times above it every expert is the seed model (`ddm.seed_model`); 1 for none. There an
     image has one expert under every policy, the first, in whose place the seed model is called; alpha
-    is not needed. The first call at most there draws the first expert again, from alpha, also
-    within a step.
+    is needed by a source that integrates it alone. The first call at most there draws the first
+    expert again, from alpha, also within a step.
     """
 
     source: Source
@@ -73,18 +73,23 @@ class Router:
 
     def start(self, x: Tensor, u: Tensor) -> RoutingState:
         """The state of trajectories that start at x `[B, ...]`; u: `first_uniforms`, `[B]`."""
-        assert self.pi is not None
-        pi = _reweighted(self.pi.to(x), self.weights).expand(len(x), -1)
+        pi, chosen = self._first(x, u)
         none = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         return RoutingState(
             source=self.source.start(x),
             policy=self.policy.start(pi, u),
-            chosen=policies.sample_categorical(pi, u),
+            chosen=chosen,
             alpha=pi,
             evaluated=none,
             first_u=u,
             seeded=none,
         )
+
+    def _first(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """pi and the experts that it gives B images of pure noise, `[B, K]` each."""
+        assert self.pi is not None
+        pi = _reweighted(self.pi.to(x), self.weights).expand(len(x), -1)
+        return pi, policies.sample_categorical(pi, u)
 
     def uniforms(
         self, seed: int | Tensor, index: Tensor, step: Tensor, t_last: Tensor, t: Tensor
@@ -125,12 +130,13 @@ class Router:
         if available is not None:
             eligible = available if eligible is None else eligible & available
         kept = u.isnan() | torch.as_tensor(keep, device=u.device)
-        seeded = state.seeded
+        seeded, last = state.seeded, state.chosen
         if self.above < 1:
             seeded = is_above(t, self.above).to(u.device).expand(len(x))
             below = state.seeded & ~seeded
             u = torch.where(below, state.first_u, u)
             kept = (kept & ~below) | seeded
+            last = torch.where(seeded[:, None], self._first(x, state.first_u)[1], last)
         keeps = self.policy.keeps and not every_alpha
         # A source that integrates along the trajectory needs every step.
         if isinstance(self.source, Stateless) and (keeps or self.above < 1):
@@ -145,8 +151,13 @@ class Router:
         after = state._replace(source=source_state, alpha=alpha, evaluated=evaluated, seeded=seeded)
         if available is not None:
             alpha = _reweighted(alpha, available.to(alpha))
-        drawn, policy_state = self.policy.choose(alpha, state.policy, u)
-        chosen = torch.where(kept[:, None], state.chosen, drawn)
+        before = state.policy
+        if not self.policy.keeps:
+            # The first alpha of an image that has not come from pure noise: the choice starts there.
+            first = ~seeded & (state.seeded | ~state.evaluated) & (t < 1).to(u.device)
+            before = torch.where(first[:, None], self.policy.start(alpha, state.first_u), before)
+        drawn, policy_state = self.policy.choose(alpha, before, u)
+        chosen = torch.where(kept[:, None], last, drawn)
         policy_state = torch.where(kept[:, None], state.policy, policy_state)
         if eligible is not None:
             chosen = chosen & eligible

@@ -2,7 +2,8 @@
 networks learn.
 
 With `w_i = exp(-|x - a x_i|^2 / 2 s^2)`, alpha_k is the sum of the w_i of cluster k over that of
-all. With x0 and eps held, x = a x0 + s eps, u_i = x0 - x_i and q = a/s, all dependence on time is
+all; where the mixture's weights are not the numbers of images, each w_i of cluster k counts pi_k /
+n_k times. With x0 and eps held, x = a x0 + s eps, u_i = x0 - x_i and q = a/s, all dependence on time is
 in q:
 
     log w_i = -(q^2/2) |u_i|^2 - q u_i.eps + const
@@ -61,15 +62,33 @@ def mirrored(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([images, images.flip(3)]), labels.repeat(2)
 
 
+def weights_of_images(pi: Tensor, labels: Tensor) -> Tensor | None:
+    """What an image of each cluster counts in the mixture, `pi_k / n_k`, float64 `[K]`; None if that
+    is the same for all.
+
+    pi `[K]`; labels int64 `[N]` in 0 ... K-1.
+    """
+    counts = torch.bincount(labels.cpu(), minlength=len(pi))
+    weights = pi.cpu().double() / counts
+    return None if torch.allclose(weights * len(labels), torch.ones_like(weights)) else weights
+
+
 def exact_posterior(
-    x: Tensor, t: Tensor, images: Tensor, labels: Tensor, schedule: Schedule, k: int | None = None
+    x: Tensor,
+    t: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    schedule: Schedule,
+    k: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The exact `alpha_k(x, t)` over a training set, float32 `[B, K]`.
 
     x `[B, ...]`; t `[]` or `[B]` in (0, 1]; images `[N, ...]` uint8 or float in [-1, 1]; labels
-    int64 `[N]` in 0 ... K-1; `k` the number of clusters, default `labels.max() + 1`.
+    int64 `[N]` in 0 ... K-1; `k` the number of clusters, default `labels.max() + 1`; weights as of
+    `weights_of_images`.
     """
-    return merged(posterior_sums(x, t, images, labels, schedule, k))[0]
+    return merged(posterior_sums(x, t, images, labels, schedule, k), weights)[0]
 
 
 def posterior_sums(
@@ -92,6 +111,7 @@ def exact_posterior_rate(
     labels: Tensor,
     schedule: Schedule,
     k: int | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(alpha, dalpha)` at `x_t = a x0 + s eps`, float32 `[B, K]` each; rows sum to 1 and to 0.
 
@@ -99,7 +119,7 @@ def exact_posterior_rate(
     alpha . v`, the total derivative along the probability-flow ODE, because `E[da x0 + ds eps |
     x_t] = v`.  Arguments as in `exact_posterior`.
     """
-    return merged(rate_sums(x0, eps, t, images, labels, schedule, k))
+    return merged(rate_sums(x0, eps, t, images, labels, schedule, k), weights)
 
 
 def rate_sums(
@@ -127,9 +147,12 @@ def rate_sums(
     return _online([x0, eps], images, labels, k, log_weight)
 
 
-def merged(sums: Sums) -> tuple[Tensor, Tensor]:
+def merged(sums: Sums, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`(alpha, dalpha)`, float32 `[B, K]` each, of the sums of all clusters."""
-    alpha = sums.log_mass.softmax(dim=1)
+    log_mass = sums.log_mass
+    if weights is not None:
+        log_mass = log_mass + weights.to(log_mass).log()
+    alpha = log_mass.softmax(dim=1)
     rate = alpha * (sums.rate - (alpha * sums.rate).sum(dim=1, keepdim=True))
     return alpha.float(), rate.float()
 

@@ -187,7 +187,9 @@ def fit(
     damaged, and `Stopped` after a signal, with a checkpoint saved.
     """
     first = current().rank == 0
-    watch = watch if watch is not None and first else Watch()
+    watch = Watch() if watch is None else watch
+    if not first:  # these have the averages too, whose states the checkpoint holds
+        watch = Watch(ema_also=watch.ema_also)
     folder.mkdir(parents=True, exist_ok=True)
     saved = read_resume(folder)
     done = 0 if saved is None else int(saved["global_step"])

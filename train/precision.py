@@ -1,14 +1,16 @@
 """`expert.precision=auto`: the precision in which this machine trains an expert fastest."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from ddm.artifacts import read_json, write_json
+from ddm.artifacts import read_json, scratch_beside, write_json
 from ddm.errors import ArtifactError, shown
 from ddm.schedules import schedule
 from ddm.training import Batches
@@ -48,10 +50,23 @@ def with_precision(config: Config) -> Config:
         claim(config)
         ms = _milliseconds(config)
         chosen = "bf16-mixed" if ms["32-true"] > _MARGIN * ms["bf16-mixed"] else "32-true"
-        write_json(path, {"precision": chosen, "ms": ms})
         times = ", ".join(f"{name} {value:.0f} ms" for name, value in ms.items())
         log.info("expert     expert.precision=auto is %s here: %s a step", chosen, times)
+        _write_first(path, {"precision": chosen, "ms": ms})
+        return with_precision(config)  # by what is there: that of whoever was first
     return replace(config, expert=replace(config.expert, precision=chosen))
+
+
+def _write_first(path: Path, facts: dict[str, Any]) -> None:
+    """Write a file unless there is one: experts may be begun side by side, each by its own process."""
+    scratch = scratch_beside(path)
+    write_json(scratch, facts)
+    try:
+        os.link(scratch, path)
+    except OSError:
+        if not path.exists():  # a file system without links
+            scratch.replace(path)
+    scratch.unlink(missing_ok=True)
 
 
 def _milliseconds(config: Config) -> dict[Choice, float]:

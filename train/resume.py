@@ -15,6 +15,7 @@ from lightning.fabric.plugins.io import CheckpointIO
 
 from ddm.artifacts import flush, replaced
 from ddm.errors import ArtifactError
+from train.ranks import current
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +73,12 @@ def read_resume(folder: Path) -> dict[str, Any] | None:
     """
     newest, previous = folder / NEWEST, folder / PREVIOUS
     present = [path for path in (newest, previous) if path.exists()]
-    for path in present:
+    # The newest once more: another process may have put the previous one in its place by then.
+    for path in (newest, previous, newest):
         saved = _read(path)
         if saved is None:
             continue
-        if path is previous and newest.exists():
+        if path is previous and newest.exists() and current().rank == 0:
             log.warning("%s is damaged; training resumes from %s", newest, previous)
             previous.replace(newest)  # so that the next save does not replace the whole one
         return saved
@@ -88,8 +90,11 @@ def read_resume(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A checkpoint on the CPU; None if the file is damaged."""
-    content = memoryview(path.read_bytes() if path.is_file() else b"")
+    """A checkpoint on the CPU; None if the file is damaged or missing."""
+    try:
+        content = memoryview(path.read_bytes())
+    except (FileNotFoundError, IsADirectoryError):
+        return None
     body, expected = content[:-_HASH_BYTES], content[-_HASH_BYTES:]
     if hashlib.sha256(body).digest() != expected:
         return None

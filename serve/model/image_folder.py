@@ -11,6 +11,7 @@ import torch
 from ddm.artifacts import read_json, write_json
 from ddm.errors import ArtifactError, ConfigError, require, shown
 from serve.model.images import to_uint8, write_png
+from serve.model.parts import Half
 from serve.model.planning import Planner, SamplingPlan
 from serve.model.running import sample_batch
 
@@ -30,6 +31,9 @@ def save_images(
     channels = model.shape[0]
     require(channels in (1, 3), "save_images: images", "have 1 or 3 channels", channels)
     record = {"version": model.version, "seed": seed, "settings": asdict(plan.config)}
+    record["precision"] = (
+        "bf16" if any(isinstance(each, Half) for each in model.experts) else "float32"
+    )
     _claim(folder, record, index)
     missing = (i for i in index if not _file(folder, i).exists())
     if progress is not None:
@@ -62,6 +66,7 @@ def _claim(folder: Path, record: dict[str, Any], index: range) -> None:
             found = read_json(path)
         except ArtifactError:
             found = {}
+        found.setdefault("precision", "float32")  # older records have none
         for key, value in record.items():
             if found.get(key) != value:
                 raise ConfigError(

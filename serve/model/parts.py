@@ -16,7 +16,7 @@ from ddm.schedules import Schedule
 from ddm.seed_model import learned_from
 from router.networks import DerivativeNet, PosteriorNet
 from router.sources import Alpha
-from router.targets import exact_posterior, mirrored
+from router.targets import exact_posterior, mirrored, weights_of_images
 from serve.model.build import (
     build_counts,
     build_experts,
@@ -191,6 +191,7 @@ class Parts:
                 labels=cluster.to(self.device),
                 schedule=self.schedule,
                 k=len(self.pi),
+                weights=weights_of_images(self.pi, cluster),
             )
         return self._analytic(x, t)
 

@@ -35,7 +35,7 @@ def test_the_polar_factor_keeps_the_directions_and_evens_their_lengths(
 
 def test_an_update_is_as_large_as_adam_s_and_vectors_are_adam_s() -> None:
     ours, plain = network(), network()
-    muon = Muon(ours.parameters(), lr=0.01, fused=True)
+    muon = Muon(ours, lr=0.01, fused=True)
     adam = torch.optim.Adam(plain.parameters(), lr=0.01)
     before = [parameter.detach().clone() for parameter in ours.parameters()]
     for each, optimizer in ((ours, muon), (plain, adam)):
@@ -58,7 +58,7 @@ def test_a_state_that_was_saved_goes_on_as_if_never_left() -> None:
 
     def made(net: nn.Module) -> torch.optim.Optimizer:
         config = FitConfig(optimizer="muon", learning_rate=0.01, warmup_steps=0)
-        found: torch.optim.Optimizer = config.optimization(net.parameters())["optimizer"]
+        found: torch.optim.Optimizer = config.optimization(net)["optimizer"]
         return found
 
     whole = network()
@@ -77,7 +77,7 @@ def test_a_state_that_was_saved_goes_on_as_if_never_left() -> None:
 
 def test_a_weight_without_a_gradient_stays() -> None:
     net = network()
-    muon = Muon(net.parameters(), lr=0.1, fused=False)
+    muon = Muon(net, lr=0.1, fused=False)
     before = net[0].weight.detach().clone()
     found: Tensor = net[2](torch.ones(1, 8)).sum()
     found.backward()
@@ -87,14 +87,15 @@ def test_a_weight_without_a_gradient_stays() -> None:
 
 def test_weights_of_one_shape_move_as_they_would_alone() -> None:
     torch.manual_seed(0)
-    together = [nn.Parameter(torch.randn(6, 4, 3, 3)) for _ in range(3)]
+    together = nn.Sequential(*(nn.Conv2d(4, 6, 3, bias=False) for _ in range(3)))
     alone = copy.deepcopy(together)
-    optimizers = [Muon(together, lr=0.1, fused=True), *(Muon([one], 0.1, True) for one in alone)]
+    optimizers = [Muon(together, lr=0.1, fused=True), *(Muon(one, 0.1, True) for one in alone)]
+    weights = [*zip(together.parameters(), alone.parameters(), strict=True)]
     for _ in range(3):
-        for one, other in zip(together, alone, strict=True):
+        for one, other in weights:
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for one, other in zip(together, alone, strict=True):
+    for one, other in weights:
         torch.testing.assert_close(one, other)

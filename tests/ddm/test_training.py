@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -98,6 +99,15 @@ def test_dropout_is_a_function_of_seed_and_number() -> None:
     assert not torch.equal(dropped(1, 5), first)
 
 
+def test_images_are_drawn_as_their_chances_say() -> None:
+    chances = torch.tensor([0.0, 0.5, 0.2, 0.3, 0.0], dtype=torch.float64)
+    batches = Batches(images(5), 100, seed=1, chances=chances)
+    places = torch.cat([batches.x0(step)[1] for step in range(50)])
+    found = torch.bincount(places, minlength=5) / len(places)
+    torch.testing.assert_close(found.double(), chances, rtol=0, atol=0.02)
+    assert found[0] == found[4] == 0
+
+
 def test_a_deep_copy_shares_the_images() -> None:
     batches = Batches(images(), 4, seed=1, flip=True)
     twin = copy.deepcopy(batches)
@@ -114,7 +124,7 @@ def test_the_learning_rate_falls_linearly_over_the_last_part_of_the_steps(
     cooldown: float, done: int, expected: list[float]
 ) -> None:
     config = FitConfig(learning_rate=0.5, steps=8, cooldown=cooldown)
-    setup = config.optimization([nn.Parameter(torch.zeros(1))], done)
+    setup = config.optimization(nn.Linear(1, 1), done)
     found = []
     for _ in expected:
         found.append(setup["optimizer"].param_groups[0]["lr"] / 0.5)
@@ -131,19 +141,17 @@ def test_the_learning_rate_falls_as_a_cosine() -> None:
 
 @pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1, 1]), (3, [0.25, 0.5, 0.75, 1, 1])])
 def test_the_learning_rate_warms_up_linearly(warmup: int, expected: list[float]) -> None:
-    weight = nn.Parameter(torch.zeros(1))
-    setup = FitConfig(learning_rate=0.5, warmup_steps=warmup).optimization([weight])
+    module = nn.Linear(1, 1, bias=False)
+    setup = FitConfig(learning_rate=0.5, warmup_steps=warmup).optimization(module)
     optimizer, schedule = setup["optimizer"], setup["lr_scheduler"]["scheduler"]
-    moved, last = [], 0.0
+    places = [float(module.weight.detach())]
     for _ in expected:
-        weight.grad = torch.ones(
-            1
-        )  # Adam moves by the learning rate where the gradient is always the same
+        # Adam moves by the learning rate where the gradient is always the same.
+        module.weight.grad = torch.ones(1, 1)
         optimizer.step()
         schedule.step()
-        now = float(weight.detach())
-        moved.append(last - now)
-        last = now
+        places.append(float(module.weight.detach()))
+    moved = [last - now for last, now in pairwise(places)]
     assert moved == pytest.approx([0.5 * share for share in expected], rel=1e-4)
     assert setup["lr_scheduler"]["interval"] == "step"
 

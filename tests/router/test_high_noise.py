@@ -56,7 +56,7 @@ def test_the_control_variate_adds_nothing_above() -> None:
         return weight.sum(dim=1, keepdim=True).expand_as(x)
 
     routed = seeded(oracle, "balanced", control_variate=control)
-    high, low = torch.tensor(0.9), torch.tensor(0.3)
+    high, low = torch.tensor(0.9), torch.tensor(0.55)  # where alpha is undecided
     torch.testing.assert_close(routed(x, high), oracle.denoise(x, high))
     routed(x, low)
     assert asked[0].eq(0).all() and asked[1].abs().max() > 0.01
@@ -72,7 +72,7 @@ def test_full_with_a_seed_model_is_full_without() -> None:
     torch.testing.assert_close(*both)
 
 
-@pytest.mark.parametrize("rule", ["fixed", "switching", "stochastic"])
+@pytest.mark.parametrize("rule", ["fixed", "switching", "stochastic", "balanced", "adaptive"])
 def test_the_first_expert_below_is_drawn_from_alpha(rule: str) -> None:
     oracle, n = mixture(torch.float64), 4096
     router = replace(Router.of(oracle.posterior, rule, PI.double()), above=ABOVE)
@@ -91,6 +91,19 @@ def test_the_first_expert_below_is_drawn_from_alpha(rule: str) -> None:
     torch.testing.assert_close(state.chosen.double().mean(dim=0), alpha, rtol=0, atol=2e-3)
     _, after = router.route(x, torch.tensor(0.4), state, nan)
     assert after.chosen.equal(state.chosen)
+
+
+@pytest.mark.parametrize("rule", POLICIES)
+def test_from_data_to_noise_the_seed_model_is_called_once_for_an_image(rule: str) -> None:
+    oracle, x = mixture(torch.float64), noise(8).double()
+    routed = seeded(oracle, rule, trace=True)
+    for t in (0.3, 0.5):
+        routed(x, torch.tensor(t, dtype=torch.float64))
+    below = routed.calls
+    for t in (0.7, 0.9):
+        time = torch.tensor(t, dtype=torch.float64)
+        torch.testing.assert_close(routed(x, time), oracle.denoise(x, time))
+    assert routed.calls - below == 2 * 8
 
 
 def line() -> GaussianMixture:

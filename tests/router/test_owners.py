@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddm.errors import ConfigError
 from ddm.gaussian import moments
 from ddm.rng import RngStream, normal
 from ddm.schedules import SCHEDULES, Schedule, schedule
 from ddm.training import Batches
 from router.owners import Owner, Owners, here
-from router.targets import exact_posterior, exact_posterior_rate
+from router.targets import exact_posterior, exact_posterior_rate, weights_of_images
 from train.data.cifar10 import load_cifar10
 
 TIMES = torch.tensor([1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
@@ -29,6 +30,30 @@ def clusters(counts: tuple[int, ...] = (7, 30, 3)) -> list[Tensor]:
 def owners_of(parts: list[Tensor], process: Schedule, flip: bool = False) -> Owners:
     asked = here([Owner(part, process, flip) for part in parts])
     return Owners(asked, len(parts), process, flip)
+
+
+def test_an_owner_of_another_process_or_without_mirror_images_is_refused() -> None:
+    process, other = schedule("vp_linear"), schedule("vp_cosine")
+    parts = clusters()
+    odd = Owner(parts[2], process, flip=True), Owner(parts[2], other)
+    for owner, rule in zip(odd, ("data.flip", "schedule"), strict=True):
+        asked = here([Owner(part, process) for part in parts[:2]] + [owner])
+        with pytest.raises(
+            ConfigError, match=f"{rule} must be that of the owner of cluster 2, got"
+        ):
+            Owners(asked, 3, process)
+
+
+def test_weights_of_the_mixture_are_those_of_pooled_images() -> None:
+    process, parts = schedule("vp_linear"), clusters()
+    whole = torch.cat(parts)
+    label = torch.arange(3).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    weights = weights_of_images(torch.tensor([0.6, 0.1, 0.3]), label)
+    x0 = whole[:5].float() / 127.5 - 1
+    eps, t = normal(1, RngStream.NOISE, torch.arange(5), 0, x0.shape[1:]), TIMES[-5:]
+    found = owners_of(parts, process).rate(x0, eps, t, weights)
+    expected = exact_posterior_rate(x0, eps, t, whole, label, process, 3, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def compare(parts: list[Tensor], process: Schedule) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import router.targets
 from ddm.schedules import SCHEDULES, Coeffs, schedule
-from router.targets import exact_posterior, exact_posterior_rate
+from router.targets import exact_posterior, exact_posterior_rate, weights_of_images
 
 TIMES = [1e-3, 3e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0]
 LINEAR = schedule("vp_linear")
@@ -250,6 +250,37 @@ def test_under_pure_noise_alpha_is_pi() -> None:
     x = 5 * torch.randn(4, 1, 4, 4)
     alpha = exact_posterior(x, torch.tensor(1.0), images, labels, schedule("rectified_flow"))
     torch.testing.assert_close(alpha, torch.tensor([0.25, 0.5, 0.25]).expand(4, -1))
+
+
+def test_an_image_of_twice_the_weight_counts_as_two() -> None:
+    images, labels = noise_images()
+    k = int(labels.max()) + 1
+    t = torch.tensor(TIMES)
+    x0 = images[: len(t)].float() / 127.5 - 1
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+    pi = torch.bincount(labels).double()
+    pi[0] *= 2
+    weights = weights_of_images(pi / pi.sum(), labels)
+    first = labels == 0
+    twice = torch.cat([images, images[first]]), torch.cat([labels, labels[first]])
+    found = exact_posterior_rate(x0, eps, t, images, labels, LINEAR, k, weights)
+    expected = exact_posterior_rate(x0, eps, t, *twice, LINEAR, k)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    a, s, _, _ = LINEAR(t).broadcast_to(x0)
+    x = a * x0 + s * eps
+    torch.testing.assert_close(
+        exact_posterior(x, t, images, labels, LINEAR, k, weights),
+        exact_posterior(x, t, *twice, LINEAR, k),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_weights_that_count_images_need_no_factor() -> None:
+    labels = torch.tensor([0, 1, 1, 2, 2, 2])
+    assert weights_of_images(torch.tensor([1, 2, 3]) / 6, labels) is None
+    weights = weights_of_images(torch.tensor([0.5, 0.25, 0.25]), labels)
+    assert weights is not None and weights[labels].sum() == pytest.approx(1)
 
 
 def test_far_from_all_data_the_nearest_image_wins() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ddm.errors import ArtifactError
 from ddm.training import Batches, FitConfig
 from train.fit import NotFiniteError, fit
+from train.ranks import Ranks, among
 from train.resume import read_resume
 
 
@@ -115,6 +116,18 @@ def test_a_checkpoint_with_a_flipped_bit_is_named_and_the_one_before_is_used(
     assert "resume.previous.ckpt" in caplog.text
     steps = [int(line.split()[0]) for line in (folder / "losses.txt").read_text().splitlines()]
     assert steps == list(range(1, 10))  # each once
+
+
+def test_a_second_process_reads_what_the_first_has_put_in_place(tmp_path: Path) -> None:
+    _trained(tmp_path, 5)
+    _flip_a_bit(tmp_path / "resume.ckpt", 100)
+    with among(Ranks(rank=1, size=2)):
+        other = read_resume(tmp_path)
+    assert (tmp_path / "resume.previous.ckpt").exists()  # it renames nothing
+    first = read_resume(tmp_path)
+    assert first is not None and other is not None
+    assert first["global_step"] == other["global_step"] == 4
+    assert not (tmp_path / "resume.previous.ckpt").exists()
 
 
 def test_two_damaged_checkpoints_are_named(tmp_path: Path) -> None:

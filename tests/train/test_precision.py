@@ -54,6 +54,20 @@ def test_auto_is_what_was_faster_at_first_and_stays_so(
     assert monolith.expert.precision == chosen
 
 
+def test_of_two_that_measure_at_once_the_first_one_s_choice_is_both_s(
+    cut: Path, small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cut / "experts" / "precision.json"
+
+    def measured(_: Config) -> dict[str, float]:
+        write_json(path, {"precision": "bf16-mixed", "ms": {}})  # by the other, meanwhile
+        return {"32-true": 1.0, "bf16-mixed": 10.0}
+
+    monkeypatch.setattr(precision, "_milliseconds", measured)
+    assert with_precision(small(cut, AUTO)).expert.precision == "bf16-mixed"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize("kept", [{}, {"precision": "auto"}, {"precision": ["32-true"]}])
 def test_a_choice_that_is_damaged_is_refused_by_file(
     cut: Path, small: Callable[..., Config], kept: dict[str, object]

@@ -54,8 +54,11 @@ def test_ranks_have_dropout_masks_of_their_own() -> None:
 
 def test_two_ranks_learn_what_one_does(small: Callable[..., Config], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(small(one, *PLAIN), ["partition", "expert"])
-    run(small(two, *PLAIN, "expert.devices=2"), ["partition", "expert"])
+    averages = "expert.ema_also=[0.5]"
+    run(small(one, *PLAIN, averages), ["partition", "expert"])
+    for steps in (20, 30):  # resumed, with both averages
+        words = [*PLAIN, averages, f"expert.steps={steps}", "expert.devices=2"]
+        run(small(two, *words), ["partition", "expert"])
     assert losses(one).shape == (30, 2)  # each step once, by rank 0 alone
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-3, atol=0)
     expected, facts = read_artifact(one / "experts" / "01" / "expert")

@@ -72,7 +72,10 @@ class RealImages:
         """The training image and the held-out one of each image that do not count are in `but_...`."""
         seen = self._nearest(images, self.training, _OF, but_training, advance)
         first = seen.distance[:, 0]
-        crowd = seen.distance.mean(dim=1)
+        counted = (
+            seen.distance.isfinite()
+        )  # of few images, one that does not count is among the nearest
+        crowd = torch.where(counted, seen.distance, 0).sum(dim=1) / counted.sum(dim=1)
         ratio = first / crowd.clamp_min(1e-12)
         near = first <= _NEAR * crowd
         second = seen.distance[:, :2][:, -1]
@@ -85,7 +88,7 @@ class RealImages:
         others = torch.full_like(suspects, -1) if unseen is None else unseen.place[suspects, 0]
         return Copies(
             near_copies=float(near.double().mean()),
-            alone=float((first < _ALONE * second).double().mean()),
+            alone=float(((first < _ALONE * second) & second.isfinite()).double().mean()),
             ratio=float(ratio.median()),
             nearest=torch.bincount(cluster, minlength=clusters).tolist(),
             copied=torch.bincount(cluster[near], minlength=clusters).tolist(),

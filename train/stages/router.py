@@ -24,6 +24,7 @@ from ddm.rng import RngStream, derive_seed
 from ddm.training import Batches
 from router.networks import DerivativeNet
 from router.router_module import PosteriorLearning, RouterLearning
+from router.targets import weights_of_images
 from train.config import Config, changed
 from train.fit import NotFiniteError, Report, fit
 from train.jobs import Job, train_side_by_side
@@ -150,7 +151,9 @@ def _train(
     torch.manual_seed(seed)
     posterior, derivative = cfg.build(mixture.shape, mixture.pi, gaussians.schedule, gaussians)
     warm = start is not None and start_from(posterior, derivative, *start, mixture.names)
-    batches = Batches(images, cfg.images_per_step, seed, parts=cfg.accumulate)
+    weights = weights_of_images(mixture.pi, cluster)
+    chances = None if weights is None else weights[cluster]
+    batches = Batches(images, cfg.images_per_step, seed, parts=cfg.accumulate, chances=chances)
     if batches.batch != cfg.batch:
         log.info("router     router.batch=%d rounded up to %d", cfg.batch, batches.batch)
     done = 0
@@ -167,11 +170,11 @@ def _train(
 
     watch = Watch(config.watch)
     try:
-        first = PosteriorLearning(posterior, batches, cluster, cfg)
+        first = PosteriorLearning(posterior, batches, cluster, cfg, weights)
         fit(first, cfg.switch_step, cfg, stages[0], config.accelerator, report, watch)
         if not warm:
             derivative = DerivativeNet.from_trunk(posterior, cfg.bands)
-        second = RouterLearning(posterior, derivative, batches, cluster, cfg)
+        second = RouterLearning(posterior, derivative, batches, cluster, cfg, weights)
         rest = cfg.steps - cfg.switch_step
         fit(second, rest, cfg, stages[1], config.accelerator, report_second, watch)
     except NotFiniteError as error:

@@ -52,7 +52,7 @@ def test_a_weak_edit_leaves_the_image_and_a_strong_one_does_not(
 
 
 def test_an_edit_begins_with_the_expert_of_the_image(demo: Model, digits: torch.Tensor) -> None:
-    for policy in ("switching", "fixed", "stochastic"):
+    for policy in ("switching", "fixed", "stochastic", "balanced", "adaptive"):
         _, trace = demo.sample(image=digits, strength=0.15, steps=4, policy=policy, trace=True)
         assert trace.chosen[0].float().argmax(dim=1).tolist() == list(range(5))
 

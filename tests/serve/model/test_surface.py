@@ -138,6 +138,8 @@ def test_nothing_of_another_origin_is_overwritten(demo: Model, tmp_path: Path) -
     ):
         with pytest.raises(ConfigError, match=said):
             demo.save_images(tmp_path / "a", 2, **{"seed": 2, "steps": 3, **more})
+    with pytest.raises(ConfigError, match="samples of another precision"):
+        load("demo").half().save_images(tmp_path / "a", 2, seed=2, steps=3)
     (tmp_path / "b").mkdir()
     mine = tmp_path / "b" / "000001.png"
     mine.write_bytes(b"mine")

@@ -88,6 +88,13 @@ def test_the_floor_without_held_out_images_is_of_training_images_against_the_oth
     assert of.floor(300, 0, silent).near_copies == pytest.approx(2 / 300)
 
 
+def test_few_images_are_no_copies_of_the_others() -> None:
+    few = RealImages(images(40, 0), torch.zeros(40, dtype=torch.int64), None, False, "cpu")
+    found = few.floor(40, 0, silent)
+    assert found.near_copies == found.alone == 0
+    assert 0.5 < found.ratio < 1
+
+
 def test_a_mirrored_copy_counts_where_training_mirrors() -> None:
     mirrored = images(300, 0)[:10].flip(3)
     assert real().copies(mirrored, silent).near_copies == 0
