@@ -116,6 +116,7 @@ def _written(config: Config, bundle: Bundle, copy: str) -> str:
         inits=_inits(bundle),
         above=bundle.above,
         guides=bundle.seed_model is not None,
+        condition=bundle.experts[0].facts.get("condition"),
         trained=_trained(config, bundle),
         settings=_settings(bundle),
         schedule=bundle.schedule["name"],

@@ -89,7 +89,7 @@ async def answer(
             calls = admitted.request.denoiser_calls
             queue.preview_every = math.ceil(calls / (body.partial_images + 1))
         kind = "image_generation" if of is None else "image_edit"
-        events = _events(service, admitted, queue, facts, encode, kind)
+        events = _events(service, admitted, queue, facts | understood, encode, kind)
         return EventStream(service, admitted, events)
     admitted = service.admit(params)
     await run_while_connected(service, admitted, request)

@@ -55,6 +55,8 @@ def condition_of(prompt: str, vocabulary: Vocabulary) -> dict[str, int]:
         goes_on = i + length < len(words) and words[i + length] in _OR
         negated = negated and goes_on
         i += length
+    if negated:
+        raise _refused(prompt, "say what is not to be there")
     if not found:
         raise _refused(prompt, f"name one of {', '.join(vocabulary.names)}")
     if vocabulary.kind == "label" and (len(found) > 1 or 0 in found.values()):

@@ -39,7 +39,8 @@ function listenToForm() {
     event.preventDefault();
     sampleForm();
   });
-  form.addEventListener("change", updateForm);
+  // While typing: a field that appears at the blur of another would move the button away from under the click.
+  form.addEventListener("input", updateForm);
   $("new-seed").addEventListener("click", () => {
     form.first_index.value = "";
     form.seed.value = crypto.getRandomValues(new Uint32Array(1))[0];

@@ -34,6 +34,8 @@ const USED = {
   switch_rate: ({ policy }) => policy === "switching",
   guidance: ({ condition }) => condition !== "",
   autoguidance: () => Boolean(state.model?.seeded),
+  guidance_interval: ({ condition, guidance, autoguidance }) =>
+    (condition !== "" && guidance !== 1) || (Boolean(state.model?.seeded) && autoguidance !== 1),
   strength: ({ image }) => image !== null,
 };
 
@@ -92,6 +94,8 @@ export function updateForm() {
     source: form.source.value,
     condition: conditionText(),
     image: state.image,
+    guidance: Number(form.guidance.value),
+    autoguidance: Number(form.autoguidance.value),
   };
   for (const [name, isUsed] of Object.entries(USED)) form[name].closest("label").hidden = !isUsed(choices);
   const explained = [choices.policy, choices.source].filter((name) => EXPLANATIONS[name]);
@@ -127,6 +131,7 @@ export function requestBody() {
 
 function parsed(field, text) {
   if (field.type === "checkbox") return text === "true";
+  if (field.name === "guidance_interval") return text.split(",").map(Number);
   return field.type === "number" && text !== "?" ? Number(text) : text;
 }
 

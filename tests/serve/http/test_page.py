@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -318,15 +319,27 @@ def test_a_class_is_asked_for_where_the_bundle_has_a_vocabulary(
         page.get_by_label("Class").select_option("7")
         sample(page, n=2, seed=3, guidance=2)
         body = {"n": 2, "seed": 3, "condition": "7", "guidance": 2, "format": "b64_json"}
-        asked = Request(
-            f"{told}/v1/samples", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urlopen(asked, timeout=60) as reply:
-            data = json.load(reply)["data"]
-        assert same(shown(page), [pixels(image["b64_json"]) for image in data])
+
+        def asked(body: dict[str, Any]) -> list[Any]:
+            head = {"Content-Type": "application/json"}
+            call = Request(f"{told}/v1/samples", json.dumps(body).encode(), head)
+            with urlopen(call, timeout=60) as reply:
+                return [pixels(image["b64_json"]) for image in json.load(reply)["data"]]
+
+        assert same(shown(page), asked(body))
         assert "8 NFE per image" in page.inner_text("#status")
         assert "condition=7" in page.url and "guidance=2" in page.url
         before = shown(page)
         page.goto(page.url)  # the link shows the same again
         page.wait_for_selector(DONE)
         assert same(shown(page), before) and page.get_by_label("Class").input_value() == "7"
+        fill(page, guidance_interval="0, 0.6")
+        page.get_by_role("button", name="Sample", exact=True).click()
+        page.wait_for_url("**guidance_interval=0%2C+0.6**")
+        page.wait_for_selector(DONE)
+        assert same(shown(page), asked({**body, "guidance_interval": [0, 0.6]}))
+        assert " 8 NFE per image" not in page.inner_text(
+            "#status"
+        )  # above 0.6 there is no guidance
+        fill(page, guidance=1)
+        assert page.locator("[name=guidance_interval]").is_hidden()

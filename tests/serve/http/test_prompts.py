@@ -67,6 +67,8 @@ def test_a_class_is_named_in_a_sentence() -> None:
         (ANIMALS, "a cat and a frog", "prompt must name one class alone, of cat, frog, polar bear"),
         (ANIMALS, "not a cat", "prompt must name one class alone"),
         (ANIMALS, "glasses", "'glasses' is not one of them"),
+        (ANIMALS, "a frog without", "prompt must say what is not to be there"),
+        (FACES, "a man with no face", "prompt must say what is not to be there"),
     ],
 )
 def test_nothing_is_guessed(vocabulary: Vocabulary, prompt: str, said: str) -> None:
@@ -140,12 +142,13 @@ def test_a_prompt_is_a_condition_and_the_answer_says_which(
     small_labels_run: Path, model: Model
 ) -> None:
     path = "/v1/images/generations"
-    named, wrong, twice, plain = answers(
+    named, wrong, twice, plain, streamed = answers(
         small_labels_run,
         (path, {"prompt": "the digit seven", "seed": 2, "guidance": 2.0}),
         (path, {"prompt": "a unicorn"}),
         (path, {"prompt": "seven", "condition": "7"}),
         (path, {"prompt": "", "condition": "7", "seed": 2}),
+        (path, {"prompt": "seven", "stream": True}),
     )
     (data,) = named.json["data"]
     assert data["revised_prompt"] == "7"
@@ -155,6 +158,7 @@ def test_a_prompt_is_a_condition_and_the_answer_says_which(
         twice.status == 422 and "must be empty where condition is given" in twice.error["message"]
     )
     assert plain.status == 200 and "revised_prompt" not in plain.json["data"][0]
+    assert b'"revised_prompt": "7"' in streamed.body.replace(b'":"', b'": "')
 
 
 def test_a_request_without_a_condition_is_not_guided_by_the_services_own(
