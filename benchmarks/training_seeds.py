@@ -167,8 +167,9 @@ def page(folder: Path) -> str:
                     f"### {feature}, {sampler}",
                     table(["", *titles], [[row, *_means(rows[row], steps)] for row in rows]),
                     f"{record['n']} real images have {floor}.",
-                    "Differences, below 0 the first is better; in brackets those of each training"
-                    " seed:",
+                    "Differences, below 0 the first is better; ± the standard deviation over the"
+                    " training seeds / over the seeds of samples, whose noise all trainings share; in"
+                    " brackets the difference of each training seed:",
                     table(["", *titles], _differences(rows, steps)),
                 ]
     return "\n\n".join(parts) + "\n"
@@ -202,8 +203,14 @@ def _difference(
 ) -> str:
     if steps not in a or steps not in b:
         return "–"
-    each = [mean(first) - mean(second) for first, second in zip(a[steps], b[steps], strict=True)]
-    return f"{signed(Spread.of(each))} ({', '.join(f'{value:+.2f}' for value in each)})"
+    apart = [
+        [one - other for one, other in zip(first, second, strict=True)]
+        for first, second in zip(a[steps], b[steps], strict=True)
+    ]
+    each = [mean(values) for values in apart]
+    of_samples = Spread.of([mean(values) for values in zip(*apart, strict=True)])
+    beside = "" if of_samples.deviation is None else f" / {of_samples.deviation:.2f}"
+    return f"{signed(Spread.of(each))}{beside} ({', '.join(f'{value:+.2f}' for value in each)})"
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ def test_each_seed_has_a_table_and_the_page_their_spread(
     assert line.endswith(f"| {mean(of['switching']):.2f} ± {stdev(of['switching']):.2f} |")
     a, b = (x - y for x, y in zip(of["switching"], of["one-model"], strict=True))
     line = next(line for line in page.splitlines() if line.startswith("| switching − one-model |"))
-    assert line.endswith(f"| {mean([a, b]):+.2f} ± {stdev([a, b]):.2f} ({a:+.2f}, {b:+.2f}) |")
+    ours, theirs = (zip(*rows[row]["4"], strict=True) for row in ("switching", "one-model"))
+    noise = stdev(mean(x) - mean(y) for x, y in zip(ours, theirs, strict=True))
+    spreads = f"± {stdev([a, b]):.2f} / {noise:.2f}"
+    assert line.endswith(f"| {mean([a, b]):+.2f} {spreads} ({a:+.2f}, {b:+.2f}) |")
     assert training_seeds.main(words(tmp_path, "--seeds", "1", "0")) == 0  # all is there
     assert [file.stat().st_mtime_ns for file in tables] == times
     assert json.loads((results / "training-seeds-tiny.json").read_text()) == record
