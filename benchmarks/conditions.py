@@ -3,11 +3,13 @@
 The classifier is trained on half of the run's real images; its own accuracy on the other half is
 printed too. Every class is asked for equally often; of attributes, each is asked for and against.
 The first row is without a condition: what chance gives. The distance is the Frechet distance of all
-images of a row from the real ones, in the classifier's features (of classes alone). Words with =
-are settings of `sample`; they stand before the options.
+images of a row from the real ones, in the classifier's features (of classes alone). Near-copies of
+training images are counted as `evaluate` does, mirror images too. Words with = are settings of
+`sample`; they stand before the options.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +22,8 @@ from torch import Tensor
 from benchmarks.agreement import classes
 from benchmarks.cli import Parser, run
 from benchmarks.lab.markdown import table
+from benchmarks.table.measurements import machine, rounded
+from ddm.artifacts import write_json
 from ddm.condition import Vocabulary
 from ddm.errors import ConfigError, one_of, require
 from ddm.partition import Partition
@@ -28,8 +32,10 @@ from serve.model.config_merge import filled
 from serve.model.images import contact_sheet, to_uint8, write_png
 from train.evaluation.classifier import classifier_network, held_out
 from train.evaluation.feature_network import FeatureNetwork
+from train.evaluation.memorization import RealImages
 from train.evaluation.scores import Scores
 
+_COLUMNS = "guidance", "NFE per image", "named rightly", "Fréchet distance", "near-copies"
 _FEATURE_SEED = 0  # the classifier is the one of `evaluate`
 _SHOWN = 12  # images of a row of the sheet
 _ATTRIBUTES = 3  # that are measured unless some are named: those that divide the images most evenly
@@ -73,10 +79,11 @@ def main(words: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="write a contact sheet (PNG) of the last guidance: at most 12 images per condition",
     )
-    return run(parser, _measure, words)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write a record (JSON)")
+    return run(parser, lambda given: _measure(given, words), words)
 
 
-def _measure(arguments: argparse.Namespace) -> None:
+def _measure(arguments: argparse.Namespace, words: Sequence[str] | None) -> None:
     settings = _settings(arguments.words)
     require(arguments.n >= 20, "--n", "be at least 20", arguments.n)
     model = load(arguments.run)
@@ -90,13 +97,16 @@ def _measure(arguments: argparse.Namespace) -> None:
     whole = Partition.read(folder).in_order(folder)
     unseen = held_out(len(whole["images"]), _FEATURE_SEED)
     device = model.device.type
+    training = RealImages(whole["images"], whole["cluster"], None, True, device)
     sheet: list[Tensor] = []
+    record: dict[str, Any] = {}
     for question in questions(vocabulary, whole, arguments.attributes, device):
         right = classes(question.classifier, whole["images"][unseen]) == question.classes[unseen]
-        named = f"{100 * right.double().mean():.1f} % of unseen real images"
+        of_real = float(right.double().mean())
+        named = f"{100 * of_real:.1f} % of unseen real images"
         print(f"{question.name}: the classifier names {named} rightly.")
         print()
-        rows = []
+        rows, figures = [], []
         for guidance in (None, *arguments.guidance):
             found = answer(model, question, whole["images"], guidance, arguments, settings)
             n = found.images.shape[:2].numel()
@@ -105,10 +115,32 @@ def _measure(arguments: argparse.Namespace) -> None:
             distance = "–" if found.distance is None else f"{found.distance:.2f}"
             shown = "without a condition" if guidance is None else f"{guidance:g}"
             accuracy = f"{100 * share:.1f} ± {100 * error:.1f} %"
-            rows.append([shown, f"{found.nfe / n:.1f}", accuracy, distance])
+            copies = training.copies(found.images.flatten(0, 1), lambda _: None).near_copies
+            near = f"{100 * copies:.1f} %"
+            rows.append([shown, f"{found.nfe / n:.1f}", accuracy, distance, near])
+            figures.append(
+                {
+                    "guidance": guidance,
+                    "nfe": found.nfe / n,
+                    "named_rightly": share,
+                    "frechet": found.distance,
+                    "near_copies": copies,
+                }
+            )
         sheet += found.images[:, :_SHOWN]
-        print(table(["guidance", "NFE per image", "named rightly", "Fréchet distance"], rows))
+        record[question.name] = {"real_named_rightly": of_real, "rows": figures}
+        print(table([*_COLUMNS], rows))
         print()
+    if arguments.out is not None:
+        given = sys.argv[1:] if words is None else words
+        facts = {
+            "command": shlex.join(["python", "-m", "benchmarks.conditions", *given]),
+            "version": model.version,
+            "n": arguments.n,
+            "seed": arguments.seed,
+            "machine": machine(device),
+        }
+        write_json(arguments.out, rounded({**facts, "questions": record}))
     if arguments.sheet is not None:
         write_png(arguments.sheet, contact_sheet(sheet, 64))
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,7 @@ from serve import load
 from train.config import Config, config_file, load_config
 from train.evaluation.classifier import check_classes
 from train.evaluation.measure import Measurement
-from train.launch import cores, run_jobs
+from train.launch import cores, run_jobs, torch_threads
 from train.lock import locked
 from train.run_folder import settled
 from train.stages.denoiser import expert_config
@@ -52,6 +52,19 @@ _STEPS = [5, 10]  # of the sampler; the second is shown
 _SEEDS = 2  # of samples
 _HELD_OUT = 512  # images, each at a time of its own
 _TIMED_S = 5.0  # of steps, in each precision
+# The keys that decide how much work a step is.
+_WORK = (
+    "data.name",
+    "data.size",
+    "expert.unet",
+    "expert.parameterization",
+    "expert.condition",
+    "expert.batch",
+    "expert.accumulate",
+    "expert.optimizer",
+    "expert.precision",
+    "expert.compile",
+)
 
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "auto"]
@@ -68,7 +81,7 @@ def _shape(sizes: dict[str, Any]) -> Choice:
 
 
 GROUPS: dict[str, list[Choice]] = {
-    "chance": [_words("seed=1")],
+    "chance": [_words("seed=1"), _words("seed=2")],
     "shape": [_shape(sizes) for sizes in SHAPES],
     "optimizer": [
         _words(f"expert.optimizer={name}", f"expert.learning_rate={rate}")
@@ -126,24 +139,27 @@ def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, f
     """The config of a network that was trained for about so many seconds in a run of its own, and
     the seconds that it took: of the core's time, so that other work does not count.
 
-    The precision and the number of steps are chosen once, by the time that a step takes. What a training that was
-    interrupted has done is not known in seconds: it begins again.
+    What a training that was interrupted has done is not known in seconds: it begins again.
     """
     base = load_config(path, words)
     home = Path(f"{base.folder}-recipe", _identity(base, seconds))
+    precision, step_s = pace(base)
+    expert = replace(
+        base.expert,
+        precision=precision,
+        steps=max(1, round(seconds / step_s)),
+        workers=0,
+        threads=1,
+    )
     config = replace(
         base,
         run=str(home / "run"),
         partition=replace(base.partition, k=1),
         seed_model=replace(base.seed_model, steps=0),
-        expert=replace(base.expert, workers=0, threads=1),
+        expert=expert,
     )
-    chosen, took = home / "chosen.json", home / "seconds.json"
+    took = home / "seconds.json"
     with locked(home):
-        if not chosen.exists():
-            precision, step_s = _fastest(config)
-            write_json(chosen, {"precision": precision, "steps": max(1, round(seconds / step_s))})
-        config = replace(config, expert=replace(config.expert, **read_json(chosen)))
         if not took.exists():
             if config.folder.exists():
                 shutil.rmtree(config.folder)
@@ -159,6 +175,20 @@ def _identity(config: Config, seconds: float) -> str:
     others = ("table.", "seed_model.", "expert.steps")
     same = {key: value for key, value in settled(config).items() if not key.startswith(others)}
     return digest([same, seconds])[:12]
+
+
+def pace(config: Config) -> tuple[Precision, float]:
+    """The precision to train in and the seconds of a step on one core, measured once for all configs
+    whose steps are the same work, so that these take equally many.
+    """
+    work = {key: value for key, value in settled(config).items() if key.startswith(_WORK)}
+    file = Path(f"{config.folder}-recipe", f"pace-{digest(work)[:12]}.json")
+    if not file.exists():
+        with torch_threads(1):
+            precision, step_s = _fastest(config)
+        write_json(file, {"precision": precision, "step_s": step_s})
+    found = read_json(file)
+    return found["precision"], found["step_s"]
 
 
 def _fastest(config: Config) -> tuple[Precision, float]:
@@ -177,7 +207,7 @@ def _fastest(config: Config) -> tuple[Precision, float]:
 
 
 def _step_s(step: BareStep) -> float:
-    """The seconds of a step: the median of those within a few seconds."""
+    """The seconds of a step that nothing else disturbs: the least of those within a few seconds."""
     for _ in range(3):
         step()
     found: list[float] = []
@@ -185,7 +215,7 @@ def _step_s(step: BareStep) -> float:
         began = time.process_time()
         step()
         found.append(time.process_time() - began)
-    return median(found)
+    return min(found)
 
 
 @torch.inference_mode()
@@ -226,6 +256,8 @@ def make(
         return _identity(load_config(path, [*overrides, *words]), seconds)
 
     variants = {identity(words): words for group in asked.values() for _, words in group}
+    for words in variants.values():  # before others keep the cores busy
+        pace(load_config(path, [*overrides, *words]))
     work = partial(_work, path, list(overrides), seconds)
     jobs = list(variants.values())
     done = run_jobs(work, jobs, min(cores(), len(jobs)), log.info, threads=1)

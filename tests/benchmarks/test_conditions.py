@@ -1,5 +1,6 @@
 """Whether images show what they are conditioned on."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,18 @@ def test_images_of_the_class_that_is_asked_for_are_named_rightly(
     monkeypatch.setattr(Model, "sample", real)
     sheet = tmp_path / "sheet.png"
     words = [str(small_labels_run), "--n=100", "--guidance", "1", f"--sheet={sheet}"]
-    assert main(words) == 0
+    assert main([*words, f"--out={tmp_path / 'record.json'}"]) == 0
     with Image.open(sheet) as image:
         assert image.size == (10 * 66 - 2, 10 * 66 - 2)  # ten of each digit
     lines = capsys.readouterr().out.splitlines()
     named = {line.split("|")[1].strip(): float(line.split("|")[3].split("±")[0])
              for line in lines if "±" in line}  # fmt: skip
     assert named["1"] > 85 and named["without a condition"] < 35
+    record = json.loads((tmp_path / "record.json").read_text())
+    rows = record["questions"]["10 classes"]["rows"]
+    assert [row["guidance"] for row in rows] == [None, 1]
+    assert 100 * rows[1]["named_rightly"] == pytest.approx(named["1"], abs=0.05)
+    assert rows[0]["near_copies"] == rows[1]["near_copies"] == 1  # they are training images
 
 
 def test_each_attribute_is_asked_for_and_against() -> None:

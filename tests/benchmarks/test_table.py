@@ -91,6 +91,9 @@ def test_record_holds_every_method_sampler_step_count_and_seed(record: Any) -> N
         (m, s, n, seed) for m in methods for s in ("ddim", "2M") for n in (2, 4) for seed in (0, 1)
     }
     assert len(record["cells"]) == len(cells)
+    copies = record["memorization"]["methods"]
+    assert set(copies) == {name for m in methods for name in (m, f"{m}, 2M")}
+    assert {len(seeds) for seeds in copies.values()} == {2}
     nfe = {c["method"]: c["nfe"] for c in record["cells"] if c["steps"] == 4}
     assert nfe["one-model"] == nfe["balanced"] == nfe["top-1"] == 4
     assert nfe["top-2"] == 8

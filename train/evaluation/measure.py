@@ -270,7 +270,7 @@ class Measurement:
     def _memorization(self, whole: dict[str, Tensor]) -> Memorization:
         """How near the samples of every method and seed are to training images, at one step count."""
         first, steps = next(iter(self.samplers)), middle([spec.steps for spec in self.specs])
-        specs = [spec for spec in self.specs if (spec.sampler, spec.steps) == (first, steps)]
+        specs = [spec for spec in self.specs if spec.steps == steps]
         folder = self.config.folder / "partition"
         held_out = self.cut.holdout(folder)["images"] if self.cut.holdout_sizes else None
         real = RealImages(
@@ -284,7 +284,8 @@ class Measurement:
         with bar("copies", self.cfg.n * (len(specs) + 1)) as advance:
             floor = real.floor(self.cfg.n, FEATURE_SEED, advance)
             for spec in specs:
-                methods.setdefault(spec.method.name, []).append(self._copies(spec, real, advance))
+                name = spec.method.name + ("" if spec.sampler == first else f", {spec.sampler}")
+                methods.setdefault(name, []).append(self._copies(spec, real, advance))
         count = sum(self.cut.holdout_sizes)
         return Memorization(steps, count, real.expected, floor, methods)
 

@@ -109,11 +109,11 @@ NEAR_COPY = (
 
 @dataclass
 class Memorization:
-    """Whether samples are copies of training images, at one number of steps of the first sampler.
+    """Whether samples are copies of training images, at one number of steps.
 
     expected: `nearest_is_training` of images that favour neither: the training images' share
     floor: of real images: held-out ones, or training images against the others if none is held out
-    methods: of the samples, by method, for each seed
+    methods: of the samples, by method, for each seed; those of further samplers by `METHOD, SAMPLER`
     """
 
     steps: int

@@ -150,7 +150,11 @@ def copies_intro(found: Memorization) -> str:
 
 def copies_rows(evaluation: Evaluation, found: Memorization) -> dict[str, list[Spread | None]]:
     """The measures of every method, by what it is called, and of the real images."""
-    sets = {label(evaluation, method): of_seeds for method, of_seeds in found.methods.items()}
+    sets = {}
+    for name, of_seeds in found.methods.items():
+        method, _, sampler = name.partition(", ")
+        title = label(evaluation, method, sampler or None)
+        sets[f"{title}, {sampler}" if sampler else title] = of_seeds
     sets[f"real: {found.floor_name}"] = [found.floor]
     return {
         name: [_over(of_seeds, measure) for measure in copy_measures(found)]
