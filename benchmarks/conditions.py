@@ -94,10 +94,13 @@ def _measure(arguments: argparse.Namespace, words: Sequence[str] | None) -> None
             "expert.condition=label"
         )
     folder = Path(arguments.run) / "partition"
-    whole = Partition.read(folder).in_order(folder)
+    cut = Partition.read(folder)
+    whole = cut.in_order(folder)
+    others = cut.holdout(folder)["images"] if cut.holdout_sizes else None
     unseen = held_out(len(whole["images"]), _FEATURE_SEED)
     device = model.device.type
-    training = RealImages(whole["images"], whole["cluster"], None, True, device)
+    training = RealImages(whole["images"], whole["cluster"], others, True, device)
+    floor = training.floor(arguments.n, _FEATURE_SEED, lambda _: None).near_copies
     sheet: list[Tensor] = []
     record: dict[str, Any] = {}
     for question in questions(vocabulary, whole, arguments.attributes, device):
@@ -131,6 +134,7 @@ def _measure(arguments: argparse.Namespace, words: Sequence[str] | None) -> None
         record[question.name] = {"real_named_rightly": of_real, "rows": figures}
         print(table([*_COLUMNS], rows))
         print()
+    print(f"Real images that are near-copies of other training images: {100 * floor:.1f} %.")
     if arguments.out is not None:
         given = sys.argv[1:] if words is None else words
         facts = {
@@ -139,6 +143,7 @@ def _measure(arguments: argparse.Namespace, words: Sequence[str] | None) -> None
             "n": arguments.n,
             "seed": arguments.seed,
             "machine": machine(device),
+            "real_near_copies": floor,
         }
         write_json(arguments.out, rounded({**facts, "questions": record}))
     if arguments.sheet is not None:

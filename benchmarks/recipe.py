@@ -160,14 +160,17 @@ def trained(path: Path, words: Sequence[str], seconds: float) -> tuple[Config, f
     )
     took = home / "seconds.json"
     with locked(home):
-        if not took.exists():
+        if not took.exists() or "steps" not in read_json(took):
             if config.folder.exists():
                 shutil.rmtree(config.folder)
             run_stages(config, ("partition",))
             began = time.process_time()
             run_stages(config, ("expert", "bundle"))
-            write_json(took, {"seconds": time.process_time() - began})
-    return config, read_json(took)["seconds"]
+            seconds = time.process_time() - began
+            write_json(took, {"seconds": seconds, "steps": expert.steps, "precision": precision})
+    kept = read_json(took)
+    expert = replace(expert, steps=kept["steps"], precision=kept["precision"])
+    return replace(config, expert=expert), kept["seconds"]
 
 
 def _identity(config: Config, seconds: float) -> str:

@@ -42,7 +42,7 @@ class Policy(Protocol):
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
         """The state `[B, ...]` before the first step.
 
-        pi: mixture weights, `[B, K]`. u: uniform numbers in (0, 1), `[B]`.
+        pi: mixture weights, or alpha of an image that does not start as pure noise, `[B, K]`. u: uniform numbers in (0, 1), `[B]`.
         """
         ...
 
@@ -238,7 +238,8 @@ class Stochastic(_EveryStep):
 class Balanced(_EveryStep):
     """One expert per step with error feedback.
 
-    The state is a credit for each expert, which starts at `onehot(k0) - pi`, k0 sampled from pi. At
+    The state is a credit for each expert, which starts at `onehot(k0) - pi`, k0 sampled from pi, or
+    from alpha in pi's place where an image does not come from pure noise. At
     each step `credit += alpha; k = argmax credit; credit[k] -= 1`. After any number of steps, the
     number of an expert's steps differs from the sum of its alpha by a bounded amount, so the noise
     of independent samples cancels. The random start keeps the first steps, where alpha is pi,
@@ -281,7 +282,9 @@ class Adaptive(Balanced):
         undecided = alpha.amax(dim=1, keepdim=True) < self.decided
         spend = undecided & (saved > 1 - 1e-4)  # sums of floats may stay just below 1
         first = one_hot(credit.argmax(dim=1), alpha)
-        second = one_hot(credit.masked_fill(first, -torch.inf).argmax(dim=1), alpha)
+        # At the first step all others' credit is 0: alpha decides.
+        rest = (credit + 1e-6 * alpha).masked_fill(first, -torch.inf)
+        second = one_hot(rest.argmax(dim=1), alpha)
         chosen = first | (second & spend)
         saved = saved - (chosen.sum(dim=1, keepdim=True) - 1)
         return chosen, torch.cat([credit - weights(alpha, chosen), saved], dim=1)

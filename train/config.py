@@ -244,11 +244,10 @@ class Config:
             "be experts with privacy.sigma above 0: in the other ways images leave their owners",
             self.router.data,
         )
-        shared = self.seed_model.steps == 0 or self.seed_model.data is not None
-        rule = (
-            "be given with privacy.sigma above 0: the clusters' images leave their owners otherwise"
-        )
-        require(self.privacy.sigma == 0 or shared, "seed_model.data", rule, None)
+        own = self.seed_model.data is None and self.expert.init is None
+        rule = "be given with privacy.sigma above 0, or seed_model.steps=0: images leave their owners otherwise"
+        leaves = self.privacy.sigma > 0 and self.seed_model.steps > 0 and own
+        require(not leaves, "seed_model.data", rule, None)
         self.watch.check(self.partition.holdout)
         self.sample.check()
         self._check_guide(self.sample)

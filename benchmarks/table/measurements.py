@@ -73,8 +73,9 @@ def made_by(record: dict[str, Any], config: Config) -> bool:
 
 
 def seconds(config: Config, monoliths: Mapping[str, Config]) -> dict[str, float]:
-    """How long the seed model, all experts, the router and the single models were trained, one after
-    another, by the names of `compute`; without those that were not, or whose time is not known.
+    """How long the seed model, the experts, the router and the single models were trained, by the
+    names of `compute`: the seconds of each network's own process, added up. Without those that were
+    not trained, or whose time is not known.
     """
     folders = {name: config.folder / name for name in ("seed_model", "experts", "router")}
     folders |= {row: monolith.folder / "experts" for row, monolith in monoliths.items()}

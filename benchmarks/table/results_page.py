@@ -205,13 +205,14 @@ def _training(record: dict[str, Any], evaluation: Evaluation) -> str:
         "One model needs no router, nor do Naive and `switching-gaussian`.",
     ]
     if seeded:
-        _, _, *figures = row("", "", *seeded)
-        notes.insert(
-            0,
-            f"The seed model is counted for each that starts from it: {' TFLOP, '.join(figures)}.",
-        )
+        _, _, tera, *time = row("", "", *seeded)
+        seed = ", ".join([f"{tera} TFLOP", *time])
+        notes.insert(0, f"The seed model is counted for each that starts from it: {seed}.")
     if spent:
-        notes.append("Times are those of one network after another.")
+        notes.append(
+            "Times are those of each network's own process, added up: experts that are trained side by "
+            "side have fewer threads each, and take less together."
+        )
     head = ["trained", "images seen", "TFLOP", *(["time"] if spent else [])]
     return "\n\n".join([table(head, rows), "\n".join(notes)])
 

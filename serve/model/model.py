@@ -179,7 +179,7 @@ class Model(Planner):
         progress: called with the number of images that were written
 
         Raises what `sample` raises; `ConfigError` naming the folder if it holds images of another
-        model, seed or settings, or of other origin; `ArtifactError` if it cannot be written.
+        model, precision, seed or settings, or of other origin; `ArtifactError` if it cannot be written.
         """
         plan = self.plan(self.settings(**settings))
         with within("sample"):

@@ -45,3 +45,4 @@ def test_noise_on_moments_is_refused_where_images_leave(
         small(tmp_path, f"router.data={data}", "privacy.sigma=1")
     with pytest.raises(ConfigError, match=r"seed_model\.data must be given with privacy\.sigma"):
         small(tmp_path, *PRIVATE, "seed_model.steps=5")
+    small(tmp_path, *PRIVATE, "seed_model.steps=5", "expert.init=elsewhere")

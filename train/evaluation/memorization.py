@@ -9,7 +9,7 @@ from ddm.measures import Nearest, nearest
 from train.evaluation.pixels import flat_pixels
 from train.evaluation.results import Copies
 
-VERSION = 1  # raise it when a measure changes: kept figures are then computed again
+VERSION = 2  # raise it when a measure changes: kept figures are then computed again
 
 _OF = 50  # nearest training images, whose mean distance says how crowded the place is
 _NEAR = 0.5  # of that mean: nearer is a near-copy (both numbers: arXiv 2301.13188)

@@ -131,7 +131,10 @@ export function requestBody() {
 
 function parsed(field, text) {
   if (field.type === "checkbox") return text === "true";
-  if (field.name === "guidance_interval") return text.split(",").map(Number);
+  if (field.name === "guidance_interval") {
+    const times = text.split(",").map(parseFloat);
+    return times.some(Number.isNaN) ? text : times; // the server says what is wrong with the text
+  }
   return field.type === "number" && text !== "?" ? Number(text) : text;
 }
 
