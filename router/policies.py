@@ -42,7 +42,8 @@ class Policy(Protocol):
     def start(self, pi: Tensor, u: Tensor) -> Tensor:
         """The state `[B, ...]` before the first step.
 
-        pi: mixture weights, or alpha of an image that does not start as pure noise, `[B, K]`. u: uniform numbers in (0, 1), `[B]`.
+        pi: mixture weights, or alpha of an image that does not start as pure noise, `[B, K]`. u:
+        uniform numbers in (0, 1), `[B]`.
         """
         ...
 
