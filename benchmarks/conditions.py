@@ -80,10 +80,10 @@ def main(words: Sequence[str] | None = None) -> int:
         help="write a contact sheet (PNG) of the last guidance: at most 12 images per condition",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a record (JSON)")
-    return run(parser, lambda given: _measure(given, words), words)
+    return run(parser, _measure, words)
 
 
-def _measure(arguments: argparse.Namespace, words: Sequence[str] | None) -> None:
+def _measure(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments.words)
     require(arguments.n >= 20, "--n", "be at least 20", arguments.n)
     model = load(arguments.run)
@@ -136,9 +136,10 @@ def _measure(arguments: argparse.Namespace, words: Sequence[str] | None) -> None
         print()
     print(f"Real images that are near-copies of other training images: {100 * floor:.1f} %.")
     if arguments.out is not None:
-        given = sys.argv[1:] if words is None else words
+        command = ["python", "-m", "benchmarks.conditions", arguments.run, *arguments.words]
         facts = {
-            "command": shlex.join(["python", "-m", "benchmarks.conditions", *given]),
+            "command": shlex.join(command),
+            "attributes": arguments.attributes,
             "version": model.version,
             "n": arguments.n,
             "seed": arguments.seed,

@@ -42,6 +42,7 @@ class _RouterLearning(pl.LightningModule):
     """
 
     done = 0
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class _RouterLearning(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.posterior, self.batches, self.config = posterior, batches, config
-        self.weights = weights
+        self.register_buffer("weights", weights, persistent=False)
         self.cluster = nn.Buffer(cluster, persistent=False)
         if config.compile:
             posterior.scorer.compile(dynamic=False)

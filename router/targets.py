@@ -64,13 +64,14 @@ def mirrored(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def weights_of_images(pi: Tensor, labels: Tensor) -> Tensor | None:
     """What an image of each cluster counts in the mixture, `pi_k / n_k`, float64 `[K]`; None if that
-    is the same for all.
+    is the same for all. On the labels' device.
 
     pi `[K]`; labels int64 `[N]` in 0 ... K-1.
     """
     counts = torch.bincount(labels.cpu(), minlength=len(pi))
     weights = pi.cpu().double() / counts
-    return None if torch.allclose(weights * len(labels), torch.ones_like(weights)) else weights
+    alike = torch.allclose(weights * len(labels), torch.ones_like(weights))
+    return None if alike else weights.to(labels.device)
 
 
 def exact_posterior(

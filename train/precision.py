@@ -51,7 +51,7 @@ def with_precision(config: Config) -> Config:
         ms = _milliseconds(config)
         chosen = "bf16-mixed" if ms["32-true"] > _MARGIN * ms["bf16-mixed"] else "32-true"
         _write_first(path, {"precision": chosen, "ms": ms})
-        found = with_precision(config)  # by what is there: that of whoever was first
+        found = with_precision(config)  # by what is there: that of the first process
         times = ", ".join(f"{name} {value:.0f} ms" for name, value in ms.items())
         what = found.expert.precision
         log.info("expert     expert.precision=auto is %s here: %s a step", what, times)

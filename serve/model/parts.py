@@ -185,10 +185,11 @@ class Parts:
             images, cluster = whole["images"], whole["cluster"]
             if self._mirrored:
                 images, cluster = mirrored(images, cluster)
+            cluster = cluster.to(self.device)
             self._analytic = partial(
                 exact_posterior,
                 images=images.to(self.device),
-                labels=cluster.to(self.device),
+                labels=cluster,
                 schedule=self.schedule,
                 k=len(self.pi),
                 weights=weights_of_images(self.pi, cluster),
