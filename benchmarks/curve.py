@@ -12,7 +12,7 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.cli import Parser, config_of, run
 from benchmarks.lab.markdown import table
 from benchmarks.table.__main__ import RESULTS
 from benchmarks.table.compute import compute
-from benchmarks.table.measurements import machine, rounded
+from benchmarks.table.measurements import machine, rounded, seconds
 from ddm.artifacts import digest, read_json, sha256, write_json
 from ddm.errors import require
 from train.config import Config
@@ -35,6 +35,7 @@ from train.run_folder import copy_part, read_partition, settled
 from train.stages.denoiser import seed_stem
 from train.stages.monolith import train_monoliths
 from train.stages.run import run as run_stages
+from train.time_spent import duration
 
 METHODS = {
     "one-model": "one model, as many steps as all experts",
@@ -96,8 +97,8 @@ def write(config: Config, steps: Sequence[int], command: str, folder: Path) -> N
 
 
 def point(config: Config, steps: int) -> dict[str, Any]:
-    """What comes of that many steps of each expert: the operations, and the Frechet distances by
-    features, row, and number of the sampler's steps, of each seed.
+    """What comes of that many steps of each expert: the operations and the seconds of training, and the
+    Frechet distances by features, row, and number of the sampler's steps, of each seed.
     """
     branch = config  # the same experts would come of a branch
     if steps != config.expert.steps:
@@ -116,6 +117,7 @@ def point(config: Config, steps: int) -> dict[str, Any]:
     found = Measurement(branch, monoliths, cfg, "table").make()
     counted = replace(branch, seed_model=config.seed_model)
     flop = compute(counted, read_partition(branch), monoliths)
+    spent = seconds(config, {}) | seconds(branch, monoliths)
 
     def distances(feature: str, row: str, n: int) -> list[float]:
         cells = [cell for cell in found.cells if (cell.method, cell.steps) == (row, n)]
@@ -123,8 +125,8 @@ def point(config: Config, steps: int) -> dict[str, Any]:
 
     return {
         "steps": steps,
-        "flop": {"seed_model": flop["seed_model"], "switching": flop["experts"]}
-        | {row: flop[row] for row in monoliths},
+        "flop": _by_row(flop, monoliths),
+        "seconds": _by_row(spent, monoliths),
         "frechet": {
             feature: {
                 row: {str(n): distances(feature, row, n) for n in found.steps} for row in METHODS
@@ -132,6 +134,12 @@ def point(config: Config, steps: int) -> dict[str, Any]:
             for feature in found.features
         },
     }
+
+
+def _by_row(found: Mapping[str, float], monoliths: Iterable[str]) -> dict[str, float]:
+    """What the seed model, the experts and the single models took, as far as it is known."""
+    rows = {"seed_model": "seed_model", "switching": "experts", **{row: row for row in monoliths}}
+    return {row: found[part] for row, part in rows.items() if part in found}
 
 
 def _figures(folder: Path, name: str, points: Sequence[dict[str, Any]]) -> list[str]:
@@ -154,15 +162,23 @@ def _figures(folder: Path, name: str, points: Sequence[dict[str, Any]]) -> list[
                     linewidth=1.2,
                 )
             axes.set_xscale("log")
-            axes.set_xticks([each["steps"] for each in points])
+            ticks = [f"{each['steps']:,}\n{_time(each)}" for each in points]
+            axes.set_xticks([each["steps"] for each in points], ticks)
             axes.set_xticks([], minor=True)
-            axes.xaxis.set_major_formatter("{x:,g}")
-            axes.set_xlabel("training steps of each expert, after the seed model")
+            axes.set_xlabel(
+                "training steps of each expert, after the seed model"
+                + "\nand the time of all together" * bool(_time(points[0]))
+            )
             axes.set_ylabel(f"Fréchet distance, {steps} steps")
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8.5)
             files.append(f"curve-{name}-{feature}.png")
             save(folder / files[-1], figure)
     return files
+
+
+def _time(point: dict[str, Any]) -> str:
+    """How long all experts were trained; empty if it is not known."""
+    return duration(point.get("seconds", {}).get("switching", 0))
 
 
 def _middle(rows: dict[str, dict[str, Any]]) -> str:
@@ -175,7 +191,8 @@ _INTRODUCTION = """# The curve
 Where the lines cross: Fréchet distances over the steps that each expert takes after the seed model.
 One model takes as many steps as all experts together (equal compute), another as many as one of
 them (equal time, where each expert has a machine). Mean and deviation over the seeds of the
-samples; training has one seed. PFLOP: operations of the experts' training, beside the seed model's."""
+samples; training has one seed. PFLOP and time are of the experts' training, beside the seed model's,
+one after another: the one model of equal compute takes as long."""
 
 
 def page(folder: Path) -> str:
@@ -184,16 +201,18 @@ def page(folder: Path) -> str:
     for file in sorted(folder.glob("curve-*.json")):
         record = read_json(file)
         points = record["points"]
-        seed = points[0]["flop"]["seed_model"] / 1e15
+        time = duration(points[0].get("seconds", {}).get("seed_model", 0))
+        seed = f"{points[0]['flop']['seed_model'] / 1e15:.3g} PFLOP" + f", {time}" * bool(time)
         parts += [
             f"## {file.stem.removeprefix('curve-')}",
             f"    {record['command']}",
-            f"The seed model: {seed:.3g} PFLOP. {record['n']} images per seed.",
+            f"The seed model: {seed}. {record['n']} images per seed.",
         ]
         for feature, rows in points[0]["frechet"].items():
             name = f"curve-{file.stem.removeprefix('curve-')}-{feature}.png"
             parts.append(f"![{feature}: distance over steps, a line per row]({name})")
             head = [f"{feature}, after N steps of the sampler", "N", *METHODS.values(), "PFLOP"]
+            head += ["time"] * bool(_time(points[0]))
             parts.append(table(head, _rows(points, feature, list(rows["switching"]))))
     return "\n\n".join(parts) + "\n"
 
@@ -207,6 +226,7 @@ def _rows(
             n,
             *(shown(Spread.of(each["frechet"][feature][row][n]), ".2f") for row in METHODS),
             f"{each['flop']['switching'] / 1e15:.3g}",
+            *[_time(each)] * bool(_time(points[0])),
         ]
         for each in points
         for n in numbers

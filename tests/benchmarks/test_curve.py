@@ -50,6 +50,7 @@ def test_points_share_the_seed_model_and_the_router(tmp_path: Path) -> None:
         a_step = flop["one-model-time"] / steps
         assert flop["switching"] == flop["one-model"] == pytest.approx(3 * steps * a_step, rel=1e-5)
         assert flop["seed_model"] == pytest.approx(6 * a_step, rel=1e-5)
+        assert each["seconds"].keys() == flop.keys() and all(each["seconds"].values())
         for row in curve.METHODS:
             assert [len(each["frechet"]["pixels"][row][n]) for n in ("2", "4")] == [2, 2]
     assert small["frechet"] != large["frechet"]
@@ -58,6 +59,7 @@ def test_points_share_the_seed_model_and_the_router(tmp_path: Path) -> None:
     assert len({file.read_bytes() for file in routers}) == 1
     assert not list(runs.glob("*/seed_model"))
     page = (results / "curve.md").read_text()
+    assert "| PFLOP | time |" in page
     assert "curve-tiny-pixels.png" in page and (results / "curve-tiny-pixels.png").exists()
     trained = {path: path.stat().st_mtime_ns for path in runs.rglob("expert.safetensors")}
     assert curve.main(words(tmp_path, "--steps", "4", "2")) == 0  # all is there
