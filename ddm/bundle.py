@@ -224,6 +224,11 @@ def listed_artifacts(path: Path) -> dict[str, str]:
     return _listed(path, manifest.get("artifacts"), mixture.k)
 
 
+def is_artifact(name: str) -> bool:
+    """Whether a file of a bundle with this name, before its first dot, is of an artifact."""
+    return name in (ROUTER, OLD_ROUTER, SEED_MODEL) or _EXPERT.fullmatch(name) is not None
+
+
 def signature_of(path: Path) -> Path:
     """Where the signature of a file is, if it has one (serve/model/signatures.py)."""
     return path.with_name(f"{path.name}.minisig")

@@ -24,7 +24,6 @@ from ddm.artifacts import (
     write_json,
 )
 from ddm.bundle import (
-    CARD,
     FORMAT,
     MANIFEST,
     OLD_ROUTER,
@@ -33,12 +32,13 @@ from ddm.bundle import (
     Bundle,
     check_networks,
     expected_facts,
+    is_artifact,
     moved_aside,
     read_artifact,
     read_bundle,
     signature_of,
 )
-from ddm.bundle_history import write_history
+from ddm.bundle_history import HISTORY, write_history
 from ddm.errors import ArtifactError, require, shown
 from ddm.gaussian import MOMENTS
 from ddm.mixture import Mixture, is_whole
@@ -131,7 +131,8 @@ def expert_names(k: int) -> list[str]:
 
 def write_bundle(folder: Path, parts: Parts, what: str) -> None:
     """Copy artifacts into `folder` and write its manifest; `what` happened goes into its history.
-    A model card, README.md, stays.
+    What else is in the folder stays, such as a model card, a licence or a repository's `.git`; the
+    manifest's signature too, if the manifest is the same.
 
     The old bundle stays until the new one is whole and checked; concurrent writers do not disturb
     each other. After a kill at any moment, `read_bundle` finds the old bundle or the new one. Files
@@ -171,10 +172,24 @@ def write_bundle(folder: Path, parts: Parts, what: str) -> None:
         write_json(scratch / MANIFEST, manifest)
         for artifact in read_bundle(scratch).artifacts:
             check_sha256(artifact.weights, artifact.facts["sha256"])
-        if (folder / CARD).exists():  # people write in it
-            shutil.copyfile(folder / CARD, scratch / CARD)
         write_history(folder, scratch, what)
+        _copy_the_rest(folder, scratch)
         _replace_folder(folder, scratch)
+
+
+def _copy_the_rest(old: Path, new: Path) -> None:
+    """Copy what the old folder of a bundle holds beside the bundle's own files."""
+    signature = signature_of(old / MANIFEST)
+    if signature.exists() and sha256(old / MANIFEST) == sha256(new / MANIFEST):
+        _place(signature, new / signature.name)
+    for path in old.iterdir() if old.exists() else ():
+        name = path.name
+        if name in (MANIFEST, HISTORY, signature.name) or is_artifact(name.partition(".")[0]):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / name, symlinks=True)
+        else:
+            shutil.copy2(path, new / name, follow_symlinks=False)
 
 
 def _place(source: Path, target: Path) -> None:

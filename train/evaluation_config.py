@@ -69,6 +69,8 @@ class EvaluateConfig:
         for name in self.methods:
             if name not in METHODS:
                 raise one_of(f"{section}.methods", name, METHODS)
+        once = len(set(self.methods)) == len(self.methods)
+        require(once, f"{section}.methods", "name each row once", self.methods)
         for name, most in self.steps_up_to.items():
             if name not in METHODS:
                 raise one_of(f"{section}.steps_up_to", name, METHODS)

@@ -38,14 +38,13 @@ def push(folder: Path, url: str) -> str:
     fs, root = _place(url)
     with _naming(url, "written"):
         fs.makedirs(root, exist_ok=True)
+        _check_same(fs, folder / MANIFEST, root, url)  # before anything is written
         for path in files_of(folder):
             target = f"{root}/{path.name}"
             if not fs.exists(target):
                 _put(fs, path, target)
-            elif path.name not in (CARD, HISTORY) and _remote_sha256(fs, target) != sha256(path):
-                raise ConfigError(
-                    f"URL must be a new folder, got {url!r}: its {path.name} is of another bundle"
-                )
+            elif path.name not in (CARD, HISTORY):
+                _check_same(fs, path, root, url)
             log.info("%s  %.1f MB", path.name, path.stat().st_size / 1e6)
     return bundle.version
 
@@ -93,6 +92,15 @@ def pull(
     if signers is not None:
         check_signed(folder, signers)
     return found
+
+
+def _check_same(fs: Any, path: Path, root: str, url: str) -> None:
+    """Raise `ConfigError` if the place has another file of this name."""
+    target = f"{root}/{path.name}"
+    if fs.exists(target) and _remote_sha256(fs, target) != sha256(path):
+        raise ConfigError(
+            f"URL must be a new folder, got {url!r}: its {path.name} is of another bundle"
+        )
 
 
 def files_of(folder: Path) -> list[Path]:

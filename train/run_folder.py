@@ -46,7 +46,8 @@ def check_claim(config: Config) -> None:
     """Raise `ArtifactError` with every key that differs if the run's folder was made by another config.
 
     A key that the folder's config does not have, because the program was older, has its default there. expert.steps
-    may be raised: what is trained goes on.
+    may be raised: what is trained goes on. router.data may change until the run's router is begun: a bundle of experts
+    from elsewhere has none at first.
     """
     path = config.folder / "config.yaml"
     if not path.exists():
@@ -57,7 +58,8 @@ def check_claim(config: Config) -> None:
     changes = [
         f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and not _is_raised(key, there.get(key), here.get(key))
+        if there.get(key) != here.get(key)
+        and not _may_change(config.folder, key, there.get(key), here.get(key))
     ]
     if changes:
         raise ArtifactError(
@@ -66,8 +68,10 @@ def check_claim(config: Config) -> None:
         )
 
 
-def _is_raised(key: str, there: Any, here: Any) -> bool:
-    return key == "expert.steps" and isinstance(there, int) and there < here
+def _may_change(folder: Path, key: str, there: Any, here: Any) -> bool:
+    if key == "expert.steps":
+        return isinstance(there, int) and there < here
+    return key in ("router.data", "router.samples") and not (folder / "router").exists()
 
 
 def claim(config: Config) -> None:

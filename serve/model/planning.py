@@ -13,6 +13,7 @@ from ddm.bundle import Bundle
 from ddm.condition import Condition
 from ddm.editing import Given, noised, resampled
 from ddm.errors import ConfigError, one_of, require, within
+from ddm.grids import check_grid
 from ddm.rng import RngStream, normal
 from ddm.samplers import Course, Sampler, Trajectory, plan_steps
 from ddm.schedules import Schedule
@@ -221,6 +222,7 @@ class Planner(Parts):
 
     def _plan(self, config: SampleConfig, start: float, repeats: int) -> SamplingPlan:
         c = config
+        check_grid(c.grid, self.schedule)
         method, times = plan_steps(
             c.sampler, c.steps, c.grid, self.schedule, c.t_min, c.order, t_max=start
         )

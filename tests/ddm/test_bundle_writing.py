@@ -30,7 +30,13 @@ def test_a_new_bundle_replaces_the_old_and_takes_nothing_from_a_failed_one(run: 
     leftover.mkdir()
     (leftover / "expert-07.json").write_text("{}")
     os.utime(leftover, (0, 0))
-    (run.bundle / "old").write_text("")
+    for name in (
+        "expert-07.json",
+        "expert-07.safetensors",
+        "old-router.json",
+        "router.json.minisig",
+    ):
+        (run.bundle / name).write_text("{}")  # of the old bundle, and in no new one
     run.write()
     names = {
         f"{name}{suffix}"
@@ -40,6 +46,23 @@ def test_a_new_bundle_replaces_the_old_and_takes_nothing_from_a_failed_one(run: 
     others = {"manifest.json", "history.json"}
     assert {path.name for path in run.bundle.iterdir()} == names | others
     assert not leftover.exists()
+
+
+def test_what_else_is_in_the_folder_stays(run: Run) -> None:
+    (run.bundle / "LICENSE").write_text("mine")
+    (run.bundle / ".git" / "refs").mkdir(parents=True)
+    (run.bundle / ".git" / "HEAD").write_text("ref")
+    (run.bundle / "latest").symlink_to("LICENSE")
+    signature = run.bundle / "manifest.json.minisig"
+    signature.write_text("signed")
+    run.write()
+    assert (run.bundle / "LICENSE").read_text() == "mine"
+    assert (run.bundle / ".git" / "HEAD").read_text() == "ref"
+    assert (run.bundle / ".git" / "refs").is_dir() and (run.bundle / "latest").is_symlink()
+    assert signature.read_text() == "signed"  # the manifest is the same
+    run.train(0, weight=0.5)
+    run.write()
+    assert not signature.exists() and (run.bundle / "LICENSE").exists()
 
 
 def killed_while_replacing(run: Run, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:

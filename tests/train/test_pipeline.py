@@ -9,7 +9,7 @@ import torch
 from scipy.fft import dctn
 
 from ddm.artifacts import read_artifact, read_tensors, sha256
-from ddm.errors import ArtifactError, DdmError
+from ddm.errors import ArtifactError, ConfigError, DdmError
 from ddm.grids import time_grid
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
@@ -140,6 +140,7 @@ def test_sampling_may_change_without_training_again(
 ) -> None:
     copy = shutil.copytree(small_run, tmp_path / "run")
     experts = _files(copy / "experts")
+    run(small(copy, "expert.checkpoint_every=7", "router.checkpoint_every=2"), ["expert", "router"])
     run(small(copy, "sample.policy=stochastic", "sample.seed=7"), ["sample"])
     run(small(copy, "sample.control_variate=none"), ["sample"])
     assert (copy / "samples" / "posterior-stochastic-ipndm-3-n4-seed7.png").exists()
@@ -298,6 +299,10 @@ def test_a_run_with_the_schedule_and_the_grid_of_edm_goes_through_every_stage(
     )["images"]
     assert torch.equal(to_uint8(images), drawn)
     torch.testing.assert_close(trace.t, time_grid("edm", 4, model.schedule)[:-1])
+    with pytest.raises(
+        ConfigError, match=r"grid must be another for .*, such as edm: uniform_t is"
+    ):
+        model.sample(1, grid="uniform_t")
 
 
 def test_a_run_with_vp_cosine_is_drawn_by_unipc_on_even_log_snr(

@@ -65,6 +65,11 @@ def test_nothing_is_overwritten(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"URL must be a new folder, .* its expert-01\.json"):
         push(DEMO, url)
     assert fs.cat_file("/bucket/digits/expert-01.json") == b"{}"
+    fs.rm_file("/bucket/digits/expert-02.json")
+    fs.pipe_file("/bucket/digits/manifest.json", b"{}")
+    with pytest.raises(ConfigError, match=r"URL must be a new folder, .* its manifest\.json"):
+        push(DEMO, url)
+    assert not fs.exists("/bucket/digits/expert-02.json")  # nothing was written before that
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="FOLDER must be new or hold"):

@@ -138,6 +138,10 @@ from train.config import Config, load_config
             "partition.features must be a TorchScript file that loads here, got 'no.pt'",
         ),
         (
+            ["evaluate.methods=[full, Naive, full]"],
+            "evaluate.methods must name each row once, got ['full', 'Naive', 'full']",
+        ),
+        (
             ["evaluate.features=no.pt"],
             "evaluate.features: Invalid value assigned",
         ),

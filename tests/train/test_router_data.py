@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddm.artifacts import read_facts, read_tensors
+from ddm.artifacts import read_facts, read_tensors, write_json
 from ddm.errors import ArtifactError
 from serve import load
 from train.config import Config
@@ -50,6 +50,11 @@ def test_a_router_of_the_experts_is_the_same_again_and_another_for_other_experts
     caplog.set_level("INFO")
     train_router(small(trained, *SAMPLED))
     assert "up to date" in caplog.text
+    facts = read_facts(trained / "experts" / "01" / "expert")
+    write_json(trained / "experts" / "01" / "expert.json", {**facts, "sha256": "0" * 64})
+    train_router(small(trained, *SAMPLED))  # as after more steps of that expert
+    assert "router     stays as it is" in caplog.text
+    write_json(trained / "experts" / "01" / "expert.json", facts)
     shutil.rmtree(trained / "router")
     train_router(small(trained, *SAMPLED))
     again = read_tensors(trained / "router" / "router.safetensors")

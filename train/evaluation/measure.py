@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from ddm.artifacts import digest, read_json, sha256, write_json
 from ddm.bundle import MANIFEST, listed_artifacts
 from ddm.device import device_name
-from ddm.errors import require
+from ddm.errors import ArtifactError, require
 from ddm.measures import PowerLaw, power_law_fit, trajectory_error
 from ddm.partition import Partition
 from router.policies import policy
@@ -81,12 +82,20 @@ class Measurement:
         section = self.section = "evaluate" if folder == "evaluate" else "table"
         cfg.check_files(section)
         self.cut = Partition.read(config.folder / "partition")
+        _check_clusters(config.folder / "bundle", self.cut)
         self.methods = methods(config, monoliths, cfg.methods, self.cut.k)
         require(
             len(self.methods) > 0,
             f"{section}.methods",
             f"name a row besides {' and '.join(ONE_MODEL)} without a monolith",
             cfg.methods,
+        )
+        channels, usual = self.cut.shape[0], {"classifier", "pixels"}
+        require(
+            channels in (1, 3) or usual.issuperset(cfg.features),
+            f"{section}.features",
+            f"be classifier or pixels for images of {channels} channels",
+            cfg.features,
         )
         samplers = config.samplers(cfg, section)
         self.samplers = {name: plain(sampler) for name, sampler in samplers.items()}
@@ -97,7 +106,7 @@ class Measurement:
     def _specs(self) -> list[SampleSpec]:
         """The samples of every cell and seed; the trajectory error is measured for seed 0."""
         cfg = self.cfg
-        return [
+        specs = [
             SampleSpec(
                 method,
                 sampler,
@@ -112,6 +121,10 @@ class Measurement:
             for steps in cfg.steps_for(method.name)
             for seed in range(cfg.seeds)
         ]
+        for name, count in Counter(spec.name for spec in specs).items():
+            key, rule = f"{self.section}.samplers", "give every cell a name of its own"
+            require(count == 1, key, rule, f"{count} cells with the name {name}")
+        return specs
 
     def _reference(self) -> SampleSpec:
         """The full mixture's own trajectories, with the first sampler in many steps."""
@@ -123,6 +136,7 @@ class Measurement:
             "source": "posterior" if routed else "gaussian",
             "policy": "full",
             "control_variate": "none",
+            "temperature": 1.0,
             "clusters": {},
         }
         mixture = Method("reference", config.run, bundle_version(config), full)
@@ -226,7 +240,8 @@ class Measurement:
         ]
         specs = [self.reference, *self.specs]
         facts = [self.store.facts(spec) | {"name": spec.name} for spec in specs]
-        return digest([Scores.VERSION, VERSION, facts, plain(cfg), self.cut.hash, files])
+        shown = plain(self.config.sample)
+        return digest([Scores.VERSION, VERSION, facts, plain(cfg), self.cut.hash, files, shown])
 
     def _scored(
         self, network: FeatureNetwork, whole: dict[str, Tensor]
@@ -333,6 +348,16 @@ class Measurement:
         score = measure(network(self.samples(spec).images, lambda _: None))
         write_json(path, {"key": key, "score": asdict(score)})
         return score
+
+
+def _check_clusters(bundle: Path, cut: Partition) -> None:
+    """Raise `ArtifactError` if the experts of a bundle are of other clusters than a partition's."""
+    mixture = read_json(bundle / MANIFEST)["mixture"]
+    if mixture["clusters"] != cut.hashes:
+        raise ArtifactError(
+            f"{bundle} has experts of other clusters, {mixture['names']}, than {bundle.parent / 'partition'}, {cut.names}: "
+            "its images cannot be measured against these; compare it with those of a partition of all its owners' images"
+        )
 
 
 def _nfe_per_step(method: Method, config: Config, k: int) -> float:

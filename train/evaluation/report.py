@@ -117,7 +117,8 @@ class _Page:
     def _facts(self) -> str:
         """The page's first lines: data, networks, compute, hardware."""
         evaluation, cut = self.evaluation, self.cut
-        *_, last = evaluation.versions
+        # A mixture's row, if there is one.
+        last = max(evaluation.versions, key=lambda row: row not in ONE_MODEL)
         seen = evaluation.images_seen
         trained = f"Images seen in training: {seen[last]:,}"
         if last not in ONE_MODEL:

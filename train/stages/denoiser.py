@@ -1,9 +1,9 @@
 """Training one denoiser and writing its artifact: what the stages `seed_model` and `expert` share."""
 
 import logging
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from train.watching import Watch
 
 log = logging.getLogger(__name__)
 
+F = TypeVar("F", bound=FitConfig)
+
 # Held-out images, and what an expert is told of them.
 HeldOut = tuple[Tensor | None, ImageConditions | None]
 
@@ -40,6 +42,14 @@ def expert_config(config: Config) -> ExpertConfig:
     return ExpertConfig(
         **{field.name: getattr(config.expert, field.name) for field in fields(ExpertConfig)}
     )
+
+
+def as_recorded(cfg: F, stem: Path) -> F:
+    """A config of training with those keys of the artifact at `stem`, if it is there, that change no weight: so that
+    its key stays the same.
+    """
+    recorded = read_facts(stem).get("config", {}) if file_of(stem, ".json").exists() else {}
+    return replace(cfg, checkpoint_every=recorded.get("checkpoint_every", cfg.checkpoint_every))
 
 
 def threads_per_expert(config: Config, k: int) -> int:

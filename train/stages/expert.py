@@ -19,6 +19,7 @@ from train.resume import NEWEST, drop_resume
 from train.run_folder import claim, read_clusters
 from train.stages.denoiser import (
     artifact_is_made,
+    as_recorded,
     check_networks,
     expert_config,
     hash_of,
@@ -42,7 +43,7 @@ def _key(config: Config, partition: Partition, k: int) -> str:
     """The content hash of everything that determines expert k: of its own cluster, and of no other."""
     return digest(
         [
-            changed(expert_config(config)),
+            changed(as_recorded(expert_config(config), expert_stem(config, k))),
             config.schedule,
             config.seed,
             k,

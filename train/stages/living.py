@@ -110,7 +110,7 @@ def reroute(config: Config) -> None:
     made_of = [expert.facts["sha256"] for expert in bundle.experts]
     if start is not None:
         made_of.append(start[0].facts["sha256"])
-    made_of.append(digest(bundle.old_names))
+    made_of.append(digest([bundle.old_names, config.router.data]))
     stem = config.folder / f"router-{digest([made_of, bundle.mixture.hash])[:12]}" / "router"
 
     def experts() -> list[Artifact]:

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+from ddm.artifacts import read_facts
 from ddm.errors import ArtifactError
 from train.config import BundleConfig, Config, SeedModelConfig
 from train.evaluation_config import EvaluateConfig
@@ -70,4 +71,12 @@ def trained_monoliths(config: Config, evaluation: EvaluateConfig) -> dict[str, C
     for monolith in wanted.values():
         if not (monolith.folder / "bundle").is_dir():
             raise ArtifactError(f"{monolith.folder} is missing: train it with the stage 'monolith'")
+        steps, asked = (
+            read_facts(monolith.folder / "bundle" / "expert-00")["steps"],
+            monolith.expert.steps,
+        )
+        if steps != asked:
+            raise ArtifactError(
+                f"{monolith.folder} was trained for {steps} steps, not {asked}: train it with the stage 'monolith'"
+            )
     return wanted

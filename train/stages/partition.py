@@ -31,7 +31,8 @@ def make_partition(config: Config) -> None:
     images = config.data.build()
     condition = config.expert.condition
     told = [] if condition == "none" else [condition]
-    key = digest([changed(config.partition), config.seed, images.hash, *told])
+    names = [*images.label_names, *images.attribute_names]
+    key = digest([changed(config.partition), config.seed, images.hash, names, *told])
     if _is_made(folder, key):
         log.info("partition  up to date")
         return

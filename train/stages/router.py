@@ -22,10 +22,10 @@ from ddm.mixture import Mixture
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
 from ddm.training import Batches
-from router.networks import DerivativeNet
+from router.networks import DerivativeNet, RouterConfig
 from router.router_module import PosteriorLearning, RouterLearning
 from router.targets import weights_of_images
-from train.config import Config, changed
+from train.config import Config, changed, plain
 from train.fit import NotFiniteError, Report, fit
 from train.jobs import Job, train_side_by_side
 from train.launch import OnProgress
@@ -33,7 +33,7 @@ from train.launch_config import LaunchConfig
 from train.progress import bar
 from train.resume import drop_resume
 from train.run_folder import claim, read_partition
-from train.stages.denoiser import artifact_is_made, diverged, fitted_facts
+from train.stages.denoiser import artifact_is_made, as_recorded, diverged, fitted_facts
 from train.stages.expert import expert_stem
 from train.stages.router_data import Data, data_of
 from train.stages.warm_start import start_from
@@ -103,10 +103,17 @@ def make_router(
     of the clusters of its outputs. report: what else hears of the steps. away: the files to train it from on a node of Ray
     """
     stages = [stem.parent / name for name in ("stage-1", "stage-2")]
-    cfg = config.router
+    cfg = as_recorded(config.router, stem)
     key = digest(
         [changed(cfg), config.schedule, config.seed, config.data.flip, mixture.hash, *made_of]
     )
+    if start is None and _is_of_earlier_experts(stem, key, cfg, mixture):
+        log.warning(
+            "router     stays as it is, trained on images of these experts before they were trained further: "
+            "move %s away to train it anew",
+            stem.parent,
+        )
+        return
     if artifact_is_made(stem, key, "router"):
         for stage in stages:
             drop_resume(stage)
@@ -133,6 +140,15 @@ def make_router(
     for stage in stages:
         drop_resume(stage)
     log.info("router     trained in %.0f s", time.monotonic() - began)
+
+
+def _is_of_earlier_experts(stem: Path, key: str, cfg: RouterConfig, mixture: Mixture) -> bool:
+    """Whether a router is there that only its experts' later steps do not fit."""
+    if cfg.data != "experts" or not file_of(stem, ".json").exists():
+        return False
+    facts = read_facts(stem)
+    alike = facts.get("mixture") == mixture.hash and facts.get("config") == plain(cfg)
+    return facts.get("key") != key and alike
 
 
 def _train(

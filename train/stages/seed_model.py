@@ -24,6 +24,7 @@ from train.resume import drop_resume
 from train.run_folder import claim, read_partition
 from train.stages.denoiser import (
     artifact_is_made,
+    as_recorded,
     check_networks,
     expert_config,
     seed_stem,
@@ -154,6 +155,5 @@ def _others(config: Config, partition: Partition) -> ImageSet | None:
 
 def _key(config: Config, images: str) -> str:
     """The content hash of everything that determines the seed model."""
-    return digest(
-        [changed(_config(config)), config.schedule, config.seed, config.data.flip, images]
-    )
+    cfg = as_recorded(_config(config), seed_stem(config))
+    return digest([changed(cfg), config.schedule, config.seed, config.data.flip, images])

@@ -25,6 +25,7 @@ from train.evaluation.measure import Measurement, evaluate
 from train.evaluation.report import write_report
 from train.evaluation.results import Cell, Evaluation, Score
 from train.evaluation.tables import shown
+from train.stages.monolith import trained_monoliths
 from train.stages.run import run
 
 ScriptFile = Callable[..., Path]
@@ -420,6 +421,45 @@ def test_a_table_without_rows_is_refused(small_run: Path, small: Callable[..., C
     config = small(small_run, "evaluate.methods=[one-model]", "evaluate.monolith_steps=0")
     with pytest.raises(ConfigError, match=r"evaluate.methods must .*, got \['one-model'\]"):
         Measurement(config, {}, config.evaluate, "evaluate")
+
+
+def test_cells_of_one_name_are_refused(small_run: Path, small: Callable[..., Config]) -> None:
+    config = small(
+        small_run,
+        "evaluate.methods=[balanced, balanced-cv]",
+        "evaluate.samplers={ipndm: {}, cv-ipndm: {order: 2}}",
+    )
+    with pytest.raises(ConfigError, match="2 cells with the name balanced-cv-ipndm-2-seed0"):
+        Measurement(config, {}, config.evaluate, "evaluate")
+
+
+def test_a_bundle_of_other_clusters_is_not_measured_against_the_partition_s_images(
+    copy: Path, small: Callable[..., Config]
+) -> None:
+    config = small(copy)
+    run(small(copy, f"update.cluster={Partition.read(copy / 'partition').names[0]}"), ["remove"])
+    with pytest.raises(
+        ArtifactError, match=r"bundle has experts of other clusters, .* than .*partition, "
+    ):
+        Measurement(config, {}, config.evaluate, "evaluate")
+
+
+def test_one_model_of_fewer_steps_is_not_taken_for_that_of_the_config(
+    copy: Path, small: Callable[..., Config]
+) -> None:
+    config = small(copy, "evaluate.monolith_steps=50")
+    with pytest.raises(ArtifactError, match="monolith was trained for 36 steps, not 50: train it"):
+        trained_monoliths(config, config.evaluate)
+
+
+def test_the_report_is_written_again_for_another_policy_of_sample(
+    copy: Path, small: Callable[..., Config]
+) -> None:
+    assert Measurement(small(copy), {}, small(copy).evaluate, "evaluate").specs
+    one_model = {"one-model": small(copy / "monolith", "partition.k=1")}
+    for policy, made in (("switching", True), ("balanced", False)):
+        config = small(copy, f"sample.policy={policy}")
+        assert Measurement(config, one_model, config.evaluate, "evaluate").is_made() == made
 
 
 @pytest.mark.parametrize("kind", [{}, {"cells": 1}, {"cells": [{"method": "full"}]}])
