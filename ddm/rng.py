@@ -61,6 +61,9 @@ def philox(counter: Sequence[_Word], key: tuple[int | _Word, int | _Word]) -> li
     return [c0, c1, c2, c3]
 
 
+IMAGES_OF_A_SEED = 2**56  # whose numbers are told apart
+
+
 def _words(
     seed: int | Tensor, stream: RngStream | Tensor, index: Tensor, step: int | Tensor, count: int
 ) -> Tensor:

@@ -2,7 +2,6 @@
 config.
 """
 
-import ipaddress
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any, Literal
 
 from ddm.errors import require, within
 from serve.engine.shares import Key
-from serve.http.limits import LimitsConfig
+from serve.http.limits import LimitsConfig, is_loopback
+from serve.http.webhooks import secret_key
 from serve.model.config_merge import filled
 from serve.model.params import SampleConfig
 
@@ -149,7 +149,7 @@ class ServeConfig:
         """Whether this host is allowed: without a token and without `open`, only this machine's
         own.
         """
-        return self.protected or self.open or _is_loopback(host)
+        return self.protected or self.open or is_loopback(host)
 
 
 @dataclass
@@ -210,7 +210,15 @@ class Settings:
     def webhook_secret(self) -> str | None:
         """What signs webhooks, None if there are none. Raises `ConfigError`."""
         file = self.serve.jobs.webhook_secret_file
-        return None if file is None else _read_secret(file, "serve.jobs.webhook_secret_file")
+        if file is None:
+            return None
+        key = "serve.jobs.webhook_secret_file"
+        secret = _read_secret(file, key)
+        try:
+            secret_key(secret)
+        except ValueError:
+            require(False, key, "hold base64 after whsec_, or text without it", file)
+        return secret
 
 
 def settings(tree: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
@@ -287,10 +295,3 @@ def _check_positive(
 
 def _is_name(name: str) -> bool:
     return 0 < len(name) <= 256 and name.isprintable() and "/" not in name
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -29,6 +29,15 @@ class Answer(NamedTuple):
     content: bytes
     media_type: str
     headers: dict[str, str]
+
+
+class Place(NamedTuple):
+    """How many jobs start before one, itself included, 0 once it has started; and in about how many
+    seconds it will be done, None where that is not known.
+    """
+
+    position: int
+    estimate_s: float | None
 
 
 class Error(NamedTuple):
@@ -124,15 +133,15 @@ class Jobs:
     def require_room(self) -> None:
         """Raise `BusyError` if as many jobs are kept as may be, and none of them has ended."""
         self._forget()
-        ended = [job for job in self._jobs.values() if job.ended]
-        if len(self._jobs) < self.config.kept:
-            return
-        if not ended:
-            raise BusyError(f"{len(self._jobs)} jobs are under way, as many as may be", 5)
-        del self._jobs[min(ended, key=lambda job: job.ended_s or 0).id]
+        under_way = sum(not job.ended for job in self._jobs.values())
+        if under_way >= self.config.kept:
+            raise BusyError(f"{under_way} jobs are under way, as many as may be", 5)
 
     def submit(self, job: Job) -> None:
-        """Take a job in; see `require_room`."""
+        """Take a job in, in place of the one that ended first if there is no room; see `require_room`."""
+        if len(self._jobs) >= self.config.kept:
+            ended = [kept for kept in self._jobs.values() if kept.ended]
+            del self._jobs[min(ended, key=lambda kept: kept.ended_s or 0).id]
         self._jobs[job.id] = job
         self._start_next()
 
@@ -158,19 +167,21 @@ class Jobs:
             job.service.shared.quotas.use(job.key, 0, -job.cost)
         self._end(job, "cancelled")
 
-    def position(self, job: Job) -> int:
-        """How many jobs start before it, itself included; 0 once it has started."""
-        queue = self._queue()
-        return queue.index(job) + 1 if job in queue else 0
-
-    def estimate_s(self, job: Job) -> float | None:
-        """In about how many seconds it will be done; None where that is not known."""
-        if job.ended or not job.service.pace:
-            return None
-        running = [other for other in self._jobs.values() if other.status == "running"]
-        ahead = [*running, *self._queue()[: self.position(job)]]
-        cost = sum(other.cost for other in ahead if not other.ended)
-        return min(cost, job.service.pending) / job.service.pace
+    def places(self, jobs: Sequence[Job]) -> list[Place]:
+        """Where some jobs are in the queue."""
+        running = sum(job.cost for job in self._jobs.values() if job.status == "running")
+        cost, ahead = running, {}
+        for i, job in enumerate(self._queue()):
+            cost += job.cost
+            ahead[job.id] = i + 1, cost
+        pending = {service: service.pending for service in {job.service for job in jobs}}
+        places = []
+        for job in jobs:
+            position, nfe = ahead.get(job.id, (0, running))
+            pace = None if job.ended else job.service.pace
+            estimate_s = min(nfe, pending[job.service]) / pace if pace else None
+            places.append(Place(position, estimate_s))
+        return places
 
     def _queue(self) -> list[Job]:
         """Those that have not started, in the order in which they will."""

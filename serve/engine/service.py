@@ -10,6 +10,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from weakref import WeakSet
 import torch
 
 from ddm.errors import require, within
+from ddm.rng import IMAGES_OF_A_SEED
 from serve.engine.expert import CancelledRequestError, Expert, ServingError
 from serve.engine.local_expert import local_experts
 from serve.engine.metrics import Metrics
@@ -138,6 +140,7 @@ class Service:
         self.current: Version | None = None
         self.versions: list[Version] = []
         self.draining = False
+        self._held = 0
         self._remote = connect is not None
         self._connect = connect or (
             lambda model, folder, turn: local_experts(
@@ -160,8 +163,19 @@ class Service:
 
     @property
     def busy(self) -> bool:
-        """Whether requests are under way."""
-        return any(version.admitted or version.engine.requests for version in self.versions)
+        """Whether requests are under way, or about to be."""
+        return self._held > 0 or any(
+            version.admitted or version.engine.requests for version in self.versions
+        )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, it counts as busy: for what a request waits for before it is admitted."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
 
     async def start(self) -> None:
         """Start the engine."""
@@ -259,12 +273,13 @@ class Service:
         require(1 <= params.n <= limits.n, "sample.n", f"be in [1, {limits.n}]", params.n)
         rule = f"be in [1, {limits.steps}]" + (", times resamplings" if params.edit else "")
         require(steps <= limits.steps, "sample.steps", rule, steps)
-        for key, value in (("seed", params.seed), ("first_index", params.first_index)):
-            fits = value is None or 0 <= value < 2**63 - limits.n
-            require(fits, f"sample.{key}", "be in [0, 2^63 - n)", value)
         # 53 bits: a number that any JSON reader keeps whole
         seed = secrets.randbits(53) if params.seed is None else params.seed
-        index = torch.arange(params.first_index, params.first_index + params.n, device=model.device)
+        require(0 <= seed < 2**63, "sample.seed", "be in [0, 2^63)", seed)
+        first, n = params.first_index, params.n
+        in_range = 0 <= first <= IMAGES_OF_A_SEED - n
+        require(in_range, "sample.first_index", "be in [0, 2^56 - n]", first)
+        index = torch.arange(first, first + n, device=model.device)
         given = None
         if params.edit is not None:
             with within("sample"):

@@ -1,12 +1,13 @@
 """`/v1/jobs`: images that are asked for now and fetched later."""
 
 import hashlib
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from ddm.errors import ConfigError, require
-from serve.engine.job_queue import Error, Job, Jobs
+from serve.engine.job_queue import Error, Job, Jobs, Place
 from serve.engine.models import Models
 from serve.http.middleware import key_of, shown
 from serve.http.responses import MissingError, failure
@@ -55,7 +56,13 @@ def add_jobs(app: FastAPI, models: Models) -> Jobs:
         return jobs  # the next request might reach another service, which does not know the job
 
     def record(job: Job) -> JobRecord:
-        estimate_s = jobs.estimate_s(job)
+        return records([job])[0]
+
+    def records(some: Sequence[Job]) -> list[JobRecord]:
+        return [_record(job, place) for job, place in zip(some, jobs.places(some), strict=True)]
+
+    def _record(job: Job, place: Place) -> JobRecord:
+        estimate_s = place.estimate_s
         return JobRecord(
             id=job.id,
             model=job.model,
@@ -63,7 +70,7 @@ def add_jobs(app: FastAPI, models: Models) -> Jobs:
             n=job.n,
             images=job.images if job.admitted is None else len(job.admitted.request.images),
             nfe_left=round(job.cost),
-            position=jobs.position(job),
+            position=place.position,
             estimate_s=None if estimate_s is None else round(estimate_s, 3),
             created=job.created_s,
             started=job.started_s,
@@ -105,7 +112,7 @@ def add_jobs(app: FastAPI, models: Models) -> Jobs:
     @app.get("/v1/jobs", responses=errors(401), dependencies=secured)
     async def listed(request: Request) -> JobList:
         """The jobs of this key."""
-        return JobList(data=[record(job) for job in jobs.of(key_of(request.scope))])
+        return JobList(data=records(jobs.of(key_of(request.scope))))
 
     @app.get("/v1/jobs/{job_id}", responses=errors(401, 404, 422), dependencies=secured)
     async def status(request: Request, job_id: str) -> JobRecord:

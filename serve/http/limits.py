@@ -3,6 +3,7 @@
 Imported by every proxy that starts: without torch and Ray's deployments, a lost one is soon replaced.
 """
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -61,3 +62,11 @@ def proxy_middlewares() -> list[Any]:
         kind = "an integer" if isinstance(default, int) else "a number"
         require(limits[key] > 0, variable, f"be {kind} above 0", found)
     return [Middleware(LimitsMiddleware, **limits)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine's own, by an address or as localhost."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -53,6 +53,7 @@ def serve_here(config: Settings) -> None:
             serve.limits.body_timeout_s,
             serve.limits.upload_bytes,
             lambda kind: metrics.count("rejections", reason=kind),
+            local=not serve.open,
         )
         most = min(serve.limits.connections, _open_files() - _RESERVED_FILES)
         # h11 bounds the headers of a request; there are no websockets.

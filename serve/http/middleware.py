@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from serve.engine.shares import ANYONE, Key
+from serve.http.limits import is_loopback
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -52,6 +53,18 @@ def _is_from_another_site(headers: list[tuple[bytes, bytes]]) -> bool:
     )
 
 
+def _is_by_another_name(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a browser asks this machine by a name that anybody can take: a page can make its own
+    lead here, and is then of the same site (DNS rebinding).
+    """
+    given = {name.lower(): value for name, value in headers}
+    if b"sec-fetch-site" not in given and b"origin" not in given:
+        return False  # no browser
+    host = given.get(b"host", b"").decode("latin-1").lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return not (is_loopback(name) or name.endswith(".localhost"))
+
+
 def key_of(scope: MutableMapping[str, Any]) -> Key:
     """The key whose token a request carries."""
     key: Key = scope.get(_KEY, ANYONE)
@@ -63,6 +76,7 @@ class LimitsMiddleware:
 
     keys: by the tokens of which `Authorization: Bearer` must carry one; none: anything passes but
     what a page of another site sends (403), which could use the server of any of its visitors.
+    local: without keys, answer browsers only at localhost and loopback addresses.
     The application finds the key of a request with `key_of`. body_bytes and body_timeout_s: of a
     body, upload_bytes: of one of `UPLOADS`; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
     """
@@ -75,11 +89,13 @@ class LimitsMiddleware:
         body_timeout_s: float = 10.0,
         upload_bytes: int = 4 << 20,
         on_refusal: Callable[[str], object] = lambda kind: None,
+        local: bool = False,
     ) -> None:
         self.app, self.on_refusal = app, on_refusal
         self.keys = {token.encode(): key for token, key in (keys or {}).items()}
         self.body_bytes, self.body_timeout_s = body_bytes, body_timeout_s
         self.upload_bytes = upload_bytes
+        self.local = local
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # not supported
@@ -135,6 +151,11 @@ class LimitsMiddleware:
             return 401, "unauthorized", message
         if not self.keys and not _is_open(path) and _is_from_another_site(headers):
             return 403, "forbidden", "without a token the server answers no page of another site"
+        if not self.keys and self.local and _is_by_another_name(headers):
+            message = (
+                "without a token, pages are answered at localhost alone, unless serve.open is set"
+            )
+            return 403, "forbidden", message
         return None
 
     def _key(self, path: str, headers: list[tuple[bytes, bytes]]) -> Key | None:

@@ -64,15 +64,17 @@ async def answer(
         raise ServingError("no bundle is in service")
     model = service.current.model
     form, size = body.output_format or "png", f"{model.shape[2]}x{model.shape[1]}"
-    _check_combination(body, form, size)
+    _check_combination(body, form, size, model.shape[0])
     settings, understood = _settings(body, model)
+    with service.held():
+        edit = None if of is None else await asyncio.to_thread(of.edit, model.shape)
     params = SamplingParams(
         body.n or 1,
         body.seed,
         settings=settings,
         key=key_of(request.scope),
         id=id_of(request),
-        edit=None if of is None else await asyncio.to_thread(of.edit, model.shape),
+        edit=edit,
     )
     facts = {
         "created": int(time.time()),
@@ -103,12 +105,17 @@ async def answer(
     return JSONResponse(answer, headers=headers_of(admitted))
 
 
-def _check_combination(body: ImagesRequest, form: str, size: str) -> None:
+def _check_combination(body: ImagesRequest, form: str, size: str, channels: int) -> None:
     """Refuse fields that would be ignored. Raises `ConfigError`."""
     sizes, compression = (None, "auto", size), body.output_compression
     if body.size not in sizes:
         raise ConfigError(f"size must be auto or {size}, got {shown(body.size)}", "size")
     for field, fits, rule in (
+        (
+            "output_format",
+            form != "jpeg" or channels in (1, 3),
+            f"be png or webp for {channels} channels",
+        ),
         ("output_compression", compression is None or form != "png", "have a webp or jpeg format"),
         ("partial_images", not body.partial_images or body.stream, "be 0 unless stream is true"),
     ):

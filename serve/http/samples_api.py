@@ -61,7 +61,7 @@ def add_samples(app: FastAPI, models: Models) -> None:
         return  # the next request might reach another service, which does not know the first
 
     @app.delete(
-        "/v1/requests/{request_id}",
+        "/v1/requests/{request_id:path}",
         status_code=204,
         responses=errors(401, 404, 422),
         dependencies=secured,
@@ -77,7 +77,8 @@ def add_samples(app: FastAPI, models: Models) -> None:
 
 async def params_of(service: Service, body: SampleRequest, request: Request) -> SamplingParams:
     """What a request asks of the service. Raises `ConfigError`, and `ServingError` without a bundle."""
-    edit = None if body.image is None else await asyncio.to_thread(_edit, service, body)
+    with service.held():
+        edit = None if body.image is None else await asyncio.to_thread(_edit, service, body)
     return SamplingParams(
         body.n,
         body.seed,

@@ -8,6 +8,7 @@ from fastapi import Depends
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from ddm.rng import IMAGES_OF_A_SEED
 from serve.engine.job_queue import JobStatus
 from serve.http.middleware import shown
 from serve.model.edits import MAX_RESAMPLINGS, RESAMPLINGS
@@ -66,7 +67,7 @@ Resamplings = Annotated[
     int, Field(ge=1, le=MAX_RESAMPLINGS, description="how often each step is taken, with a mask")
 ]
 _FILE = Field(
-    max_length=2**16,
+    max_length=2**24,
     description="a PNG, JPEG or WebP in base64; its transparent pixels are sampled",
 )
 
@@ -86,7 +87,7 @@ class SampleRequest(RequestSettings):  # type: ignore[misc, valid-type]
         Field(ge=0, lt=2**63, description="none: one is chosen, and returned as ddm-seed"),
     ] = None
     first_index: Annotated[
-        int, Field(ge=0, lt=2**62, description="the number of the first image")
+        int, Field(ge=0, lt=IMAGES_OF_A_SEED, description="the number of the first image")
     ] = 0
     format: Annotated[
         Literal["png", "webp", "npz", "b64_json"],
@@ -264,7 +265,7 @@ def fault(error: Mapping[str, Any]) -> tuple[str, str | None]:
     if len(place) < 2:
         return f"the body must be a JSON object, got {'none' if kind == 'missing' else value}", None
     name = str(place[1])
-    if name not in RULES:
+    if kind == "extra_forbidden" or name not in RULES:
         return f"{shown(name)} is not a field of this request: /docs lists them", name[:100].encode(
             "ascii", "replace"
         ).decode()

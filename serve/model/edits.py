@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddm.editing import Given
 from ddm.errors import ConfigError, require, shown
+from ddm.rng import IMAGES_OF_A_SEED
 
 STRENGTH = 0.5  # of an image without a mask
 RESAMPLINGS = 4
@@ -161,3 +162,6 @@ def check_counts(**counts: object) -> None:
     """
     for key, value in counts.items():
         check_whole(key, value, 1 if key in ("n", "batch") else 0)
+    first, n = counts.get("first_index", 0), counts.get("n", 1)
+    rule = "be at most 2^56 - n: a seed has so many images"
+    require(first + n <= IMAGES_OF_A_SEED, "first_index", rule, first)  # type: ignore[operator]

@@ -63,6 +63,13 @@ def encoded(image: Tensor, form: str = "png", quality: int | None = None) -> byt
     return file.getvalue()
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 8 bits per channel: Pillow would clip the values of one with 16."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value / 256).convert("L")
+
+
 def write_png(path: Path, image: Tensor) -> None:
     """Write a uint8 image `[C, H, W]`, grey or RGB, whole or not at all. Raises `ArtifactError`."""
     with replaced(path) as scratch:

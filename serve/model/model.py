@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddm.errors import within
+from ddm.rng import IMAGES_OF_A_SEED
 from serve.model.edits import RESAMPLINGS, check_counts, count_of, edit_of, own_noise
 from serve.model.image_folder import save_images
 from serve.model.inversion import between, inversion_settings, invert
@@ -151,7 +152,7 @@ class Model(Planner):
             check_counts(n=n_known, seed=seed, first_index=first_index, batch=batch)
 
         def images() -> Iterator[Tensor]:
-            last = 2**63 if n is None else first_index + n
+            last = IMAGES_OF_A_SEED if n is None else first_index + n
             for low in range(first_index, last, batch):
                 index = torch.arange(low, min(low + batch, last), device=self.device)
                 yield from sample_batch(self, plan, seed, index)[0]

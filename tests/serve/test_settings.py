@@ -165,6 +165,17 @@ def test_keys_have_tokens_of_their_own_and_quotas(tmp_path: Path) -> None:
             settings(RUN, [*words, more]).keys()
 
 
+def test_a_webhook_secret_that_cannot_sign_is_refused_by_key(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    config = settings(RUN, [f"serve.jobs.webhook_secret_file={path}"])
+    path.write_text("whsec_abc")
+    with pytest.raises(ConfigError, match="serve.jobs.webhook_secret_file must hold base64 after"):
+        config.webhook_secret()
+    for secret in ("sesame", "whsec_c2VzYW1l"):
+        path.write_text(secret)
+        assert config.webhook_secret() == secret
+
+
 def test_the_token_is_what_its_file_holds_and_a_file_without_one_is_refused_by_key(
     tmp_path: Path,
 ) -> None:

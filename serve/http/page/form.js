@@ -32,6 +32,7 @@ const USED = {
   order: ({ sampler }) => ["unipc", "ipndm"].includes(sampler),
   relaxation_rate: ({ source }) => source === "combined",
   switch_rate: ({ policy }) => policy === "switching",
+  control_variate: ({ policy }) => !["switching", "fixed"].includes(policy), // which follow an expert's own path
   guidance: ({ condition }) => condition !== "",
   autoguidance: () => Boolean(state.model?.seeded),
   guidance_interval: ({ condition, guidance, autoguidance }) =>
@@ -112,6 +113,9 @@ export function formValues() {
     else if (field.value) values[field.name] = field.value;
   }
   if (conditionText()) values.condition = conditionText();
+  const interval = form.guidance_interval;
+  const isCleared = !interval.value && !interval.closest("label").hidden && state.model.defaults.guidance_interval;
+  if (isCleared) values.guidance_interval = interval.placeholder; // all times, whatever the default
   return values;
 }
 

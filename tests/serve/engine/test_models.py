@@ -40,6 +40,23 @@ def three(small_run: Path) -> dict[str, Path]:
     return dict.fromkeys(("a", "b", "c"), small_run)
 
 
+def test_a_model_that_a_request_is_prepared_for_stays(
+    three: dict[str, Path], small_run: Path
+) -> None:
+    async def work() -> None:
+        models = models_of(three, models_MiB=2.5 * _weights_mib(str(small_run)))
+        await models.start()
+        a, b = await models.get("a"), await models.get("b")
+        with a.held(), b.held(), pytest.raises(BusyError):
+            await models.get("c")
+        with a.held():
+            await models.get("c")
+        assert names(models) == ["a", "c"]
+        await models.stop()
+
+    run(work)
+
+
 def test_models_are_loaded_on_demand_and_the_least_recently_used_is_dropped(
     three: dict[str, Path], small_run: Path
 ) -> None:

@@ -30,7 +30,11 @@ def model(small_run: Path) -> Model:
         ({"steps": 251}, "steps must be in [1, 250], got 251"),
         ({"steps": True}, "steps must be a whole number in [1, 1000], got True"),
         ({"seed": -1}, "seed must be a whole number in [0, 9223372036854775808), got -1"),
-        ({"seed": 2**63 - 1}, "seed must be in [0, 2^63 - n), got 9223372036854775807"),
+        (
+            {"first_index": 2**56 - 1, "n": 2},
+            "first_index must be in [0, 2^56 - n], got 72057594037927935",
+        ),
+        ({"prompt": "frog"}, "'prompt' is not a field of this request: /docs lists them"),
         ({"nucleus_p": 0}, "nucleus_p must be a number in [1e-06, 1], got 0"),
         ({"temperature": 0.001}, "temperature must be a number in [0.01, 100], got 0.001"),
         ({"temperature": "1"}, "temperature must be a number in [0.01, 100], got '1'"),
@@ -74,6 +78,13 @@ def test_422_names_the_field_the_rule_and_the_value(
     assert reply.error["type"] == "invalid_value"
     assert reply.error["param"] == next(iter(given))
     assert message is None or reply.error["message"] == message
+
+
+def test_a_field_of_another_endpoint_is_not_taken_for_a_wrong_value(server: Server) -> None:
+    for field, value in (("first_index", 3), ("trace", True), ("strength", 0.4)):
+        reply = server.request("/v1/images/generations", {"prompt": "", field: value})
+        said = f"{field!r} is not a field of this request: /docs lists them"
+        assert (reply.error["message"], reply.error["param"]) == (said, field)
 
 
 def test_an_unknown_cluster_is_answered_with_those_there_are(server: Server, model: Model) -> None:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from ddm.errors import ConfigError
 from serve import Model, load
-from serve.http.uploads import read_image
+from serve.http.uploads import fitted, read_image
 from tests.serve.conftest import Server, Start
 
 STEPS = 4
@@ -99,7 +99,7 @@ def test_photos_are_cut_to_their_middle_and_averaged(image: np.ndarray[Any, Any]
     photo = np.repeat(np.repeat(image, 9, 0), 9, 1)
     wide = np.pad(photo, ((0, 0), (40, 40)))
     for pixels in (photo, wide, np.stack([photo] * 3, axis=2)):
-        found, alpha = read_image(png(pixels), "image", [1, *image.shape])
+        found, alpha = fitted(read_image(png(pixels), "image"), [1, *image.shape])
         assert alpha is None
         assert np.abs((found[0].numpy() + 1) * 127.5 - image).max() < 1.01
 
@@ -115,12 +115,30 @@ def test_metadata_of_a_wrong_type_is_refused(tag: int, kind: int, value: bytes) 
     file = io.BytesIO()
     Image.new("L", (9, 9)).save(file, "JPEG", exif=exif)
     with pytest.raises(ConfigError, match="image must be a PNG, JPEG or WebP image .*, got"):
-        read_image(file.getvalue(), "image", [1, 8, 8])
+        read_image(file.getvalue(), "image")
+
+
+def test_sixteen_bits_are_scaled_to_eight(image: np.ndarray[Any, Any]) -> None:
+    found, _ = fitted(read_image(png(image.astype(np.uint16) * 257), "image"), [1, *image.shape])
+    assert close(image, found)
+
+
+@pytest.mark.parametrize(("width", "fits"), [(8, True), (16, True), (9, False), (80, False)])
+def test_a_mask_has_the_proportions_of_its_image(
+    server: Server, image: np.ndarray[Any, Any], width: int, fits: bool
+) -> None:
+    mask = half_transparent(np.zeros((width if fits else 40, width), np.uint8))
+    found = {"image": png(image), "mask": png(mask)}
+    body = {name: base64.b64encode(file).decode() for name, file in found.items()}
+    reply = server.request("/v1/samples", {**body, "n": 1})
+    assert reply.status == (200 if fits else 422)
+    said = f"mask must have the proportions of the image, 8x8, got '{width}x40'"
+    assert fits or reply.error["message"] == said
 
 
 def test_the_size_of_an_image_that_is_too_large_is_said() -> None:
     with pytest.raises(ConfigError, match=r"of at most 16777216 pixels, got \(5000, 4000\)"):
-        read_image(png(np.zeros((4000, 5000), np.uint8)), "image", [1, 8, 8])
+        read_image(png(np.zeros((4000, 5000), np.uint8)), "image")
 
 
 def test_an_edit_may_be_streamed(client: openai.OpenAI, image: np.ndarray[Any, Any]) -> None:

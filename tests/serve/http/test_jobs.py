@@ -5,6 +5,7 @@ import base64
 import hashlib
 import hmac
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,9 @@ def test_what_is_kept_is_bounded(small_run: Path) -> None:
         assert full.status == 429 and "3 jobs are under way" in full.error["message"]
         it.open()
         ended = {job_id: (await alice.until(job_id, "done"))["ended"] for job_id in ids}
+        for refused in ({"scale": 1024}, {"clusters": ["nine"]}):
+            assert (await alice.submit(refused)).status == 422
+        assert [job["id"] for job in (await alice.ask("")).json["data"]] == ids  # nothing was lost
         more = (await alice.submit({})).json["id"]  # in place of the one that ended first
         await alice.until(more, "done")
         left = [job["id"] for job in (await alice.ask("")).json["data"]]
@@ -243,6 +247,7 @@ def test_the_end_of_a_job_is_told_to_its_webhook_and_signed(
     posts: list[tuple[str, bytes, dict[str, str]]] = []
 
     def post(url: str, body: bytes, headers: dict[str, str]) -> int:
+        assert threading.current_thread().name.startswith("webhook")  # none of those that encode
         posts.append((url, body, headers))
         return 500 if len(posts) == 1 else 204
 
@@ -272,7 +277,7 @@ def test_the_end_of_a_job_is_told_to_its_webhook_and_signed(
 
 
 def test_webhooks_are_https_to_listed_hosts() -> None:
-    hosts = ["hooks.example", "other.example:8443"]
+    hosts = ["Hooks.example", "other.example:8443"]
     for url in ("https://hooks.example/a", "https://other.example:8443", "https://HOOKS.example"):
         check_webhook(url, hosts)
     for url in (

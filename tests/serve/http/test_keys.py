@@ -53,16 +53,16 @@ def test_a_request_is_cancelled_by_its_id_and_by_its_key_alone(small_run: Path) 
             reply = await request(app, path, method="DELETE", headers=bearer(token))
             return reply.status
 
-        headers = bearer("a", **{"x-request-id": "mine"})
+        headers = bearer("a", **{"x-request-id": "mine/1"})
         client = Client(app, "/v1/samples", b'{"n": 3}', headers)
         await it.until_asked()
-        assert await cancel("b", "mine") == await cancel("a", "other") == 404
+        assert await cancel("b", "mine/1") == await cancel("a", "other") == 404
         assert await it.cost() == 12
-        assert await cancel("a", "mine") == 204
+        assert await cancel("a", "mine/1") == 204
         reply = await client.reply()
         assert (reply.status, reply.error["type"]) == (409, "cancelled")
         assert reply.headers["x-should-retry"] == "false"  # for OpenAI's client
-        assert await it.cost() == 0 and await cancel("a", "mine") == 404
+        assert await it.cost() == 0 and await cancel("a", "mine/1") == 404
         engine = it.service.current.engine  # type: ignore[union-attr]
         assert [engine.waiting(k) for k in range(3)] == [0, 0, 0]
 

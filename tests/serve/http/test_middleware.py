@@ -75,6 +75,32 @@ def error_of(sent: list[dict[str, Any]]) -> dict[str, Any]:
     return error
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("ddm.localhost", 200),
+        ("attacker.example:8000", 403),
+        ("localhost.attacker.example", 403),
+        ("10.0.0.3", 403),
+        ("", 403),
+    ],
+)
+def test_without_a_token_a_local_server_answers_to_its_own_names_alone(
+    host: str, status: int
+) -> None:
+    headers = ((b"host", host.encode()), (b"sec-fetch-site", b"same-origin"))
+    assert status_of(LimitsMiddleware(Behind(), local=True), headers=headers) == status
+    assert status_of(LimitsMiddleware(Behind()), headers=headers) == 200
+    assert (
+        status_of(LimitsMiddleware(Behind(), KEYS, local=True), headers=(*headers, *bearer(TOKEN)))
+        == 200
+    )
+    assert status_of(LimitsMiddleware(Behind(), local=True), headers=headers[:1]) == 200  # no page
+
+
 def bearer(token: str, scheme: str = "Bearer") -> tuple[tuple[bytes, bytes], ...]:
     return ((b"authorization", f"{scheme} {token}".encode()),)
 

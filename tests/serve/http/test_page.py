@@ -312,7 +312,8 @@ def test_a_class_is_asked_for_where_the_bundle_has_a_vocabulary(
     page.wait_for_selector("#form:not([hidden])")
     for hidden in ("#class", "#attributes", "[name=guidance]"):
         assert page.locator(hidden).is_hidden()
-    with served(small_labels_run, tmp_path / "log", "sample.steps=4") as told:
+    words = ("sample.steps=4", "sample.guidance_interval=[0, 0.6]")
+    with served(small_labels_run, tmp_path / "log", *words) as told:
         page.goto(told)
         page.wait_for_selector("#form:not([hidden])")
         assert page.locator("[name=guidance]").is_hidden()  # of nothing
@@ -327,19 +328,22 @@ def test_a_class_is_asked_for_where_the_bundle_has_a_vocabulary(
                 return [pixels(image["b64_json"]) for image in json.load(reply)["data"]]
 
         assert same(shown(page), asked(body))
-        assert "8 NFE per image" in page.inner_text("#status")
+        assert " 8 NFE per image" not in page.inner_text(
+            "#status"
+        )  # above 0.6 there is no guidance
         assert "condition=7" in page.url and "guidance=2" in page.url
         before = shown(page)
         page.goto(page.url)  # the link shows the same again
         page.wait_for_selector(DONE)
         assert same(shown(page), before) and page.get_by_label("Class").input_value() == "7"
-        fill(page, guidance_interval="0, 0.6")
+        fill(page, guidance_interval="")  # which is not the server's default
         page.get_by_role("button", name="Sample", exact=True).click()
-        page.wait_for_url("**guidance_interval=0%2C+0.6**")
+        page.wait_for_url("**guidance_interval=0%2C+1**")
         page.wait_for_selector(DONE)
-        assert same(shown(page), asked({**body, "guidance_interval": [0, 0.6]}))
-        assert " 8 NFE per image" not in page.inner_text(
-            "#status"
-        )  # above 0.6 there is no guidance
+        assert same(shown(page), asked({**body, "guidance_interval": [0, 1]}))
+        assert " 8 NFE per image" in page.inner_text("#status")
+        assert page.locator(
+            "[name=control_variate]"
+        ).is_hidden()  # the policy follows one expert's path
         fill(page, guidance=1)
         assert page.locator("[name=guidance_interval]").is_hidden()

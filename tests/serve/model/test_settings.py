@@ -91,6 +91,10 @@ def test_a_sampler_that_the_schedule_does_not_define_is_refused(
         ),
         ({"step": 3}, "sample has no setting 'step'; it takes steps, sampler"),
         ({"seed": -1}, "sample.seed must be"),
+        (
+            {"first_index": 2**56},
+            r"sample.first_index must be at most 2\^56 - n: a seed has so many",
+        ),
         ({"first_index": -1}, r"sample.first_index must be a whole number in \[0, 2\^63\), got -1"),
         ({"batch": 0}, r"sample.batch must be a whole number in \[1, 2\^63\), got 0"),
     ],
