@@ -1,4 +1,4 @@
-"""Where the lines cross: the mixture and the single models over the steps that each expert takes.
+"""How the mixture and the single models compare over the steps that each expert takes.
 
 All start from the seed model of CONFIG, which is trained once, as is the router, unless
 `router.data=experts`. For every number of steps the experts take it, one model takes as many as all
@@ -188,11 +188,12 @@ def _middle(rows: dict[str, dict[str, Any]]) -> str:
 
 _INTRODUCTION = """# The curve
 
-Where the lines cross: Fréchet distances over the steps that each expert takes after the seed model.
+Fréchet distances over the steps that each expert takes after the seed model: where the lines cross,
+a mixture overtakes one model.
 One model takes as many steps as all experts together (equal compute), another as many as one of
 them (equal time, where each expert has a machine). Mean and deviation over the seeds of the
-samples; training has one seed. PFLOP and time are of the experts' training, beside the seed model's,
-one after another: the one model of equal compute takes as long."""
+samples; training has one seed. PFLOP, and time where the record has it, are of all experts one
+after another, without the seed model's: the one model of equal compute costs as much."""
 
 
 def page(folder: Path) -> str:

@@ -272,16 +272,18 @@ def make(
             if isinstance(found, Exception):
                 raise found
             rows[kind].append({"name": title, "words": words, **found})
+    measured = [kind for kind in GROUPS if kind in rows]
+    some = measured if len(measured) < len(GROUPS) else []
     record = {
         "command": shlex.join(
-            ["python", "-m", "benchmarks.recipe", name, *overrides, f"--seconds={seconds:g}"]
+            ["python", "-m", "benchmarks.recipe", name, *some, *overrides, f"--seconds={seconds:g}"]
         ),
         "config": settled(base),
         "config_hash": digest(settled(base)),
         "seconds": seconds,
         "n": base.table.n,
         "machine": machine(base.device),
-        "groups": {kind: rows[kind] for kind in ("", *GROUPS) if kind in rows},
+        "groups": {kind: rows[kind] for kind in ("", *measured)},
     }
     write_json(file, rounded(record))
     (folder / "recipe.md").write_text(page(folder))

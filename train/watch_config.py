@@ -34,6 +34,6 @@ class WatchConfig:
         if self.logger in ("tensorboard", "wandb") and find_spec(self.logger) is None:
             raise ConfigError(
                 f"watch.logger={self.logger} needs the package {self.logger}, which is not "
-                f"installed: pip install 'ddm[{self.logger}]'",
+                f"installed: pip install {self.logger}",
                 "watch.logger",
             )

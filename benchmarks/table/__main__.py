@@ -1,8 +1,9 @@
 """The paper's table on the images of CONFIG.
 
-Trains what is not trained yet (the experts, the router, and one model of the same compute), samples
-with every method and sampler for several seeds, scores the images, and writes NAME.json, NAME.md
-and their images, where NAME is the name of the run's folder. The section `table` of the config sets
+Trains what is not trained yet (the seed model if there is one, the experts, the router, and two
+single models, of equal compute and of equal time), samples with every method and sampler for several
+seeds, scores the images, and writes NAME.json, NAME.md and their images to docs/results, or the
+folder of --out, where NAME is the name of the run's folder. The section `table` of the config sets
 what is measured. If interrupted, the same command resumes.
 """
 

@@ -147,6 +147,25 @@ def _pair(evaluation: Evaluation, names: Sequence[str], sampler: str) -> str:
     return table(["", "NFE per step", *titles], rows)
 
 
+def overview(folder: Path) -> str:
+    """The mixture beside the two single models: a row for each table of a folder and each of its
+    feature spaces, after 10 steps of its first sampler.
+    """
+    methods = ("switching", "one-model-time", "one-model")
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        record = read_json(file)
+        if "cells" not in record:
+            continue
+        evaluation = Evaluation.of(record)
+        for features in evaluation.features:
+            found = [evaluation.over_seeds(method, 10, frechet(features)) for method in methods]
+            spreads = [*found, evaluation.floor(features)]
+            rows.append([file.stem, features, *(shown(spread, ".2f") for spread in spreads)])
+    titles = ["`switching`", "one model, equal time", "one model, equal compute", "real images"]
+    return table(["", "features", *titles], rows)
+
+
 def _items(lines: Sequence[str]) -> list[str]:
     return [f"- {line}" for line in lines]
 

@@ -131,5 +131,5 @@ def _key_id(line: bytes) -> str:
 
 def _minisign() -> Any:
     if minisign is None:
-        raise ConfigError("signatures must have the package py-minisign: pip install 'ddm[sign]'")
+        raise ConfigError("signatures must have the package py-minisign: pip install py-minisign")
     return minisign
