@@ -35,7 +35,7 @@ from train.evaluation.feature_network import FeatureNetwork
 from train.evaluation.memorization import RealImages
 from train.evaluation.scores import Scores
 
-_COLUMNS = "guidance", "NFE per image", "named rightly", "Fréchet distance", "near-copies"
+_COLUMNS = "guidance", "NFE per image", "accuracy", "Fréchet distance", "near-copies"
 _FEATURE_SEED = 0  # the classifier is the one of `evaluate`
 _SHOWN = 12  # images of a row of the sheet
 _ATTRIBUTES = 3  # that are measured unless some are named: those that divide the images most evenly
@@ -106,8 +106,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     for question in questions(vocabulary, whole, arguments.attributes, device):
         right = classes(question.classifier, whole["images"][unseen]) == question.classes[unseen]
         of_real = float(right.double().mean())
-        named = f"{100 * of_real:.1f} % of unseen real images"
-        print(f"{question.name}: the classifier names {named} rightly.")
+        of_unseen = f"{100 * of_real:.1f} % of unseen real images"
+        print(f"{question.name}: the classifier is right for {of_unseen}.")
         print()
         rows, figures = [], []
         for guidance in (None, *arguments.guidance):
@@ -125,13 +125,13 @@ def _measure(arguments: argparse.Namespace) -> None:
                 {
                     "guidance": guidance,
                     "nfe": found.nfe / n,
-                    "named_rightly": share,
+                    "accuracy": share,
                     "frechet": found.distance,
                     "near_copies": copies,
                 }
             )
         sheet += found.images[:, :_SHOWN]
-        record[question.name] = {"real_named_rightly": of_real, "rows": figures}
+        record[question.name] = {"real_accuracy": of_real, "rows": figures}
         print(table([*_COLUMNS], rows))
         print()
     print(f"Real images that are near-copies of other training images: {100 * floor:.1f} %.")

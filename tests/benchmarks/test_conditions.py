@@ -15,13 +15,13 @@ from serve import load
 from serve.model.model import Model
 
 
-def test_images_of_the_class_that_is_asked_for_are_named_rightly(
+def test_the_classifier_finds_the_class_that_is_asked_for(
     small_labels_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With real images in place of sampled ones: all rightly with a condition, a few without."""
+    """With real images in place of sampled ones: all of the class with a condition, a few without."""
     from ddm.partition import Partition
     from ddm.training import to_float
 
@@ -51,7 +51,7 @@ def test_images_of_the_class_that_is_asked_for_are_named_rightly(
     record = json.loads((tmp_path / "record.json").read_text())
     rows = record["questions"]["10 classes"]["rows"]
     assert [row["guidance"] for row in rows] == [None, 1]
-    assert 100 * rows[1]["named_rightly"] == pytest.approx(named["1"], abs=0.05)
+    assert 100 * rows[1]["accuracy"] == pytest.approx(named["1"], abs=0.05)
     assert rows[0]["near_copies"] == rows[1]["near_copies"] == 1  # they are training images
 
 

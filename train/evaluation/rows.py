@@ -39,19 +39,22 @@ ROWS = {
         "prior",
     ),
     "Naive": Row(
-        "one expert per image, drawn from the mixture weights", "#999999", "fixed", "prior"
+        "one expert per image, sampled from the mixture weights", "#999999", "fixed", "prior"
     ),
     "MoG-a": Row(
-        "one expert per step, drawn from the posterior net's alpha",
+        "one expert per step, sampled from the posterior net's alpha",
         "#56B4E9",
         "stochastic",
         "posterior",
     ),
     "MoG-da": Row(
-        "one expert per step, drawn from the integrated alpha", "#0072B2", "stochastic", "combined"
+        "one expert per step, sampled from the integrated alpha",
+        "#0072B2",
+        "stochastic",
+        "combined",
     ),
     "switching": Row(
-        "one expert per step, kept until a Poisson process redraws it from the posterior net's alpha",
+        "one expert per step, kept until a Poisson process samples another from the posterior net's alpha",
         "#CC0000",
         "switching",
         "posterior",
