@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.cli import Parser, run
 from ddm.artifacts import read_json
-from ddm.errors import ConfigError, DdmError
+from ddm.errors import ConfigError, DdmError, require
 from ddm.row_file import Rows, write_streamed
 from serve.model.images import encoded
 from train.data.mapped import mapped
@@ -66,6 +66,8 @@ def _measure(arguments: argparse.Namespace) -> None:
         f"data={{name: {name}, root: {root}, size: {_SHAPE[1]}}}",
         f"partition={{by: kmeans, k: {arguments.k}, fine: 1024}}",
     ]
+    new = not (folder / f"run-{name}").exists()
+    require(new, "--folder", "hold no run of before, which would be up to date", str(folder))
     began = time.monotonic()
     command = [sys.executable, "-m", "train", "partition", *settings, *arguments.words]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder.absolute() / "cache")}

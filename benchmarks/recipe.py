@@ -1,4 +1,4 @@
-"""How one network learns most in the same time: a choice of the recipe in each row.
+"""How one network learns most in about the same time: a choice of the recipe in each row.
 
 Every variant trains one network on all images of the config, on one core, for as many steps as
 fit into the seconds given. Then its loss on held-out images, at times and with noise that are
@@ -27,7 +27,7 @@ from benchmarks.speed.expert_training import BareLearning, BareStep
 from benchmarks.speed.shapes import SHAPES, shown_shape
 from benchmarks.speed.timing import flop_of, parameters
 from benchmarks.table.__main__ import RESULTS
-from benchmarks.table.measurements import machine, rounded
+from benchmarks.table.measurements import machine, made_by, rounded
 from benchmarks.table.results_page import earlier
 from ddm.artifacts import digest, read_json, write_json
 from ddm.errors import ConfigError, one_of, require
@@ -250,7 +250,7 @@ def make(
     rows: dict[str, Any] = {}
     if file.exists():
         before = read_json(file)
-        if before["config"] == settled(base) and before["seconds"] == seconds:
+        if made_by(before, base) and before["seconds"] == seconds:
             rows = before["groups"]
     asked: dict[str, list[Choice]] = {"": [("the config as it is", [])]}
     asked |= {name: GROUPS[name] for name in names or GROUPS}
@@ -304,7 +304,8 @@ def _work(
 
 _INTRODUCTION = """# The recipe
 
-What one network learns in the same time on one core: each row changes one thing of a config.
+What one network learns in about the same time on one core (column s): each row changes one thing of a
+config.
 The loss is that of held-out images, weighted by min-SNR at evenly spaced times; the Fréchet
 distances are of samples in 10 steps, mean and deviation over two seeds. Lower is better. Chance is
 another seed, of training and of which images are held out: a smaller difference means nothing."""
@@ -329,12 +330,13 @@ def page(folder: Path) -> str:
 
 def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     features = list(rows[0]["frechet"])
-    head = [name, "M parameters", "steps", "ms a step", "GFLOP/s", "loss", *features]
+    head = [name, "M parameters", "steps", "s", "ms per step", "GFLOP/s", "loss", *features]
     cells = [
         [
             row["name"],
             f"{row['Mparameters']:.2f}",
             f"{row['steps']:,}",
+            f"{row['seconds']:.0f}",
             f"{1000 * row['seconds'] / row['steps']:.0f}",
             f"{row['GFLOP/s']:.0f}",
             f"{row['loss']:.5f}",

@@ -44,7 +44,12 @@ def _measure(arguments: argparse.Namespace) -> None:
         errors = []
         for n in STEPS:
             ends = model.sample(
-                TRAJECTORIES, steps=n, source="combined", policy=policy, relaxation_rate=rate
+                TRAJECTORIES,
+                steps=n,
+                source="combined",
+                policy=policy,
+                control_variate="none",
+                relaxation_rate=rate,
             )
             errors.append(trajectory_error(ends, reference))
         table.add_row(policy, f"{rate:g}", *(f"{error:.4f}" for error in errors))

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from benchmarks.cli import Parser, run
 from ddm.bundle import read_artifact
 from ddm.device import pick_device
+from ddm.errors import require
 from ddm.gaussian import Gaussians
 from ddm.partition import Partition
 from ddm.rng import RngStream, normal, uniform
@@ -73,6 +74,7 @@ class Examples:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
+    require(arguments.seeds >= 1, "--seeds", "be at least 1", arguments.seeds)
     logging.getLogger().setLevel(logging.WARNING)
     path, words = default_config(), list(arguments.words)
     if words and "=" not in words[0]:

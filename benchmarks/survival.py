@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.cli import Parser, run
 from ddm.artifacts import digest, sha256
-from ddm.errors import ConfigError, DdmError
+from ddm.errors import ConfigError, DdmError, require
 from train.lock import NAME as LOCK
 from train.resume import NEWEST, read_resume
 
@@ -72,6 +72,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             "this benchmark finds the processes that are left in /proc: it needs Linux"
         )
+    require(arguments.kills >= 1, "--kills", "be at least 1", arguments.kills)
     words = arguments.words or [*_CONFIG]
     base: Path = arguments.folder
     if base.exists():

@@ -151,9 +151,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run_all(arguments: argparse.Namespace) -> None:
-    for key in ("clients", "requests"):
+    for key, least in (("clients", 1), ("requests", 2)):
         value = getattr(arguments, key)
-        require(value >= 1, f"--{key}", "be at least 1", value)
+        require(value >= least, f"--{key}", f"be at least {least}", value)
     require(arguments.rate > 0, "--rate", "be above 0", arguments.rate)
     modes = [word for word in arguments.words if word in MODES] or ["closed", "open", "ray"]
     runs = [word for word in arguments.words if word not in MODES] or ["runs/digits"]

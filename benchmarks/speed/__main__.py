@@ -59,7 +59,8 @@ def _run_all(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     machine = "cpu" if device == "cpu" else "gpu"
     names = arguments.names or SUBJECTS
-    command = shlex.join(["python", "-m", "benchmarks.speed", *names])
+    words = [*names, f"--seconds={arguments.seconds:g}"]
+    command = shlex.join(["python", "-m", "benchmarks.speed", *words])
     path = arguments.out / f"speed-{machine}.json"
     record = Record(path, device, arguments.seconds, command)
     rows = [(name, variant) for name in names for variant in _variants(record, name)]

@@ -317,7 +317,9 @@ def _trajectory(record: dict[str, Any], evaluation: Evaluation, name: str) -> st
 
 E(N): the mean square distance, per coordinate, between the end of a trajectory of N steps and the
 end of the full mixture's trajectory of {reference_steps} steps from the same noise, over {paths}
-trajectories; fitted as E(N) = C N^-p. The paper claims better than first order, p > 1."""
+trajectories; fitted as E(N) = C N^-p, where the paper claims p > 1. E is a squared distance: that of a
+first-order sampler falls with p = 2. Rows that follow an expert's own path, as `switching` and Naive
+do, do not end where the mixture's path does, and their p says little."""
     tables = [_trajectory_table(evaluation, sampler) for sampler in evaluation.samplers]
     image = f"![Trajectory error over steps]({name}-trajectory.png)"
     return "\n\n".join([intro, *tables, image])
