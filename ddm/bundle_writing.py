@@ -36,6 +36,7 @@ from ddm.bundle import (
     moved_aside,
     read_artifact,
     read_bundle,
+    restore_bundle,
     signature_of,
 )
 from ddm.bundle_history import HISTORY, write_history
@@ -143,6 +144,7 @@ def write_bundle(folder: Path, parts: Parts, what: str) -> None:
     the old bundle.
     """
     folder = folder.resolve()  # a link's target is replaced, not the link
+    restore_bundle(folder)  # with the user's files in it, if a writer was killed
     stems, files = parts.stems, list(parts.experts)
     old_names = parts.old_router[1] if parts.old_router else None
     with _scratch_folder(folder) as scratch, naming(folder, "written"):

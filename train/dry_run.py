@@ -3,12 +3,13 @@
 import math
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddm.artifacts import file_of
+from ddm.artifacts import file_of, read_facts
 from ddm.errors import ConfigError, DataError, require
 from train.clustering import assign, check_left, held_out
 from train.config import Config
@@ -144,15 +145,15 @@ class _Plan:
     def expert(self) -> Row:
         cfg = self.config.expert
         wanted = range(self.k) if cfg.index is None else [cfg.index]
-        made = [file_of(expert_stem(self.config, k), ".json").exists() for k in wanted]
-        todo = made.count(False)
-        workers = workers_for(todo, self.config.device, cfg.workers if cfg.index is None else 0)
-        workers = max(1, workers)
+        left = [max(0, cfg.steps - _steps_of(expert_stem(self.config, k))) for k in wanted]
+        todo = sum(steps > 0 for steps in left)
+        asked = cfg.workers if cfg.index is None else 0
+        workers = max(1, workers_for(todo, self.config.device, asked, cfg.devices))
         memory = self.cost.memory_bytes + max(self.data.sizes) * self.data.image_bytes
-        seconds = math.ceil(todo / workers) * cfg.steps * self.cost.step_s
+        seconds = math.ceil(todo / workers) * max(left) * self.cost.step_s
         disk = todo * (self.weights_bytes + self.saved_bytes)
         disk += min(workers, todo) * (_CHECKPOINTS - 1) * self.saved_bytes
-        what = f"{todo} of {len(made)}, {workers} at a time, {cfg.steps} steps each"
+        what = f"{todo} of {len(left)}, {workers} at a time, {max(left) or cfg.steps} steps each"
         return Row(what, self.cost.parameters, memory, seconds, disk)
 
     def router(self) -> Row | None:
@@ -174,12 +175,15 @@ class _Plan:
     def monolith(self) -> Row | None:
         asked, steps = self.config.evaluate, self.config.expert.steps
         alike = steps * self.k if asked.monolith_steps is None else asked.monolith_steps
-        rows = {"one-model": alike, "one-model-time": steps}
-        wanted = [count for row, count in rows.items() if row in asked.methods and count > 0]
+        rows = {"one-model": ("monolith", alike), "one-model-time": ("monolith-time", steps)}
+        wanted = [place for row, place in rows.items() if row in asked.methods and place[1] > 0]
         if self.k == 1 or not wanted:
             return None
-        copies = len(wanted) * (self.weights_bytes + self.total * self.data.image_bytes)
-        return self._on_all(wanted, copies)
+        folder = self.config.folder
+        done = [_steps_of(folder / name / "experts" / "00" / "expert") for name, _ in wanted]
+        left = [max(0, count - made) for (_, count), made in zip(wanted, done, strict=True)]
+        new = done.count(0)
+        return self._on_all(left, new * (self.weights_bytes + self.total * self.data.image_bytes))
 
     def sample(self) -> Row:
         cfg = self.config.sample
@@ -206,6 +210,11 @@ class _Plan:
         disk = todo * (self.weights_bytes + _CHECKPOINTS * self.saved_bytes) + more_bytes
         what = " and ".join(f"{count} steps" if count else "made" for count in steps)
         return Row(what, self.cost.parameters, memory, sum(steps) * self.cost.step_s, disk)
+
+
+def _steps_of(stem: Path) -> int:
+    """The steps of an artifact; 0 if it is not there."""
+    return int(read_facts(stem)["steps"]) if file_of(stem, ".json").exists() else 0
 
 
 def _evaluation(cfg: EvaluateConfig, k: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddm.artifacts import naming, replaced
-from ddm.errors import DdmError
+from ddm.errors import DdmError, require
 from ddm.training import Batches, FitConfig
 from experts.expert_module import ExpertLearning
 from train import stopping
@@ -174,9 +174,11 @@ def fit(
     folder: Path,
     accelerator: str,
     report: Report,
+    of: str = "",
     watch: Watch | None = None,
 ) -> float:
-    """Fit `module` for `steps` steps, leaving the averaged weights in it; resumes from `folder/resume.ckpt`.
+    """Fit `module` for `steps` steps, leaving the averaged weights in it; resumes from `folder/resume.ckpt`, whose `of`,
+    the hash of what is trained from, must be the same.
 
     Of several processes (`ranks.among`) each calls it with its part of the batches; rank 0 writes the files.
 
@@ -184,14 +186,20 @@ def fit(
     average: the best on held-out images if `watch` has several.
 
     Raises `NotFiniteError` at the first loss, gradient or weight that is not finite, `ArtifactError` if the checkpoints are
-    damaged, and `Stopped` after a signal, with a checkpoint saved.
+    damaged or of another training, `ConfigError` without the GPU that is asked for, and `Stopped` after a signal, with a
+    checkpoint saved.
     """
     first = current().rank == 0
     watch = Watch() if watch is None else watch
     if not first:  # these have the averages too, whose states the checkpoint holds
         watch = Watch(ema_also=watch.ema_also)
     folder.mkdir(parents=True, exist_ok=True)
-    saved = read_resume(folder)
+    saved = read_resume(folder, of)
+    device = (
+        "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    )  # never Apple's mps: `pick_device`
+    rule = "be auto or cpu on a machine without a CUDA GPU"
+    require(accelerator != "gpu" or device == "cuda", "accelerator", rule, accelerator)
     done = 0 if saved is None else int(saved["global_step"])
     if first:
         for name in ("losses.txt", "validation.csv"):
@@ -203,13 +211,17 @@ def fit(
         log.info("%s resumes at step %d", folder, done)
         report(done, float("nan"))
     if saved is None or done < steps:
-        _train(module, steps, config, folder, accelerator, report, watch, averaging, saved)
+        files = ResumeFiles(saved, of)
+        _train(module, steps, config, folder, device, report, watch, averaging, files)
     else:
         module.load_state_dict(saved["state_dict"])  # the averaged weights, if there are any
         if averaging is not None:
             averaging.load_state_dict(saved["callbacks"][averaging.state_key])
     check_finite(module, steps)
-    return config.ema_decay if averaging is None else _choose(module, averaging, watch)
+    if averaging is None:
+        return config.ema_decay
+    module.to(device)  # Lightning has moved it to the CPU
+    return _choose(module, averaging, watch)
 
 
 def _choose(module: pl.LightningModule, averaging: Averaging, watch: Watch) -> float:
@@ -240,10 +252,10 @@ def _train(
     report: Report,
     watch: Watch,
     averaging: Averaging | None,
-    saved: dict[str, Any] | None,
+    files: ResumeFiles,
 ) -> None:
     assert config.precision != "auto"  # it is settled before a stage begins
-    ranks = current()
+    ranks, saved = current(), files.saved
     done = 0 if saved is None else int(saved["global_step"])
     watching = Watching(folder, watch, averaging, done)
     steps_of = _Steps(folder, steps, config, report, watching)
@@ -263,7 +275,7 @@ def _train(
             max_epochs=-1,
             precision=config.precision,
             accumulate_grad_batches=config.accumulate,
-            plugins=[ranks.environment, ResumeFiles(saved)],
+            plugins=[ranks.environment, files],
             use_distributed_sampler=False,
             callbacks=callbacks,
             enable_checkpointing=False,

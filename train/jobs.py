@@ -24,7 +24,7 @@ class Job:
     train: does it, whole or from where its folder's checkpoint stands; pickled for another process
     folder: of its checkpoints and its artifact, relative to the run's
     reads: the files that it reads besides
-    key: the content hash of all that determines the result
+    key: the content hash of what it is trained from
     steps, batch: of the whole training, and images per step
     devices: processes that share each batch
     """

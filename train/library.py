@@ -16,6 +16,7 @@ from serve.model.model import Model
 from train.config import Config
 from train.data.tensors import DRAWABLE, is_drawable
 from train.stages.run import run
+from train.stopping import Stopped, on_signals
 
 _STAGES = ("partition", "seed_model", "expert", "router", "bundle")
 _FILE = "images.safetensors"
@@ -37,7 +38,7 @@ def train_model(
         `partition={"k": 4}`, `expert={"steps": 2000}`, `schedule={"name": "rectified_flow"}`
 
     Raises `ConfigError` naming a key, `images` or `labels`, the rule and the value; `ArtifactError`
-    if the folder was made by another config.
+    if the folder was made by another config; `KeyboardInterrupt` after a signal, with a checkpoint saved.
     """
     folder = Path(folder)
     tensors = _checked(images, labels)
@@ -49,7 +50,11 @@ def train_model(
     whole = filled(Config, given)
     whole.check()
     _keep(tensors, folder / _FILE)
-    run(whole, _STAGES)
+    try:
+        with on_signals():
+            run(whole, _STAGES)
+    except Stopped as stopped:
+        raise KeyboardInterrupt(str(stopped)) from None
     return load(folder, whole.device)
 
 

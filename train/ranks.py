@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ def run_ranks(
         ),
         shutdown_timeout=_GRACE_S,
     )
+    given_up = get_context("spawn").Event()  # after an error that would come again
     errors: list[Exception] = []
     steps: list[int] = []
     signum: int | None = None
@@ -120,7 +122,7 @@ def run_ranks(
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
-        elastic_launch(config, _rank)(work, size, threads, theirs)
+        elastic_launch(config, _rank)(work, size, threads, theirs, given_up)
     except SignalException as stop:
         signum = stop.sigval
     except ChildFailedError as error:
@@ -141,8 +143,12 @@ def run_ranks(
         raise RankDiedError(f"one of its {size} processes ended with status {code}") from failed
 
 
-def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Connection) -> None:
+def _rank(
+    work: Callable[[OnProgress], None], size: int, threads: int, pipe: Connection, given_up: Event
+) -> None:
     """The main function of one of the processes."""
+    if given_up.is_set():
+        return  # the launcher starts all again
     from lightning.pytorch.strategies import DDPStrategy
 
     from train.launch import leave_with_parent, picklable
@@ -166,10 +172,14 @@ def _rank(work: Callable[[OnProgress], None], size: int, threads: int, pipe: Con
             pipe.send(("stopped", stopped.steps))
         sys.exit(128 + stopped.signum)
     except Exception as error:
+        ours = isinstance(error, DdmError)
         if rank == 0:
+            if ours:
+                given_up.set()
             pipe.send(("error", picklable(error)))
-        if not isinstance(error, DdmError):  # which all raise, and would again
-            raise
+        if ours:
+            sys.exit(1)  # on which the others, which may wait for this one, are ended
+        raise
 
 
 def _tell(pipe: Connection, news: Any) -> None:

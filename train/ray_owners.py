@@ -67,10 +67,20 @@ def answer(config: Config) -> None:
                 f"expert.shard must be one that nobody answers for on {address} yet, got {shard!r}",
                 "expert.shard",
             ) from error
-        count = int(ray.get(owner.count.remote()))
-        log.info("answer     for %s, %d images, until ctrl-C", cut.names[0], count)
+        log.info("answer     waits for launch.cpus=%g on this node", config.launch.cpus)
+        call, began = owner.count.remote(), False
         while stopping.requested() is None:
+            if not ray.wait([call], timeout=_POLL_S)[0]:
+                continue
+            try:
+                count = int(ray.get(call))
+            except RayActorError as error:
+                raise DdmError(f"the owner of {cut.names[0]} has died: {error}") from error
+            if not began:
+                log.info("answer     for %s, %d images, until ctrl-C", cut.names[0], count)
+            began = True
             time.sleep(_POLL_S)
+            call = owner.count.remote()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from ddm.errors import DdmError
+from train.fit import NotFiniteError
 from train.launch import picklable
 from train.ranks import Ranks, among
 from train.ray_trial import KEPT, Work, fetch, moved, name_of, stamp
@@ -73,7 +73,9 @@ def _rank(config: dict[str, Any]) -> None:
         error: Exception | None = None
         try:
             job.train(moved(work.config, run), tell)
-        except DdmError as raised:  # by all processes at the same step
+        except (
+            NotFiniteError
+        ) as raised:  # by all processes at the same step; another error may be one process's alone
             error = picklable(raised)
         tell((job.steps, math.nan), error, last=True)
 

@@ -21,13 +21,16 @@ log = logging.getLogger(__name__)
 
 NEWEST, PREVIOUS = "resume.ckpt", "resume.previous.ckpt"
 _HASH_BYTES = 32
+_OF = "trained_from"
 
 
 class ResumeFiles(CheckpointIO):
-    """How Lightning saves to a folder's `resume.ckpt`, and gets what `read_resume` has read."""
+    """How Lightning saves to a folder's `resume.ckpt`, and gets what `read_resume` has read; `of` is the hash of what
+    is trained from.
+    """
 
-    def __init__(self, saved: dict[str, Any] | None) -> None:
-        self.saved = saved
+    def __init__(self, saved: dict[str, Any] | None, of: str) -> None:
+        self.saved, self.of = saved, of
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -37,7 +40,7 @@ class ResumeFiles(CheckpointIO):
             with scratch.open("wb") as file:
                 hashing = _Hashing(file)
                 try:
-                    torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it only writes
+                    torch.save({**checkpoint, _OF: self.of}, hashing)  # type: ignore[arg-type]  # it only writes
                 except RuntimeError as error:  # torch hides what the system refused
                     if isinstance(error.__context__, OSError):
                         raise error.__context__ from None
@@ -66,10 +69,10 @@ class _Hashing(io.BufferedIOBase):
         return self.file.write(data)
 
 
-def read_resume(folder: Path) -> dict[str, Any] | None:
+def read_resume(folder: Path, of: str | None = None) -> dict[str, Any] | None:
     """The newest whole checkpoint in a folder, None if there is none; a damaged one is named in a warning.
 
-    Raises `ArtifactError` if there are checkpoints and all are damaged.
+    Raises `ArtifactError` if there are checkpoints and all are damaged, or it was not trained from what `of` is the hash of.
     """
     newest, previous = folder / NEWEST, folder / PREVIOUS
     present = [path for path in (newest, previous) if path.exists()]
@@ -81,6 +84,10 @@ def read_resume(folder: Path) -> dict[str, Any] | None:
         if path is previous and newest.exists() and current().rank == 0:
             log.warning("%s is damaged; training resumes from %s", newest, previous)
             previous.replace(newest)  # so that the next save does not replace the whole one
+        if of not in (None, saved.get(_OF)):
+            raise ArtifactError(
+                f"{path} was made by another config or from other images: move {folder} away to train it anew"
+            )
         return saved
     if present:
         names = " and ".join(str(path) for path in present)

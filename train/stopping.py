@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+_HANGUP = getattr(signal, "SIGHUP", None)  # which comes several times when a terminal is closed
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 _requested: int | None = None
@@ -28,7 +29,8 @@ class Stopped(BaseException):
 
 @contextmanager
 def on_signals() -> Iterator[None]:
-    """Inside, the first signal raises `Stopped`, or is kept for `requested` inside `deferred`; the second leaves at once.
+    """Inside, the first signal raises `Stopped`, or is kept for `requested` inside `deferred`; the second leaves at once,
+    unless it is a hangup.
 
     A signal that is ignored (`nohup`, a shell's background job) stays ignored. Threads other than the main one receive
     no signals, so there nothing changes.
@@ -90,6 +92,6 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 
 def _leave_at_the_second(signum: int, frame: FrameType | None) -> None:
-    if _requested is not None:
+    if _requested is not None and signum != _HANGUP:
         os._exit(128 + signum)
     _stop(signum, frame)

@@ -1,9 +1,10 @@
 """Where trainings on other machines keep their files: a folder or any URL of fsspec.
 
 Below the storage's root, `RUN/TIME/NAME-KEY/checkpoint_…` are the checkpoints of one training, as Ray Tune numbers them, and
-`RUN/TIME/inputs/NAME-KEY` what it reads. KEY is the hash of all that determines its result, so a later command finds them.
+`RUN/TIME/inputs/NAME-KEY` what it reads. KEY is the hash of what it is trained from, so a later command finds them.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,11 +81,14 @@ class Storage:
             for found in self.fs.glob(f"{self.run}/{folder}"):
                 self.fs.rm(found, recursive=True)
 
-    def clear(self) -> None:
-        """Delete all that is left of the run, unless there are checkpoints."""
+    def clear(self, command: str) -> None:
+        """Delete what a command has left below the run, unless there are checkpoints; and the run, if nothing else is in it."""
         self.fs.invalidate_cache()
-        if not self.fs.glob(f"{self.run}/*/*/checkpoint_*"):
-            self.fs.rm(self.run, recursive=True)
+        for folder in (f"{self.run}/{command}", f"{self.run}/{command}-ranks"):
+            if self.fs.exists(folder) and not self.fs.glob(f"{folder}/*/checkpoint_*"):
+                self.fs.rm(folder, recursive=True)
+        with contextlib.suppress(Exception):  # each file system has errors of its own
+            self.fs.rmdir(self.run)
 
     def for_ray(self) -> Any:
         """The file system as pyarrow's, which Ray takes."""

@@ -69,7 +69,7 @@ def test_checkpoints_are_compared_by_what_they_hold_and_scratch_is_not(tmp_path:
     twice, once = ["a" * 300] * 2, ["a" * 300, "".join(["a"] * 300)]
     for folder, words, shift in (("1", twice, 0.0), ("2", once, 0.0), ("3", twice, 1.0)):
         content = {"state_dict": {"w": weights + shift}, "words": words, "step": torch.tensor(3)}
-        ResumeFiles(None).save_checkpoint(content, tmp_path / folder / "resume.ckpt")
+        ResumeFiles(None, "").save_checkpoint(content, tmp_path / folder / "resume.ckpt")
         (tmp_path / folder / ".bundle.1.part").mkdir()
         (tmp_path / folder / ".bundle.1.part" / "expert.json").write_text(folder)
     one, two, three = (_outputs(tmp_path / name) for name in "123")

@@ -87,6 +87,7 @@ def test_a_kill_between_the_renames_loses_no_bundle(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = read_bundle(run.bundle).version
+    (run.bundle / "LICENSE").write_text("mine")
     run.train(0, weight=0.5)
     killed_while_replacing(run, monkeypatch, renames=1)
     assert not run.bundle.exists()
@@ -94,6 +95,7 @@ def test_a_kill_between_the_renames_loses_no_bundle(
     killed_while_replacing(run, monkeypatch, renames=1)
     run.write()
     assert float(read_whole(run.bundle).experts[0].tensors["weight"]) == 0.5
+    assert (run.bundle / "LICENSE").read_text() == "mine"
     assert not [path for path in run.folder.iterdir() if path.suffix == ".old"]
 
 

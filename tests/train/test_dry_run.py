@@ -60,6 +60,9 @@ def test_what_is_made_takes_no_time(small_run: Path, capsys: pytest.CaptureFixtu
     assert plan["expert"][0] == "0 of 3, 1 at a time, 12 steps each"
     assert plan["router"][0] == "made"
     assert plan["all"][3] == ""
+    assert main([*SMALL, f"run={small_run}", "expert.steps=20", *words, "--dry-run"]) == 0
+    plan = lines(capsys)
+    assert plan["expert"][0] == "3 of 3, 1 at a time, 8 steps each" and plan["expert"][3]
 
 
 def test_an_expert_that_there_is_not_is_named(

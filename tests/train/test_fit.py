@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddm.errors import ArtifactError
+from ddm.errors import ArtifactError, ConfigError
 from ddm.training import Batches, FitConfig
 from train.fit import NotFiniteError, fit
 from train.ranks import Ranks, among
@@ -93,6 +93,24 @@ def _trained(folder: Path, steps: int) -> Tensor:
     config = FitConfig(ema_decay=0.5, gradient_clip=0.0, checkpoint_every=2)
     fit(module, steps, config, folder, "cpu", lambda *_: None)
     return module.weight.detach()
+
+
+def test_a_checkpoint_of_another_training_is_not_resumed(tmp_path: Path) -> None:
+    config = FitConfig(ema_decay=0.5, gradient_clip=0.0)
+    fit(Falling(), 3, config, tmp_path, "cpu", lambda *_: None, of="these images")
+    before = (tmp_path / "resume.ckpt").read_bytes()
+    with pytest.raises(
+        ArtifactError, match=r"resume.ckpt was made by another config or from other"
+    ):
+        fit(Falling(), 5, config, tmp_path, "cpu", lambda *_: None, of="others")
+    assert (tmp_path / "resume.ckpt").read_bytes() == before
+    fit(Falling(), 5, config, tmp_path, "cpu", lambda *_: None, of="these images")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_by_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="accelerator must be auto or cpu on a machine without"):
+        fit(Falling(), 1, FitConfig(), tmp_path, "gpu", lambda *_: None)
 
 
 def _flip_a_bit(path: Path, place: int) -> None:

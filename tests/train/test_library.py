@@ -1,6 +1,7 @@
 """Training and sampling from Python; docs/library.md runs as it stands, but for the sizes."""
 
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ddm.errors import ArtifactError, ConfigError
 from serve.model.model import Model
-from train import train_model
+from train import library, stopping, train_model
 from train.data.digits import load_digits
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,20 @@ def test_the_same_call_trains_nothing_again(images: torch.Tensor, tmp_path: Path
         train_model(images.flip(0), tmp_path / "run", **TINY)
     with pytest.raises(ArtifactError, match="was made by another config: seed is 0 there, 1 here"):
         train_model(images, tmp_path / "run", seed=1, **TINY)
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_after_a_checkpoint(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        with stopping.deferred():
+            signal.raise_signal(signal.SIGINT)  # which training asks for after every step
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(stopping, "_requested", None)  # and None again at the end
+    monkeypatch.setattr(library, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the same command resumes"):
+        train_model(images, tmp_path / "run", partition={"k": 2})
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,9 @@ def test_experts_go_on_to_the_weights_of_as_many_steps_at_once(
     message = r"02/resume.ckpt is missing, so expert 02 cannot go on from step 12 to 20: give exp"
     with pytest.raises(ArtifactError, match=message):
         run(small(copy, "expert.steps=20"), ["expert"])
+    run(small(copy, "expert.steps=14", "expert.checkpoint_every=5", "expert.index=0"), ["expert"])
+    run(small(copy, "expert.steps=14", "expert.index=0"), ["expert"])
+    assert read_artifact(copy / "experts" / "00" / "expert")[1]["steps"] == 14
 
 
 def test_experts_trained_side_by_side_are_those_trained_one_after_another(

@@ -92,6 +92,20 @@ def test_all_ranks_begin_again_when_one_has_died(tmp_path: Path) -> None:
     assert heard[-1] == "0"
 
 
+def _refuse(folder: Path, on_progress: OnProgress) -> None:
+    with (folder / os.environ["RANK"]).open("a") as file:
+        file.write("begun\n")
+    if os.environ["RANK"] == "0":
+        raise DdmError("the disk is full")
+    time.sleep(600)  # as in a collective operation
+
+
+def test_an_error_of_the_first_rank_ends_all_and_is_not_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(DdmError, match="the disk is full"):
+        run_ranks(partial(_refuse, tmp_path), 2, 1, 3, lambda _: None)
+    assert (tmp_path / "0").read_text() == "begun\n"
+
+
 PARENT = """
 import os, sys, time
 from functools import partial

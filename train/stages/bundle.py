@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddm.artifacts import check_sha256, file_of, read_facts, read_json, sha256
-from ddm.bundle import MANIFEST, read_bundle, signature_of
+from ddm.bundle import MANIFEST, read_bundle, restore_bundle, signature_of
 from ddm.bundle_history import read_history
 from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, write_half
 from ddm.errors import ArtifactError, within
@@ -35,6 +35,7 @@ def make_bundle(config: Config) -> None:
         seed_model=_seed_model(config),
     )
     folder, half = config.folder / "bundle", config.folder / "bundle-half"
+    restore_bundle(folder)
     if _holds(folder, parts):
         log.info("bundle     up to date")
     elif changes := _changes(folder):

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ddm.training import Batches, FitConfig
 from experts.denoiser import ExpertConfig
 from experts.expert_module import ExpertLearning
 from experts.unet import UNetConfig
-from train.config import Config, plain
+from train.config import Config, changed, plain
 from train.fit import NotFiniteError, Report, fit
 from train.launch import cores
 from train.ranks import current
@@ -28,8 +28,6 @@ from train.resume import drop_resume
 from train.watching import Watch
 
 log = logging.getLogger(__name__)
-
-F = TypeVar("F", bound=FitConfig)
 
 # Held-out images, and what an expert is told of them.
 HeldOut = tuple[Tensor | None, ImageConditions | None]
@@ -44,12 +42,9 @@ def expert_config(config: Config) -> ExpertConfig:
     )
 
 
-def as_recorded(cfg: F, stem: Path) -> F:
-    """A config of training with those keys of the artifact at `stem`, if it is there, that change no weight: so that
-    its key stays the same.
-    """
-    recorded = read_facts(stem).get("config", {}) if file_of(stem, ".json").exists() else {}
-    return replace(cfg, checkpoint_every=recorded.get("checkpoint_every", cfg.checkpoint_every))
+def learned(cfg: FitConfig) -> dict[str, Any]:
+    """The keys of a config of training that decide what is learned and are not at their defaults, for hashes."""
+    return changed(replace(cfg, checkpoint_every=FitConfig.checkpoint_every))
 
 
 def threads_per_expert(config: Config, k: int) -> int:
@@ -113,6 +108,7 @@ def train_denoiser(
     seed: int,
     stem: Path,
     facts: dict[str, Any],
+    of: str,
     report: Report,
     start: Path | None = None,
     with_moments: bool = False,
@@ -121,6 +117,7 @@ def train_denoiser(
 ) -> None:
     """Train a denoiser on the images, uint8 `[N, C, H, W]`, and write it to `stem` with the `facts` and those of its training.
 
+    of: the hash of what it is trained from, which its checkpoints must have.
     start: the artifact, without a suffix, whose weights it starts from. with_moments: also write the images' mean and
     variance, which an expert gives away and a seed model does not. held_out: images for validation, likewise.
     conditions: of the images, for an expert with one; how many images show what is then in the artifact.
@@ -151,7 +148,7 @@ def train_denoiser(
     held_images, held_conditions = held_out
     watch = Watch(config.watch, held_images, cfg.ema_also, held_conditions)
     try:
-        decay = fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report, watch)
+        decay = fit(learning, cfg.steps, cfg, stem.parent, config.accelerator, report, of, watch)
     except NotFiniteError as error:
         raise diverged(error, "expert") from error
     if ranks.rank > 0:

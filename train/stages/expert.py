@@ -8,22 +8,23 @@ from functools import partial
 from pathlib import Path
 
 from ddm.artifacts import digest, file_of, read_facts
-from ddm.errors import ArtifactError, ConfigError, DdmError
+from ddm.errors import ArtifactError, ConfigError, DdmError, require
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
-from train.config import Config, changed
+from experts.denoiser import ExpertConfig
+from train.config import Config
 from train.jobs import Job, train_side_by_side
-from train.launch import OnProgress, workers_for
+from train.launch import OnProgress, gpus, workers_for
 from train.precision import with_precision
-from train.resume import NEWEST, drop_resume
+from train.resume import NEWEST, PREVIOUS, drop_resume
 from train.run_folder import claim, read_clusters
 from train.stages.denoiser import (
     artifact_is_made,
-    as_recorded,
     check_networks,
     expert_config,
     hash_of,
     initial,
+    learned,
     threads_per_expert,
     told,
     train_denoiser,
@@ -39,11 +40,11 @@ def expert_stem(config: Config, k: int) -> Path:
     return config.folder / "experts" / f"{k:02d}" / "expert"
 
 
-def _key(config: Config, partition: Partition, k: int) -> str:
-    """The content hash of everything that determines expert k: of its own cluster, and of no other."""
+def _training(config: Config, partition: Partition, k: int) -> str:
+    """The content hash of everything that determines expert k but its steps: of its own cluster, and of no other."""
     return digest(
         [
-            changed(as_recorded(expert_config(config), expert_stem(config, k))),
+            learned(replace(expert_config(config), steps=ExpertConfig.steps)),
             config.schedule,
             config.seed,
             k,
@@ -53,6 +54,10 @@ def _key(config: Config, partition: Partition, k: int) -> str:
             *([asdict(config.privacy)] if config.privacy.sigma > 0 else []),
         ]
     )
+
+
+def _key(config: Config, partition: Partition, k: int) -> str:
+    return digest([_training(config, partition, k), config.expert.steps])
 
 
 def _place(config: Config, k: int) -> int:
@@ -91,6 +96,9 @@ def train_experts(config: Config) -> None:
 def _train(config: Config, partition: Partition, todo: Sequence[int]) -> list[Exception | None]:
     """Train experts side by side; returns what became of them."""
     cfg = config.expert
+    if config.device != "cpu" and config.launch.backend == "local":
+        rule = f"be at most this machine's GPUs, {len(gpus())}"
+        require(cfg.devices <= len(gpus()), "expert.devices", rule, cfg.devices)
     # One expert alone needs no second process.
     asked = cfg.workers if cfg.index is None and cfg.shard is None else 0
     workers = workers_for(len(todo), config.device, asked, cfg.devices)
@@ -114,7 +122,7 @@ def _job(config: Config, k: int) -> Job:
         partial(_train_numbered, k),
         stem.parent.relative_to(config.folder).as_posix(),
         reads,
-        _key(config, partition, k),
+        _training(config, partition, k),
         config.expert.steps,
         config.expert.batch,
         config.expert.devices,
@@ -160,7 +168,7 @@ def _goes_on(config: Config, partition: Partition, k: int) -> bool:
     if facts.get("key") != _key(shorter, partition, k):
         return False
     newest = stem.parent / NEWEST
-    if not newest.exists():
+    if not newest.exists() and not newest.with_name(PREVIOUS).exists():  # a kill may leave that one
         raise ArtifactError(
             f"{newest} is missing, so expert {k:02d} cannot go on from step {steps} to {more}: give "
             f"expert.steps={steps}, or start another from it with run=FOLDER expert.init={stem.parent}"
@@ -199,6 +207,7 @@ def train_expert(config: Config, k: int, on_progress: OnProgress) -> None:
         seed,
         expert_stem(config, k),
         facts,
+        _training(config, partition, k),
         report,
         initial(config),
         with_moments=True,

@@ -25,7 +25,7 @@ from ddm.training import Batches
 from router.networks import DerivativeNet, RouterConfig
 from router.router_module import PosteriorLearning, RouterLearning
 from router.targets import weights_of_images
-from train.config import Config, changed, plain
+from train.config import Config, plain
 from train.fit import NotFiniteError, Report, fit
 from train.jobs import Job, train_side_by_side
 from train.launch import OnProgress
@@ -33,7 +33,7 @@ from train.launch_config import LaunchConfig
 from train.progress import bar
 from train.resume import drop_resume
 from train.run_folder import claim, read_partition
-from train.stages.denoiser import artifact_is_made, as_recorded, diverged, fitted_facts
+from train.stages.denoiser import artifact_is_made, diverged, fitted_facts, learned
 from train.stages.expert import expert_stem
 from train.stages.router_data import Data, data_of
 from train.stages.warm_start import start_from
@@ -103,9 +103,9 @@ def make_router(
     of the clusters of its outputs. report: what else hears of the steps. away: the files to train it from on a node of Ray
     """
     stages = [stem.parent / name for name in ("stage-1", "stage-2")]
-    cfg = as_recorded(config.router, stem)
+    cfg = config.router
     key = digest(
-        [changed(cfg), config.schedule, config.seed, config.data.flip, mixture.hash, *made_of]
+        [learned(cfg), config.schedule, config.seed, config.data.flip, mixture.hash, *made_of]
     )
     if start is None and _is_of_earlier_experts(stem, key, cfg, mixture):
         log.warning(
@@ -131,7 +131,7 @@ def make_router(
         log.info("router     trained in %.0f s", time.monotonic() - began)
         return
     with bar("router", cfg.steps) as advance:
-        nets = _train(config, mixture, data(), stages, advance, start, report)
+        nets = _train(config, mixture, data(), stages, key, advance, start, report)
     facts: dict[str, Any] = {"kind": "router", "mixture": mixture.hash, "key": key}
     facts |= fitted_facts(cfg, config, mixture.shape, cfg.images_per_step)
     if start is not None:
@@ -147,7 +147,8 @@ def _is_of_earlier_experts(stem: Path, key: str, cfg: RouterConfig, mixture: Mix
     if cfg.data != "experts" or not file_of(stem, ".json").exists():
         return False
     facts = read_facts(stem)
-    alike = facts.get("mixture") == mixture.hash and facts.get("config") == plain(cfg)
+    there = {**facts.get("config", {}), "checkpoint_every": cfg.checkpoint_every}
+    alike = facts.get("mixture") == mixture.hash and there == plain(cfg)
     return facts.get("key") != key and alike
 
 
@@ -156,6 +157,7 @@ def _train(
     mixture: Mixture,
     data: Data,
     stages: Sequence[Path],
+    key: str,
     advance: Callable[[int], None],
     start: tuple[Artifact, list[str]] | None,
     tell: Report | None,
@@ -187,12 +189,12 @@ def _train(
     watch = Watch(config.watch)
     try:
         first = PosteriorLearning(posterior, batches, cluster, cfg, weights)
-        fit(first, cfg.switch_step, cfg, stages[0], config.accelerator, report, watch)
+        fit(first, cfg.switch_step, cfg, stages[0], config.accelerator, report, key, watch)
         if not warm:
             derivative = DerivativeNet.from_trunk(posterior, cfg.bands)
         second = RouterLearning(posterior, derivative, batches, cluster, cfg, weights)
         rest = cfg.steps - cfg.switch_step
-        fit(second, rest, cfg, stages[1], config.accelerator, report_second, watch)
+        fit(second, rest, cfg, stages[1], config.accelerator, report_second, key, watch)
     except NotFiniteError as error:
         raise diverged(error, "router") from error
     return torch.nn.ModuleDict({"posterior": posterior, "derivative": derivative})

@@ -13,7 +13,7 @@ from ddm.errors import ConfigError
 from ddm.partition import Partition
 from ddm.rng import RngStream, derive_seed
 from experts.denoiser import ExpertConfig
-from train.config import Config, changed
+from train.config import Config
 from train.data import ImageSet
 from train.jobs import Job, train_side_by_side
 from train.launch import OnProgress, run_jobs
@@ -24,9 +24,9 @@ from train.resume import drop_resume
 from train.run_folder import claim, read_partition
 from train.stages.denoiser import (
     artifact_is_made,
-    as_recorded,
     check_networks,
     expert_config,
+    learned,
     seed_stem,
     told,
     train_denoiser,
@@ -127,6 +127,7 @@ def _train(
         seed,
         stem,
         facts,
+        facts["key"],
         report,
         held_out=held_out,
         conditions=conditions,
@@ -155,5 +156,6 @@ def _others(config: Config, partition: Partition) -> ImageSet | None:
 
 def _key(config: Config, images: str) -> str:
     """The content hash of everything that determines the seed model."""
-    cfg = as_recorded(_config(config), seed_stem(config))
-    return digest([changed(cfg), config.schedule, config.seed, config.data.flip, images])
+    return digest(
+        [learned(_config(config)), config.schedule, config.seed, config.data.flip, images]
+    )
