@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 # Read when Ray is imported, and inherited by its processes.
@@ -124,13 +125,13 @@ def check_shared(storage: Storage) -> None:
     nodes = _nodes()
     if not storage.is_local or len(nodes) == 1:
         return
-    storage.fs.touch(f"{storage.run}/.shared")
-    folder = storage.run
+    probe = f"{storage.run}/.shared-{token_hex(8)}"
+    storage.fs.touch(probe)
 
     def sees() -> bool:  # pickled whole: the node need not import this module for it
         import os
 
-        return os.path.exists(f"{folder}/.shared")  # noqa: PTH110
+        return os.path.exists(probe)  # noqa: PTH110
 
     task = ray.remote(num_cpus=0)(sees)
     asked = {
@@ -139,8 +140,10 @@ def check_shared(storage: Storage) -> None:
         ).remote()
         for node in nodes
     }
-    for address, answer in asked.items():
-        if not ray.get(answer):
+    answers = {address: ray.get(answer) for address, answer in asked.items()}
+    storage.fs.rm_file(probe)
+    for address, seen in answers.items():
+        if not seen:
             raise ConfigError(
                 "launch.storage must be a URL, such as s3://BUCKET/ddm, or a folder that all nodes share: "
                 f"{address} does not have {storage.url!r}"

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _NAMESPACE = "ddm"
 _POLL_S = 0.5
+_PATIENCE_S = 30.0
 
 
 class _ShardOwner(Owner):
@@ -67,10 +68,12 @@ def answer(config: Config) -> None:
                 f"expert.shard must be one that nobody answers for on {address} yet, got {shard!r}",
                 "expert.shard",
             ) from error
-        log.info("answer     waits for launch.cpus=%g on this node", config.launch.cpus)
-        call, began = owner.count.remote(), False
+        call, began, since_s = owner.count.remote(), False, time.monotonic()
         while stopping.requested() is None:
             if not ray.wait([call], timeout=_POLL_S)[0]:
+                if not began and time.monotonic() - since_s > _PATIENCE_S:
+                    log.info("answer     waits for launch.cpus=%g on this node", config.launch.cpus)
+                    since_s = time.monotonic()
                 continue
             try:
                 count = int(ray.get(call))
