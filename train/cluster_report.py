@@ -30,9 +30,7 @@ def quality(images: ImageSet, cluster: Tensor, network: str | None, seed: int) -
     count, labels = len(cluster), images.labels
     found: dict[str, Any] = {}
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    some = (
-        order[-_SAMPLE:].sort().values
-    )  # the first ones of this order are those that are held out
+    some = order[-_SAMPLE:].sort().values  # the first ones are held out
     if 2 <= len(cluster[some].unique()) < len(some):
         with points(ImageSet(images.at(some)), network) as sampled:
             score = silhouette_score(sampled.at(torch.arange(len(some))), cluster[some].numpy())

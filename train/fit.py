@@ -195,9 +195,8 @@ def fit(
         watch = Watch(ema_also=watch.ema_also)
     folder.mkdir(parents=True, exist_ok=True)
     saved = read_resume(folder, of)
-    device = (
-        "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    )  # never Apple's mps: `pick_device`
+    # Lightning would take Apple's mps, which lacks float64.
+    device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     rule = "be auto or cpu on a machine without a CUDA GPU"
     require(accelerator != "gpu" or device == "cuda", "accelerator", rule, accelerator)
     done = 0 if saved is None else int(saved["global_step"])
@@ -221,7 +220,9 @@ def fit(
     if averaging is None:
         return config.ema_decay
     module.to(device)  # Lightning has moved it to the CPU
-    return _choose(module, averaging, watch)
+    decay = _choose(module, averaging, watch)
+    module.cpu()
+    return decay
 
 
 def _choose(module: pl.LightningModule, averaging: Averaging, watch: Watch) -> float:

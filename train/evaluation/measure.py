@@ -356,7 +356,7 @@ def _check_clusters(bundle: Path, cut: Partition) -> None:
     if mixture["clusters"] != cut.hashes:
         raise ArtifactError(
             f"{bundle} has experts of other clusters, {mixture['names']}, than {bundle.parent / 'partition'}, {cut.names}: "
-            "its images cannot be measured against these; compare it with those of a partition of all its owners' images"
+            "samples are measured against the images of the run's partition, which must be those of all its experts"
         )
 
 
