@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddm.artifacts import naming, replaced
-from ddm.errors import DdmError, require
+from ddm.errors import ArtifactError, DdmError, require
 from ddm.training import Batches, FitConfig
 from experts.expert_module import ExpertLearning
 from train import stopping
@@ -200,6 +200,8 @@ def fit(
     rule = "be auto or cpu on a machine without a CUDA GPU"
     require(accelerator != "gpu" or device == "cuda", "accelerator", rule, accelerator)
     done = 0 if saved is None else int(saved["global_step"])
+    if done > steps:
+        raise ArtifactError(f"{folder / NEWEST} is of step {done}, more than the {steps} asked for")
     if first:
         for name in ("losses.txt", "validation.csv"):
             _cut(folder / name, done)

@@ -51,7 +51,7 @@ def train_model(
     whole.check()
     _keep(tensors, folder / _FILE)
     try:
-        with on_signals():
+        with on_signals(leave=False):
             run(whole, _STAGES)
     except Stopped as stopped:
         raise KeyboardInterrupt(str(stopped)) from None

@@ -24,6 +24,7 @@ from train.stopping import Stopped
 
 OnProgress = Callable[[Any], None]
 
+_REPORT_S = 10  # for the first rank to report an error that all meet
 _GRACE_S = 50  # for ranks to save a checkpoint after a signal; less than `train.launch` gives
 
 
@@ -174,9 +175,11 @@ def _rank(
     except Exception as error:
         ours = isinstance(error, DdmError)
         if rank == 0:
+            pipe.send(("error", picklable(error)))
             if ours:
                 given_up.set()
-            pipe.send(("error", picklable(error)))
+        elif ours and not given_up.wait(_REPORT_S):  # the first has not met it
+            print(f"rank {rank}: {error}", file=sys.stderr)
         if ours:
             sys.exit(1)  # on which the others, which may wait for this one, are ended
         raise

@@ -206,7 +206,9 @@ def train_on_ray(config: Config, jobs: Sequence[Job], table: LiveTable) -> list[
         if (signum := stopping.requested()) is not None:
             left = [i for i, result in enumerate(listener.results) if result is not None]
             raise Stopped(signum, [listener.saved[i] for i in left])
-    storage.clear(name)
+    found = [path.removeprefix(f"{storage.run}/") for paths in starts for path in paths]
+    resumed = {path.partition("/")[0] for path in found}
+    storage.clear({name, f"{name}-ranks", *resumed})
     if config.launch.storage is None:
         with contextlib.suppress(OSError):  # there are checkpoints
             (config.folder / "ray").rmdir()

@@ -20,6 +20,7 @@ from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from ddm.errors import ConfigError
 from train.fit import NotFiniteError
 from train.launch import picklable
 from train.ranks import Ranks, among
@@ -74,8 +75,9 @@ def _rank(config: dict[str, Any]) -> None:
         try:
             job.train(moved(work.config, run), tell)
         except (
-            NotFiniteError
-        ) as raised:  # by all processes at the same step; another error may be one process's alone
+            ConfigError,
+            NotFiniteError,
+        ) as raised:  # which all raise; others may be one's alone
             error = picklable(raised)
         tell((job.steps, math.nan), error, last=True)
 

@@ -28,9 +28,9 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def on_signals() -> Iterator[None]:
+def on_signals(leave: bool = True) -> Iterator[None]:
     """Inside, the first signal raises `Stopped`, or is kept for `requested` inside `deferred`; the second leaves at once,
-    unless it is a hangup.
+    unless it is a hangup; without `leave` it raises `KeyboardInterrupt`.
 
     A signal that is ignored (`nohup`, a shell's background job) stays ignored. Threads other than the main one receive
     no signals, so there nothing changes.
@@ -43,12 +43,13 @@ def on_signals() -> Iterator[None]:
     before = {s: signal.getsignal(s) for s in SIGNALS}
     for signum, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(signum, _leave_at_the_second)
+            signal.signal(signum, _leave_at_the_second if leave else _raise_at_the_second)
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        _requested = None
 
 
 def follow_parent() -> None:
@@ -94,4 +95,10 @@ def _stop(signum: int, _: FrameType | None) -> None:
 def _leave_at_the_second(signum: int, frame: FrameType | None) -> None:
     if _requested is not None and signum != _HANGUP:
         os._exit(128 + signum)
+    _stop(signum, frame)
+
+
+def _raise_at_the_second(signum: int, frame: FrameType | None) -> None:
+    if _requested is not None and signum != _HANGUP:
+        raise KeyboardInterrupt
     _stop(signum, frame)

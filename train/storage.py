@@ -6,7 +6,7 @@ Below the storage's root, `RUN/TIME/NAME-KEY/checkpoint_…` are the checkpoints
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,13 @@ class Storage:
             for found in self.fs.glob(f"{self.run}/{folder}"):
                 self.fs.rm(found, recursive=True)
 
-    def clear(self, command: str) -> None:
-        """Delete what a command has left below the run, unless there are checkpoints; and the run, if nothing else is in it."""
+    def clear(self, commands: Iterable[str]) -> None:
+        """Delete what these commands have left below the run, unless there are checkpoints; and the run, if nothing else is
+        in it.
+        """
         self.fs.invalidate_cache()
-        for folder in (f"{self.run}/{command}", f"{self.run}/{command}-ranks"):
+        for command in commands:
+            folder = f"{self.run}/{command}"
             if self.fs.exists(folder) and not self.fs.glob(f"{folder}/*/checkpoint_*"):
                 self.fs.rm(folder, recursive=True)
         with contextlib.suppress(Exception):  # each file system has errors of its own

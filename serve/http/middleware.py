@@ -54,15 +54,16 @@ def _is_from_another_site(headers: list[tuple[bytes, bytes]]) -> bool:
 
 
 def _is_by_another_name(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a browser asks this machine by a name that anybody can take: a page can make its own
-    lead here, and is then of the same site (DNS rebinding).
+    """Whether this machine is asked by a name that anybody can take: a page can make its own lead
+    here, and is then of the same site (DNS rebinding).
     """
-    given = {name.lower(): value for name, value in headers}
-    if b"sec-fetch-site" not in given and b"origin" not in given:
-        return False  # no browser
-    host = given.get(b"host", b"").decode("latin-1").lower()
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    return not (is_loopback(name) or name.endswith(".localhost"))
+    for key, value in headers:
+        if key.lower() == b"host":
+            host = value.decode("latin-1").lower()
+            name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+            if not (is_loopback(name) or name.endswith(".localhost")):
+                return True
+    return False
 
 
 def key_of(scope: MutableMapping[str, Any]) -> Key:
@@ -76,7 +77,7 @@ class LimitsMiddleware:
 
     keys: by the tokens of which `Authorization: Bearer` must carry one; none: anything passes but
     what a page of another site sends (403), which could use the server of any of its visitors.
-    local: without keys, answer browsers only at localhost and loopback addresses.
+    local: without keys, answer only at localhost and loopback addresses.
     The application finds the key of a request with `key_of`. body_bytes and body_timeout_s: of a
     body, upload_bytes: of one of `UPLOADS`; beyond them 413 and 408. on_refusal: gets the kind of each refusal.
     """
@@ -151,9 +152,9 @@ class LimitsMiddleware:
             return 401, "unauthorized", message
         if not self.keys and not _is_open(path) and _is_from_another_site(headers):
             return 403, "forbidden", "without a token the server answers no page of another site"
-        if not self.keys and self.local and _is_by_another_name(headers):
+        if not self.keys and self.local and not _is_open(path) and _is_by_another_name(headers):
             message = (
-                "without a token, pages are answered at localhost alone, unless serve.open is set"
+                "without a token the server answers at localhost alone, unless serve.open is set"
             )
             return 403, "forbidden", message
         return None

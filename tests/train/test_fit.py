@@ -105,6 +105,8 @@ def test_a_checkpoint_of_another_training_is_not_resumed(tmp_path: Path) -> None
         fit(Falling(), 5, config, tmp_path, "cpu", lambda *_: None, of="others")
     assert (tmp_path / "resume.ckpt").read_bytes() == before
     fit(Falling(), 5, config, tmp_path, "cpu", lambda *_: None, of="these images")
+    with pytest.raises(ArtifactError, match="resume.ckpt is of step 5, more than the 4 asked for"):
+        fit(Falling(), 4, config, tmp_path, "cpu", lambda *_: None, of="these images")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

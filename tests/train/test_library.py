@@ -86,6 +86,17 @@ def test_ctrl_c_is_a_keyboard_interrupt_after_a_checkpoint(
     monkeypatch.setattr(library, "run", interrupted)
     with pytest.raises(KeyboardInterrupt, match="the same command resumes"):
         train_model(images, tmp_path / "run", partition={"k": 2})
+    assert stopping.requested() is None
+
+    def impatient(*_: Any) -> None:
+        with stopping.deferred():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("it goes on")
+
+    monkeypatch.setattr(library, "run", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(images, tmp_path / "run", partition={"k": 2})
 
 
 @pytest.mark.parametrize(

@@ -314,14 +314,13 @@ def test_a_storage_finds_the_newest_checkpoints_of_any_command_first(tmp_path: P
         "1/e-1/checkpoint_000009",
     ]
     storage.forget("e-1")
-    storage.clear("1")
-    storage.clear("2")
+    storage.clear(["1", "2"])
     assert [path.name for path in (tmp_path / "run").rglob("e-*")] == ["e-2"]
     storage.forget("e-2")
     (tmp_path / "run" / "mine.txt").write_text("mine")
     (tmp_path / "run" / "3" / "inputs" / "e-3").mkdir(parents=True)  # of another command
-    storage.clear("2")
+    storage.clear(["2"])
     assert [path.name for path in sorted((tmp_path / "run").iterdir())] == ["3", "mine.txt"]
     (tmp_path / "run" / "mine.txt").unlink()
-    storage.clear("3")
+    storage.clear(["3"])
     assert not (tmp_path / "run").exists()

@@ -354,9 +354,10 @@ def _check_clusters(bundle: Path, cut: Partition) -> None:
     """Raise `ArtifactError` if the experts of a bundle are of other clusters than a partition's."""
     mixture = read_json(bundle / MANIFEST)["mixture"]
     if mixture["clusters"] != cut.hashes:
+        names, folder = mixture["names"], bundle.parent / "partition"
         raise ArtifactError(
-            f"{bundle} has experts of other clusters, {mixture['names']}, than {bundle.parent / 'partition'}, {cut.names}: "
-            "samples are measured against the images of the run's partition, which must be those of all its experts"
+            f"{bundle} has experts of other clusters, or in another order, {names}, than {folder}, {cut.names}: samples "
+            "are measured against the images of the run's partition, which must be those of all its experts"
         )
 
 

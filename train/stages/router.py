@@ -107,7 +107,8 @@ def make_router(
     key = digest(
         [learned(cfg), config.schedule, config.seed, config.data.flip, mixture.hash, *made_of]
     )
-    if start is None and _is_of_earlier_experts(stem, key, cfg, mixture):
+    earlier = start is None and _is_of_earlier_experts(stem, key, cfg, mixture)
+    if earlier and artifact_is_made(stem, read_facts(stem)["key"], "router"):
         log.warning(
             "router     stays as it is, trained on images of these experts before they were trained further: "
             "move %s away to train it anew",

@@ -128,7 +128,7 @@ def sent(server: Server, *pieces: bytes, wait_s: float = 30, pause_s: float = 0)
 
 
 def post(body: bytes, *lines: str, path: str = "/v1/samples", close: bool = True) -> bytes:
-    head = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", *lines]
+    head = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", *lines]
     head += (
         [f"content-length: {len(body)}"]
         if not any("transfer-encoding" in line for line in lines)

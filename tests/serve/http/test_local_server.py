@@ -120,7 +120,7 @@ def test_a_client_that_does_not_read_is_cut_off(small_run: Path, start: Start) -
         parts = urlsplit(server.url)
         connection.connect((parts.hostname, parts.port))
         body = b'{"n": 64, "steps": 250, "stream": true, "trace": true}'
-        head = b"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/samples HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         server.await_metric("ddm_active_requests", 1)
         server.await_metric("ddm_active_requests", 0, 60)
