@@ -117,7 +117,9 @@ def point(config: Config, steps: int) -> dict[str, Any]:
     found = Measurement(branch, monoliths, cfg, "table").make()
     counted = replace(branch, seed_model=config.seed_model)
     flop = compute(counted, read_partition(branch), monoliths)
-    spent = seconds(config, {}) | seconds(branch, monoliths)
+    before = seconds(config, {})
+    seed_model = {part: before[part] for part in before.keys() & {"seed_model"}}
+    spent = seconds(branch, monoliths) | seed_model
 
     def distances(feature: str, row: str, n: int) -> list[float]:
         cells = [cell for cell in found.cells if (cell.method, cell.steps) == (row, n)]
@@ -147,6 +149,9 @@ def _figures(folder: Path, name: str, points: Sequence[dict[str, Any]]) -> list[
     files = []
     for feature, rows in points[0]["frechet"].items():
         steps = _middle(rows)
+        axis = "training steps of each expert, after the seed model"
+        if _time(points[0]):
+            axis += "\nand the time of all together"
         with plt.rc_context(STYLE):
             figure, axes = plt.subplots(figsize=(5.2, 3.4))
             for i, (row, label) in enumerate(METHODS.items()):
@@ -165,10 +170,7 @@ def _figures(folder: Path, name: str, points: Sequence[dict[str, Any]]) -> list[
             ticks = [f"{each['steps']:,}\n{_time(each)}" for each in points]
             axes.set_xticks([each["steps"] for each in points], ticks)
             axes.set_xticks([], minor=True)
-            axes.set_xlabel(
-                "training steps of each expert, after the seed model"
-                + "\nand the time of all together" * bool(_time(points[0]))
-            )
+            axes.set_xlabel(axis)
             axes.set_ylabel(f"Fréchet distance, {steps} steps")
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8.5)
             files.append(f"curve-{name}-{feature}.png")
@@ -194,8 +196,9 @@ One model takes as many steps as all experts together (equal compute), another a
 them (equal time, where each expert has a machine). Mean and deviation over the seeds of the
 samples; training has one seed. All have the config's average and warm-up, which shorter trainings
 profit less from: an EMA of 0.995 still has 29 % of what a training of 250 steps begins with, and
-0.2 % after the 1,250 of the one model of equal compute. PFLOP, and time where the record has it, are of all experts one
-after another, without the seed model's: the one model of equal compute costs as much."""
+0.2 % after the 1,250 of the one model of equal compute. PFLOP, and time where the record has it,
+are of all experts one after another, without the seed model's: the one model of equal compute costs
+as much."""
 
 
 def page(folder: Path) -> str:
@@ -205,7 +208,9 @@ def page(folder: Path) -> str:
         record = read_json(file)
         points = record["points"]
         time = duration(points[0].get("seconds", {}).get("seed_model", 0))
-        seed = f"{points[0]['flop']['seed_model'] / 1e15:.3g} PFLOP" + f", {time}" * bool(time)
+        seed = f"{points[0]['flop']['seed_model'] / 1e15:.3g} PFLOP"
+        if time:
+            seed += f", {time}"
         parts += [
             f"## {file.stem.removeprefix('curve-')}",
             f"    {record['command']}",
@@ -215,7 +220,8 @@ def page(folder: Path) -> str:
             name = f"curve-{file.stem.removeprefix('curve-')}-{feature}.png"
             parts.append(f"![{feature}: distance over steps, a line per row]({name})")
             head = [f"{feature}, after N steps of the sampler", "N", *METHODS.values(), "PFLOP"]
-            head += ["time"] * bool(_time(points[0]))
+            if _time(points[0]):
+                head.append("time")
             parts.append(table(head, _rows(points, feature, list(rows["switching"]))))
     return "\n\n".join(parts) + "\n"
 
@@ -223,13 +229,14 @@ def page(folder: Path) -> str:
 def _rows(
     points: Sequence[dict[str, Any]], feature: str, numbers: Sequence[str]
 ) -> list[list[str]]:
+    timed = bool(_time(points[0]))
     return [
         [
             f"{each['steps']:,} steps of each expert",
             n,
             *(shown(Spread.of(each["frechet"][feature][row][n]), ".2f") for row in METHODS),
             f"{each['flop']['switching'] / 1e15:.3g}",
-            *[_time(each)] * bool(_time(points[0])),
+            *([_time(each)] if timed else []),
         ]
         for each in points
         for n in numbers

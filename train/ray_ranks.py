@@ -74,10 +74,7 @@ def _rank(config: dict[str, Any]) -> None:
         error: Exception | None = None
         try:
             job.train(moved(work.config, run), tell)
-        except (
-            ConfigError,
-            NotFiniteError,
-        ) as raised:  # which all raise; others may be one's alone
+        except (ConfigError, NotFiniteError) as raised:  # all raise these, others perhaps one alone
             error = picklable(raised)
         tell((job.steps, math.nan), error, last=True)
 

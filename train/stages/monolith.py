@@ -71,10 +71,8 @@ def trained_monoliths(config: Config, evaluation: EvaluateConfig) -> dict[str, C
     for monolith in wanted.values():
         if not (monolith.folder / "bundle").is_dir():
             raise ArtifactError(f"{monolith.folder} is missing: train it with the stage 'monolith'")
-        steps, asked = (
-            read_facts(monolith.folder / "bundle" / "expert-00")["steps"],
-            monolith.expert.steps,
-        )
+        steps = read_facts(monolith.folder / "bundle" / "expert-00")["steps"]
+        asked = monolith.expert.steps
         if steps != asked:
             raise ArtifactError(
                 f"{monolith.folder} was trained for {steps} steps, not {asked}: train it with the stage 'monolith'"

@@ -40,11 +40,15 @@ def three(small_run: Path) -> dict[str, Path]:
     return dict.fromkeys(("a", "b", "c"), small_run)
 
 
-def test_a_model_that_a_request_is_prepared_for_stays(
-    three: dict[str, Path], small_run: Path
-) -> None:
+@pytest.fixture
+def room(small_run: Path) -> float:
+    """For two of the three, in MiB."""
+    return 2.5 * _weights_mib(str(small_run))
+
+
+def test_a_model_that_a_request_is_prepared_for_stays(three: dict[str, Path], room: float) -> None:
     async def work() -> None:
-        models = models_of(three, models_MiB=2.5 * _weights_mib(str(small_run)))
+        models = models_of(three, models_MiB=room)
         await models.start()
         a, b = await models.get("a"), await models.get("b")
         with a.held(), b.held(), pytest.raises(BusyError):
@@ -58,10 +62,10 @@ def test_a_model_that_a_request_is_prepared_for_stays(
 
 
 def test_models_are_loaded_on_demand_and_the_least_recently_used_is_dropped(
-    three: dict[str, Path], small_run: Path
+    three: dict[str, Path], room: float
 ) -> None:
     async def work() -> None:
-        models = models_of(three, models_MiB=2.5 * _weights_mib(str(small_run)))
+        models = models_of(three, models_MiB=room)
         await models.start()
         assert names(models) == ["a"]
         b = await models.get("b")
