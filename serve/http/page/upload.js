@@ -28,18 +28,16 @@ export function listenToUploads() {
 
 async function take(file) {
   clearErrors();
-  try {
-    show(await scaled(file));
-  } catch {
-    show(null);
+  const image = await createImageBitmap(file).catch(() => null);
+  show(image && scaled(image));
+  if (!image) {
     showError(new ApiError(`${file.name} is not an image that this browser can read`, { param: "image" }));
   }
 }
 
 /** A data URL of a PNG with the pixels of the model; transparent ones stay transparent. */
-async function scaled(file) {
+function scaled(image) {
   const [, height, width] = state.model.shape;
-  const image = await createImageBitmap(file);
   const scale = Math.max(width / image.width, height / image.height);
   const canvas = element("canvas", { width, height });
   const context = canvas.getContext("2d");

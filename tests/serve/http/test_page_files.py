@@ -31,6 +31,12 @@ def start_image(folder: Path, size: tuple[int, int] = (8, 8), mode: str = "L") -
     return folder / "start.png"
 
 
+def choose(page: Page, file: Path) -> None:
+    """As a user does: once the form is there."""
+    page.wait_for_selector("#form:not([hidden])")
+    page.get_by_label("Start from an image").set_input_files(file)
+
+
 def images(reply: Any) -> list[np.ndarray]:
     return [pixels(image["b64_json"]) for image in reply["data"]]
 
@@ -78,7 +84,7 @@ def test_samples_start_from_a_chosen_image(
 ) -> None:
     page.goto(address)
     assert page.get_by_label("Strength").is_hidden()
-    page.get_by_label("Start from an image").set_input_files(start_image(tmp_path, size))
+    choose(page, start_image(tmp_path, size))
     expect(page.locator("#given")).to_be_visible()
     given = page.locator("#given").get_attribute("src") or ""
     assert pixels(given.split(",")[1]).shape[:2] == (8, 8)
@@ -115,7 +121,7 @@ def test_an_image_can_be_dropped(page: Page, address: str, tmp_path: Path) -> No
 def test_what_is_no_image_is_refused(page: Page, address: str, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no image")
     page.goto(address)
-    page.get_by_label("Start from an image").set_input_files(tmp_path / "notes.png")
+    choose(page, tmp_path / "notes.png")
     expect(page.get_by_role("alert")).to_contain_text("notes.png is not an image")
     expect(page.get_by_label("Start from an image")).to_be_focused()
     sample(page, n=1)
@@ -126,7 +132,7 @@ def test_transparent_pixels_are_sampled(page: Page, address: str, tmp_path: Path
     whole[:, :4, 3] = 0
     Image.fromarray(whole).save(tmp_path / "half.png")
     page.goto(address)
-    page.get_by_label("Start from an image").set_input_files(tmp_path / "half.png")
+    choose(page, tmp_path / "half.png")
     sample(page, n=1, seed=1)
     (found,) = shown(page)
     assert np.abs(found[:, 4:] - whole[:, 4:, 0]).max() <= 1
