@@ -14,7 +14,7 @@ from train.data import DataConfig
 from train.evaluation.feature_network import NetworkFeatures, script_network
 from train.evaluation.scores import Scores, read_reference
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+SHARED = Path(__file__).resolve().parents[4] / "shared"  # beside the checkout
 
 
 def features(n: int, seed: int) -> Tensor:
