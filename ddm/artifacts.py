@@ -72,13 +72,21 @@ def scratch_beside(path: Path) -> Path:
 
     Raises `ArtifactError` naming `path` if the operating system refuses.
     """
-    prefix = f".{path.name[:40]}."
+    prefix = scratch_prefix(path)
     with naming(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.iterdir():
             if left.name.startswith(prefix) and left.suffix == ".part":
                 _remove_stale(left)
     return path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def scratch_prefix(path: Path) -> str:
+    """What the names of scratch files of `path` begin with."""
+    name = path.name
+    if len(name) > 40:  # names have at most 255 bytes
+        name = f"{name[:31]}-{digest(name)[:8]}"
+    return f".{name}."
 
 
 def _remove_stale(scratch: Path) -> None:

@@ -21,6 +21,7 @@ from ddm.artifacts import (
     read_json,
     read_layout,
     read_tensors,
+    scratch_prefix,
     sha256,
 )
 from ddm.condition import check_same_vocabulary
@@ -113,11 +114,10 @@ class Bundle:
 
 def moved_aside(folder: Path) -> list[Path]:
     """Old bundles that writers of `folder` have moved aside and not yet removed."""
-    prefix = f".{folder.name[:40]}."
+    name = re.compile(re.escape(scratch_prefix(folder)) + r"[0-9]+-[0-9a-f]+\.[0-9]+\.old")
     if not folder.parent.is_dir():
         return []
-    siblings = list(folder.parent.iterdir())
-    return [path for path in siblings if path.name.startswith(prefix) and path.suffix == ".old"]
+    return [path for path in folder.parent.iterdir() if name.fullmatch(path.name)]
 
 
 def restore_bundle(folder: Path) -> None:
@@ -224,9 +224,17 @@ def listed_artifacts(path: Path) -> dict[str, str]:
     return _listed(path, manifest.get("artifacts"), mixture.k)
 
 
-def is_artifact(name: str) -> bool:
-    """Whether a file of a bundle with this name, before its first dot, is of an artifact."""
-    return name in (ROUTER, OLD_ROUTER, SEED_MODEL) or _EXPERT.fullmatch(name) is not None
+def is_of_artifact(name: str) -> bool:
+    """Whether a file of a bundle with this name is of an artifact."""
+    stem, _, suffix = name.partition(".")
+    known = stem in (ROUTER, OLD_ROUTER, SEED_MODEL) or expert_number(stem) >= 0
+    return known and suffix in ("json", "safetensors", "json.minisig")
+
+
+def expert_number(name: str) -> int:
+    """The number in the name of an expert's files, without suffix; -1 for another name."""
+    found = _EXPERT.fullmatch(name)
+    return int(found[1]) if found else -1
 
 
 def signature_of(path: Path) -> Path:
@@ -240,8 +248,7 @@ def _is_plain(value: Any) -> bool:
 
 def _experts(listed: Collection[str]) -> list[str]:
     """Of the names of artifacts, those of experts, by number."""
-    numbers = {name: _EXPERT.fullmatch(name) for name in listed}
-    return sorted((name for name, found in numbers.items() if found), key=lambda n: int(n[7:]))
+    return sorted((name for name in listed if expert_number(name) >= 0), key=expert_number)
 
 
 def _listed(path: Path, listed: Any, k: int) -> dict[str, str]:

@@ -23,9 +23,17 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     events = read_json(path).get("events")
-    if not (isinstance(events, list) and all(isinstance(event, dict) for event in events)):
-        raise ArtifactError(f"{path} is damaged: events must be a list of objects")
+    if not (isinstance(events, list) and all(map(_is_event, events))):
+        raise ArtifactError(
+            f"{path} is damaged: events must be a list of objects, whose added and removed are objects"
+        )
     return events
+
+
+def _is_event(event: Any) -> bool:
+    if not isinstance(event, dict):
+        return False
+    return all(isinstance(event.get(key), dict) for key in ("added", "removed"))
 
 
 def write_history(old: Path, new: Path, what: str) -> None:

@@ -32,7 +32,7 @@ from ddm.bundle import (
     Bundle,
     check_networks,
     expected_facts,
-    is_artifact,
+    is_of_artifact,
     moved_aside,
     read_artifact,
     read_bundle,
@@ -186,7 +186,7 @@ def _copy_the_rest(old: Path, new: Path) -> None:
         _place(signature, new / signature.name)
     for path in old.iterdir() if old.exists() else ():
         name = path.name
-        if name in (MANIFEST, HISTORY, signature.name) or is_artifact(name.partition(".")[0]):
+        if name in (MANIFEST, HISTORY, signature.name) or is_of_artifact(name):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, new / name, symlinks=True)

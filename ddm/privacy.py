@@ -4,8 +4,9 @@ An expert's artifact carries its cluster's mean and variance, with which `source
 the control variate works. The mean of few images shows them. `private_moments` releases both so that
 with one image replaced by another they would hardly be likelier or less likely. The numbers of
 images are taken to be public. This is said of the moments alone: what a network has learned from
-the images carries no such promise, nor do the sums of `router.owners`, in which at little noise one
-image decides alone, so that noise that hides it would hide everything.
+the images carries no such promise, nor does the hash of their file, nor do the sums of
+`router.owners`, in which at little noise one image decides alone, so that noise that hides it would
+hide everything.
 """
 
 import math

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddm.artifacts import check_is_file
+from ddm.artifacts import check_is_file, check_sha256
 from ddm.bundle import MANIFEST, read_bundle
 from ddm.errors import ConfigError, one_of, require
 from ddm_cli.terminal import parted, run
@@ -83,6 +83,7 @@ def _signed_file(path: Path) -> Path:
     if path.is_dir() and (path / "expert.json").exists():
         return path / "expert.json"
     if path.is_dir():
+        check_is_file(bundle_folder(path) / MANIFEST)
         return bundle_folder(path) / MANIFEST
     found = path if path.suffix == ".json" else path.with_name(path.name + ".json")
     check_is_file(found)
@@ -91,6 +92,8 @@ def _signed_file(path: Path) -> Path:
 
 def _info(folder: Path, signers: Path | None) -> None:
     bundle = read_bundle(folder)
+    for artifact in bundle.artifacts:
+        check_sha256(artifact.weights, artifact.facts["sha256"])
     known = {} if signers is None else read_signers(signers)
     size = sum(path.stat().st_size for path in files_of(folder))
     print(f"{folder}: {bundle.mixture.k} experts, {size / 1e6:,.1f} MB")
@@ -98,15 +101,23 @@ def _info(folder: Path, signers: Path | None) -> None:
     print(f"images    {' x '.join(map(str, bundle.mixture.shape))}")
     print(f"schedule  {bundle.schedule['name']}")
     print(f"manifest  {_who(bundle.manifest, known)}")
-    weights = dict(zip(bundle.files, bundle.mixture.pi.tolist(), strict=True))
+    mixture = bundle.mixture
+    clusters = dict(
+        zip(bundle.files, zip(mixture.names, mixture.pi.tolist(), strict=True), strict=True)
+    )
     for artifact in bundle.artifacts:
-        name, facts = artifact.stem.name, artifact.facts
-        of = f"{facts['name']}, pi {weights[name]:.3f}, " if name in weights else ""
-        print(f"{name}  {of}{facts.get('steps', 0):,} steps, {_who(artifact.json, known)}")
+        file, steps = artifact.stem.name, artifact.facts.get("steps", 0)
+        name, pi = clusters.get(file, ("", 0.0))
+        of = f"{name}, pi {pi:.3f}, " if name else ""
+        print(f"{file}  {of}{steps} steps, {_who(artifact.json, known)}")
     if signers is not None:
         check_signed(folder, signers)
 
 
 def _who(path: Path, known: dict[str, object]) -> str:
     who = signer(path, known)
-    return f"signed by {who}" if who else "not signed"
+    if who is None:
+        return "not signed"
+    return (
+        f"signed by {who}" if who in known else f"with a signature by {who}, which is not checked"
+    )

@@ -1,6 +1,7 @@
 """The model card of a bundle: its README.md, in the layout of the Hugging Face Hub."""
 
 import logging
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,17 @@ _DATA = {
     "tensors": "Images of the publisher's own file: say here where they come from.",
 }
 _OTHERS = "Images of several owners: say here where they come from."
-_NOT_FOR = {
+_TERMS = {
     "cifar10": "Anything commercial, before the rights in the photographs are cleared.",
     "celeba_hq": "Anything but non-commercial research, by the terms of the data set; nor for "
     "identifying, imitating or judging people.",
 }
+_NOT_FOR = (
+    "Images that are passed off as photographs, or as the work of a person.",
+    "Decisions about people, or any use where a wrong image does harm.",
+    "Training data that must not be recognized: a model may repeat what it has learned from, "
+    "small clusters first.",
+)
 
 
 def write_cards(config: Config) -> None:
@@ -54,7 +61,7 @@ def write_cards(config: Config) -> None:
     folder, half = config.folder / "bundle", config.folder / "bundle-half"
     write_card(config, folder)
     if half.is_dir() and _half_of(half) == read_bundle(folder).version:
-        _write(half / CARD, _written(config, read_bundle(folder), "the half precision of "))
+        _write(half / CARD, _written(config, half, read_bundle(folder), "the half precision of "))
 
 
 def write_card(config: Config, folder: Path) -> None:
@@ -62,7 +69,7 @@ def write_card(config: Config, folder: Path) -> None:
 
     A card without this program's marks is the user's own, and stays as it is.
     """
-    _write(folder / CARD, _written(config, read_bundle(folder), ""))
+    _write(folder / CARD, _written(config, folder, read_bundle(folder), ""))
 
 
 def _half_of(folder: Path) -> str | None:
@@ -94,15 +101,17 @@ def _template() -> jinja2.Template:
     return environment.get_template("model_card.md")
 
 
-def _written(config: Config, bundle: Bundle, copy: str) -> str:
-    """What of a card is this program's."""
+def _written(config: Config, folder: Path, bundle: Bundle, copy: str) -> str:
+    """What of the card in a folder is this program's."""
     mixture, evaluation = bundle.mixture, _evaluation(config, bundle)
     own = _is_own(config, bundle)
+    # Of a bundle from elsewhere this config knows neither the name nor the terms.
+    title, terms = (None, []) if own else _earlier(folder / CARD)
     counts = [expert.facts["count"] for expert in bundle.experts]
     return _template().render(
         begin=_BEGIN,
         end=_END,
-        title=config.folder.name,
+        title=title or config.folder.name,
         k=mixture.k,
         router=bundle.router is not None,
         copy=copy,
@@ -123,7 +132,7 @@ def _written(config: Config, bundle: Bundle, copy: str) -> str:
         evaluation=evaluation,
         tables=_tables(evaluation) if evaluation else [],
         copies=_copies(evaluation) if evaluation else "",
-        not_for=_not_for(config),
+        not_for=dict.fromkeys([*(terms or _terms(config)), *_NOT_FOR]),
     )
 
 
@@ -147,7 +156,8 @@ def _inits(bundle: Bundle) -> list[dict[str, Any] | None]:
 
 def _settings(bundle: Bundle) -> dict[str, Any]:
     """What the training of all experts has in common, of a few settings."""
-    first, *others = (expert.facts["config"] for expert in bundle.experts)
+    trained = (expert.facts for expert in bundle.experts if "imported" not in expert.facts)
+    first, *others = [facts["config"] for facts in trained] or [{}]
     names = {
         "batch": "batch",
         "learning_rate": "learning rate",
@@ -178,6 +188,8 @@ def _trained(config: Config, bundle: Bundle) -> list[dict[str, Any]]:
         facts = artifact.facts
         known = here.get(facts["sha256"])
         name = f"{artifact.stem.name}: {facts['name']}" if "name" in facts else artifact.stem.name
+        if "imported" in facts:
+            name += f", imported from a {facts['imported']['class']} that was trained elsewhere"
         spent = known.spent if known else None
         rows.append(
             Trained(
@@ -235,12 +247,14 @@ def _copies(evaluation: Evaluation) -> str:
     return f"{found}. A near-copy: {NEAR_COPY}."
 
 
-def _not_for(config: Config) -> list[str]:
-    own = [_NOT_FOR[config.data.name]] if config.data.name in _NOT_FOR else []
-    return [
-        *own,
-        "Images that are passed off as photographs, or as the work of a person.",
-        "Decisions about people, or any use where a wrong image does harm.",
-        "Training data that must not be recognized: a model may repeat what it has learned from, "
-        "small clusters first.",
-    ]
+def _terms(config: Config) -> list[str]:
+    return [_TERMS[config.data.name]] if config.data.name in _TERMS else []
+
+
+def _earlier(card: Path) -> tuple[str | None, list[str]]:
+    """The title of a card that this program has written, and what it says the model is not for."""
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    written = text.partition(_BEGIN)[2].partition(_END)[0]
+    title = re.search("^# (.+)$", written, re.MULTILINE)
+    last = written.partition("\n## Not for\n")[2].splitlines()
+    return title and title[1], [line[2:] for line in last if line.startswith("- ")]

@@ -14,6 +14,11 @@ _FILLERS = {
 _ARTICLES = {"a", "an", "the", "some"}  # also within a name
 _NOT = {"not", "no", "without", "non"}
 _OR = {"or", "nor"}  # after `not`, it goes on
+# What can only be said of a person, never of what somebody is without.
+_ADJECTIVES = {
+    "attractive", "bald", "beardless", "bearded", "blond", "blonde", "blurry", "chubby", "female", "male", "man",
+    "old", "smiling", "woman", "young",
+}  # fmt: skip
 
 # Plain words for names that people do not use; each counts only where the vocabulary has its name.
 _WORDS = {
@@ -33,11 +38,15 @@ def condition_of(prompt: str, vocabulary: Vocabulary) -> dict[str, int]:
 
     Raises `ConfigError` naming the first word that is unknown, and the vocabulary.
     """
+    if vocabulary.kind == "label" and prompt in vocabulary.names:  # whatever its words mean
+        return {prompt: 1}
     terms = _terms(vocabulary)
-    longest = max(map(len, terms))
+    longest = max(map(len, terms), default=1)
     words = [word for word in _words(prompt) if word not in _ARTICLES or (word,) in terms]
     found: dict[str, int] = {}
-    negated = False
+    negated = listed = (
+        False  # listed: the last name was negated, and what follows may be meant to be
+    )
     i = 0
     while i < len(words):
         for length in range(min(longest, len(words) - i), 0, -1):
@@ -46,13 +55,19 @@ def condition_of(prompt: str, vocabulary: Vocabulary) -> dict[str, int]:
                 break
         else:
             negated = _after(words[i], negated, prompt, vocabulary)
+            listed = listed and words[i] == "and"
             i += 1
             continue
+        if listed and not negated and words[i] not in _ADJECTIVES:
+            raise _refused(
+                prompt, "repeat 'without', or say 'or', where several things are not to be there"
+            )
         name, value = term
         value = 1 - value if negated else value
         if found.setdefault(name, value) != value:
             raise _refused(prompt, f"not say both {name} and the opposite")
         goes_on = i + length < len(words) and words[i + length] in _OR
+        listed = negated and not goes_on
         negated = negated and goes_on
         i += length
     if negated:
@@ -78,7 +93,16 @@ def _terms(vocabulary: Vocabulary) -> dict[tuple[str, ...], tuple[str, int]]:
         for name, phrases in table.items():
             if name in vocabulary.names:
                 terms |= {tuple(_words(phrase)): (name, value) for phrase in phrases.split()}
-    return terms | {tuple(_words(name)): (name, 1) for name in vocabulary.names}
+    spelt = [tuple(_words(name)) for name in vocabulary.names]
+    names = {
+        words: (name, 1)
+        for words, name in zip(spelt, vocabulary.names, strict=True)
+        if words and spelt.count(words) == 1  # else only the exact name says which
+    }
+    short = {
+        tuple(word for word in words if word not in _ARTICLES): it for words, it in names.items()
+    }
+    return terms | {words: it for words, it in short.items() if words} | names
 
 
 def _words(text: str) -> list[str]:

@@ -61,6 +61,7 @@ class Sampling:
             limits.body_bytes,
             limits.body_timeout_s,
             limits.upload_bytes,
+            local=not self.settings.serve.open,
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

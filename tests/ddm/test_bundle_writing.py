@@ -53,6 +53,8 @@ def test_what_else_is_in_the_folder_stays(run: Run) -> None:
     (run.bundle / ".git" / "refs").mkdir(parents=True)
     (run.bundle / ".git" / "HEAD").write_text("ref")
     (run.bundle / "latest").symlink_to("LICENSE")
+    (run.bundle / "expert-00.png").write_text("a picture")
+    (run.bundle / "router").mkdir()
     signature = run.bundle / "manifest.json.minisig"
     signature.write_text("signed")
     run.write()
@@ -63,6 +65,19 @@ def test_what_else_is_in_the_folder_stays(run: Run) -> None:
     run.train(0, weight=0.5)
     run.write()
     assert not signature.exists() and (run.bundle / "LICENSE").exists()
+    assert (run.bundle / "expert-00.png").exists() and (run.bundle / "router").is_dir()
+
+
+@pytest.mark.parametrize(("name", "other"), [("cats", "cats.v2"), ("c" * 41, "c" * 42)])
+def test_a_bundle_moved_aside_is_not_taken_for_another_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, other: str
+) -> None:
+    run.bundle = run.bundle.rename(run.bundle.with_name(other))
+    old = read_bundle(run.bundle).version
+    killed_while_replacing(run, monkeypatch, renames=1)
+    with pytest.raises(ArtifactError, match="is missing"):
+        read_bundle(run.bundle.with_name(name))
+    assert read_bundle(run.bundle).version == old
 
 
 def killed_while_replacing(run: Run, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ddm.artifacts import read_facts, sha256
 from ddm.bundle import Bundle, read_bundle
 from ddm.bundle_history import read_history
+from ddm.bundle_writing import write_half
 from ddm.errors import ArtifactError, ConfigError
 from serve import load
 from train.config import Config
+from train.stages import living
 from train.stages.run import run
 
 
@@ -168,6 +171,49 @@ def test_a_changed_bundle_is_not_made_over(
         load(copy).sample(1, steps=2, source="analytic")
 
 
+def test_what_would_not_fit_is_refused_before_it_is_trained(
+    two: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    images = torch.zeros(20, 1, 4, 4, dtype=torch.uint8)
+    save_file({"images": images}, tmp_path / "images.safetensors")
+    words = (
+        f"shard.out={tmp_path / 'shard'}",
+        "data.name=tensors",
+        f"data.root={tmp_path / 'images.safetensors'}",
+    )
+    run(small(tmp_path / "owner", *words), ["shard"])
+    with pytest.raises(ConfigError, match=r"expert.shard must hold images of \[1, 8, 8\], got"):
+        run(small(two, *ROUTED, f"expert.shard={tmp_path / 'shard'}"), ["grow"])
+    assert not (two / "owners").exists()
+
+
+def test_a_bundle_that_another_command_has_changed_is_not_overwritten(
+    two: Path, small_run: Path, small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = living._given_expert
+
+    def slowly(config: Config, bundle: Bundle) -> Path:
+        monkeypatch.undo()
+        words = (f"update.bundle={two / 'bundle'}", "update.cluster=4 + 5 + 6")
+        run(small(two.with_name("other"), *ROUTED, *words), ["remove"])
+        return given(config, bundle)
+
+    monkeypatch.setattr(living, "_given_expert", slowly)
+    with pytest.raises(ArtifactError, match="bundle has changed from version .* since this comm"):
+        run(small(two, *ROUTED, third(small_run)), ["grow"])
+    assert bundle_of(two).mixture.names == ["0 + 1 + 2 + 3"]
+    run(small(two, *ROUTED, third(small_run)), ["grow"])
+    assert bundle_of(two).mixture.names == ["0 + 1 + 2 + 3", "7 + 8 + 9"]
+
+
+def test_the_copy_in_half_precision_changes_along(
+    two: Path, small_run: Path, small: Callable[..., Config]
+) -> None:
+    write_half(two / "bundle", two / "bundle-half")
+    run(small(two, *ROUTED, third(small_run)), ["grow"])
+    assert read_bundle(two / "bundle-half").mixture == bundle_of(two).mixture
+
+
 def test_what_cannot_change_is_refused_by_key(
     two: Path, small_run: Path, tmp_path: Path, small: Callable[..., Config]
 ) -> None:
@@ -178,6 +224,11 @@ def test_what_cannot_change_is_refused_by_key(
     with pytest.raises(ArtifactError, match=r"bundle is missing: make it with the stage 'bundle'"):
         run(small(tmp_path / "none", third(small_run)), ["grow"])
     first = f"update.expert={small_run / 'experts' / '00'}"
+    several = "has 3 experts: give one of them, such as .*experts/00"
+    with pytest.raises(ArtifactError, match=several):
+        run(small(two, *ROUTED, f"update.expert={small_run}"), ["grow"])
+    same = "update.cluster must be of images that no expert has learned, got those of '0"
+    refused("grow", same, first, "update.cluster=late")
     refused("grow", "update.expert must be the artifact of an expert, or expert.shard")
     refused("grow", "update.cluster must be a new name, got '4", first, "update.cluster=4 + 5 + 6")
     refused(

@@ -11,7 +11,7 @@ from ddm.artifacts import read_json
 from ddm.bundle import read_bundle
 from serve import load
 from train.config import Config
-from train.model_card import write_cards
+from train.model_card import write_card, write_cards
 from train.stages.bundle import make_bundle
 
 
@@ -76,6 +76,20 @@ def test_what_the_user_writes_is_kept_and_the_rest_is_written_again(
     path.write_text("All of it is mine.")
     make_bundle(small(copy))
     assert path.read_text() == "All of it is mine."
+
+
+def test_a_bundle_from_elsewhere_keeps_its_name_and_its_terms(
+    copy: Path, small: Callable[..., Config], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(copy / "bundle", tmp_path / "given"))
+    card = folder / "README.md"
+    card.write_text(
+        card.read_text().replace("## Not for\n\n", "## Not for\n\n- Anything on Sundays.\n")
+    )
+    write_card(small(tmp_path / "mine"), folder)
+    text = card.read_text()
+    assert "# small\n" in text and "Images of several owners" in text
+    assert "## Not for\n\n- Anything on Sundays.\n- Images that are passed off" in text
 
 
 def test_a_record_of_another_bundle_is_not_in_it(copy: Path, small: Callable[..., Config]) -> None:

@@ -104,7 +104,7 @@ def import_diffusers(folder: Path, cfg: ImportConfig) -> Path:
         raise ArtifactError(
             f"{folder} is not a folder: give that of a UNet2DModel or of a pipeline"
         )
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = _network_folder(folder)
     trained = _trained(folder, cfg)
     with _of(unet / "config.json"):
         config, shape = from_their_config(
@@ -150,8 +150,25 @@ def import_diffusers(folder: Path, cfg: ImportConfig) -> Path:
     return out
 
 
+def _network_folder(folder: Path) -> Path:
+    """The folder of the network: that of a pipeline of a network and a scheduler alone, or `folder`."""
+    pipeline = folder / "model_index.json"
+    parts = read_json(pipeline) if pipeline.exists() else {}
+    for name, kind in parts.items():
+        own = name.startswith("_") or name in ("unet", "scheduler") or kind in (None, [None, None])
+        require(own, str(pipeline), "be of a pipeline with unet and scheduler alone", name)
+    if not (folder / "unet").is_dir():
+        return folder
+    if (folder / "unet_ema").is_dir():
+        raise ArtifactError(
+            f"{folder} has the networks unet and unet_ema: give one, such as {folder / 'unet_ema'}"
+        )
+    return folder / "unet"
+
+
 def _trained(folder: Path, cfg: ImportConfig) -> Trained:
-    files = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
+    inside, beside = Path("scheduler", "scheduler_config.json"), Path("scheduler_config.json")
+    files = (folder / inside, folder / beside, folder.parent / inside)
     file = next((file for file in files if file.exists()), None)
     found: Mapping[str, Any] = {} if file is None else read_json(file)
     if file is None and cfg.prediction_type is None:
@@ -166,6 +183,8 @@ def _trained(folder: Path, cfg: ImportConfig) -> Trained:
             raise one_of("_class_name", found.get("_class_name"), _SCHEDULERS)
         for key in ("trained_betas", "use_flow_sigmas"):
             require(not found.get(key), key, "not be set", found.get(key))
+        kind = found.get("timestep_type", "discrete")
+        require(kind == "discrete", "timestep_type", "be 'discrete'", kind)
         return _as_ours({**_USUAL, **found, **given})
 
 

@@ -179,6 +179,8 @@ class RoutedPipeline(DiffusionPipeline):
         `[B, H, W, C]` in [0, 1], or `pt` for `[B, C, H, W]` in [-1, 1].
         """
         mixture, device = self.mixture, self._execution_device
+        if mixture.dtype != torch.float32:
+            raise ValueError(f"torch_dtype must be torch.float32, got {mixture.dtype}")
         if generator is not None:
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         path = process(**mixture.config.schedule)

@@ -58,6 +58,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
+# What `EMAModel.save_pretrained` adds to a config.json.
+_OF_EMA = {
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+}  # fmt: skip
 _WHOLE = ("in_channels", "layers_per_block", "freq_shift", "norm_num_groups")
 _WHOLE_OR_NULL = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")
 _NUMBERS = ("dropout", "norm_eps")
@@ -77,7 +81,7 @@ def from_their_config(
     kind = found.get("_class_name")
     require(kind == "UNet2DModel", "_class_name", "be 'UNet2DModel'", kind)
     for key in found:
-        if not key.startswith("_") and key not in _DEFAULTS:
+        if not key.startswith("_") and key not in _DEFAULTS and key not in _OF_EMA:
             raise one_of("its keys", key, tuple(_DEFAULTS))
     theirs = {**_DEFAULTS, **found}
     _check(theirs)
@@ -151,13 +155,15 @@ def _whole_numbers(theirs: Mapping[str, Any], key: str) -> list[int]:
 
 
 def _side(given: Any, size: int | None) -> int:
+    if given is None:
+        require(size is not None and size > 0, "size", "be the side, as sample_size is null", size)
+        return int(size or 0)
     sides = given if isinstance(given, list) and len(given) == 2 else [given, given]
-    known = size if given is None else sides[0]
-    square = type(known) is int and known > 0 and (given is None or sides[0] == sides[1])
-    rule = "be the side of square images (or be given as size=SIDE, where it is null)"
-    require(square, "sample_size", rule, given)
-    assert isinstance(known, int)
-    return known
+    side = sides[0]
+    square = type(side) is int and side > 0 and sides[0] == sides[1]
+    require(square, "sample_size", "be the side of square images", given)
+    require(size in (None, side), "size", f"be left out, as sample_size is {side}", size)
+    return int(side)
 
 
 def _attends(theirs: Mapping[str, Any], levels: int) -> list[bool]:
@@ -301,11 +307,13 @@ def from_their_tensors(
             if missing := [name for name in names if name not in theirs]:
                 raise ArtifactError(f"{file} has no tensor {missing[0]}, which its config asks for")
             like = expected[f"{layer.ours}.{part}"]
-            whole = torch.cat([theirs.pop(name) for name in names])
+            parts = [theirs.pop(name) for name in names]
+            shapes = [tensor.shape for tensor in parts]
+            whole = torch.cat(parts) if len(set(shapes)) == 1 else parts[0]
             if whole.numel() != like.numel() or whole.shape[:2] != like.shape[:2]:
                 raise ArtifactError(
-                    f"{file} does not fit its config: {names[0]} must have "
-                    f"{list(like.shape)} numbers, got {list(whole.shape)}"
+                    f"{file} does not fit its config: {' '.join(names)} must have "
+                    f"{list(like.shape)} numbers together, got {' '.join(str(list(shape)) for shape in shapes)}"
                 )
             ours[f"{layer.ours}.{part}"] = whole.reshape(like.shape)
     if theirs:

@@ -91,7 +91,7 @@ def _fits(router: Path, mixture: Mixture, process: dict[str, Any]) -> bool:
     if facts.get("mixture") == mixture.hash and facts.get("schedule") == process:
         return True
     log.warning(
-        "bundle     %s is left out: it was trained for other clusters, weights or another schedule",
+        "bundle     %s is left out: it was trained for other clusters, names or weights, or another schedule",
         router,
     )
     return False

@@ -68,10 +68,18 @@ def initial(config: Config) -> Path | None:
 
 
 def artifact_stem(path: str) -> Path:
-    """The artifact that a user's path means, without a suffix: its folder, one of its files, or a run of one expert."""
+    """The artifact that a user's path means, without a suffix: its folder, one of its files, or a run of one expert.
+
+    Raises `ArtifactError` for a run of several experts.
+    """
     given = Path(path)
     if given.suffix in (".json", ".safetensors"):
         return given.with_suffix("")
+    experts = sorted(file.parent for file in given.glob("experts/*/expert.json"))
+    if len(experts) > 1:
+        raise ArtifactError(
+            f"{path} has {len(experts)} experts: give one of them, such as {experts[0]}"
+        )
     for inner in ("expert", "seed_model", "experts/00/expert"):
         if file_of(given / inner, ".json").exists():
             return given / inner

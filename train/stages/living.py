@@ -14,12 +14,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ddm.artifacts import digest, file_of, sha256
-from ddm.bundle import Artifact, Bundle, read_bundle, restore_bundle
+from ddm.bundle import Artifact, Bundle, expert_number, read_bundle, restore_bundle
 from ddm.bundle_history import read_history
-from ddm.bundle_writing import Parts, mixture_of, write_bundle
+from ddm.bundle_writing import Parts, mixture_of, write_bundle, write_half
+from ddm.conversion import check_conversion
 from ddm.errors import ArtifactError, ConfigError, require
 from ddm.mixture import Mixture
 from ddm.partition import Partition
+from ddm.schedules import schedule
 from train.config import Config, SeedModelConfig
 from train.model_card import write_card
 from train.run_folder import claim, read_clusters
@@ -34,9 +36,10 @@ log = logging.getLogger(__name__)
 def grow(config: Config) -> None:
     """Add an expert: `update.expert`, or one that is trained here from `expert.shard`."""
     bundle = _bundle(config)
-    stem = _given_expert(config)
+    _check_weight(config, bundle)
+    stem = _given_expert(config, bundle)
     added = _mixture(config, stem)
-    name = added.names[0]
+    name, cluster = added.names[0], added.clusters[0]
     if name in bundle.mixture.names:
         here = bundle.experts[bundle.mixture.names.index(name)]
         if sha256(here.json) == sha256(file_of(stem, ".json")):
@@ -46,7 +49,13 @@ def grow(config: Config) -> None:
             f"update.cluster must be a new name, got {name!r}: that cluster is retrained with the command retrain",
             "update.cluster",
         )
-    _check_weight(config, bundle, stem)
+    if cluster in bundle.mixture.clusters:
+        same = bundle.mixture.names[bundle.mixture.clusters.index(cluster)]
+        raise ConfigError(
+            f"update.cluster must be of images that no expert has learned, got those of {same!r}: its expert is "
+            "replaced with the command retrain",
+            "update.cluster",
+        )
     old = bundle.mixture
     mixture = replace(
         old,
@@ -62,9 +71,9 @@ def retrain(config: Config) -> None:
     """Put another expert in the place of one, `update.cluster`: given or trained as in `grow`."""
     bundle = _bundle(config)
     k = _place(config, bundle)
-    stem = _given_expert(config)
+    _check_weight(config, bundle)
+    stem = _given_expert(config, bundle)
     other, mixture = _mixture(config, stem), bundle.mixture
-    _check_weight(config, bundle, stem)
     weights, clusters = [*mixture.weights], [*mixture.clusters]
     weights[k], clusters[k] = other.weights[0], other.clusters[0]
     experts = {**Parts.of(bundle).experts, bundle.files[k]: stem}
@@ -121,7 +130,7 @@ def reroute(config: Config) -> None:
         data = partial(data_of, config, bundle.mixture, experts, images, stack)
         make_router(config, bundle.mixture, stem, made_of, data, start)
     parts = replace(Parts.of(bundle), router=stem, old_router=None)
-    _save(config, parts, "reroute")
+    _save(config, bundle, parts, "reroute")
 
 
 def _folder(config: Config) -> Path:
@@ -138,8 +147,11 @@ def _bundle(config: Config) -> Bundle:
     return read_bundle(folder)
 
 
-def _given_expert(config: Config) -> Path:
-    """The artifact to put into the bundle, trained first if it is given as a shard."""
+def _given_expert(config: Config, bundle: Bundle) -> Path:
+    """The artifact to put into the bundle, trained first if it is given as a shard.
+
+    Raises `ConfigError` before that if what is trained would not fit into the bundle.
+    """
     if config.update.expert is not None:
         return artifact_stem(config.update.expert)
     if config.expert.shard is None:
@@ -148,6 +160,9 @@ def _given_expert(config: Config) -> Path:
             "update.expert",
         )
     _, shard = read_clusters(config)
+    shape = bundle.mixture.shape
+    require(shard.shape == shape, "expert.shard", f"hold images of {shape}", shard.shape)
+    check_conversion(schedule(**bundle.schedule), schedule(**config.schedule))
     start = initial(config)
     owner = replace(
         config,
@@ -165,12 +180,12 @@ def _mixture(config: Config, stem: Path) -> Mixture:
     return mixture_of([stem], [] if name is None else [name], [] if weight is None else [weight])
 
 
-def _check_weight(config: Config, bundle: Bundle, stem: Path) -> None:
+def _check_weight(config: Config, bundle: Bundle) -> None:
     """Raise `ConfigError` if it is not clear how much another expert would weigh in the bundle."""
     counts = [expert.facts.get("count") for expert in bundle.experts]
     if config.update.weight is None and counts != [*bundle.mixture.weights]:
         raise ConfigError(
-            f"update.weight must be given for {file_of(stem, '.json')}: the weights of the bundle, "
+            "update.weight must be given for the expert: the weights of the bundle, "
             f"{[*bundle.mixture.weights]}, are not numbers of images",
             "update.weight",
         )
@@ -185,10 +200,8 @@ def _place(config: Config, bundle: Bundle) -> int:
 
 def _free_name(config: Config, bundle: Bundle) -> str:
     """The name of a new expert's files: a number that no expert of this bundle has ever had."""
-    used = {*bundle.files}
-    for event in read_history(_folder(config)):
-        used |= {name for name in event.get("added", {}) if name.startswith("expert-")}
-    return f"expert-{1 + max(int(name[7:]) for name in used):02d}"
+    used = {*bundle.files}.union(*(event["added"] for event in read_history(_folder(config))))
+    return f"expert-{1 + max(map(expert_number, used)):02d}"
 
 
 def _write(
@@ -199,13 +212,25 @@ def _write(
     if bundle.router is not None and mixture.hash != bundle.mixture.hash:
         old = (bundle.router.stem, bundle.mixture.names)
         parts = replace(parts, router=None, old_router=old)
-    _save(config, parts, what)
+    _save(config, bundle, parts, what)
 
 
-def _save(config: Config, parts: Parts, what: str) -> None:
+def _save(config: Config, before: Bundle, parts: Parts, what: str) -> None:
+    """Write the parts as the bundle that was read `before`, and its copy in half precision.
+
+    Raises `ArtifactError` if another process has written it since: its change would be lost.
+    """
     claim(config)
     folder = _folder(config)
+    if (there := read_bundle(folder, only=()).version) != before.version:
+        raise ArtifactError(
+            f"{folder} has changed from version {before.version[:12]} to {there[:12]} since this command began: "
+            "give the same command again; what it has trained is kept"
+        )
     write_bundle(folder, parts, what)
+    own, half = config.folder / "bundle", config.folder / "bundle-half"
+    if half.is_dir() and folder.resolve() == own.resolve():
+        write_half(folder, half)
     write_card(config, folder)
     bundle = read_bundle(folder)
     pi = ", ".join(
@@ -235,8 +260,8 @@ def _images(config: Config, mixture: Mixture) -> Iterator[Tensor]:
     for name, cluster in zip(mixture.names, mixture.clusters, strict=True):
         if cluster not in held:
             raise ConfigError(
-                f"router.data must be experts where images are elsewhere, got 'pooled': those of {name!r} are not in "
-                f"{config.folder}, nor is its shard in update.shards",
+                f"router.data must be experts where images are elsewhere, got {config.router.data!r}: those of "
+                f"{name!r} are not in {config.folder}, nor is its shard in update.shards",
                 "router.data",
             )
         folder, partition, k = held[cluster]

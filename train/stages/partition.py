@@ -1,5 +1,6 @@
 """The stage `partition`: cut the data set into clusters."""
 
+import json
 import logging
 import shutil
 import time
@@ -120,7 +121,7 @@ def conditions_of(images: ImageSet, condition: str) -> ImageConditions | None:
         raise ConfigError(
             f"expert.condition must be none for images without {lacking}, got {condition!r}"
         )
-    bytes_of_all = len("".join(names).encode())
+    bytes_of_all = len(json.dumps(names))  # as the artifacts have them
     rule = f"be none for more than {_MAX_NAMES} names, or names of more than {_MAX_BYTES} bytes"
     fits = len(names) <= _MAX_NAMES and bytes_of_all <= _MAX_BYTES
     require(fits, "expert.condition", rule, condition)

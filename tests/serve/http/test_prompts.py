@@ -40,6 +40,11 @@ ANIMALS = Vocabulary("label", ["cat", "frog", "polar bear"])
         ("a bearded man with blond hair", {"No_Beard": 0, "Male": 1, "Blond_Hair": 1}),
         ("Wearing_Hat", {"Wearing_Hat": 1}),
         ("not young", {"Young": 0}),
+        ("without a hat and smiling", {"Wearing_Hat": 0, "Smiling": 1}),
+        (
+            "a man without a hat who is wearing glasses",
+            {"Male": 1, "Wearing_Hat": 0, "Eyeglasses": 1},
+        ),
     ],
 )
 def test_known_words_are_attributes(prompt: str, condition: dict[str, int]) -> None:
@@ -50,6 +55,11 @@ def test_a_class_is_named_in_a_sentence() -> None:
     assert condition_of("a photo of a frog", ANIMALS) == {"frog": 1}
     assert condition_of("Polar bear", ANIMALS) == {"polar bear": 1}
     assert condition_of("three", Vocabulary("label", ["2", "3"])) == {"3": 1}
+    bands = Vocabulary("label", ["The Beatles", "Queen", "C", "C++"])
+    assert (
+        condition_of("The Beatles", bands) == condition_of("beatles", bands) == {"The Beatles": 1}
+    )
+    assert condition_of("C", bands) == {"C": 1} and condition_of("C++", bands) == {"C++": 1}
     assert in_words({"frog": 1}, ANIMALS) == "frog"
     assert in_words({"Male": 0, "Young": 1}, FACES) == "Male=0, Young=1"
 
@@ -69,6 +79,9 @@ def test_a_class_is_named_in_a_sentence() -> None:
         (ANIMALS, "glasses", "'glasses' is not one of them"),
         (ANIMALS, "a frog without", "prompt must say what is not to be there"),
         (FACES, "a man with no face", "prompt must say what is not to be there"),
+        (FACES, "without glasses, hat and blond hair", "prompt must repeat 'without', or say 'or'"),
+        (FACES, "without glasses and hat", "prompt must repeat 'without', or say 'or'"),
+        (Vocabulary("label", ["C", "C++"]), "a c", "prompt must use words for C, C\\+\\+"),
     ],
 )
 def test_nothing_is_guessed(vocabulary: Vocabulary, prompt: str, said: str) -> None:
