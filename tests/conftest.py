@@ -1,6 +1,7 @@
 """Fixtures for several test files: a small trained run, the real image sets, the installed program."""
 
 import importlib.metadata
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import torch
 from train.config import Config, default_config, load_config
 from train.stopping import SIGNALS
 
+PRELOADED = ["train.__main__", "train.stages.run", "sklearn.datasets"]  # by forkservers
 SMALL = [
     "accelerator=cpu",
     "data.limit=240",
@@ -61,6 +63,16 @@ def default_signals() -> Iterator[None]:
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a test starts are forked from one that has imported Lightning, which takes
+    longer than what they do. `tests/train/test_launch.py` tests how they are started otherwise.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: context)
 
 
 @pytest.fixture

@@ -195,7 +195,8 @@ class _Pool:
                 self.on_progress(value)
                 continue
             self._end(worker.job, kind, value)
-            if kind == "result" and self.waiting:
+            # After an error its GPU may be lost to this process.
+            if kind == "result" and not isinstance(value, Exception) and self.waiting:
                 self._give(worker, self.waiting.pop(0))
             else:
                 worker.pipe.close()  # on which the process leaves

@@ -8,6 +8,7 @@ same trials with the same settings; so a later command starts new trials from th
 
 import contextlib
 import logging
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import OutOfMemoryError
 from ray.util.queue import Empty, Queue
 
 from ddm.errors import DdmError
@@ -44,7 +46,11 @@ class Listener:
     ) -> None:
         self.config, self.jobs, self.table, self.storage = config, jobs, table, storage
         self.results: list[Exception | None] = [RuntimeError("Ray ended before it")] * len(jobs)
+        self.unfinished = set(range(len(jobs)))
         self.where = [""] * len(jobs)
+        self.commands: set[str] = (
+            set()
+        )  # of the storage, whose files of a job are deleted when it is done
         self.saved = [0] * len(jobs)
 
     def hear(self, i: int, kind: str, *news: Any) -> None:
@@ -68,6 +74,7 @@ class Listener:
             case "done", checkpoint:
                 self._fetch(i, checkpoint)
             case "failed", error:
+                self.unfinished.discard(i)
                 self.results[i] = error
                 self.table.state(i, "failed")
             case _:
@@ -83,10 +90,11 @@ class Listener:
         except Exception as error:  # each file system has errors of its own
             self.hear(i, "failed", DdmError(f"it is trained, but cannot be fetched: {error}"))
             return
+        self.unfinished.discard(i)
         self.results[i] = None
         self.table.state(i, "done")
         with contextlib.suppress(Exception):  # it costs only room
-            self.storage.forget(name_of(job))
+            self.storage.forget(name_of(job), self.commands)
 
 
 class _Link:
@@ -94,8 +102,10 @@ class _Link:
 
     def __init__(self, listener: Listener | None) -> None:
         self.listener = listener
-        self.news = Queue() if listener is None else None
-        self.stop = Queue() if listener is None else None
+        # On the head, where the loop is: a lost worker node must not take them along.
+        head = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+        self.news = Queue(actor_options=head) if listener is None else None
+        self.stop = Queue(actor_options=head) if listener is None else None
 
     def __getstate__(self) -> dict[str, Any]:  # Tune pickles its callbacks
         return {**vars(self), "listener": None}
@@ -155,9 +165,10 @@ def _why(trial: Any) -> str:
     """Why a trial has failed, from what Tune has noted."""
     path = trial.error_file
     text = Path(path).read_text().strip() if path and Path(path).exists() else ""
-    if any(word in text for word in ("died", "dead", "unavailable")):  # Ray's words for it
-        return "its process died or its node was lost"
-    return text.splitlines()[-1] if text else "it failed"
+    last = text.splitlines()[-1] if text else "it failed"
+    if re.search(r"Actor(Died|Unavailable)Error|NodeDiedError|OwnerDiedError", text):
+        return f"its process died or its node was lost: {last}"
+    return last
 
 
 class _Stop(tune.Stopper):
@@ -190,32 +201,60 @@ def train_on_ray(config: Config, jobs: Sequence[Job], table: LiveTable) -> list[
         check_room(claimed, max(job.devices for job in jobs))
         check_shared(storage)
         name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-        starts = [storage.checkpoints(name_of(job)) for job in jobs]
+        earlier = [path for job in jobs for path in storage.checkpoints(name_of(job))]
+        resumed = {path.removeprefix(f"{storage.run}/").partition("/")[0] for path in earlier}
+        listener.commands = {name, f"{name}-ranks", *resumed}
         for job in jobs:
+            if (signum := stopping.requested()) is not None:
+                raise Stopped(signum, [])
             kept = kept_files(config.folder / job.folder)
             files = {inside(config, path): path for path in [*job.reads, *kept]}
             storage.put(files, f"{name}/inputs/{name_of(job)}")
         inputs = f"{storage.run}/{name}/inputs"
         threads = config.expert.threads or max(1, int(config.launch.cpus))
         where = (url, config.folder.absolute().name)
-        work = Work(config, jobs, threads, where, inputs, starts, claimed, _NEWS_S)
+        work = Work(config, jobs, threads, where, inputs, claimed, _NEWS_S)
         is_client = ray.util.client.ray.is_connected()
         link = _Link(None if is_client else listener)
         with _relayed(link, listener) if is_client else contextlib.nullcontext():
-            _tuner(config, work, link, storage, name).fit()
+            _fit(config, work, link, storage, name, listener)
         if (signum := stopping.requested()) is not None:
             left = [i for i, result in enumerate(listener.results) if result is not None]
-            raise Stopped(signum, [listener.saved[i] for i in left])
-    found = [path.removeprefix(f"{storage.run}/") for paths in starts for path in paths]
-    resumed = {path.partition("/")[0] for path in found}
-    storage.clear({name, f"{name}-ranks", *resumed})
+            raise Stopped(signum, [listener.saved[i] for i in left if listener.saved[i] > 0])
+    storage.clear(listener.commands)
     if config.launch.storage is None:
         with contextlib.suppress(OSError):  # there are checkpoints
             (config.folder / "ray").rmdir()
     return listener.results
 
 
-def _tuner(config: Config, work: Work, link: _Link, storage: Storage, name: str) -> tune.Tuner:
+def _fit(
+    config: Config, work: Work, link: _Link, storage: Storage, name: str, listener: Listener
+) -> None:
+    """Run the trials. Ray's memory monitor ends a process with an error that Tune does not know as a loss, and ends
+    all: they begin again from their checkpoints, up to `launch.retries` times.
+    """
+    retries = config.launch.retries
+    for attempt in range(retries + 1):
+        of_attempt = f"{name}-{attempt}" if attempt else name
+        listener.commands.add(of_attempt)
+        left = sorted(listener.unfinished)
+        try:
+            _tuner(config, work, link, storage, of_attempt, left).fit()
+            return
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, OutOfMemoryError):
+                raise
+            if attempt == retries:
+                raise DdmError(f"more often than launch.retries, {error}") from error
+            for i in left:
+                listener.hear(i, "lost", "memory ran out on a node")
+
+
+def _tuner(
+    config: Config, work: Work, link: _Link, storage: Storage, name: str, left: Sequence[int]
+) -> tune.Tuner:
+    """Trials of the jobs of these numbers."""
     claimed, at_once = work.claims, config.expert.workers or None
     kind: Any = Training
     if (devices := max(job.devices for job in work.jobs)) > 1:
@@ -223,11 +262,12 @@ def _tuner(config: Config, work: Work, link: _Link, storage: Storage, name: str)
 
         # Ray Train claims what its processes need: Tune must not start more trials than have room.
         room = processes_at_once(claimed) // devices
-        claimed, at_once = {"memory": 1}, min(at_once or room, room)  # a byte: it must be something
+        # On the head: lost with a worker node, what it has placed would stay until the command ends.
+        claimed, at_once = {"node:__internal_head__": 0.001}, min(at_once or room, room)
     trainable = tune.with_parameters(kind, work=work)
     return tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([claimed])),
-        param_space={"job": tune.grid_search(list(range(len(work.jobs))))},
+        param_space={"job": tune.grid_search(list(left))},
         tune_config=tune.TuneConfig(
             reuse_actors=True,
             max_concurrent_trials=at_once,

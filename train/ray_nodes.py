@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_hex
@@ -12,6 +13,7 @@ from typing import Any
 # Read when Ray is imported, and inherited by its processes.
 _ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # who claims no GPU sees none
     "RAY_AIR_NEW_OUTPUT": "0",  # our table is shown instead
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # train.stopping answers
@@ -22,6 +24,7 @@ for _key, _value in _ENV.items():
     os.environ.setdefault(_key, _value)
 
 import ray  # noqa: E402
+from ray.exceptions import RayError  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 from ddm.errors import ConfigError, DdmError  # noqa: E402
@@ -42,6 +45,8 @@ class RayStartError(DdmError):
 def connected(config: Config) -> Iterator[None]:
     """Connect to Ray, or start it; leave no process of it at the end."""
     address = config.launch.address
+    if ray.is_initialized():
+        raise RayStartError("this program uses Ray already: call ray.shutdown() first")
     if address is not None:
         check_ray_answers("launch.address", address)
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
@@ -62,8 +67,9 @@ def connected(config: Config) -> Iterator[None]:
             ) from error
         raise RayStartError(f"Ray did not start: {why}") from error
     finally:
-        for number, handler in before.items():  # Ray sets its own
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():  # Ray sets its own
+                signal.signal(number, handler)
     try:
         yield
     finally:
@@ -112,6 +118,9 @@ def check_room(claimed: dict[str, float], devices: int) -> None:
         raise ConfigError(
             f"launch.cpus, launch.gpus and launch.resources must fit on one of the cluster's nodes together, got {claimed}"
         )
+    if devices > 1 and 0 < claimed["GPU"] < 1:
+        rule = "be a whole number with expert.devices above 1: two processes cannot share a GPU"
+        raise ConfigError(f"launch.gpus must {rule}, got {claimed['GPU']:g}")
     room = processes_at_once(claimed)
     if devices > room:
         raise ConfigError(
@@ -123,7 +132,8 @@ def check_room(claimed: dict[str, float], devices: int) -> None:
 def check_shared(storage: Storage) -> None:
     """Raise `ConfigError` naming a node that does not have the storage's folder."""
     nodes = _nodes()
-    if not storage.is_local or len(nodes) == 1:
+    here = len(nodes) == 1 and not ray.util.client.ray.is_connected()
+    if not storage.is_local or here:
         return
     probe = f"{storage.run}/.shared-{token_hex(8)}"
     storage.fs.touch(probe)
@@ -140,8 +150,13 @@ def check_shared(storage: Storage) -> None:
         ).remote()
         for node in nodes
     }
-    answers = {address: ray.get(answer) for address, answer in asked.items()}
-    storage.fs.rm_file(probe)
+    answers = {}
+    try:
+        for address, answer in asked.items():
+            with contextlib.suppress(RayError):  # the node has gone
+                answers[address] = ray.get(answer)
+    finally:
+        storage.fs.rm_file(probe)
     for address, seen in answers.items():
         if not seen:
             raise ConfigError(

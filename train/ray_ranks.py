@@ -76,7 +76,9 @@ def _rank(config: dict[str, Any]) -> None:
             job.train(moved(work.config, run), tell)
         except (ConfigError, NotFiniteError) as raised:  # all raise these, others perhaps one alone
             error = picklable(raised)
-        tell((job.steps, math.nan), error, last=True)
+        tell((job.steps, math.nan), last=True)
+        if error is not None:  # Ray Train keeps the news beside a checkpoint as JSON
+            tell((job.steps, math.nan), error, last=True)
 
 
 def _teller(folder: Path, rank: int, where: str) -> Callable[..., None]:

@@ -18,7 +18,8 @@ from ddm.errors import ArtifactError
 from train.config import Config
 from train.jobs import Job
 from train.launch import picklable
-from train.storage import Storage, pack, unpack
+from train.resume import steps
+from train.storage import Storage, check_packed, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ KEPT = 2  # checkpoints of a trial
 class Work:
     """What all trials share: the jobs, and how each is trained.
 
-    storage: its URL and the run's name. inputs: the folder of what the jobs read. starts: the checkpoints that a job may
-    start from, the newest first. claims: what a process claims of Ray. news_s: seconds between two reports of a trial
+    storage: its URL and the run's name. inputs: the folder of what the jobs read. claims: what a process claims of Ray.
+    news_s: seconds between two reports of a trial
     """
 
     config: Config
@@ -38,7 +39,6 @@ class Work:
     threads: int
     storage: tuple[str, str]
     inputs: str
-    starts: list[list[str]]
     claims: dict[str, float]
     news_s: float
 
@@ -75,6 +75,10 @@ class Training(tune.Trainable):
             self.thread.start()
         self.ended.wait(self.work.news_s)
         ended = self.ended.is_set()
+        if isinstance(
+            self.error, torch.AcceleratorError
+        ):  # this process has lost its GPU, another may have one
+            raise self.error
         now = stamp(self.folder)
         new = now != self.saved
         self.saved = now
@@ -100,6 +104,8 @@ class Training(tune.Trainable):
 
         try:
             self.job.train(moved(self.work.config, self.run), on_progress)
+        except torch.AcceleratorError as error:
+            self.error = error
         except Exception as error:  # it would be raised on another node as well
             self.error = picklable(error)
         self.ended.set()
@@ -114,14 +120,18 @@ def stamp(folder: Path) -> list[tuple[str, int]]:
 
 
 def fetch(work: Work, job: Job, run: Path, given: Path | None) -> None:
-    """Fetch what a job reads to the folder of a run, and what it goes on from: the packed folder given, or the newest whole
-    checkpoint of an earlier command.
+    """Fetch what a job reads to the folder of a run, and what it goes on from: the packed folder given, or else the newest
+    whole checkpoint in the storage, unless the run's own, which is among what it reads, is of a later step.
+
+    Raises `ArtifactError` if the storage no longer has what it reads.
     """
     storage = Storage(*work.storage)
-    storage.get(f"{work.inputs}/{name_of(job)}", run)
+    inputs = f"{work.inputs}/{name_of(job)}"
+    if storage.get(inputs, run) == 0:
+        raise ArtifactError(f"{inputs} is missing: something has deleted it from {storage.url}")
     if given is not None and _unpacked(job, given, run):
         return
-    for checkpoint in work.starts[work.jobs.index(job)]:
+    for checkpoint in storage.checkpoints(name_of(job)):
         with tempfile.TemporaryDirectory(dir=run) as scratch:
             storage.get(checkpoint, Path(scratch))
             if _unpacked(job, Path(scratch), run):
@@ -129,8 +139,12 @@ def fetch(work: Work, job: Job, run: Path, given: Path | None) -> None:
 
 
 def _unpacked(job: Job, packed: Path, run: Path) -> bool:
+    """Whether the run's folder now holds what is packed, or had what is of a later step."""
+    folder = run / job.folder
     try:
-        unpack(packed, run / job.folder)
+        check_packed(packed)
+        if steps(folder) <= steps(packed):
+            unpack(packed, folder)
     except ArtifactError as error:
         log.warning("%s: %s; an earlier checkpoint is used", job.name, error)
         return False

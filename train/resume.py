@@ -96,6 +96,12 @@ def read_resume(folder: Path, of: str | None = None) -> dict[str, Any] | None:
     return None
 
 
+def steps(folder: Path) -> int:
+    """How many steps the whole checkpoints below a folder are of, all networks together."""
+    saved = [_read(path) for path in folder.rglob(NEWEST)]
+    return sum(int(one["global_step"]) for one in saved if one is not None)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """A checkpoint on the CPU; None if the file is damaged or missing."""
     try:

@@ -8,6 +8,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -41,7 +42,7 @@ class Storage:
 
     def check_writable(self) -> None:
         """Raise `ConfigError` if nothing can be written there."""
-        probe = f"{self.run}/.probe"
+        probe = f"{self.run}/.probe-{token_hex(8)}"  # other commands may probe as well
         try:
             self.fs.makedirs(self.run, exist_ok=True)
             self.fs.pipe_file(probe, b"ddm")
@@ -61,25 +62,28 @@ class Storage:
             self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self.fs.put_file(str(path), target)
 
-    def get(self, folder: str, target: Path) -> None:
-        """Read all files of a folder, an absolute path of this storage, into a folder here."""
+    def get(self, folder: str, target: Path) -> int:
+        """Read all files of a folder, an absolute path of this storage, into a folder here; returns how many."""
         prefix = folder.rstrip("/") + "/"
-        for found in self.fs.find(folder):
+        files: list[str] = self.fs.find(folder)
+        for found in files:
             path = target / found.removeprefix(prefix)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.fs.get_file(found, str(path))
+        return len(files)
 
     def checkpoints(self, training: str) -> list[str]:
         """The folders of the checkpoints of a training, by all commands so far, the newest first."""
         self.fs.invalidate_cache()
         return sorted(self.fs.glob(f"{self.run}/*/{training}/checkpoint_*"), reverse=True)
 
-    def forget(self, training: str) -> None:
-        """Delete the checkpoints and inputs of a training, by all commands so far."""
+    def forget(self, training: str, commands: Iterable[str]) -> None:
+        """Delete the checkpoints and inputs of a training by these commands; others may be at work on the same."""
         self.fs.invalidate_cache()
-        for folder in (f"*/{training}", f"*/inputs/{training}"):
-            for found in self.fs.glob(f"{self.run}/{folder}"):
-                self.fs.rm(found, recursive=True)
+        for command in commands:
+            for folder in (f"{command}/{training}", f"{command}/inputs/{training}"):
+                if self.fs.exists(f"{self.run}/{folder}"):
+                    self.fs.rm(f"{self.run}/{folder}", recursive=True)
 
     def clear(self, commands: Iterable[str]) -> None:
         """Delete what these commands have left below the run, unless there are checkpoints; and the run, if nothing else is
@@ -124,12 +128,16 @@ def pack(source: Path, target: Path) -> None:
     write_json(target / _MANIFEST, hashes)
 
 
+def check_packed(packed: Path) -> None:
+    """Raise `ArtifactError` naming a file that `pack` wrote and that is missing or damaged."""
+    for name, expected in read_json(packed / _MANIFEST).items():
+        check_sha256(packed / name, expected)
+
+
 def unpack(packed: Path, target: Path) -> None:
     """Copy what `pack` wrote to a training's folder. Raises `ArtifactError` naming a file that is missing or damaged."""
-    hashes = read_json(packed / _MANIFEST)
-    for name, expected in hashes.items():
-        check_sha256(packed / name, expected)
-    for name in hashes:
+    check_packed(packed)
+    for name in read_json(packed / _MANIFEST):
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         with replaced(copy) as scratch:

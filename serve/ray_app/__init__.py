@@ -11,6 +11,7 @@ import os
 RAY_ENV = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024 * 1024),
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # who claims no GPU sees none
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.limits:proxy_middlewares",
 }

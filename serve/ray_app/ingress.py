@@ -1,5 +1,6 @@
 """The sampling service on Ray: router, engine and HTTP as Serve's ingress, and its metrics."""
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics as ray_metrics
 
-from ddm.errors import ConfigError, DdmError, require
+from ddm.bundle import read_bundle
+from ddm.errors import ArtifactError, ConfigError, DdmError, require
 from serve.engine.metrics import METRICS, Metrics
 from serve.engine.models import Models
 from serve.engine.turn import Turn
 from serve.http.app import build_app
 from serve.http.middleware import LimitsMiddleware
+from serve.model.loading import bundle_folder
 from serve.ray_app.replica import RayExpert, expert_groups
 from serve.settings import Settings, settings
 
@@ -32,6 +35,7 @@ class Sampling:
         logging.getLogger("serve").setLevel(logging.INFO)
         self.settings = settings(tree)
         self.started = False
+        self.experts = {handle.deployment_name: handle for handle in experts}
         _check_proxy_host(self.settings)
 
         def connect(model: Any, folder: Path, turn: Turn) -> list[RayExpert]:
@@ -83,9 +87,22 @@ class Sampling:
     async def _switch(self, user_config: Any) -> None:
         match user_config:
             case {"run": str(folder), **rest} if not rest:
+                if self.started:  # at the start the experts may still be to come
+                    await self._prepare(folder)
                 await self.models.services[0].switch(folder)
             case _:
                 raise ConfigError(f"user_config must be {{run: FOLDER}}, got {user_config!r}")
+
+    async def _prepare(self, folder: str) -> None:
+        """Have a replica of each expert load a bundle. Raises what keeps one from it."""
+        version = read_bundle(bundle_folder(folder), only=()).version
+        calls = [handle.prepare.remote(folder) for handle in self.experts.values()]
+        for name, found in zip(self.experts, await asyncio.gather(*calls), strict=True):
+            if found != version:
+                raise ArtifactError(
+                    f"{folder} must be the same on all nodes: {name} has version {found[:12]}, "
+                    f"expected {version[:12]}"
+                )
 
     async def check_health(self) -> None:
         """Serve's health check. The first one follows the first `reconfigure`."""

@@ -19,13 +19,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
+from ddm.bundle import read_bundle
 from ddm.condition import Conditions
 from ddm.device import pick_device
 from ddm.errors import ArtifactError
 from serve.engine.expert import UnavailableError
 from serve.engine.local_expert import Runner
 from serve.engine.turn import Turn
-from serve.model.loading import load_experts
+from serve.model.loading import bundle_folder, load_experts
 from serve.settings import ServePrecision
 
 _KEPT_VERSIONS = 2  # the current one, and the one that requests under way may still use
@@ -49,6 +50,7 @@ class ExpertReplica:
         self.precision, self.compiled = precision, compiled
         self.runners: dict[str, dict[int, Runner]] = {}  # by version and expert
         self.turn = ThreadPoolExecutor(1)
+        self.lost: Exception | None = None  # what took the device from this process
         self._load(folder)
 
     async def denoise(
@@ -60,6 +62,19 @@ class ExpertReplica:
         return await asyncio.get_running_loop().run_in_executor(
             self.turn, self._denoise, k, folder, version, x, t, *given
         )
+
+    async def prepare(self, folder: str) -> str:
+        """Load the bundle in `folder` beside the ones that are in use; returns its version."""
+        return await asyncio.get_running_loop().run_in_executor(self.turn, self._prepare, folder)
+
+    def _prepare(self, folder: str) -> str:
+        version = read_bundle(bundle_folder(folder), only=()).version
+        return version if version in self.runners else self._load(folder)
+
+    async def check_health(self) -> None:
+        """Serve's health check: a process that has lost its GPU is replaced."""
+        if self.lost is not None:
+            raise self.lost
 
     async def where(self) -> tuple[int, str]:
         """The process and the node of this replica. An answer means that it is alive."""
@@ -75,7 +90,11 @@ class ExpertReplica:
             )
         # torch.tensor copies: the arrays that arrive may be read-only.
         conditions = Conditions(*map(torch.tensor, given)) if given else None
-        return self.runners[version][k](torch.tensor(x), torch.tensor(t), conditions).numpy()
+        try:
+            return self.runners[version][k](torch.tensor(x), torch.tensor(t), conditions).numpy()
+        except torch.AcceleratorError as error:
+            self.lost = error
+            raise
 
     def _load(self, folder: str) -> str:
         denoisers, shape, version = load_experts(folder, self.experts, self.device)

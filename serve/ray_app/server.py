@@ -15,7 +15,7 @@ from ray import serve as ray_serve
 from ray.serve.context import _get_global_client
 
 from ddm.bundle import read_bundle
-from ddm.errors import DdmError
+from ddm.errors import ConfigError, DdmError
 from serve.http.local_server import listen
 from serve.model.loading import bundle_folder
 from serve.ray_address import check_ray_answers
@@ -25,6 +25,7 @@ from serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
+_NAME = "ddm"  # of the application
 # The folder of the packages, which Ray's workers import them from.
 _HOME = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def serve_on_ray(config: Settings) -> None:
     stop = threading.Event()
     with _ray(config):
         for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, _interrupt)
         with _failing_as(RayStartError, "the application did not start on Ray"):
             ray_serve.start(
                 proxy_location="HeadOnly",
@@ -58,9 +59,39 @@ def serve_on_ray(config: Settings) -> None:
                 },
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
-            ray_serve.run(app, name="ddm", route_prefix="/")
-        log.info("http://%s:%d  (the API: /docs; ctrl-C ends it)", serve.host, serve.port)
-        stop.wait()
+        if _NAME in ray_serve.status().applications:
+            raise ConfigError(
+                f"serve.ray.address must be a cluster that serves no application {_NAME!r} yet, "
+                f"got {serve.ray.address!r}",
+                "serve.ray.address",
+            )
+        with _deleted(serve.ray.address):
+            with _failing_as(RayStartError, "the application did not start on Ray"):
+                ray_serve.run(app, name=_NAME, route_prefix="/")
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stop.set())
+            log.info("http://%s:%d  (the API: /docs; ctrl-C ends it)", serve.host, serve.port)
+            stop.wait()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _deleted(address: str | None) -> Iterator[None]:
+    """Delete the application at the end where Ray goes on."""
+    try:
+        yield
+    finally:
+        if address is not None:
+            _ignore_signals()
+            ray_serve.delete(_NAME)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_absolute(config: Settings) -> None:
@@ -114,11 +145,9 @@ def _ray(config: Settings) -> Iterator[None]:
             )
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        if ray.is_initialized() and address is not None:
-            ray_serve.delete("ddm")
-        elif ray.is_initialized() and (client := _get_global_client(False)) is not None:
+        _ignore_signals()
+        client = _get_global_client(False) if address is None and ray.is_initialized() else None
+        if client is not None:
             client.shutdown(timeout_s=config.serve.drain_s)  # requests under way end first
         ray.shutdown()
 

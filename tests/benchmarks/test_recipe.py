@@ -42,6 +42,7 @@ def test_variants_are_trained_measured_and_kept(
     assert again[""] == record["groups"][""]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_network_is_trained_once_for_all_rows_that_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

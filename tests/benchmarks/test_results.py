@@ -138,6 +138,7 @@ def _record(change: Callable[[dict], None]) -> Callable[[Path], None]:  # type: 
 def test_mismatch_with_a_record_is_found(
     file: str, change: Callable[[Path], None], said: str, tmp_path: Path
 ) -> None:
-    copy = Path(shutil.copytree(RESULTS, tmp_path / "results"))
+    others = shutil.ignore_patterns("c*", "f*", "r*", "s*", "t*")  # all but digits and ablations
+    copy = Path(shutil.copytree(RESULTS, tmp_path / "results", ignore=others))
     change(copy / file)
     assert any(complaint.startswith(said) for complaint in complaints(copy))

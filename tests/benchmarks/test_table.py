@@ -16,7 +16,7 @@ from benchmarks.ablations import variants
 from benchmarks.table.__main__ import main
 from benchmarks.table.results_page import difference, page
 from ddm.artifacts import sha256
-from tests.conftest import SMALL
+from tests.conftest import ROOT, SMALL
 from train.config import load_config
 from train.evaluation.results import Evaluation
 from train.evaluation.rows import METHODS
@@ -235,7 +235,9 @@ def test_the_images_of_a_seed_model_are_ablated_at_equal_compute(
     assert len({(run / "router/router.safetensors").read_bytes() for run in runs}) == 1
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_the_variants_that_apply_to_a_config_are_configs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

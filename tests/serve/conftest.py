@@ -83,7 +83,7 @@ class Server:
     def output(self) -> str:
         return self.log.read_text()
 
-    def await_output(self, text: str, timeout_s: float = 60) -> None:
+    def await_output(self, text: str, timeout_s: float = 180) -> None:
         """Wait until it has said something."""
         end = time.monotonic() + timeout_s
         while text not in self.output:

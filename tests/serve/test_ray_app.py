@@ -1,6 +1,8 @@
 """docker/serve.yaml on a Ray cluster of several nodes on this machine."""
 
 import asyncio
+import contextlib
+import http.client
 import os
 import shutil
 import signal
@@ -85,6 +87,14 @@ def test_every_replica_has_its_own_node(
     assert sorted(found) == ["expert-00", "expert-01", "expert-02", "sampling"]
     nodes = [node for there in found.values() for _, node in there]
     assert len(nodes) == len(set(nodes)) == 4
+
+
+def test_without_a_token_it_answers_at_localhost_alone(service: Deployed) -> None:
+    address = service.url.removeprefix("http://")
+    for host, status in (("localhost", 200), ("evil.example", 403)):
+        with contextlib.closing(http.client.HTTPConnection(address, timeout=60)) as connection:
+            connection.request("GET", "/v1/models", headers={"Host": host})
+            assert connection.getresponse().status == status
 
 
 def test_images_are_those_of_load_alone_and_among_64(

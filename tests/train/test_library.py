@@ -12,6 +12,7 @@ from ddm.errors import ArtifactError, ConfigError
 from serve.model.model import Model
 from train import library, stopping, train_model
 from train.data.digits import load_digits
+from train.evaluation import classifier
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
@@ -43,6 +44,7 @@ SMALLER = {
 
 def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier, "_STEPS", 10)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
     program = "\n".join(blocks)
     for own, smaller in SMALLER.items():

@@ -194,6 +194,7 @@ def test_experts_go_on_to_the_weights_of_as_many_steps_at_once(
     assert read_artifact(copy / "experts" / "00" / "expert")[1]["steps"] == 14
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_experts_trained_side_by_side_are_those_trained_one_after_another(
     small_run: Path, small: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_ranks_have_dropout_masks_of_their_own() -> None:
     assert not torch.equal(*drawn)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_two_ranks_learn_what_one_does(small: Callable[..., Config], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     averages = "expert.ema_also=[0.5]"
@@ -68,6 +69,7 @@ def test_two_ranks_learn_what_one_does(small: Callable[..., Config], tmp_path: P
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-3)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_what_a_rank_raises_is_raised_by_name(small: Callable[..., Config], tmp_path: Path) -> None:
     config = small(tmp_path / "run", *PLAIN, "expert.devices=2")
     run(config, ["partition"])
@@ -86,6 +88,7 @@ def _die_first(folder: Path, on_progress: OnProgress) -> None:
     on_progress(rank)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_all_ranks_begin_again_when_one_has_died(tmp_path: Path) -> None:
     heard: list[str] = []
     run_ranks(partial(_die_first, tmp_path), 2, 1, 1, heard.append)
@@ -100,6 +103,7 @@ def _refuse(folder: Path, on_progress: OnProgress) -> None:
     time.sleep(600)  # as in a collective operation
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_an_error_of_the_first_rank_ends_all_and_is_not_tried_again(tmp_path: Path) -> None:
     with pytest.raises(DdmError, match="the disk is full"):
         run_ranks(partial(_refuse, tmp_path), 2, 1, 3, lambda _: None)

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from ddm.errors import ArtifactError, ConfigError, DdmError
 from ddm.partition import Partition
 from serve import load, ray_address
 from train import ray_jobs as on_ray
-from train import stopping
+from train import ray_nodes, stopping
 from train.config import Config
 from train.stages.run import run
 from train.stopping import Stopped
@@ -276,6 +277,44 @@ def test_a_storage_that_is_not_one_is_refused(
         run(config, ["expert"])
 
 
+def test_two_processes_of_one_expert_share_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 8, "GPU": 1}}
+    monkeypatch.setattr(ray_nodes, "_nodes", lambda: [node])
+    ray_nodes.check_room({"CPU": 1, "GPU": 0.5}, 1)
+    with pytest.raises(ConfigError, match=r"launch.gpus must be a whole number .*, got 0.5"):
+        ray_nodes.check_room({"CPU": 1, "GPU": 0.5}, 2)
+
+
+def test_after_the_memory_of_a_node_ran_out_what_is_not_done_begins_again(
+    small: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = small(tmp_path / "run", *WORDS, "launch.retries=1")
+    jobs: Any = [SimpleNamespace(name=f"expert {k:02d}") for k in range(3)]
+    table: Any = SimpleNamespace(state=lambda *_: None)
+    storage = Storage(f"local://{tmp_path}/storage", "run")
+    listener = on_ray.Listener(config, jobs, table, storage)
+    asked: list[tuple[str, list[int]]] = []
+
+    class OutOfMemory:
+        def __init__(self, *given: Any) -> None:
+            asked.append(given[-2:])
+
+        def fit(self) -> None:
+            listener.hear(0, "failed", DdmError("damaged"))
+            error = ray.exceptions.OutOfMemoryError("a worker was killed")
+            raise RuntimeError("Caught unexpected exception: a worker was killed") from error
+
+    monkeypatch.setattr(on_ray, "_tuner", OutOfMemory)
+    with pytest.raises(DdmError, match="more often than launch.retries, .*a worker was killed"):
+        on_ray._fit(config, None, None, storage, "1", listener)  # type: ignore[arg-type]
+    assert asked == [("1", [0, 1, 2]), ("1-1", [1, 2])]
+    assert listener.commands == {"1", "1-1"}
+    assert "expert 01: memory ran out on a node" in caplog.text
+
+
 def test_ray_that_is_not_installed_is_named(
     small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,10 +352,12 @@ def test_a_storage_finds_the_newest_checkpoints_of_any_command_first(tmp_path: P
         "2/e-1/checkpoint_000000",
         "1/e-1/checkpoint_000009",
     ]
-    storage.forget("e-1")
+    storage.forget("e-1", ["1"])  # the other command goes on
+    assert storage.checkpoints("e-1") == [f"{tmp_path}/run/{name}" for name in found[:2]]
+    storage.forget("e-1", ["1", "2"])
     storage.clear(["1", "2"])
     assert [path.name for path in (tmp_path / "run").rglob("e-*")] == ["e-2"]
-    storage.forget("e-2")
+    storage.forget("e-2", ["2"])
     (tmp_path / "run" / "mine.txt").write_text("mine")
     (tmp_path / "run" / "3" / "inputs" / "e-3").mkdir(parents=True)  # of another command
     storage.clear(["2"])

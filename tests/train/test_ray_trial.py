@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ddm.artifacts import sha256
+from ddm.errors import ArtifactError
 from ddm.partition import Partition
 from tests.conftest import SMALL
 from train.config import Config, default_config, load_config
-from train.ray_trial import Training, Work, inside, name_of
+from train.ray_trial import Training, Work, fetch, inside, name_of
+from train.resume import steps
 from train.stages import expert
 from train.stages.run import run
 from train.storage import Storage
@@ -31,16 +34,21 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(here: Path, small: Callable[..., Config], tmp_path: Path) -> Callable[..., Work]:
-    """`work(*checkpoints)`: these experts, to be trained from a storage."""
+    """`work(*checkpoints)`: these experts, to be trained from a storage with checkpoints, the newest first."""
     config = small(here)
     jobs = [expert._job(config, k) for k in (1, 2)]
     where = (str(tmp_path / "storage"), "run")
     storage = Storage(*where)
     for job in jobs:
         storage.put({inside(config, path): path for path in job.reads}, f"1/inputs/{name_of(job)}")
-    return lambda *starts: Work(
-        config, jobs, 1, where, f"{storage.run}/1/inputs", [list(starts), []], {}, 0.02
-    )
+
+    def made(*checkpoints: Path) -> Work:
+        for n, folder in enumerate(reversed(checkpoints)):
+            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*")}
+            storage.put(files, f"1/{name_of(jobs[0])}/checkpoint_{n:06d}")
+        return Work(config, jobs, 1, where, f"{storage.run}/1/inputs", {}, 0.02)
+
+    return made
 
 
 @pytest.fixture
@@ -118,7 +126,7 @@ def test_a_later_command_starts_from_the_newest_whole_checkpoint(
     half = tmp_path / "half"
     half.mkdir()
     (half / "manifest.json").write_text('{"resume.ckpt": "' + "0" * 64 + '"}')
-    second = trial(work(str(half), str(whole)))
+    second = trial(work(half, whole))
     seen = steps_until(second, lambda result: bool(result["done"]))
     assert min(step for step in seen if step > 0) >= 4
     assert "resume.ckpt is missing; an earlier checkpoint is used" in caplog.text
@@ -164,6 +172,56 @@ def test_an_error_of_training_is_a_result_with_its_traceback(
         pass
     assert "cluster-01.safetensors is damaged" in str(result["error"])
     assert "in train_expert" in result["error"].__notes__[0]
+
+
+def test_what_the_run_has_of_a_later_step_is_kept(
+    work: Callable[..., Work],
+    trial: Callable[[Work], Training],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    earlier = _interrupted(work, trial, monkeypatch, tmp_path)
+    given = work(earlier)
+    own = {"experts/01/resume.ckpt": tmp_path / "own"}
+    (tmp_path / "own").write_bytes(b"later")
+    Storage(*given.storage).put(own, f"1/inputs/{name_of(given.jobs[0])}")
+    monkeypatch.setattr(
+        "train.ray_trial.steps", lambda folder: 9 if "experts" in folder.parts else 4
+    )
+    fetch(given, given.jobs[0], tmp_path / "run", None)
+    assert (tmp_path / "run" / "experts" / "01" / "resume.ckpt").read_bytes() == b"later"
+
+
+def test_a_later_step_is_known_by_its_checkpoint(
+    work: Callable[..., Work],
+    trial: Callable[[Work], Training],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    folder = _interrupted(work, trial, monkeypatch, tmp_path)
+    assert steps(folder) == steps(tmp_path / "none") + 4
+    (folder / "resume.ckpt").write_bytes(b"damaged")
+    assert steps(folder) == 0
+
+
+def test_inputs_that_have_been_deleted_are_named(work: Callable[..., Work], tmp_path: Path) -> None:
+    given = work()
+    storage = Storage(*given.storage)
+    storage.fs.rm(f"{given.inputs}/{name_of(given.jobs[0])}", recursive=True)
+    with pytest.raises(ArtifactError, match="is missing: something has deleted it from"):
+        fetch(given, given.jobs[0], tmp_path / "run", None)
+
+
+def test_a_process_that_has_lost_its_gpu_ends(
+    work: Callable[..., Work], trial: Callable[[Work], Training]
+) -> None:
+    def lose(config: Config, on_progress: Callable[[Any], None]) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    given = work()
+    one = trial(replace(given, jobs=[replace(given.jobs[0], train=lose)]))
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        steps_until(one, lambda result: bool(result["done"]))
 
 
 def test_what_is_read_lies_beside_it_elsewhere(small: Callable[..., Config]) -> None:

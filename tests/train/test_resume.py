@@ -15,17 +15,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 from ddm.artifacts import sha256
-from tests.conftest import SMALL
+from tests.conftest import PRELOADED, SMALL
 from train import stopping
+from train.launch import _serve as launch_serve
 
 LONGER = [
     *SMALL,
@@ -100,6 +103,13 @@ def _fork_workers_too(address: str) -> None:
     server.ensure_running = lambda: None
     context = multiprocessing.get_context("forkserver")
     mock.patch("multiprocessing.get_context", return_value=context).start()
+    mock.patch("train.launch._serve", partial(_served, address)).start()
+
+
+def _served(address: str, *given: Any) -> None:
+    """The main function of a worker, whose ranks come from the same server, too."""
+    _fork_workers_too(address)
+    launch_serve(*given)
 
 
 def _stay() -> None:
@@ -116,7 +126,7 @@ def _stay() -> None:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """`start(folder, *words, temporary=None)`: a process that trains; without a folder, `_stay`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.__main__", "train.stages.run", "sklearn.datasets"])
+    context.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
     logs = tmp_path_factory.mktemp("logs")
     started: list[Training] = []

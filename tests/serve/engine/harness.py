@@ -140,7 +140,7 @@ async def running(experts: list[Fake], **settings: Any) -> AsyncIterator[Engine]
     engine = Engine(experts, settings.pop("turn", None) or Turn(1), **settings)
     engine.start()
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             yield engine
     finally:
         for expert in experts:

@@ -9,9 +9,11 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.serve.http.browsing import CHROMIUM, Api, served
+
+expect.set_options(timeout=20_000)
 
 
 @pytest.fixture(scope="module")

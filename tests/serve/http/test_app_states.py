@@ -126,6 +126,7 @@ def test_what_is_not_done_by_the_deadline_is_504_and_takes_its_cost_along(small_
         assert it.counted("rejections_total", reason="deadline") == 3
         assert it.counted("requests_total", status="504") == 3
         it.open()
+        it.service.settings.serve.limits.deadline_s = 60
         assert (await request(it.app, "/v1/samples", {})).status == 200
 
     served(small_run, test, "serve.limits.deadline_s=0.2")

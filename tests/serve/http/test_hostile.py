@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -116,14 +117,13 @@ def sent(server: Server, *pieces: bytes, wait_s: float = 30, pause_s: float = 0)
     parts = urlsplit(server.url)
     answer = b""
     with socket.create_connection((parts.hostname, parts.port), timeout=wait_s) as connection:
-        try:
+        with suppress(ConnectionError, TimeoutError):  # an answer may have come already
             for piece in pieces:
                 connection.sendall(piece)
                 time.sleep(pause_s)
+        with suppress(ConnectionError, TimeoutError):
             while more := connection.recv(65_536):
                 answer += more
-        except (ConnectionError, TimeoutError):
-            pass
     return answer
 
 

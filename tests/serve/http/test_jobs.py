@@ -220,13 +220,14 @@ def test_a_job_that_fails_says_why(small_run: Path) -> None:
         alice = JobsOf(it)
         job = await alice.until((await alice.submit({})).json["id"], "failed")
         assert job["error"]["type"] == "unavailable" and "broken" in job["error"]["message"]
+        it.service.settings.serve.jobs.deadline_s = 0.3
         late = JobsOf(it)
         for gate in it.gates:
             gate.open.clear()
         job = await late.until((await late.submit({})).json["id"], "failed")
         assert job["error"] == {"type": "deadline", "message": "not done within 0.3 s"}
 
-    served(small_run, test, "serve.jobs.deadline_s=0.3")
+    served(small_run, test)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 
 @pytest.fixture(scope="module")
 def server(small_run: Path, start_once: Start) -> Server:
-    limits = {"header_timeout_s": 0.3, "keep_alive_s": 0.6, "send_timeout_s": 0.3, "connections": 5}
+    limits = {"header_timeout_s": 1, "keep_alive_s": 3, "send_timeout_s": 0.3, "connections": 5}
     words = [f"serve.limits.{key}={value}" for key, value in limits.items()]
     return start_once(small_run, "sample.steps=2", *words)
 

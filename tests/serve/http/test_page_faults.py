@@ -19,6 +19,7 @@ from tests.serve.http.browsing import (
     DONE,
     Api,
     behind_prefix,
+    click_sample,
     fill,
     needs_chromium,
     pixels,
@@ -281,7 +282,7 @@ def test_token_opens_the_page_and_stays_out_of_links(
         page.reload()
         page.wait_for_selector(DONE)  # this tab keeps the token
         page.evaluate("sessionStorage.clear()")
-        page.get_by_role("button", name="Sample", exact=True).click()
+        click_sample(page)
         page.get_by_label("Token").fill("open-sesame")
         page.keyboard.press("Enter")
         expect(page.locator("#gate")).to_be_hidden()

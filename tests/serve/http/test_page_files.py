@@ -83,6 +83,7 @@ def test_samples_start_from_a_chosen_image(
     page: Page, address: str, api: Api, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     page.goto(address)
+    page.wait_for_selector("#form:not([hidden])")
     assert page.get_by_label("Strength").is_hidden()
     choose(page, start_image(tmp_path, size))
     expect(page.locator("#given")).to_be_visible()
@@ -133,6 +134,7 @@ def test_transparent_pixels_are_sampled(page: Page, address: str, tmp_path: Path
     Image.fromarray(whole).save(tmp_path / "half.png")
     page.goto(address)
     choose(page, tmp_path / "half.png")
+    expect(page.locator("#given")).to_be_visible()
     sample(page, n=1, seed=1)
     (found,) = shown(page)
     assert np.abs(found[:, 4:] - whole[:, 4:, 0]).max() <= 1

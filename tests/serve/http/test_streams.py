@@ -11,7 +11,6 @@ import torch
 from serve.engine.metrics import Metrics
 from serve.engine.service import SamplingParams, Service
 from serve.engine.state import StepRecord
-from serve.http import streams
 from serve.http.streams import StreamQueue, stream_samples, with_comments
 from serve.settings import settings
 
@@ -136,5 +135,4 @@ def test_a_stream_that_is_not_read_ends_and_frees_its_request(
         await service.stop()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    monkeypatch.setattr(streams, "_SILENCE_S", 30)
     asyncio.run(work())

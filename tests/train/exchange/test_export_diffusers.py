@@ -2,6 +2,7 @@
 
 import dis
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -31,6 +32,15 @@ SETTINGS: list[dict[str, Any]] = [
     {"sampler": "ddpm", "policy": "stochastic", "source": "combined", "steps": 6},
     {"sampler": "unipc", "policy": "nucleus", "source": "gaussian", "steps": 4},
 ]
+SAMPLED = {
+    "routed": SETTINGS,
+    "unet2d": SETTINGS[:2],  # of diffusers' own options
+    "mixed": [  # of other processes, and without a router
+        {"source": "gaussian"},
+        {"source": "prior", "sampler": "dpmpp_2m", "steps": 5},
+    ],
+    "seeded": SETTINGS[:3],  # with a seed model that moves images at high noise
+}
 
 # `-I` keeps the current folder off the path; an editable install of ours is hidden.
 ALONE = """
@@ -46,88 +56,85 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
-folder, out, *settings = sys.argv[1:]
-pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-pipeline.set_progress_bar_config(disable=True)
-found = {str(n): pipeline(4, output_type="pt", **json.loads(one)).images for n, one in enumerate(settings)}
-save_file(found, out)
+for folder, settings in json.loads(sys.argv[1]).items():
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    found = {str(n): pipeline(4, output_type="pt", **one).images for n, one in enumerate(settings)}
+    save_file(found, f"{folder}/found.safetensors")
 x = torch.randn(3, 1, 8, 8)
 many = pipeline(latents=x, output_type="pt").images
 (one,) = pipeline(latents=x[2:], first_index=2, output_type="pt").images
 assert torch.allclose(many[2], one, atol=1e-4)
 (image, *_) = pipeline(2, num_inference_steps=2, generator=torch.Generator().manual_seed(1)).images
+try:
+    pipeline.to(torch.float16)()
+except ValueError as error:
+    print(error)
 print(type(pipeline).__name__, image.size)
 """
 
 
-def sampled_alone(
-    folder: Path, tmp_path: Path, settings: list[dict[str, Any]]
-) -> list[torch.Tensor]:
-    """What the pipeline of a folder samples with each of the settings, 4 images each."""
-    theirs = [{RENAMED.get(key, key): value for key, value in one.items()} for one in settings]
+@pytest.fixture(scope="module")
+def exported(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`exported(name)`: a run, and in `exported` of its folder the pipeline and its samples: 4 images
+    with each of its `SAMPLED`, by one process for all pipelines, because it imports slowly.
+    """
+    root = tmp_path_factory.mktemp("exports")
+
+    def made(name: str, stages: tuple[str, ...], *words: str) -> None:
+        run_stages(load_config(default_config(), [*SMALL, f"run={root / name}", *words]), stages)
+
+    shutil.copytree(small_run, root / "routed")
+    unet = ("unet.patch=2", "unet.groups=4", "unet.embedding=[4, 4]", "parameterization=v")
+    options = [f"expert.{word}" for word in unet]
+    stages = ("partition", "seed_model", "expert", "router", "bundle")
+    made("unet2d", stages, "partition.k=2", "schedule={name: ddpm}", *options)
+    experts = ", ".join(str(small_run / "experts" / name) for name in ("00", "02"))
+    made("mixed", ("bundle",), f"bundle.experts=[{experts}]", "schedule={name: rectified_flow}")
+    high = ("seed_model.steps=4", "seed_model.above=0.6", "expert.t_max=0.6")
+    made("seeded", stages, "partition.k=2", *high)
+    asked = {}
+    for name, settings in SAMPLED.items():
+        folder = root / name / "exported"
+        assert main(["export", "diffusers", str(root / name), str(folder)]) == 0
+        asked[str(folder)] = [
+            {RENAMED.get(key, key): value for key, value in one.items()} for one in settings
+        ]
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, folder, tmp_path / "found", *map(json.dumps, theirs)],
-        env={"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "PATH": ""},
+        [sys.executable, "-I", "-c", ALONE, json.dumps(asked)],
+        env={"OMP_NUM_THREADS": "1", "HF_HOME": str(root / "hf"), "PATH": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "RoutedPipeline (8, 8)\n"
-    found = load_file(tmp_path / "found")
-    return [found[str(n)] for n in range(len(settings))]
+    said = "torch_dtype must be torch.float32, got torch.float16\nRoutedPipeline (8, 8)\n"
+    assert done.stdout == said
+    return lambda name: root / name
 
 
-def test_a_routed_digits_bundle_is_sampled_by_diffusers_alone(
-    small_run: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "exported"
-    assert main(["export", "diffusers", str(small_run), str(folder)]) == 0
-    model = load(small_run, "cpu")
-    for one, found in zip(SETTINGS, sampled_alone(folder, tmp_path, SETTINGS), strict=True):
-        torch.testing.assert_close(found, model.sample(4, **one), rtol=0, atol=1e-4)
+@pytest.mark.parametrize("name", ["routed", "unet2d", "mixed", "seeded"])
+def test_a_bundle_is_sampled_by_diffusers_alone(exported: Callable[[str], Path], name: str) -> None:
+    run = exported(name)
+    model = load(run, "cpu")
+    found = load_file(run / "exported" / "found.safetensors")
+    for n, one in enumerate(SAMPLED[name]):
+        torch.testing.assert_close(found[str(n)], model.sample(4, **one), rtol=0, atol=1e-4)
 
 
-def test_experts_of_diffusers_options_are_unet2ds(tmp_path: Path) -> None:
-    words = [*SMALL, f"run={tmp_path / 'run'}", "partition.k=2", "expert.unet.patch=2"]
-    words += ["expert.unet.groups=4", "expert.unet.embedding=[4, 4]", "expert.parameterization=v"]
-    words += ["schedule={name: ddpm}"]
-    run_stages(load_config(default_config(), words), ("partition", "expert", "router", "bundle"))
-    folder = tmp_path / "exported"
-    assert main(["export", "diffusers", str(tmp_path / "run"), str(folder)]) == 0
+def test_experts_of_diffusers_options_are_unet2ds(exported: Callable[[str], Path]) -> None:
+    folder = exported("unet2d") / "exported"
     index = json.loads((folder / "model_index.json").read_text())
     assert index["expert_01"] == ["diffusers", "UNet2DModel"]
     unet = diffusers.UNet2DModel.from_pretrained(folder, subfolder="expert_01")
     assert (unet.config.in_channels, unet.config.sample_size) == (4, 4)
-    model = load(tmp_path / "run", "cpu")
-    for one, found in zip(SETTINGS[:2], sampled_alone(folder, tmp_path, SETTINGS[:2]), strict=True):
-        torch.testing.assert_close(found, model.sample(4, **one), rtol=0, atol=1e-4)
 
 
-def test_a_bundle_of_other_processes_and_without_a_router(small_run: Path, tmp_path: Path) -> None:
-    experts = [str(small_run / "experts" / name) for name in ("00", "02")]
-    words = [*SMALL, f"run={tmp_path / 'run'}", f"bundle.experts=[{', '.join(experts)}]"]
-    words += ["schedule={name: rectified_flow}"]
-    run_stages(load_config(default_config(), words), ("bundle",))
-    folder = tmp_path / "exported"
-    assert main(["export", "diffusers", str(tmp_path / "run"), str(folder)]) == 0
-    settings = [{"source": "gaussian"}, {"source": "prior", "sampler": "dpmpp_2m", "steps": 5}]
-    model = load(tmp_path / "run", "cpu")
-    for one, found in zip(settings, sampled_alone(folder, tmp_path, settings), strict=True):
-        torch.testing.assert_close(found, model.sample(4, **one), rtol=0, atol=1e-4)
-
-
-def test_a_seed_model_that_moves_images_at_high_noise_goes_along(tmp_path: Path) -> None:
-    words = [*SMALL, f"run={tmp_path / 'run'}", "partition.k=2"]
-    words += ["seed_model.steps=4", "seed_model.above=0.6", "expert.t_max=0.6"]
-    stages = ("partition", "seed_model", "expert", "router", "bundle")
-    run_stages(load_config(default_config(), words), stages)
-    folder = tmp_path / "exported"
-    assert main(["export", "diffusers", str(tmp_path / "run"), str(folder)]) == 0
-    assert json.loads((folder / "mixture" / "config.json").read_text())["above"] == 0.6
-    model = load(tmp_path / "run", "cpu")
-    for one, found in zip(SETTINGS[:3], sampled_alone(folder, tmp_path, SETTINGS[:3]), strict=True):
-        torch.testing.assert_close(found, model.sample(4, **one), rtol=0, atol=1e-4)
+def test_a_seed_model_that_moves_images_at_high_noise_goes_along(
+    exported: Callable[[str], Path],
+) -> None:
+    config = exported("seeded") / "exported" / "mixture" / "config.json"
+    assert json.loads(config.read_text())["above"] == 0.6
 
 
 def test_every_name_of_the_file_is_defined_in_it() -> None:
