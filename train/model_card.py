@@ -132,7 +132,7 @@ def _written(config: Config, folder: Path, bundle: Bundle, copy: str) -> str:
         evaluation=evaluation,
         tables=_tables(evaluation) if evaluation else [],
         copies=_copies(evaluation) if evaluation else "",
-        not_for=dict.fromkeys([*(terms or _terms(config)), *_NOT_FOR]),
+        not_for=dict.fromkeys([*terms, *_terms(config), *_NOT_FOR]),
     )
 
 

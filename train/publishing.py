@@ -37,7 +37,8 @@ def push(folder: Path, url: str) -> str:
     with _naming(url, "written"):
         fs.makedirs(root, exist_ok=True)
         _check_same(fs, folder / MANIFEST, root, url)  # before anything is written
-        for path in files_of(folder):
+        files = files_of(folder)
+        for path in files:
             target = f"{root}/{path.name}"
             if not fs.exists(target):
                 _put(fs, path, target)
@@ -47,7 +48,7 @@ def push(folder: Path, url: str) -> str:
             else:
                 _check_same(fs, path, root, url)
             log.info("%s  %.1f MB", path.name, path.stat().st_size / 1e6)
-    if others := [path.name for path in sorted(folder.iterdir()) if path not in files_of(folder)]:
+    if others := [path.name for path in sorted(folder.iterdir()) if path not in files]:
         log.info("not copied, for they are no part of the bundle: %s", " ".join(others))
     return bundle.version
 

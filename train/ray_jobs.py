@@ -48,9 +48,8 @@ class Listener:
         self.results: list[Exception | None] = [RuntimeError("Ray ended before it")] * len(jobs)
         self.unfinished = set(range(len(jobs)))
         self.where = [""] * len(jobs)
-        self.commands: set[str] = (
-            set()
-        )  # of the storage, whose files of a job are deleted when it is done
+        # In the storage: what these have of a job is deleted when it is done.
+        self.commands: set[str] = set()
         self.saved = [0] * len(jobs)
 
     def hear(self, i: int, kind: str, *news: Any) -> None:
@@ -165,8 +164,9 @@ def _why(trial: Any) -> str:
     """Why a trial has failed, from what Tune has noted."""
     path = trial.error_file
     text = Path(path).read_text().strip() if path and Path(path).exists() else ""
+    text = text.rpartition("Failure #")[2]  # of the last one
     last = text.splitlines()[-1] if text else "it failed"
-    if re.search(r"Actor(Died|Unavailable)Error|NodeDiedError|OwnerDiedError", text):
+    if re.search("[Aa]ctor (died|is dead|.* is unavailable)|(Died|Unavailable)Error", text):
         return f"its process died or its node was lost: {last}"
     return last
 
@@ -203,9 +203,13 @@ def train_on_ray(config: Config, jobs: Sequence[Job], table: LiveTable) -> list[
         name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         earlier = [path for job in jobs for path in storage.checkpoints(name_of(job))]
         resumed = {path.removeprefix(f"{storage.run}/").partition("/")[0] for path in earlier}
-        listener.commands = {name, f"{name}-ranks", *resumed}
+        began = {
+            re.sub(r"(-ranks|_\d+)$", "", command) for command in resumed
+        }  # with what they read
+        listener.commands = {name, f"{name}-ranks", *resumed, *began}
         for job in jobs:
             if (signum := stopping.requested()) is not None:
+                storage.clear(listener.commands)
                 raise Stopped(signum, [])
             kept = kept_files(config.folder / job.folder)
             files = {inside(config, path): path for path in [*job.reads, *kept]}
@@ -218,10 +222,10 @@ def train_on_ray(config: Config, jobs: Sequence[Job], table: LiveTable) -> list[
         link = _Link(None if is_client else listener)
         with _relayed(link, listener) if is_client else contextlib.nullcontext():
             _fit(config, work, link, storage, name, listener)
+        storage.clear(listener.commands)
         if (signum := stopping.requested()) is not None:
             left = [i for i, result in enumerate(listener.results) if result is not None]
             raise Stopped(signum, [listener.saved[i] for i in left if listener.saved[i] > 0])
-    storage.clear(listener.commands)
     if config.launch.storage is None:
         with contextlib.suppress(OSError):  # there are checkpoints
             (config.folder / "ray").rmdir()
@@ -236,19 +240,22 @@ def _fit(
     """
     retries = config.launch.retries
     for attempt in range(retries + 1):
-        of_attempt = f"{name}-{attempt}" if attempt else name
+        of_attempt = f"{name}_{attempt}" if attempt else name  # in the order of their names
         listener.commands.add(of_attempt)
         left = sorted(listener.unfinished)
         try:
             _tuner(config, work, link, storage, of_attempt, left).fit()
             return
         except RuntimeError as error:
-            if not isinstance(error.__cause__, OutOfMemoryError):
+            ours = isinstance(error.__cause__, OutOfMemoryError)
+            if not ours and OutOfMemoryError.__name__ not in str(error):  # from a cluster, as text
                 raise
-            if attempt == retries:
-                raise DdmError(f"more often than launch.retries, {error}") from error
-            for i in left:
-                listener.hear(i, "lost", "memory ran out on a node")
+            for i in sorted(listener.unfinished):
+                if attempt < retries:
+                    listener.hear(i, "lost", "memory ran out on a node")
+                else:
+                    why = DdmError("memory ran out on a node, more often than launch.retries")
+                    listener.hear(i, "failed", why)
 
 
 def _tuner(

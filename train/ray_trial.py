@@ -75,10 +75,8 @@ class Training(tune.Trainable):
             self.thread.start()
         self.ended.wait(self.work.news_s)
         ended = self.ended.is_set()
-        if isinstance(
-            self.error, torch.AcceleratorError
-        ):  # this process has lost its GPU, another may have one
-            raise self.error
+        if isinstance(self.error, torch.AcceleratorError):
+            raise self.error  # this process has lost its GPU, another may have one
         now = stamp(self.folder)
         new = now != self.saved
         self.saved = now
@@ -143,7 +141,8 @@ def _unpacked(job: Job, packed: Path, run: Path) -> bool:
     folder = run / job.folder
     try:
         check_packed(packed)
-        if steps(folder) <= steps(packed):
+        done = any(packed.glob("*.safetensors")) and not any(folder.glob("*.safetensors"))
+        if done or steps(folder) <= steps(packed):
             unpack(packed, folder)
     except ArtifactError as error:
         log.warning("%s: %s; an earlier checkpoint is used", job.name, error)

@@ -14,10 +14,10 @@ _FILLERS = {
 _ARTICLES = {"a", "an", "the", "some"}  # also within a name
 _NOT = {"not", "no", "without", "non"}
 _OR = {"or", "nor"}  # after `not`, it goes on
-# What can only be said of a person, never of what somebody is without.
+# What is said of a person, never of what somebody is without.
 _ADJECTIVES = {
-    "attractive", "bald", "beardless", "bearded", "blond", "blonde", "blurry", "chubby", "female", "male", "man",
-    "old", "smiling", "woman", "young",
+    "attractive", "bald", "beardless", "bearded", "blond", "blonde", "blurry", "chubby", "female", "male", "old",
+    "smiling", "young", "man", "men", "guy", "boy", "gentleman", "woman", "women", "lady", "girl",
 }  # fmt: skip
 
 # Plain words for names that people do not use; each counts only where the vocabulary has its name.
@@ -44,9 +44,7 @@ def condition_of(prompt: str, vocabulary: Vocabulary) -> dict[str, int]:
     longest = max(map(len, terms), default=1)
     words = [word for word in _words(prompt) if word not in _ARTICLES or (word,) in terms]
     found: dict[str, int] = {}
-    negated = listed = (
-        False  # listed: the last name was negated, and what follows may be meant to be
-    )
+    negated = listed = False  # listed: what was negated may go on, without a word for it
     i = 0
     while i < len(words):
         for length in range(min(longest, len(words) - i), 0, -1):
@@ -58,7 +56,7 @@ def condition_of(prompt: str, vocabulary: Vocabulary) -> dict[str, int]:
             listed = listed and words[i] == "and"
             i += 1
             continue
-        if listed and not negated and words[i] not in _ADJECTIVES:
+        if listed and not negated and " ".join(words[i : i + length]) not in _ADJECTIVES:
             raise _refused(
                 prompt, "repeat 'without', or say 'or', where several things are not to be there"
             )

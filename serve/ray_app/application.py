@@ -29,8 +29,8 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         _deployment(Sampling, name="sampling")
         .options(
             num_replicas=ray_config.services,
-            # The service itself limits what is pending, of which each request has at least one.
-            max_ongoing_requests=config.serve.limits.pending,
+            # The service itself limits what is pending: one evaluation at least of each request for samples.
+            max_ongoing_requests=max(1000, config.serve.limits.pending),
             ray_actor_options={"num_cpus": ray_config.service_cpus},
             health_check_period_s=1,
             graceful_shutdown_timeout_s=config.serve.limits.deadline_s,

@@ -23,6 +23,8 @@ from serve.settings import Settings, settings
 
 log = logging.getLogger(__name__)
 
+_PREPARE_S = 300.0  # for a replica to load a bundle
+
 
 @ray_serve.ingress()
 class Sampling:
@@ -94,15 +96,25 @@ class Sampling:
                 raise ConfigError(f"user_config must be {{run: FOLDER}}, got {user_config!r}")
 
     async def _prepare(self, folder: str) -> None:
-        """Have a replica of each expert load a bundle. Raises what keeps one from it."""
+        """Have a replica of each expert load a bundle. Raises what keeps one from it, and
+        `ArtifactError` for one that has another version or does not answer.
+        """
         version = read_bundle(bundle_folder(folder), only=()).version
-        calls = [handle.prepare.remote(folder) for handle in self.experts.values()]
-        for name, found in zip(self.experts, await asyncio.gather(*calls), strict=True):
+
+        async def prepared(name: str, handle: DeploymentHandle[Any]) -> None:
+            try:
+                async with asyncio.timeout(_PREPARE_S):
+                    found = await handle.prepare.remote(folder)
+            except TimeoutError as error:
+                message = f"{name} has not loaded {folder} within {_PREPARE_S:g} s"
+                raise ArtifactError(message) from error
             if found != version:
                 raise ArtifactError(
                     f"{folder} must be the same on all nodes: {name} has version {found[:12]}, "
                     f"expected {version[:12]}"
                 )
+
+        await asyncio.gather(*(prepared(*expert) for expert in self.experts.items()))
 
     async def check_health(self) -> None:
         """Serve's health check. The first one follows the first `reconfigure`."""

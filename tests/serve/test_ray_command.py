@@ -1,6 +1,7 @@
 """`ddm serve RUN serve.placement=ray`: a Ray of its own, for as long as it serves."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -18,6 +20,7 @@ from benchmarks.load.client import Tally, closed
 from serve import load
 from serve.__main__ import main
 from serve.model.images import to_uint8
+from serve.ray_app import server
 
 # Without what other tests in this process set for their own clusters.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -104,6 +107,49 @@ def test_a_port_in_use_is_refused(refused: Callable[..., str], small_run: Path) 
             "error: serve.host and serve.port must be a free address of this machine, "
             f"got 127.0.0.1 {port}: Address already in use\n"
         )
+
+
+def test_a_cluster_that_serves_an_application_of_the_name_is_refused(
+    refused: Callable[..., str], small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = SimpleNamespace(applications={"ddm": "RUNNING"})
+    monkeypatch.setattr(server, "check_ray_answers", lambda *_: None)
+    monkeypatch.setattr(server, "_ray", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(
+        server, "ray_serve", SimpleNamespace(start=lambda **_: None, status=lambda: status)
+    )
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    said = refused(small_run, "serve.ray.address=auto")
+    assert (
+        "serve.ray.address must be a cluster that serves no application 'ddm' yet, got 'auto'"
+        in said
+    )
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_ends_it_while_it_starts(
+    installed_ddm: Path, hostile: Path, small_run: Path
+) -> None:
+    """Where no GPU is that its experts claim, Serve waits for ever."""
+    words = [f"serve.port={free_port()}", "serve.placement=ray", "serve.ray.gpus=1"]
+    child = subprocess.Popen(
+        [installed_ddm, "serve", os.path.relpath(small_run, hostile), *words],
+        cwd=hostile,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        ends = time.monotonic() + 180
+        while "ServeController" not in session_processes(child.pid) and time.monotonic() < ends:
+            time.sleep(0.2)
+        time.sleep(3)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(120) == 130
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def test_a_ray_that_does_not_start_is_one_line(small_run: Path, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ import torch
 
 from benchmarks.load.client import Reply, closed
 from benchmarks.load.cluster import Deployed, deployed
-from benchmarks.load.drill import differences
+from benchmarks.load.drill import differences, other_weights
+from ddm.bundle import read_bundle
 from ddm.condition import Conditions
 from ddm.errors import ArtifactError
 from serve import load
 from serve.model.images import to_uint8
 from serve.model.loading import load_experts
+from serve.ray_app import ingress
 from serve.ray_app.replica import ExpertReplica
 from serve.ray_app.server import make_absolute
 from serve.settings import settings
@@ -94,6 +98,56 @@ def test_a_replica_answers_as_each_of_its_experts(small_run: Path, tmp_path: Pat
     assert np.abs(answers[0] - answers[1]).max() > 1e-3
     with pytest.raises(ArtifactError, match="no longer holds version other"):
         asyncio.run(replica.denoise(1, str(bundle), "other", x, t))
+
+
+def test_a_replica_that_has_lost_its_gpu_is_not_healthy(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = small_run / "bundle"
+    replica = ExpertReplica([0], str(bundle), "cpu", "float32", False)
+    asyncio.run(replica.check_health())
+
+    def lose(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    version = next(iter(replica.runners))
+    monkeypatch.setitem(replica.runners[version], 0, lose)
+    x, t = np.zeros((1, 1, 8, 8), np.float32), np.array([0.5], np.float32)
+    for call in (replica.denoise(0, str(bundle), version, x, t), replica.check_health()):
+        with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+            asyncio.run(call)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda replica, folder: replica.prepare(folder), None),
+        (
+            lambda replica, folder: asyncio.sleep(0, "0" * 64),
+            "experts-00-01 has version 000000000000",
+        ),
+        (lambda replica, folder: asyncio.sleep(60), "experts-00-01 has not loaded .* within 0.1 s"),
+    ],
+)
+def test_new_weights_are_loaded_by_each_expert_before_they_are_used(
+    small_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[..., Any],
+    said: str | None,
+) -> None:
+    monkeypatch.setattr(ingress, "_PREPARE_S", 0.1 if said else 60)
+    replica = ExpertReplica([0, 1], str(small_run / "bundle"), "cpu", "float32", False)
+    two = other_weights(str(small_run), tmp_path / "two")
+    remote = SimpleNamespace(remote=lambda folder: answer(replica, folder))
+    service: Any = SimpleNamespace(experts={"experts-00-01": SimpleNamespace(prepare=remote)})
+    prepared = ingress.Sampling._prepare(service, str(two))
+    if said is None:
+        asyncio.run(prepared)
+        assert list(replica.runners)[1] == read_bundle(two).version
+        return
+    with pytest.raises(ArtifactError, match=said):
+        asyncio.run(prepared)
 
 
 def test_a_replica_is_told_conditions_and_guidance(small_labels_run: Path) -> None:

@@ -212,6 +212,8 @@ def test_the_copy_in_half_precision_changes_along(
     write_half(two / "bundle", two / "bundle-half")
     run(small(two, *ROUTED, third(small_run)), ["grow"])
     assert read_bundle(two / "bundle-half").mixture == bundle_of(two).mixture
+    card = (two / "bundle-half" / "README.md").read_text()
+    assert f"the half precision of bundle `{bundle_of(two).version[:12]}`" in card
 
 
 def test_what_cannot_change_is_refused_by_key(

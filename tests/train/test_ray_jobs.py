@@ -308,11 +308,25 @@ def test_after_the_memory_of_a_node_ran_out_what_is_not_done_begins_again(
             raise RuntimeError("Caught unexpected exception: a worker was killed") from error
 
     monkeypatch.setattr(on_ray, "_tuner", OutOfMemory)
-    with pytest.raises(DdmError, match="more often than launch.retries, .*a worker was killed"):
-        on_ray._fit(config, None, None, storage, "1", listener)  # type: ignore[arg-type]
-    assert asked == [("1", [0, 1, 2]), ("1-1", [1, 2])]
-    assert listener.commands == {"1", "1-1"}
-    assert "expert 01: memory ran out on a node" in caplog.text
+    on_ray._fit(config, None, None, storage, "1", listener)  # type: ignore[arg-type]
+    assert asked == [("1", [0, 1, 2]), ("1_1", [1, 2])]
+    assert [str(result) for result in listener.results] == [
+        "damaged",
+        *2 * ["memory ran out on a node, more often than launch.retries"],
+    ]
+    told = [message.partition(":")[0] for message in caplog.messages if "resumes" in message]
+    assert told == ["expert 01", "expert 02"]
+
+
+def test_a_program_that_uses_ray_is_told_to_stop_it(
+    small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with (
+        pytest.raises(DdmError, match="uses Ray already"),
+        ray_nodes.connected(small(tmp_path / "run")),
+    ):
+        pass
 
 
 def test_ray_that_is_not_installed_is_named(
@@ -343,19 +357,24 @@ def test_a_packed_folder_with_a_flipped_bit_is_refused_by_file(tmp_path: Path) -
 
 def test_a_storage_finds_the_newest_checkpoints_of_any_command_first(tmp_path: Path) -> None:
     storage = Storage(f"local://{tmp_path}", "run")
-    for name in ("2/e-1/checkpoint_000001", "1/e-1/checkpoint_000009", "2/e-1/checkpoint_000000"):
+    names = [f"{command}/e-1/checkpoint_00000{n}" for command, n in (("2", 1), ("1", 9), ("2", 0))]
+    for name in (*names, "2_1/e-1/checkpoint_000000"):  # of the second attempt of command 2
         (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run" / "2" / "e-2" / "checkpoint_000000").mkdir(parents=True)
     found = [path.removeprefix(f"{tmp_path}/run/") for path in storage.checkpoints("e-1")]
+    assert (
+        sorted(["2/e", "2_1/e", "2-ranks/e"])[-1] == "2_1/e"
+    )  # the second time of a command is later
     assert found == [
+        "2_1/e-1/checkpoint_000000",
         "2/e-1/checkpoint_000001",
         "2/e-1/checkpoint_000000",
         "1/e-1/checkpoint_000009",
     ]
     storage.forget("e-1", ["1"])  # the other command goes on
-    assert storage.checkpoints("e-1") == [f"{tmp_path}/run/{name}" for name in found[:2]]
-    storage.forget("e-1", ["1", "2"])
-    storage.clear(["1", "2"])
+    assert storage.checkpoints("e-1") == [f"{tmp_path}/run/{name}" for name in found[:3]]
+    storage.forget("e-1", ["1", "2", "2_1"])
+    storage.clear(["1", "2", "2_1"])
     assert [path.name for path in (tmp_path / "run").rglob("e-*")] == ["e-2"]
     storage.forget("e-2", ["2"])
     (tmp_path / "run" / "mine.txt").write_text("mine")

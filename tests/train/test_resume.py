@@ -270,7 +270,9 @@ def other_disk() -> Iterator[Path]:
 def test_a_run_killed_again_and_again_makes_the_same_files(
     tmp_path: Path, start: Start, whole: Path, other_disk: Path
 ) -> None:
-    """`DDM_KILLS=20` kills it more often; a run that ends before that is compared and begun anew."""
+    """`DDM_KILLS=20` kills it more often (with `-o faulthandler_timeout=0`); a run that ends before that is compared
+    and begun anew.
+    """
     expected = _artifacts(whole)
     delays = random.Random(KILLS)
     kills = 0

@@ -23,7 +23,7 @@ from ddm.mixture import Mixture
 from ddm.partition import Partition
 from ddm.schedules import schedule
 from train.config import Config, SeedModelConfig
-from train.model_card import write_card
+from train.model_card import write_card, write_cards
 from train.run_folder import claim, read_clusters
 from train.stages.denoiser import artifact_stem, initial
 from train.stages.expert import expert_stem, train_experts
@@ -231,7 +231,9 @@ def _save(config: Config, before: Bundle, parts: Parts, what: str) -> None:
     own, half = config.folder / "bundle", config.folder / "bundle-half"
     if half.is_dir() and folder.resolve() == own.resolve():
         write_half(folder, half)
-    write_card(config, folder)
+        write_cards(config)
+    else:
+        write_card(config, folder)
     bundle = read_bundle(folder)
     pi = ", ".join(
         f"{name} {p:.3f}" for name, p in zip(bundle.mixture.names, bundle.mixture.pi, strict=True)

@@ -40,6 +40,7 @@ ANIMALS = Vocabulary("label", ["cat", "frog", "polar bear"])
         ("a bearded man with blond hair", {"No_Beard": 0, "Male": 1, "Blond_Hair": 1}),
         ("Wearing_Hat", {"Wearing_Hat": 1}),
         ("not young", {"Young": 0}),
+        ("a not smiling girl", {"Smiling": 0, "Male": 0}),
         ("without a hat and smiling", {"Wearing_Hat": 0, "Smiling": 1}),
         (
             "a man without a hat who is wearing glasses",
@@ -80,6 +81,7 @@ def test_a_class_is_named_in_a_sentence() -> None:
         (ANIMALS, "a frog without", "prompt must say what is not to be there"),
         (FACES, "a man with no face", "prompt must say what is not to be there"),
         (FACES, "without glasses, hat and blond hair", "prompt must repeat 'without', or say 'or'"),
+        (FACES, "without glasses and blond hair", "prompt must repeat 'without', or say 'or'"),
         (FACES, "without glasses and hat", "prompt must repeat 'without', or say 'or'"),
         (Vocabulary("label", ["C", "C++"]), "a c", "prompt must use words for C, C\\+\\+"),
     ],
