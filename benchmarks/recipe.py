@@ -94,7 +94,10 @@ GROUPS: dict[str, list[Choice]] = {
         _words("expert.cooldown=0.8"),
         _words("expert.cooldown=1.0", "expert.cooldown_shape=cosine"),
     ],
-    "average": [_words(f"expert.ema_decay={decay}") for decay in (0.0, 0.98, 0.999)],
+    "average": [
+        (f"expert.ema_decay={decay}", [f"expert.ema_decay={decay}", "expert.ema_also=[]"])
+        for decay in (0.0, 0.98, 0.999)
+    ],
     "loss and times": [
         _words("expert.loss_weight=min_snr", "expert.times=uniform_log_snr"),
         _words("expert.loss_weight=edm", "expert.times=log_normal"),

@@ -43,11 +43,17 @@ def _times(key: str, factor: float) -> Variant:
 
 
 def _ema(power: float) -> Variant:
-    """An EMA over `power` times as many steps."""
+    """An EMA over `power` times as many steps, and no other average."""
     return Variant(
         f"an EMA over {power:g} times as many steps",
-        lambda config: [f"expert.ema_decay={1 - (1 - config.expert.ema_decay) / power:.6g}"],
+        lambda config: [
+            f"expert.ema_decay={1 - (1 - config.expert.ema_decay) / power:.6g}",
+            "expert.ema_also=[]",
+        ],
     )
+
+
+_NO_EMA = Variant("expert.ema_decay=0.0", lambda _: ["expert.ema_decay=0.0", "expert.ema_also=[]"])
 
 
 def _batches(factor: float) -> Variant:
@@ -155,7 +161,7 @@ GROUPS: dict[str, tuple[str, list[Variant]]] = {
         [_set(f"expert.times={kind}") for kind in ("uniform", "uniform_log_snr", "logit_normal")],
     ),
     "batch": ("The same number of images in smaller batches", [_batches(1 / 2), _batches(1 / 4)]),
-    "ema": ("The EMA of the weights", [_set("expert.ema_decay=0.0"), _ema(4)]),
+    "ema": ("The EMA of the weights", [_NO_EMA, _ema(4)]),
     "flips": (
         "Mirrored images",
         [Variant("data.flip inverted", lambda config: [f"data.flip={not config.data.flip}"])],
