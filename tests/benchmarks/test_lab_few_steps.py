@@ -1,7 +1,6 @@
 """The laboratory's table of samplers and grids, on measurements of a moment."""
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,15 +13,13 @@ from ddm.schedules import schedule
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[dict[str, object]]:
+def small() -> dict[str, object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few_steps, "REFERENCE_STEPS", 100)
         patch.setattr(few_steps, "PATHS", 4)
         patch.setattr(few_steps, "DIMENSION", 3)
-        patch.setattr(few_steps, "NFE", (5, 10, 50))
-        patch.setattr(few_steps, "GRIDS", ("uniform_t", "cosine", "edm"))
         patch.setenv("DDM_RUN", "no/run")
-        yield few_steps.measure()
+        return few_steps.measure()
 
 
 def test_every_defined_cell_is_there_and_small_at_50_nfe(small: dict[str, list]) -> None:

@@ -53,7 +53,7 @@ def test_what_else_is_in_the_folder_stays(run: Run) -> None:
     (run.bundle / ".git" / "refs").mkdir(parents=True)
     (run.bundle / ".git" / "HEAD").write_text("ref")
     (run.bundle / "latest").symlink_to("LICENSE")
-    (run.bundle / "expert-00.png").write_text("a picture")
+    (run.bundle / "expert-00.png").write_text("mine")
     (run.bundle / "router").mkdir()
     signature = run.bundle / "manifest.json.minisig"
     signature.write_text("signed")

@@ -215,6 +215,21 @@ def test_sigterm_ends_an_idle_server(small_run: Path, start: Start) -> None:
     assert server.process.wait(15) == -signal.SIGTERM
 
 
+def test_sighup_is_ignored_before_the_imports_that_take_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    seen: list[object] = []
+    monkeypatch.setattr(
+        "serve.__main__._serve", lambda _: seen.append(signal.getsignal(signal.SIGHUP))
+    )
+    try:
+        assert main(["demo"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [signal.SIG_IGN]
+
+
 def test_sighup_while_it_starts_does_not_end_it(small_run: Path, start: Start) -> None:
     server = start(small_run, ready=False)
     status = Path(f"/proc/{server.process.pid}/status")

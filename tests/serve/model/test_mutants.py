@@ -25,7 +25,7 @@ import torch
 from ddm.errors import ArtifactError, ConfigError
 from serve import load
 
-COUNT = int(os.environ.get("DDM_MUTANTS", "30"))
+COUNT = int(os.environ.get("DDM_MUTANTS", "60"))
 VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 4, 8, 64, 10**4, 10**6, 2**31, 2**63 - 1, 2**64),
     *(-(2**63), 1.5, -0.5, 1e-300, 1e300, float("nan"), float("inf")),

@@ -59,7 +59,7 @@ def test_constant_pixels_give_no_direction() -> None:
 
 
 def test_large_images_are_averaged_down_first() -> None:
-    real = random_images(60, 64)
+    real = random_images(60, 64, channels=3)
     halves = torch.nn.functional.avg_pool2d(real.double() / 255, 2)
     centred = halves.flatten(1) - halves.flatten(1).mean(dim=0)
     values = torch.linalg.svdvals(centred)[:4]

@@ -138,14 +138,20 @@ def test_ddpm_of_cifar10_is_imported_sampled_and_exported(
 ) -> None:
     """Of the options of google/ddpm-cifar10-32, narrower, with random weights."""
     types = ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
-    theirs = unet(
-        sample_size=32,
-        block_out_channels=[32, 64, 64, 64],
-        down_block_types=types,
-        up_block_types=[name.replace("Down", "Up") for name in reversed(types)],
-        layers_per_block=2,
-        norm_num_groups=32,
-    )
+    options: dict[str, Any] = {
+        "sample_size": 32,
+        "down_block_types": types,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(types)],
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+    }
+    with torch.device("meta"):
+        whole = unet(**options, block_out_channels=[128, 256, 256, 256])
+        config, shape = from_their_config(whole.config | {"_class_name": "UNet2DModel"}, 1000)
+        for network in (whole, config.build(shape)):
+            size = sum(parameter.numel() for parameter in network.parameters())
+            assert round(size / 1e6, 1) == 35.7
+    theirs = unet(**options, block_out_channels=[32, 64, 64, 64])
     scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
     folder = written(theirs, scheduler)
     run = single(imported(folder))
