@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddm.artifacts import (
     Layout,
+    check_sha256,
     file_of,
     is_sha256,
     naming,
@@ -110,6 +111,11 @@ class Bundle:
         """The experts, then the routers and the seed model."""
         others = [self.router, self.old_router, self.seed_model]
         return [*self.experts, *(other for other in others if other)]
+
+    def check_weights(self) -> None:
+        """Raise `ArtifactError` naming a file of weights that is missing or not of the hash that its facts have."""
+        for artifact in self.artifacts:
+            check_sha256(artifact.weights, artifact.facts["sha256"])
 
 
 def moved_aside(folder: Path) -> list[Path]:

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from ddm.artifacts import (
-    check_sha256,
     file_of,
     flush,
     is_sha256,
@@ -172,8 +171,7 @@ def write_bundle(folder: Path, parts: Parts, what: str) -> None:
             **({"above": above} if parts.seed_model else {}),
         }
         write_json(scratch / MANIFEST, manifest)
-        for artifact in read_bundle(scratch).artifacts:
-            check_sha256(artifact.weights, artifact.facts["sha256"])
+        read_bundle(scratch).check_weights()
         write_history(folder, scratch, what)
         _copy_the_rest(folder, scratch)
         _replace_folder(folder, scratch)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddm.artifacts import check_is_file, check_sha256
+from ddm.artifacts import check_is_file
 from ddm.bundle import MANIFEST, read_bundle
 from ddm.errors import ConfigError, one_of, require
 from ddm_cli.terminal import parted, run
@@ -92,8 +92,7 @@ def _signed_file(path: Path) -> Path:
 
 def _info(folder: Path, signers: Path | None) -> None:
     bundle = read_bundle(folder)
-    for artifact in bundle.artifacts:
-        check_sha256(artifact.weights, artifact.facts["sha256"])
+    bundle.check_weights()
     known = {} if signers is None else read_signers(signers)
     size = sum(path.stat().st_size for path in files_of(folder))
     print(f"{folder}: {bundle.mixture.k} experts, {size / 1e6:,.1f} MB")

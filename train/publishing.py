@@ -12,7 +12,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from ddm.artifacts import check_sha256, file_of, naming, read_facts, replaced, sha256
-from ddm.bundle import CARD, MANIFEST, Bundle, listed_artifacts, read_bundle, signature_of
+from ddm.bundle import CARD, MANIFEST, listed_artifacts, read_bundle, signature_of
 from ddm.bundle_history import HISTORY
 from ddm.errors import ArtifactError, ConfigError, DdmError, require
 from serve.model.signatures import check_signed
@@ -32,7 +32,8 @@ def push(folder: Path, url: str) -> str:
     Raises `ArtifactError` if a hash does not fit, or the place refuses; `ConfigError` if something
     else is at the URL.
     """
-    bundle = _checked(folder)
+    bundle = read_bundle(folder)
+    bundle.check_weights()
     fs, root = _place(url)
     with _naming(url, "written"):
         fs.makedirs(root, exist_ok=True)
@@ -51,14 +52,6 @@ def push(folder: Path, url: str) -> str:
     if others := [path.name for path in sorted(folder.iterdir()) if path not in files]:
         log.info("not copied, for they are no part of the bundle: %s", " ".join(others))
     return bundle.version
-
-
-def _checked(folder: Path) -> Bundle:
-    """A bundle whose weights have their hashes, too. Raises `ArtifactError` naming a file that has not."""
-    bundle = read_bundle(folder)
-    for artifact in bundle.artifacts:
-        check_sha256(artifact.weights, artifact.facts["sha256"])
-    return bundle
 
 
 def pull(
@@ -87,9 +80,10 @@ def pull(
         require(len(version) >= 8, "version", "have at least 8 digits", version)
         require(found.startswith(version), "version", f"be that of {url}, {found}", version)
     if folder.is_dir() and any(folder.iterdir()):
-        there = _checked(folder).version if (folder / MANIFEST).exists() else "no bundle"
+        there = read_bundle(folder).version if (folder / MANIFEST).exists() else "no bundle"
         same = there == found
         require(same, "FOLDER", f"be new or hold {found[:12]}", f"{folder}, with {there[:12]}")
+        read_bundle(folder).check_weights()
         shutil.rmtree(scratch, ignore_errors=True)
         for signature in _signatures(folder):  # which may have come later
             if not signature.exists():

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ddm.artifacts import check_sha256, file_of, read_facts, read_json, sha256
+from ddm.artifacts import file_of, read_facts, read_json, sha256
 from ddm.bundle import MANIFEST, read_bundle, restore_bundle, signature_of
 from ddm.bundle_history import read_history
 from ddm.bundle_writing import Parts, expert_names, mixture_of, write_bundle, write_half
@@ -102,7 +102,7 @@ def _holds(folder: Path, parts: Parts) -> bool:
     if not folder.exists():
         return False
     try:
-        _check_weights(folder)
+        read_bundle(folder).check_weights()
     except ArtifactError as error:
         log.warning("bundle     %s; it is made again", error)
         return False
@@ -127,17 +127,9 @@ def _is_half_of(half: Path, whole: Path) -> bool:
     if not half.exists():
         return False
     try:
-        _check_weights(half)
+        read_bundle(half).check_weights()
     except ArtifactError as error:
         log.warning("bundle     %s; it is made again", error)
         return False
     first = read_bundle(half, only=()).files[0]
     return read_facts(half / first).get("half_of") == sha256(whole / MANIFEST)
-
-
-def _check_weights(folder: Path) -> None:
-    """Raise `ArtifactError` naming a file of a bundle that is missing or damaged."""
-    read_bundle(folder)
-    for name in read_json(folder / MANIFEST)["artifacts"]:
-        weights = (folder / name).with_suffix(".safetensors")
-        check_sha256(weights, read_facts(folder / name)["sha256"])
