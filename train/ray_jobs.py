@@ -203,9 +203,7 @@ def train_on_ray(config: Config, jobs: Sequence[Job], table: LiveTable) -> list[
         name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         earlier = [path for job in jobs for path in storage.checkpoints(name_of(job))]
         resumed = {path.removeprefix(f"{storage.run}/").partition("/")[0] for path in earlier}
-        began = {
-            re.sub(r"(-ranks|_\d+)$", "", command) for command in resumed
-        }  # with what they read
+        began = {re.sub(r"(-ranks|_\d+)$", "", command) for command in resumed}  # have the inputs
         listener.commands = {name, f"{name}-ranks", *resumed, *began}
         for job in jobs:
             if (signum := stopping.requested()) is not None:
