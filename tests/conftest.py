@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from train.config import Config, default_config, load_config
+from train.evaluation import classifier
 from train.stopping import SIGNALS
 
 PRELOADED = ["train.__main__", "train.stages.run", "sklearn.datasets"]  # by forkservers
@@ -73,6 +74,17 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: context)
+
+
+@pytest.fixture
+def classifier_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`classifier_steps(steps)`: the classifiers of a test take so few steps, and no other test gets them."""
+
+    def set_steps(steps: int) -> None:
+        monkeypatch.setattr(classifier, "_STEPS", steps)
+        monkeypatch.setattr(classifier, "_trained", {})
+
+    return set_steps
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Whether images show what they are conditioned on."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from benchmarks.conditions import main, questions
 from ddm.condition import Vocabulary
 from serve import load
 from serve.model.model import Model
-from train.evaluation import classifier
 
 
 def test_the_classifier_finds_the_class_that_is_asked_for(
@@ -56,8 +56,8 @@ def test_the_classifier_finds_the_class_that_is_asked_for(
     assert rows[0]["near_copies"] == rows[1]["near_copies"] == 1  # they are training images
 
 
-def test_each_attribute_is_asked_for_and_against(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "_STEPS", 50)
+def test_each_attribute_is_asked_for_and_against(classifier_steps: Callable[[int], None]) -> None:
+    classifier_steps(50)
     generator = torch.Generator().manual_seed(0)
     has = torch.randint(2, (200, 2), generator=generator).byte()
     images = (has[:, :1, None, None] * 200).expand(-1, 1, 8, 8).contiguous()

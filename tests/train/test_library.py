@@ -2,6 +2,7 @@
 
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from ddm.errors import ArtifactError, ConfigError
 from serve.model.model import Model
 from train import library, stopping, train_model
 from train.data.digits import load_digits
-from train.evaluation import classifier
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
@@ -42,9 +42,11 @@ SMALLER = {
 }
 
 
-def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier_steps: Callable[[int], None]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier, "_STEPS", 10)
+    classifier_steps(10)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
     program = "\n".join(blocks)
     for own, smaller in SMALLER.items():

@@ -29,6 +29,7 @@ from ddm.artifacts import sha256
 from tests.conftest import PRELOADED, SMALL
 from train import stopping
 from train.launch import _serve as launch_serve
+from train.resume import ResumeFiles
 
 LONGER = [
     *SMALL,
@@ -78,7 +79,13 @@ class Training:
         assert "Traceback" not in self.error()
 
 
-def _forked(address: str, log: Path, temporary: Path | None, words: list[str]) -> None:
+def _forked(
+    address: str,
+    log: Path,
+    temporary: Path | None,
+    once_saved: tuple[Path, signal.Signals] | None,
+    words: list[str],
+) -> None:
     """The main function of a process: as the command `python -m train`."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     # Under `nohup`, as CI may be, children inherit that SIGHUP is ignored, and so would training.
@@ -92,8 +99,26 @@ def _forked(address: str, log: Path, temporary: Path | None, words: list[str]) -
         from train.__main__ import main
 
         _fork_workers_too(address)
+        if once_saved is not None:
+            saving = _saving_then(*once_saved)
+            mock.patch.object(ResumeFiles, "save_checkpoint", saving).start()
         sys.exit(main(words))
     _stay()
+
+
+def _saving_then(checkpoint: Path, signum: signal.Signals) -> Callable[..., None]:
+    """`ResumeFiles.save_checkpoint`, and a signal once this checkpoint is there: from outside it may come too late."""
+    save = ResumeFiles.save_checkpoint
+
+    def save_checkpoint(
+        self: ResumeFiles, saved: Any, path: Any, *given: Any, **named: Any
+    ) -> None:
+        before = checkpoint.exists()
+        save(self, saved, path, *given, **named)
+        if checkpoint.exists() and not before:
+            os.kill(os.getpid(), signum)
+
+    return save_checkpoint
 
 
 def _fork_workers_too(address: str) -> None:
@@ -124,19 +149,29 @@ def _stay() -> None:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """`start(folder, *words, temporary=None)`: a process that trains; without a folder, `_stay`."""
+    """`start(folder, *words, temporary=None, once_saved=None)`: a process that trains; without a folder, `_stay`.
+
+    `once_saved=(checkpoint, signum)`: it gets this signal as soon as this file is there.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
     logs = tmp_path_factory.mktemp("logs")
     started: list[Training] = []
 
-    def begin(folder: Path | None, *words: str, temporary: Path | None = None) -> Training:
+    def begin(
+        folder: Path | None,
+        *words: str,
+        temporary: Path | None = None,
+        once_saved: tuple[Path, signal.Signals] | None = None,
+    ) -> Training:
         log = logs / f"{len(started)}.txt"
         log.touch()
         command = [] if folder is None else [*LONGER, f"run={folder}", *words]
         address = forkserver._forkserver._forkserver_address
-        process = context.Process(target=_forked, args=(address, log, temporary, command))
+        process = context.Process(
+            target=_forked, args=(address, log, temporary, once_saved, command)
+        )
         process.start()
         started.append(Training(process, log))
         return started[-1]
@@ -175,17 +210,13 @@ def test_a_killed_and_a_stopped_run_resume_to_bit_identical_weights(
     shutil.copytree(whole / "partition", tmp_path / "partition")
     saved = tmp_path / checkpoint
 
-    killed = start(tmp_path, *words)
-    killed.wait_for(saved)
-    killed.send(signal.SIGKILL)
+    killed = start(tmp_path, *words, once_saved=(saved, signal.SIGKILL))
     assert killed.status() == -signal.SIGKILL
 
     saved.rename(saved.with_name("resume.previous.ckpt"))
-    stopped = start(tmp_path, *words)
-    stopped.wait_for(saved)
-    stopped.send(signum)
+    stopped = start(tmp_path, *words, once_saved=(saved, signum))
     assert stopped.status() == 128 + signum
-    assert not (tmp_path / made).exists(), "it ended before it was stopped"
+    assert saved.exists() and not (tmp_path / made).exists()
     assert stopped.error().splitlines()[-1].startswith("stopped at step ")
     assert "Traceback" not in stopped.error()
 
