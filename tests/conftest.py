@@ -66,6 +66,14 @@ def default_signals() -> Iterator[None]:
         signal.signal(signum, handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """No test cuts the power: what this process writes need not reach the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that a test starts are forked from one that has imported Lightning, which takes

@@ -1,13 +1,13 @@
 """The configuration of a run: one YAML file, and `key=value` words over it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import configs
 from ddm.device import pick_device
@@ -335,7 +335,7 @@ class Config:
 
 def plain(config: Any) -> Any:
     """A config as plain data, for JSON, YAML and hashes."""
-    return OmegaConf.to_container(OmegaConf.structured(config)) if is_dataclass(config) else config
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
 
 
 def changed(config: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def claim(config: Config) -> None:
     """Make the run's folder this config's: to be called before the first output. Raises as `check_claim`."""
     check_claim(config)
     path = config.folder / "config.yaml"
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    text = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
     if path.is_file() and path.read_text() == text:
         return
     with replaced(path) as scratch:
