@@ -57,7 +57,6 @@ _WORK = (
     "data.name",
     "data.size",
     "expert.unet",
-    "expert.parameterization",
     "expert.condition",
     "expert.batch",
     "expert.accumulate",
@@ -184,32 +183,29 @@ def _identity(config: Config, seconds: float) -> str:
 
 
 def pace(config: Config) -> tuple[Precision, float]:
-    """The precision to train in and the seconds of a step on one core, measured once for all configs
-    whose steps are the same work, so that these take equally many.
+    """The precision to train in, the faster one for `auto`, and the seconds of a step on one core, measured once for
+    all configs whose steps are the same work, so that these take equally many.
     """
+    asked: Precision = config.expert.precision
+    choices: tuple[Precision, ...] = ("32-true", "bf16-mixed") if asked == "auto" else (asked,)
+    found = {name: _pace(config, name) for name in choices}
+    fastest = min(found, key=lambda name: found[name])
+    return fastest, found[fastest]
+
+
+def _pace(config: Config, precision: Precision) -> float:
+    config = replace(config, expert=replace(config.expert, precision=precision))
     work = {key: value for key, value in settled(config).items() if key.startswith(_WORK)}
     file = Path(f"{config.folder}-recipe", f"pace-{digest(work)[:12]}.json")
     if not file.exists():
-        with torch_threads(1):
-            precision, step_s = _fastest(config)
-        write_json(file, {"precision": precision, "step_s": step_s})
-    found = read_json(file)
-    return found["precision"], found["step_s"]
-
-
-def _fastest(config: Config) -> tuple[Precision, float]:
-    """The precision that the config asks for, the faster one for `auto`, and the seconds of a step."""
-    asked: Precision = config.expert.precision
-    choices: tuple[Precision, ...] = ("32-true", "bf16-mixed") if asked == "auto" else (asked,)
-    images = config.data.build().images
-    found: dict[Precision, float] = {}
-    for name in choices:
-        cfg = replace(expert_config(config), precision=name)
+        images = config.data.build().images
+        cfg = expert_config(config)
         denoiser = cfg.build(images.shape[1:], schedule(**config.schedule))
         batches = Batches(images, cfg.batch, 0, config.data.flip)
-        found[name] = _step_s(BareStep(BareLearning(denoiser, batches, cfg), config.device))
-    fastest = min(found, key=lambda name: found[name])
-    return fastest, found[fastest]
+        with torch_threads(1):
+            step_s = _step_s(BareStep(BareLearning(denoiser, batches, cfg), config.device))
+        write_json(file, {"step_s": step_s})
+    return float(read_json(file)["step_s"])
 
 
 def _step_s(step: BareStep) -> float:

@@ -129,18 +129,19 @@ def expert_names(k: int) -> list[str]:
     return [f"expert-{i:02d}" for i in range(k)]
 
 
-def write_bundle(folder: Path, parts: Parts, what: str) -> None:
+def write_bundle(folder: Path, parts: Parts, what: str, before: str | None = None) -> None:
     """Copy artifacts into `folder` and write its manifest; `what` happened goes into its history.
     What else is in the folder stays, such as a model card, a licence or a repository's `.git`; the
-    manifest's signature too, if the manifest is the same.
+    manifest's signature too, if the manifest is the same. before: the version that the parts were
+    read from, if the change is to that one alone.
 
     The old bundle stays until the new one is whole and checked; concurrent writers do not disturb
     each other. After a kill at any moment, `read_bundle` finds the old bundle or the new one. Files
     that come from the old bundle are linked where the file system can, and in any case keep their
     bytes.
 
-    Raises `ArtifactError` if the artifacts do not belong together or the system refuses, and keeps
-    the old bundle.
+    Raises `ArtifactError` if the artifacts do not belong together, if another process has changed
+    the bundle since `before`, or if the system refuses, and keeps the old bundle.
     """
     folder = folder.resolve()  # a link's target is replaced, not the link
     restore_bundle(folder)  # with the user's files in it, if a writer was killed
@@ -174,6 +175,11 @@ def write_bundle(folder: Path, parts: Parts, what: str) -> None:
         read_bundle(scratch).check_weights()
         write_history(folder, scratch, what)
         _copy_the_rest(folder, scratch)
+        if before is not None and (there := read_bundle(folder, only=()).version) != before:
+            raise ArtifactError(
+                f"{folder} has changed from version {before[:12]} to {there[:12]} since this command "
+                "began: give the same command again; what it has trained is kept"
+            )
         _replace_folder(folder, scratch)
 
 

@@ -98,12 +98,12 @@ def serves(installed_ddm: Path, hostile: Path, run: str) -> None:
         request = Request(
             f"http://127.0.0.1:{port}/v1/samples", body, {"content-type": "application/json"}
         )
-        assert urlopen(request, timeout=30).read().startswith(b"\x89PNG")
-        page = urlopen(f"http://127.0.0.1:{port}/", timeout=30).read()
+        assert urlopen(request, timeout=60).read().startswith(b"\x89PNG")
+        page = urlopen(f"http://127.0.0.1:{port}/", timeout=60).read()
         assert b"<html" in page
     finally:
         child.send_signal(signal.SIGINT)
-        _, rest = child.communicate(timeout=30)
+        _, rest = child.communicate(timeout=60)
     assert "hijacked" not in rest
 
 

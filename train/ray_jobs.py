@@ -204,6 +204,8 @@ def train_on_ray(config: Config, jobs: Sequence[Job], table: LiveTable) -> list[
         earlier = [path for job in jobs for path in storage.checkpoints(name_of(job))]
         resumed = {path.removeprefix(f"{storage.run}/").partition("/")[0] for path in earlier}
         began = {re.sub(r"(-ranks|_\d+)$", "", command) for command in resumed}  # have the inputs
+        if config.launch.storage is None:  # the run's own, which no other command is at work on
+            began.update(storage.commands())
         listener.commands = {name, f"{name}-ranks", *resumed, *began}
         for job in jobs:
             if (signum := stopping.requested()) is not None:
@@ -217,9 +219,7 @@ def train_on_ray(config: Config, jobs: Sequence[Job], table: LiveTable) -> list[
         where = (url, config.folder.absolute().name)
         work = Work(config, jobs, threads, where, inputs, claimed, _NEWS_S)
         is_client = ray.util.client.ray.is_connected()
-        link = _Link(None if is_client else listener)
-        with _relayed(link, listener) if is_client else contextlib.nullcontext():
-            _fit(config, work, link, storage, name, listener)
+        _fit(config, work, _Link(None if is_client else listener), storage, name, listener)
         storage.clear(listener.commands)
         if (signum := stopping.requested()) is not None:
             left = [i for i, result in enumerate(listener.results) if result is not None]
@@ -242,7 +242,8 @@ def _fit(
         listener.commands.add(of_attempt)
         left = sorted(listener.unfinished)
         try:
-            _tuner(config, work, link, storage, of_attempt, left).fit()
+            with _relayed(link, listener):  # whose end leaves no news unheard
+                _tuner(config, work, link, storage, of_attempt, left).fit()
             return
         except RuntimeError as error:
             ours = isinstance(error.__cause__, OutOfMemoryError)
@@ -250,7 +251,8 @@ def _fit(
                 raise
             for i in sorted(listener.unfinished):
                 if attempt < retries:
-                    listener.hear(i, "lost", "memory ran out on a node")
+                    if listener.where[i]:  # it has begun
+                        listener.hear(i, "lost", "memory ran out on a node")
                 else:
                     why = DdmError("memory ran out on a node, more often than launch.retries")
                     listener.hear(i, "failed", why)
@@ -296,8 +298,9 @@ def _relayed(link: _Link, listener: Listener) -> Iterator[None]:
     """Inside, a thread hands the news of a loop elsewhere to the listener, and signals to the loop."""
     over = threading.Event()
     news, stop = link.news, link.stop
-    assert news is not None
-    assert stop is not None
+    if news is None or stop is None:  # the loop is here
+        yield
+        return
 
     def relay() -> None:
         while True:

@@ -77,6 +77,11 @@ class Storage:
         self.fs.invalidate_cache()
         return sorted(self.fs.glob(f"{self.run}/*/{training}/checkpoint_*"), reverse=True)
 
+    def commands(self) -> list[str]:
+        """The names of the commands that have left anything here."""
+        found: list[str] = self.fs.ls(self.run, detail=False)
+        return [path.rstrip("/").rpartition("/")[2] for path in found]
+
     def forget(self, training: str, commands: Iterable[str]) -> None:
         """Delete the checkpoints and inputs of a training by these commands; others may be at work on the same."""
         self.fs.invalidate_cache()

@@ -209,7 +209,7 @@ class Service:
     def _load(self, folder: str | Path) -> Model:
         with within("serve"):
             serve = self.settings.serve
-            device = "auto" if self._remote else serve.device  # which is the experts'
+            device = "cpu" if self._remote else serve.device  # which is the experts'
             model = load(folder, device, experts=not self._remote, signers=serve.signers)
         model.settings(**asdict(self.settings.sample))
         return model

@@ -56,7 +56,9 @@ def condition_of(prompt: str, vocabulary: Vocabulary) -> dict[str, int]:
             listed = listed and words[i] == "and"
             i += 1
             continue
-        if listed and not negated and " ".join(words[i : i + length]) not in _ADJECTIVES:
+        phrase = " ".join(words[i : i + length])
+        begun = phrase in _ADJECTIVES or words[i] in _NOT | _FILLERS  # what is said anew
+        if listed and not negated and not begun:
             raise _refused(
                 prompt, "repeat 'without', or say 'or', where several things are not to be there"
             )

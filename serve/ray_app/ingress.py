@@ -2,22 +2,23 @@
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from ray import serve as ray_serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics as ray_metrics
 
-from ddm.bundle import read_bundle
 from ddm.errors import ArtifactError, ConfigError, DdmError, require
 from serve.engine.metrics import METRICS, Metrics
 from serve.engine.models import Models
 from serve.engine.turn import Turn
 from serve.http.app import build_app
 from serve.http.middleware import LimitsMiddleware
-from serve.model.loading import bundle_folder
 from serve.ray_app.replica import RayExpert, expert_groups
 from serve.settings import Settings, settings
 
@@ -37,6 +38,7 @@ class Sampling:
         logging.getLogger("serve").setLevel(logging.INFO)
         self.settings = settings(tree)
         self.started = False
+        self.switching: set[asyncio.Task[None]] = set()
         self.experts = {handle.deployment_name: handle for handle in experts}
         _check_proxy_host(self.settings)
 
@@ -47,6 +49,8 @@ class Sampling:
                     f"got {len(model.names)}",
                     "run",
                 )
+            if self.started:  # at the start the experts may still be to come
+                self._prepare(folder, model.version)
             ray_config = self.settings.serve.ray
             calls = ray_config.max_replicas or ray_config.replicas
             found = []
@@ -74,13 +78,20 @@ class Sampling:
         """Switch to the weights of `user_config: {run: FOLDER}`, without a restart.
 
         A `user_config` that cannot be served fails a replica that starts. A replica that has
-        started keeps its weights and logs the reason, since an error would end it.
+        started switches beside its requests, of which Serve sends it none until this returns; it
+        keeps its weights and logs the reason if it cannot, since an error would end it.
         """
+        if self.started:
+            switching = asyncio.create_task(self._switch_or_log(user_config))
+            self.switching.add(switching)
+            switching.add_done_callback(self.switching.discard)
+        else:
+            await self._switch(user_config)
+
+    async def _switch_or_log(self, user_config: Any) -> None:
         try:
             await self._switch(user_config)
         except Exception as error:
-            if not self.started:
-                raise
             expected = isinstance(error, DdmError)
             log.error(
                 "user_config is refused, the old weights stay: %s", error, exc_info=not expected
@@ -89,32 +100,32 @@ class Sampling:
     async def _switch(self, user_config: Any) -> None:
         match user_config:
             case {"run": str(folder), **rest} if not rest:
-                if self.started:  # at the start the experts may still be to come
-                    await self._prepare(folder)
                 await self.models.services[0].switch(folder)
             case _:
                 raise ConfigError(f"user_config must be {{run: FOLDER}}, got {user_config!r}")
 
-    async def _prepare(self, folder: str) -> None:
+    def _prepare(self, folder: Path, version: str) -> None:
         """Have a replica of each expert load a bundle. Raises what keeps one from it, and
         `ArtifactError` for one that has another version or does not answer.
         """
-        version = read_bundle(bundle_folder(folder), only=()).version
-
-        async def prepared(name: str, handle: DeploymentHandle[Any]) -> None:
+        until = time.monotonic() + _PREPARE_S
+        calls = {name: handle.prepare.remote(str(folder)) for name, handle in self.experts.items()}
+        for name, call in calls.items():
             try:
-                async with asyncio.timeout(_PREPARE_S):
-                    found = await handle.prepare.remote(folder)
+                found = call.result(timeout_s=max(0.0, until - time.monotonic()))
             except TimeoutError as error:
                 message = f"{name} has not loaded {folder} within {_PREPARE_S:g} s"
                 raise ArtifactError(message) from error
+            except RayTaskError:
+                raise
+            except (RayError, RayServeException) as error:  # its next one loads what it needs
+                log.warning("%s was lost while it loaded %s: %s", name, folder, error)
+                continue
             if found != version:
                 raise ArtifactError(
                     f"{folder} must be the same on all nodes: {name} has version {found[:12]}, "
                     f"expected {version[:12]}"
                 )
-
-        await asyncio.gather(*(prepared(*expert) for expert in self.experts.items()))
 
     async def check_health(self) -> None:
         """Serve's health check. The first one follows the first `reconfigure`."""

@@ -90,8 +90,9 @@ class ExpertReplica:
             )
         # torch.tensor copies: the arrays that arrive may be read-only.
         conditions = Conditions(*map(torch.tensor, given)) if given else None
+        self.runners[version] = runners = self.runners.pop(version)  # the last to be dropped
         try:
-            return self.runners[version][k](torch.tensor(x), torch.tensor(t), conditions).numpy()
+            return runners[k](torch.tensor(x), torch.tensor(t), conditions).numpy()
         except torch.AcceleratorError as error:
             self.lost = error
             raise

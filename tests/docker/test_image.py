@@ -196,11 +196,12 @@ def test_the_health_check_follows_the_service(
     python, flag, code = json.loads(command)
     assert (python, flag) == ("python", "-c")
     assert ast.parse(code)
+    assert "timeout=4" in code
     assert "http://127.0.0.1:8000/healthz" in code
     assert "/healthz" in _OPEN  # it carries no token
 
     def check() -> int:
-        here = code.replace(":8000/", f":{server.server_port}/")
+        here = code.replace(":8000/", f":{server.server_port}/").replace("timeout=4", "timeout=60")
         return subprocess.run(
             [sys.executable, "-c", here], capture_output=True, check=False
         ).returncode

@@ -133,9 +133,9 @@ class Server:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
-    def await_metric(self, name: str, value: float, timeout_s: float = 30) -> None:
+    def await_metric(self, name: str, value: float, timeout_s: float = 30, **labels: str) -> None:
         end = time.monotonic() + timeout_s
-        while (found := self.metric(name)) != value:
+        while (found := self.metric(name, **labels)) != value:
             assert time.monotonic() < end, f"{name} is {found}, not {value}"
             time.sleep(0.02)
 

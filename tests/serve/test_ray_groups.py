@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayActorError
 
 from benchmarks.load.client import Reply, closed
 from benchmarks.load.cluster import Deployed, deployed
@@ -118,36 +119,56 @@ def test_a_replica_that_has_lost_its_gpu_is_not_healthy(
             asyncio.run(call)
 
 
+def late(*_: object) -> str:
+    raise TimeoutError
+
+
+def lost(*_: object) -> str:
+    raise RayActorError
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (lambda replica, folder: replica.prepare(folder), None),
-        (
-            lambda replica, folder: asyncio.sleep(0, "0" * 64),
-            "experts-00-01 has version 000000000000",
-        ),
-        (lambda replica, folder: asyncio.sleep(60), "experts-00-01 has not loaded .* within 0.1 s"),
+        (lambda replica, folder: asyncio.run(replica.prepare(folder)), None),
+        (lambda *_: "0" * 64, "experts-00-01 has version 000000000000"),
+        (late, "experts-00-01 has not loaded .* within 300 s"),
+        (lost, None),  # the replica that takes its place loads it with its first call
     ],
 )
 def test_new_weights_are_loaded_by_each_expert_before_they_are_used(
-    small_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    answer: Callable[..., Any],
-    said: str | None,
+    small_run: Path, tmp_path: Path, answer: Callable[..., str], said: str | None
 ) -> None:
-    monkeypatch.setattr(ingress, "_PREPARE_S", 0.1 if said else 60)
     replica = ExpertReplica([0, 1], str(small_run / "bundle"), "cpu", "float32", False)
     two = other_weights(str(small_run), tmp_path / "two")
-    remote = SimpleNamespace(remote=lambda folder: answer(replica, folder))
-    service: Any = SimpleNamespace(experts={"experts-00-01": SimpleNamespace(prepare=remote)})
-    prepared = ingress.Sampling._prepare(service, str(two))
+    version = read_bundle(two).version
+
+    def call(folder: str) -> Any:
+        return SimpleNamespace(result=lambda timeout_s: answer(replica, folder))
+
+    remote = SimpleNamespace(prepare=SimpleNamespace(remote=call))
+    service: Any = SimpleNamespace(experts={"experts-00-01": remote})
     if said is None:
-        asyncio.run(prepared)
-        assert list(replica.runners)[1] == read_bundle(two).version
+        ingress.Sampling._prepare(service, two, version)
+        assert answer is lost or list(replica.runners)[1] == version
         return
     with pytest.raises(ArtifactError, match=said):
-        asyncio.run(prepared)
+        ingress.Sampling._prepare(service, two, version)
+
+
+def test_the_version_in_use_is_the_last_that_a_replica_drops(
+    small_run: Path, tmp_path: Path
+) -> None:
+    first = small_run / "bundle"
+    replica = ExpertReplica([0], str(first), "cpu", "float32", False)
+    version = read_bundle(first).version
+    x, t = np.zeros((1, 1, 8, 8), np.float32), np.array([0.5], np.float32)
+    newest = str(first)
+    for number in (1, 2):
+        newest = str(other_weights(newest, tmp_path / f"{number}"))
+        asyncio.run(replica.prepare(newest))
+        asyncio.run(replica.denoise(0, "nowhere", version, x, t))  # it need not load it again
+    assert len(replica.runners) == 2
 
 
 def test_a_replica_is_told_conditions_and_guidance(small_labels_run: Path) -> None:

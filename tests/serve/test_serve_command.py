@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.load.child import free_port
 from ddm.artifacts import read_artifact, read_json, sha256, write_artifact, write_json
 from serve import load
 from serve.__main__ import main
@@ -183,8 +184,8 @@ def test_requests_beyond_the_drain_end_with_an_error(small_run: Path, start: Sta
 def test_a_drain_finishes_requests_under_way_and_refuses_others(
     small_run: Path, start: Start
 ) -> None:
-    server = start(small_run, "serve.max_batch=1", "serve.drain_s=60")
-    with begun(server, 8, 50) as answer:
+    server = start(small_run, "serve.max_batch=1", "serve.drain_s=600")
+    with begun(server, 16, 100) as answer:
         server.process.send_signal(signal.SIGTERM)
         while (ready := server.request("/readyz")).status == 200:
             pass
@@ -248,9 +249,7 @@ def test_sighup_while_it_starts_does_not_end_it(small_run: Path, start: Start) -
 
 
 def test_two_servers_started_together_do_not_share_a_port(small_run: Path, start: Start) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     both = [start(small_run, f"serve.port={port}", ready=False) for _ in range(2)]
     while all(server.process.poll() is None for server in both):
         time.sleep(0.05)

@@ -13,6 +13,7 @@ from ddm.bundle import Bundle, read_bundle
 from ddm.bundle_history import read_history
 from ddm.bundle_writing import write_half
 from ddm.errors import ArtifactError, ConfigError
+from ddm.mixture import Mixture
 from serve import load
 from train.config import Config
 from train.stages import living
@@ -174,17 +175,26 @@ def test_a_changed_bundle_is_not_made_over(
 def test_what_would_not_fit_is_refused_before_it_is_trained(
     two: Path, small: Callable[..., Config], tmp_path: Path
 ) -> None:
-    images = torch.zeros(20, 1, 4, 4, dtype=torch.uint8)
-    save_file({"images": images}, tmp_path / "images.safetensors")
-    words = (
-        f"shard.out={tmp_path / 'shard'}",
-        "data.name=tensors",
-        f"data.root={tmp_path / 'images.safetensors'}",
-    )
-    run(small(tmp_path / "owner", *words), ["shard"])
-    with pytest.raises(ConfigError, match=r"expert.shard must hold images of \[1, 8, 8\], got"):
-        run(small(two, *ROUTED, f"expert.shard={tmp_path / 'shard'}"), ["grow"])
-    assert not (two / "owners").exists()
+    for side in (4, 8):
+        images = torch.zeros(20, 1, side, side, dtype=torch.uint8)
+        save_file({"images": images}, tmp_path / f"{side}.safetensors")
+        out, root = (
+            f"shard.out={tmp_path / str(side)}",
+            f"data.root={tmp_path / str(side)}.safetensors",
+        )
+        run(small(tmp_path / f"owner-{side}", out, "data.name=tensors", root), ["shard"])
+
+    def refused(message: str, *words: str, side: int = 8) -> None:
+        given = (f"update.bundle={two / 'bundle'}", f"expert.shard={tmp_path / str(side)}")
+        with pytest.raises(ConfigError, match=message):
+            run(small(tmp_path / "owner", *ROUTED, *given, *words), ["grow"])
+
+    refused(r"expert.shard must hold images of \[1, 8, 8\], got", side=4)
+    refused("update.cluster must be a new name", "update.cluster=4 + 5 + 6")
+    refused("update.weight must be above 0 and at most 2.40, got -1", "update.weight=-1")
+    refused("expert.condition must be none, as of the bundle's", "expert.condition=label")
+    refused("expert.t_max must be at least 1, up to where", "expert.t_max=0.6")
+    assert not (tmp_path / "owner" / "owners").exists()
 
 
 def test_a_bundle_that_another_command_has_changed_is_not_overwritten(
@@ -192,11 +202,11 @@ def test_a_bundle_that_another_command_has_changed_is_not_overwritten(
 ) -> None:
     given = living._given_expert
 
-    def slowly(config: Config, bundle: Bundle) -> Path:
+    def slowly(config: Config, bundle: Bundle, others: Mixture) -> Path:
         monkeypatch.undo()
         words = (f"update.bundle={two / 'bundle'}", "update.cluster=4 + 5 + 6")
         run(small(two.with_name("other"), *ROUTED, *words), ["remove"])
-        return given(config, bundle)
+        return given(config, bundle, others)
 
     monkeypatch.setattr(living, "_given_expert", slowly)
     with pytest.raises(ArtifactError, match="bundle has changed from version .* since this comm"):
@@ -214,6 +224,10 @@ def test_the_copy_in_half_precision_changes_along(
     assert read_bundle(two / "bundle-half").mixture == bundle_of(two).mixture
     card = (two / "bundle-half" / "README.md").read_text()
     assert f"the half precision of bundle `{bundle_of(two).version[:12]}`" in card
+    shutil.rmtree(two / "bundle-half")  # as if it had been killed before it wrote it
+    shutil.copytree(small_run / "bundle", two / "bundle-half")
+    run(small(two, *ROUTED, third(small_run)), ["grow"])
+    assert read_bundle(two / "bundle-half").mixture == bundle_of(two).mixture
 
 
 def test_what_cannot_change_is_refused_by_key(
@@ -231,6 +245,9 @@ def test_what_cannot_change_is_refused_by_key(
         run(small(two, *ROUTED, f"update.expert={small_run}"), ["grow"])
     same = "update.cluster must be of images that no expert has learned, got those of '0"
     refused("grow", same, first, "update.cluster=late")
+    second = f"update.expert={small_run / 'experts' / '01'}"
+    same = "update.cluster must be of images that no expert has learned, got those of '4"
+    refused("retrain", same, second, "update.cluster=0 + 1 + 2 + 3")
     refused("grow", "update.expert must be the artifact of an expert, or expert.shard")
     refused("grow", "update.cluster must be a new name, got '4", first, "update.cluster=4 + 5 + 6")
     refused(

@@ -228,7 +228,7 @@ def test_a_killed_and_a_stopped_run_resume_to_bit_identical_weights(
 
 def test_ctrl_c_saves_the_experts_of_all_workers(tmp_path: Path, start: Start, whole: Path) -> None:
     shutil.copytree(whole / "partition", tmp_path / "partition")
-    rarely = ("expert.checkpoint_every=2000", "expert.steps=2000", "expert.workers=2")
+    rarely = ("expert.checkpoint_every=20000", "expert.steps=20000", "expert.workers=2")
     training = start(tmp_path, "expert", *rarely)
     folders = [tmp_path / "experts" / f"{k:02d}" for k in (0, 1)]
     for folder in folders:
@@ -248,7 +248,7 @@ def test_ctrl_c_saves_an_expert_that_two_processes_train(
     tmp_path: Path, start: Start, whole: Path, words: list[str]
 ) -> None:
     shutil.copytree(whole / "partition", tmp_path / "partition")
-    rarely = ("expert.checkpoint_every=2000", "expert.steps=2000", "expert.devices=2")
+    rarely = ("expert.checkpoint_every=20000", "expert.steps=20000", "expert.devices=2")
     training = start(tmp_path, "expert", *rarely, *words)
     folder = tmp_path / "experts" / ("01" if "expert.index=1" in words else "00")
     training.wait_for(folder / "losses.txt")

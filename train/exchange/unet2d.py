@@ -309,8 +309,9 @@ def from_their_tensors(
             like = expected[f"{layer.ours}.{part}"]
             parts = [theirs.pop(name) for name in names]
             shapes = [tensor.shape for tensor in parts]
-            whole = torch.cat(parts) if len(set(shapes)) == 1 else parts[0]
-            if whole.numel() != like.numel() or whole.shape[:2] != like.shape[:2]:
+            whole = torch.cat(parts) if (alike := len(set(shapes)) == 1) else parts[0]
+            fits = whole.numel() == like.numel() and whole.shape[:2] == like.shape[:2]
+            if not (alike and fits):
                 raise ArtifactError(
                     f"{file} does not fit its config: {' '.join(names)} must have "
                     f"{list(like.shape)} numbers together, got {' '.join(str(list(shape)) for shape in shapes)}"

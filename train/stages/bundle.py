@@ -47,7 +47,7 @@ def make_bundle(config: Config) -> None:
         write_bundle(folder, parts, "bundle")
         made = f"{mixture.k} experts{' and their router' if fits else ' without a router'}"
         log.info("bundle     %s, version %s", made, read_bundle(folder).version[:12])
-    if config.bundle.half and not _is_half_of(half, folder):
+    if config.bundle.half and not is_half_of(half, folder):
         write_half(folder, half)
         size = sum(file.stat().st_size for file in half.iterdir()) / 1e6
         log.info("bundle     in half precision, %.1f MB: %s", size, half)
@@ -122,7 +122,7 @@ def _is_newly_signed(stem: Path, bundled: Path) -> bool:
     return given.exists() and not (held.exists() and held.read_bytes() == given.read_bytes())
 
 
-def _is_half_of(half: Path, whole: Path) -> bool:
+def is_half_of(half: Path, whole: Path) -> bool:
     """Whether a folder is the half-precision copy of a bundle, and whole."""
     if not half.exists():
         return False

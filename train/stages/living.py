@@ -25,6 +25,7 @@ from ddm.schedules import schedule
 from train.config import Config, SeedModelConfig
 from train.model_card import write_card, write_cards
 from train.run_folder import claim, read_clusters
+from train.stages.bundle import is_half_of
 from train.stages.denoiser import artifact_stem, initial
 from train.stages.expert import expert_stem, train_experts
 from train.stages.router import make_router
@@ -37,26 +38,17 @@ def grow(config: Config) -> None:
     """Add an expert: `update.expert`, or one that is trained here from `expert.shard`."""
     bundle = _bundle(config)
     _check_weight(config, bundle)
-    stem = _given_expert(config, bundle)
+    old = bundle.mixture
+    stem = _given_expert(config, bundle, old)
     added = _mixture(config, stem)
     name, cluster = added.names[0], added.clusters[0]
-    if name in bundle.mixture.names:
-        here = bundle.experts[bundle.mixture.names.index(name)]
+    if name in old.names:
+        here = bundle.experts[old.names.index(name)]
         if sha256(here.json) == sha256(file_of(stem, ".json")):
             log.info("grow       up to date: %s is in the bundle", name)
+            _write_copies(config)
             return
-        raise ConfigError(
-            f"update.cluster must be a new name, got {name!r}: that cluster is retrained with the command retrain",
-            "update.cluster",
-        )
-    if cluster in bundle.mixture.clusters:
-        same = bundle.mixture.names[bundle.mixture.clusters.index(cluster)]
-        raise ConfigError(
-            f"update.cluster must be of images that no expert has learned, got those of {same!r}: its expert is "
-            "replaced with the command retrain",
-            "update.cluster",
-        )
-    old = bundle.mixture
+    _check_new(name, cluster, old)
     mixture = replace(
         old,
         names=[*old.names, name],
@@ -72,8 +64,11 @@ def retrain(config: Config) -> None:
     bundle = _bundle(config)
     k = _place(config, bundle)
     _check_weight(config, bundle)
-    stem = _given_expert(config, bundle)
-    other, mixture = _mixture(config, stem), bundle.mixture
+    mixture = bundle.mixture
+    others = _without(mixture, k)
+    stem = _given_expert(config, bundle, others)
+    other = _mixture(config, stem)
+    _check_new(mixture.names[k], other.clusters[0], others)
     weights, clusters = [*mixture.weights], [*mixture.clusters]
     weights[k], clusters[k] = other.weights[0], other.clusters[0]
     experts = {**Parts.of(bundle).experts, bundle.files[k]: stem}
@@ -90,16 +85,9 @@ def remove(config: Config) -> None:
             f"update.cluster must leave an expert in the bundle, {left.names[0]!r} is its last",
             "update.cluster",
         )
-    rest = [i for i in range(left.k) if i != k]
-    mixture = Mixture(
-        left.shape,
-        [left.names[i] for i in rest],
-        [left.weights[i] for i in rest],
-        [left.clusters[i] for i in rest],
-    )
     experts = Parts.of(bundle).experts
     del experts[bundle.files[k]]
-    _write(config, bundle, mixture, experts, f"remove {left.names[k]}")
+    _write(config, bundle, _without(left, k), experts, f"remove {left.names[k]}")
 
 
 def reroute(config: Config) -> None:
@@ -147,8 +135,8 @@ def _bundle(config: Config) -> Bundle:
     return read_bundle(folder)
 
 
-def _given_expert(config: Config, bundle: Bundle) -> Path:
-    """The artifact to put into the bundle, trained first if it is given as a shard.
+def _given_expert(config: Config, bundle: Bundle, others: Mixture) -> Path:
+    """The artifact to put into the bundle beside these others, trained first if it is given as a shard.
 
     Raises `ConfigError` before that if what is trained would not fit into the bundle.
     """
@@ -160,9 +148,7 @@ def _given_expert(config: Config, bundle: Bundle) -> Path:
             "update.expert",
         )
     _, shard = read_clusters(config)
-    shape = bundle.mixture.shape
-    require(shard.shape == shape, "expert.shard", f"hold images of {shape}", shard.shape)
-    check_conversion(schedule(**bundle.schedule), schedule(**config.schedule))
+    _check_fits(config, bundle, shard)
     start = initial(config)
     owner = replace(
         config,
@@ -170,8 +156,51 @@ def _given_expert(config: Config, bundle: Bundle) -> Path:
         seed_model=SeedModelConfig(above=config.seed_model.above),
         expert=replace(config.expert, init=None if start is None else str(start)),
     )
+    stem = expert_stem(owner, owner.expert.index or 0)
+    if not file_of(stem, ".json").exists():  # else it may be in the bundle already
+        _check_new(config.update.cluster or shard.names[0], shard.hashes[0], others)
     train_experts(owner)
-    return expert_stem(owner, owner.expert.index or 0)
+    return stem
+
+
+def _check_fits(config: Config, bundle: Bundle, shard: Partition) -> None:
+    """Raise `ConfigError` if an expert trained from a shard would not fit into the bundle."""
+    shape = bundle.mixture.shape
+    require(shard.shape == shape, "expert.shard", f"hold images of {shape}", shard.shape)
+    check_conversion(schedule(**bundle.schedule), schedule(**config.schedule))
+    condition = (bundle.experts[0].facts.get("condition") or {}).get("kind", "none")
+    rule = f"be {condition}, as of the bundle's experts"
+    require(config.expert.condition == condition, "expert.condition", rule, config.expert.condition)
+    t_max = config.expert.t_max
+    if t_max is not None and config.schedule == bundle.schedule:
+        rule = f"be at least {bundle.above:g}, up to where the bundle's experts move images"
+        require(t_max >= bundle.above, "expert.t_max", rule, t_max)
+
+
+def _check_new(name: str, cluster: str, others: Mixture) -> None:
+    """Raise `ConfigError` if the others have an expert of this name, or of these images."""
+    if name in others.names:
+        raise ConfigError(
+            f"update.cluster must be a new name, got {name!r}: that cluster is retrained with the command retrain",
+            "update.cluster",
+        )
+    if cluster in others.clusters:
+        same = others.names[others.clusters.index(cluster)]
+        raise ConfigError(
+            f"update.cluster must be of images that no expert has learned, got those of {same!r}: its expert is "
+            "replaced with the command retrain",
+            "update.cluster",
+        )
+
+
+def _without(mixture: Mixture, k: int) -> Mixture:
+    rest = [i for i in range(mixture.k) if i != k]
+    return Mixture(
+        mixture.shape,
+        [mixture.names[i] for i in rest],
+        [mixture.weights[i] for i in rest],
+        [mixture.clusters[i] for i in rest],
+    )
 
 
 def _mixture(config: Config, stem: Path) -> Mixture:
@@ -182,8 +211,11 @@ def _mixture(config: Config, stem: Path) -> Mixture:
 
 def _check_weight(config: Config, bundle: Bundle) -> None:
     """Raise `ConfigError` if it is not clear how much another expert would weigh in the bundle."""
+    weight = config.update.weight
+    rule = "be above 0 and at most 2^40"
+    require(weight is None or 0 < weight <= 2**40, "update.weight", rule, weight)
     counts = [expert.facts.get("count") for expert in bundle.experts]
-    if config.update.weight is None and counts != [*bundle.mixture.weights]:
+    if weight is None and counts != [*bundle.mixture.weights]:
         raise ConfigError(
             "update.weight must be given for the expert: the weights of the bundle, "
             f"{[*bundle.mixture.weights]}, are not numbers of images",
@@ -222,18 +254,8 @@ def _save(config: Config, before: Bundle, parts: Parts, what: str) -> None:
     """
     claim(config)
     folder = _folder(config)
-    if (there := read_bundle(folder, only=()).version) != before.version:
-        raise ArtifactError(
-            f"{folder} has changed from version {before.version[:12]} to {there[:12]} since this command began: "
-            "give the same command again; what it has trained is kept"
-        )
-    write_bundle(folder, parts, what)
-    own, half = config.folder / "bundle", config.folder / "bundle-half"
-    if half.is_dir() and folder.resolve() == own.resolve():
-        write_half(folder, half)
-        write_cards(config)
-    else:
-        write_card(config, folder)
+    write_bundle(folder, parts, what, before.version)
+    _write_copies(config)
     bundle = read_bundle(folder)
     pi = ", ".join(
         f"{name} {p:.3f}" for name, p in zip(bundle.mixture.names, bundle.mixture.pi, strict=True)
@@ -248,6 +270,17 @@ def _save(config: Config, before: Bundle, parts: Parts, what: str) -> None:
         log.info(
             "its router does not fit: sample.source=gaussian routes until 'reroute' has trained it on"
         )
+
+
+def _write_copies(config: Config) -> None:
+    """What follows from the bundle: its copy in half precision, if there is one, and the cards."""
+    folder, own, half = _folder(config), config.folder / "bundle", config.folder / "bundle-half"
+    if half.is_dir() and folder.resolve() == own.resolve():
+        if not is_half_of(half, folder):
+            write_half(folder, half)
+        write_cards(config)
+    else:
+        write_card(config, folder)
 
 
 def _images(config: Config, mixture: Mixture) -> Iterator[Tensor]:

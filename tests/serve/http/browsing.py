@@ -49,15 +49,15 @@ def served(run: Path, log: Path, *words: str) -> Iterator[str]:
         ) as server,
     ):
         try:
-            for _ in range(600):
+            ends = time.monotonic() + 180
+            while True:
                 assert server.poll() is None, log.read_text()
                 try:
                     with urlopen(f"{address}/readyz", timeout=5):
                         break
                 except OSError:  # not listening yet, or too busy to respond
+                    assert time.monotonic() < ends, log.read_text()
                     time.sleep(0.1)
-            else:
-                pytest.fail(f"not ready after a minute: {log.read_text()}")
             yield address
         finally:
             server.terminate()

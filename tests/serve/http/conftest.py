@@ -18,7 +18,9 @@ expect.set_options(timeout=20_000)
 
 @pytest.fixture(scope="module")
 def address(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(small_run, tmp_path_factory.mktemp("serve") / "log", "sample.steps=6") as found:
+    log = tmp_path_factory.mktemp("serve") / "log"
+    limits = ("serve.limits.steps=1000", "serve.limits.pending=1000000")  # requests to be stopped
+    with served(small_run, log, "sample.steps=6", *limits) as found:
         yield found
 
 

@@ -129,6 +129,7 @@ def test_a_cancelled_job_frees_its_experts_at_once(small_run: Path) -> None:
 def test_a_job_that_never_began_is_not_charged(small_run: Path) -> None:
     async def test(it: Served) -> None:
         dora, quotas = JobsOf(it, "d"), it.service.shared.quotas
+        quotas.clock = lambda: 0.0
         jobs = [(await dora.submit({"n": 30})).json for _ in range(2)]
         await it.until_asked()
         left = 1000 - 30 * 4

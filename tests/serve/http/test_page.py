@@ -172,8 +172,14 @@ def test_link_reproduces_the_samples_and_the_selection(
     assert all(0 not in step for i in range(4) for step in strip(first, i))
     first.locator(".tile").nth(2).click()
     first.locator("#at").fill("3")
+    first.evaluate("""() => {
+        window.said = []
+        const copy = document.querySelector("#copy")
+        new MutationObserver(() => window.said.push(copy.textContent))
+            .observe(copy, {childList: true, characterData: true, subtree: true})
+    }""")  # it says so for two seconds
     first.get_by_role("button", name="Copy link").click()
-    expect(first.locator("#copy")).to_have_text("Copied")
+    first.wait_for_function("window.said.includes('Copied')")
     link = first.evaluate("navigator.clipboard.readText()")
     assert link == first.url
 

@@ -159,7 +159,7 @@ def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> Non
             )
 
     page.goto(address)
-    fill(page, n=64, steps=250, seed=1, policy="full")  # long enough to be stopped
+    fill(page, n=64, steps=1000, seed=1, policy="full")  # long enough to be stopped
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
     assert pending() > 0
@@ -182,7 +182,7 @@ def test_stop_cancels_the_request_on_the_server(page: Page, address: str) -> Non
 
 def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api: Api) -> None:
     page.goto(address)
-    fill(page, n=64, steps=250, seed=1, policy="full")  # it is still in progress
+    fill(page, n=64, steps=1000, seed=1, policy="full")  # it is still in progress
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
     fill(page, n=2, steps=3, policy="switching")
@@ -196,7 +196,7 @@ def test_new_seed_replaces_the_request_in_progress(page: Page, address: str, api
 
 def test_a_refused_request_ends_the_one_that_it_replaced(page: Page, address: str) -> None:
     page.goto(address)
-    fill(page, n=64, steps=250, seed=1, policy="full")  # it is still in progress
+    fill(page, n=64, steps=1000, seed=1, policy="full")  # it is still in progress
     page.get_by_role("button", name="Sample", exact=True).click()
     page.wait_for_selector(".tile img:not([hidden])")
     fill(page, steps=99999)

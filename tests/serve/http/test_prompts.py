@@ -37,6 +37,8 @@ ANIMALS = Vocabulary("label", ["cat", "frog", "polar bear"])
         ("without glasses, smiling", {"Eyeglasses": 0, "Smiling": 1}),
         ("a woman wearing a hat", {"Male": 0, "Wearing_Hat": 1}),
         ("no beard", {"No_Beard": 1}),
+        ("a man not smiling and no beard", {"Male": 1, "Smiling": 0, "No_Beard": 1}),
+        ("a man without glasses wearing a hat", {"Male": 1, "Eyeglasses": 0, "Wearing_Hat": 1}),
         ("a bearded man with blond hair", {"No_Beard": 0, "Male": 1, "Blond_Hair": 1}),
         ("Wearing_Hat", {"Wearing_Hat": 1}),
         ("not young", {"Young": 0}),
