@@ -145,6 +145,7 @@ def write_bundle(folder: Path, parts: Parts, what: str, before: str | None = Non
     """
     folder = folder.resolve()  # a link's target is replaced, not the link
     restore_bundle(folder)  # with the user's files in it, if a writer was killed
+    _check_unchanged(folder, before)
     stems, files = parts.stems, list(parts.experts)
     old_names = parts.old_router[1] if parts.old_router else None
     with _scratch_folder(folder) as scratch, naming(folder, "written"):
@@ -175,12 +176,16 @@ def write_bundle(folder: Path, parts: Parts, what: str, before: str | None = Non
         read_bundle(scratch).check_weights()
         write_history(folder, scratch, what)
         _copy_the_rest(folder, scratch)
-        if before is not None and (there := read_bundle(folder, only=()).version) != before:
-            raise ArtifactError(
-                f"{folder} has changed from version {before[:12]} to {there[:12]} since this command "
-                "began: give the same command again; what it has trained is kept"
-            )
+        _check_unchanged(folder, before)  # copying takes long
         _replace_folder(folder, scratch)
+
+
+def _check_unchanged(folder: Path, before: str | None) -> None:
+    if before is not None and (there := read_bundle(folder, only=()).version) != before:
+        raise ArtifactError(
+            f"{folder} has changed from version {before[:12]} to {there[:12]} since this command began: "
+            "give the same command again; what it has trained is kept"
+        )
 
 
 def _copy_the_rest(old: Path, new: Path) -> None:

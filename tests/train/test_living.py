@@ -192,8 +192,9 @@ def test_what_would_not_fit_is_refused_before_it_is_trained(
     refused(r"expert.shard must hold images of \[1, 8, 8\], got", side=4)
     refused("update.cluster must be a new name", "update.cluster=4 + 5 + 6")
     refused("update.weight must be above 0 and at most 2.40, got -1", "update.weight=-1")
+    seed = ("seed_model.above=0.6", "seed_model.steps=4", "router.data=shards")
     refused("expert.condition must be none, as of the bundle's", "expert.condition=label")
-    refused("expert.t_max must be at least 1, up to where", "expert.t_max=0.6")
+    refused("expert.t_max must be at least 1, up to where", "expert.t_max=0.6", *seed)
     assert not (tmp_path / "owner" / "owners").exists()
 
 

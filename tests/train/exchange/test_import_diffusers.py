@@ -290,6 +290,21 @@ def test_what_cannot_be_imported_is_refused_by_key_rule_and_value(
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_of_unequal_parts_are_refused(
+    unet: Callable[..., Any],
+    written: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Query, key and value are one tensor of ours; here the first part alone is as large."""
+    folder = written(unet(), diffusers.DDPMScheduler()) / "unet"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    query = next(name for name in tensors if name.endswith("to_q.weight"))
+    save_file(tensors | {query: tensors[query].repeat(3, 1)}, weights)
+    assert main(["import", "diffusers", str(folder.parent)]) == 2
+    assert "to_v.weight must have" in capsys.readouterr().err
+
+
 def test_what_a_scheduler_would_say_is_asked_for(
     unet: Callable[..., Any],
     written: Callable[..., Path],
