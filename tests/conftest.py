@@ -11,6 +11,7 @@ import sysconfig
 import tarfile
 import venv
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start; before torch
@@ -81,6 +82,7 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()  # not while the program blocks signals, which all forked from it would
     monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: context)
 
 
