@@ -36,6 +36,7 @@ from train.storage import Storage, kept_files, unpack
 log = logging.getLogger(__name__)
 
 _NEWS_S = 0.5  # between two reports of a trial
+_COMMAND = re.compile(r"\d{8}-\d{6}-\d{6}")  # in a storage, by when it began
 
 
 class Listener:
@@ -205,7 +206,7 @@ def train_on_ray(config: Config, jobs: Sequence[Job], table: LiveTable) -> list[
         resumed = {path.removeprefix(f"{storage.run}/").partition("/")[0] for path in earlier}
         began = {re.sub(r"(-ranks|_\d+)$", "", command) for command in resumed}  # have the inputs
         if config.launch.storage is None:  # the run's own, which no other command is at work on
-            began.update(storage.commands())
+            began.update(filter(_COMMAND.match, storage.entries()))
         listener.commands = {name, f"{name}-ranks", *resumed, *began}
         for job in jobs:
             if (signum := stopping.requested()) is not None:

@@ -77,8 +77,8 @@ class Storage:
         self.fs.invalidate_cache()
         return sorted(self.fs.glob(f"{self.run}/*/{training}/checkpoint_*"), reverse=True)
 
-    def commands(self) -> list[str]:
-        """The names of the commands that have left anything here."""
+    def entries(self) -> list[str]:
+        """The names of the folders and files here: those of commands, and whatever else somebody has put here."""
         found: list[str] = self.fs.ls(self.run, detail=False)
         return [path.rstrip("/").rpartition("/")[2] for path in found]
 

@@ -364,7 +364,13 @@ def test_a_storage_finds_the_newest_checkpoints_of_any_command_first(tmp_path: P
         (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run" / "2" / "e-2" / "checkpoint_000000").mkdir(parents=True)
     found = [path.removeprefix(f"{tmp_path}/run/") for path in storage.checkpoints("e-1")]
-    assert sorted(storage.commands()) == ["1", "2", "2_1"]
+    assert sorted(storage.entries()) == ["1", "2", "2_1"]
+    commands = [
+        "20261128-002053-000001",
+        "20261128-002053-000001-ranks",
+        "20261128-002053-000001_1",
+    ]
+    assert [*filter(on_ray._COMMAND.match, [*commands, "1", "mine.txt"])] == commands
     assert found == [
         "2_1/e-1/checkpoint_000000",
         "2/e-1/checkpoint_000001",
